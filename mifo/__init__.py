@@ -1,0 +1,1 @@
+"""Multi-concept image synthesis from single images, learned with MIFO."""
