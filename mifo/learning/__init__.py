@@ -1,0 +1,1 @@
+"""Learning the instances: the objective of both stages and the LightningModules around it."""
