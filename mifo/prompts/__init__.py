@@ -1,0 +1,1 @@
+"""Prompts: which tokens name an instance, and which are function words."""

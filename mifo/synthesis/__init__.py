@@ -1,0 +1,1 @@
+"""The synthesis loop: DDIM with masked attention, box guidance and renewed shapes."""

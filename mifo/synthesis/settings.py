@@ -1,0 +1,20 @@
+"""How pictures are sampled, whether or not boxes control them."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class SynthesisSettings:
+    """DDIM sampling (arXiv 2010.02502, η = 0) with classifier-free guidance (arXiv 2207.12598).
+
+    Attributes:
+        steps: denoising steps.
+        guidance_scale: weight of the conditional over the unconditional prediction; 1 is no guidance.
+        negative_prompt: the prompt of the unconditional half.
+        samples: pictures made at once of one prompt.
+    """
+
+    steps: int = 50
+    guidance_scale: float = 7.5
+    negative_prompt: str = ""
+    samples: int = 1
