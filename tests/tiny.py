@@ -1,0 +1,85 @@
+"""A random diffusers pipeline that is small enough for every test, saved the way Stable Diffusion is saved."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+WORDS = (
+    "a an the photo picture of and or in on at with to left right top bottom red green blue striped car cat mug "
+    "lizard thing beach jungle snow street city wooden floor"
+).split()
+
+
+def tiny_tokenizer(length: int = 32) -> CLIPTokenizer:
+    """A CLIP tokenizer that knows `WORDS` whole and spells every other lower-case word."""
+    letters = [chr(code) for code in range(33, 127)]
+    pieces, merges = letters + [letter + "</w>" for letter in letters], []
+    for word in WORDS:
+        symbols = [*word[:-1], word[-1] + "</w>"]
+        joined = symbols[0]
+        for symbol in symbols[1:]:
+            if (joined, symbol) not in merges:
+                merges.append((joined, symbol))
+                pieces.append(joined + symbol)
+            joined += symbol
+    vocabulary = dict.fromkeys([*pieces, "<|startoftext|>", "<|endoftext|>"])
+    return CLIPTokenizer(
+        vocab={piece: index for index, piece in enumerate(vocabulary)}, merges=merges, model_max_length=length
+    )
+
+
+def tiny_pipeline(folder: Path | str, seed: int = 0) -> Path:
+    """Save a tiny random pipeline (images 32×32, latents 16×16×4, text width 16, prompts of 32 tokens) into `folder`.
+
+    The U-Net has the miniature's three levels, two with attention, so that layers are chosen as on the real models.
+    """
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length,
+            projection_dim=16,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=32,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(8, 8, 16),
+        layers_per_block=1,
+        attention_head_dim=2,
+        cross_attention_dim=16,
+        norm_num_groups=4,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    )
+    pipeline.save_pretrained(folder)
+    return Path(folder)
