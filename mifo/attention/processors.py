@@ -1,0 +1,96 @@
+"""What every attention processor here is made of: projection to heads, fused attention, and safe installation."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mifo.attention.layers import attention_layers
+
+
+def project_heads(attn: nn.Module, hidden_states: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of one attention layer, one row per head.
+
+    Args:
+        attn: the diffusers `Attention` module; adapters on its projections (LoRA) take part.
+        hidden_states: (B, R², width).
+        context: (B, L, context width), or `None` for self-attention.
+
+    Returns:
+        queries (B, heads, R², d), keys and values (B, heads, R² or L, d).
+    """
+    if context is None:
+        context = hidden_states
+    elif attn.norm_cross:
+        context = attn.norm_encoder_hidden_states(context)
+    projected = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+    query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in projected)
+    if attn.norm_q is not None:
+        query = attn.norm_q(query)
+    if attn.norm_k is not None:
+        key = attn.norm_k(key)
+    return query, key, value
+
+
+def merge_heads(attn: nn.Module, attended: Tensor) -> Tensor:
+    """Bring (B, heads, R², d) back to (B, R², width) through the layer's output projection."""
+    projection, dropout = attn.to_out
+    return dropout(projection(attended.transpose(1, 2).flatten(2))) / attn.rescale_output_factor
+
+
+def attention_probabilities(attn: nn.Module, query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(scale · Q Kᵀ + bias) in 32 bits, also under autocast, so that half-precision weights lose no detail.
+
+    Args:
+        query, key: (B, heads, R², d) and (B, heads, R² or L, d).
+        bias: added to the scores, broadcastable to the result; −∞ closes a key.
+
+    Returns:
+        (B, heads, R², R² or L), float32, rows summing to one.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        scores = attn.scale * query.float() @ key.float().transpose(-1, -2)
+        return (scores if bias is None else scores + bias).softmax(-1)
+
+
+class FusedAttention:
+    """Processor of a layer whose probabilities nobody reads: PyTorch's fused attention."""
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        query, key, value = project_heads(attn, hidden_states, encoder_hidden_states)
+        bias = head_bias(attn, attention_mask, key)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=attn.scale)
+        return merge_heads(attn, attended)
+
+
+def head_bias(attn: nn.Module, attention_mask: Tensor | None, key: Tensor) -> Tensor | None:
+    """The U-Net's own attention mask (B, 1, L), if it was given one, as a bias (B, heads, 1, L)."""
+    if attention_mask is None:
+        return None
+    return attn.prepare_attention_mask(attention_mask, key.shape[2], key.shape[0], out_dim=4)
+
+
+@contextmanager
+def installed_processors(unet: nn.Module, processors: Mapping[int, object]) -> Iterator[None]:
+    """Give every attention layer a processor inside the `with` block and the old ones back after it.
+
+    Args:
+        unet: a diffusers `UNet2DConditionModel`.
+        processors: processor by `AttentionLayer.index`; layers left out use fused attention.
+    """
+    before = dict(unet.attn_processors)
+    fused = FusedAttention()
+    new = {f"{layer.name}.processor": processors.get(layer.index, fused) for layer in attention_layers(unet)}
+    try:
+        unet.set_attn_processor(new)
+        yield
+    finally:
+        unet.set_attn_processor(before)
