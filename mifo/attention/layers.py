@@ -82,7 +82,9 @@ def attention_layers(unet: nn.Module) -> tuple[AttentionLayer, ...]:
                             cross_index=sum(layer.kind == "cross" for layer in layers) if cross else None,
                         )
                     )
-    unknown = {name.removesuffix(".processor") for name in unet.attn_processors} - {layer.name for layer in layers}
+    unknown = {name.removesuffix(".processor") for name in unet.attn_processors} - {
+        layer.name for layer in layers
+    }
     if unknown:
         raise MifoError(
             f"The U-Net's attention layer {min(unknown)} is not part of a transformer block; "

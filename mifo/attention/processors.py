@@ -10,7 +10,9 @@ from torch.nn import functional as F
 from mifo.attention.layers import attention_layers
 
 
-def project_heads(attn: nn.Module, hidden_states: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def project_heads(
+    attn: nn.Module, hidden_states: Tensor, context: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of one attention layer, one row per head.
 
     Args:
@@ -40,7 +42,9 @@ def merge_heads(attn: nn.Module, attended: Tensor) -> Tensor:
     return dropout(projection(attended.transpose(1, 2).flatten(2))) / attn.rescale_output_factor
 
 
-def attention_probabilities(attn: nn.Module, query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
+def attention_probabilities(
+    attn: nn.Module, query: Tensor, key: Tensor, bias: Tensor | None = None
+) -> Tensor:
     """softmax(scale · Q Kᵀ + bias) in 32 bits, also under autocast, so that half-precision weights lose no detail.
 
     Args:

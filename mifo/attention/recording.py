@@ -38,7 +38,9 @@ class AttentionRecorder:
     def __init__(self, unet: nn.Module, layers: Sequence[int], token_positions: Tensor | None = None) -> None:
         count = len(attention_layers(unet))
         if unknown := [layer for layer in layers if not 0 <= layer < count]:
-            raise MifoError(f"The U-Net has attention layers 0 to {count - 1}, so layer {unknown[0]} cannot be read.")
+            raise MifoError(
+                f"The U-Net has attention layers 0 to {count - 1}, so layer {unknown[0]} cannot be read."
+            )
         self.unet = unet
         self.layers = tuple(layers)
         self.token_positions = token_positions
