@@ -1,0 +1,1 @@
+"""Measures of made pictures: editability, instance-consistency, identification, leakage and box adherence."""

@@ -1,0 +1,173 @@
+"""Everything that is measured of a set of pictures made from one source image."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from mifo.errors import MifoError
+from mifo.metrics.box_adherence import BoxAdherence, find_instance
+from mifo.metrics.crops import crop_box, reference_crops
+from mifo.metrics.evaluators import (
+    ImageEncoder,
+    ImageTextEncoder,
+    load_image_encoder,
+    load_image_text_encoder,
+)
+from mifo.metrics.instance import Identification, InstanceConsistency, Leakage, leakage_matrix
+from mifo.metrics.pictures import Picture
+from mifo.metrics.prompt_similarity import PromptSimilarity
+from mifo.metrics.protocol import name_classes
+from mifo.metrics.scores import Evaluator, Score
+from mifo.metrics.settings import MetricsSettings
+
+METRICS: dict[str, type[MeanMetric]] = {
+    "editability": PromptSimilarity,
+    "instance_consistency": InstanceConsistency,
+    "instance_consistency_clip": InstanceConsistency,
+    "identification": Identification,
+    "leakage": Leakage,
+    "box_adherence": BoxAdherence,
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean `scores`, the scores of each picture by metric, and the mean leakage matrix.
+
+    Row i of the N × N matrix belongs to crops that should show instance i; None where there were none.
+    """
+
+    scores: tuple[Score, ...]
+    pictures: tuple[dict[str, float], ...]
+    leakage_matrix: tuple[tuple[float | None, ...], ...] = ()
+
+    def save(self, path: Path | str) -> None:
+        """Write everything as JSON; an existing file is not replaced."""
+        try:
+            with open(path, "x") as file:
+                json.dump(asdict(self), file, indent=2)
+        except FileExistsError as error:
+            raise MifoError(f"{path} already exists: choose another output folder.") from error
+
+    @classmethod
+    def read(cls, path: Path | str) -> "Evaluation":
+        try:
+            values = json.loads(Path(path).read_text())
+            scores = tuple(Score.from_dict(score) for score in values["scores"])
+            matrix = tuple(tuple(row) for row in values["leakage_matrix"])
+            return cls(scores, tuple(values["pictures"]), matrix)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MifoError(f"{path} cannot be read: run `mifo evaluate` on the pictures again.") from error
+
+
+class PictureEvaluator:
+    """Holds the two evaluators and measures sets of pictures.
+
+    Where boxes are known, instances are cropped by their box. A picture without boxes whose prompt names one
+    instance counts as that instance's crop; with several, only its editability is measured.
+    """
+
+    def __init__(
+        self, image_text: ImageTextEncoder, image: ImageEncoder, protocol: str = "miniature", windows: int = 7
+    ):
+        self.image_text, self.image = image_text, image
+        self.protocol, self.windows = protocol, windows
+
+    @classmethod
+    def from_settings(
+        cls, settings: MetricsSettings, device: torch.device | str = "cpu"
+    ) -> "PictureEvaluator":
+        """Load the evaluators. Raises MifoError when weights are missing."""
+        return cls(
+            load_image_text_encoder(settings.image_text, settings.batch_size).to(device),
+            load_image_encoder(settings.image, settings.batch_size).to(device),
+            settings.protocol,
+            settings.windows,
+        )
+
+    def evaluate(
+        self,
+        pictures: Sequence[Picture],
+        source: Tensor,
+        masks: Tensor,
+        tokens: Sequence[str],
+        class_names: Sequence[str | None],
+        progress: Callable[[Sequence], Sequence] = iter,
+    ) -> Evaluation:
+        """Measure `pictures` against the image they were learned from.
+
+        `source` is (3, H, W) in [0, 1], `masks` (N, H, W) in [0, 1], with N tokens and class names;
+        `progress` wraps the loop over pictures (`rich.progress.track`).
+        """
+        if not pictures:
+            raise MifoError("There is no picture to evaluate: make some with `mifo synthesize`.")
+        references = reference_crops(source, masks)
+        references_image = self.image.encode_images(references)
+        references_clip = self.image_text.encode_images(references)
+        totals = {name: metric() for name, metric in METRICS.items()}
+        counts = dict.fromkeys(METRICS, 0)
+        rows, all_crops, all_own = [], [], []
+        for picture in progress(pictures):
+            row: dict[str, float] = {}
+
+            def measure(name: str, *inputs: Tensor, row: dict[str, float] = row) -> None:
+                values = [value.cpu() for value in inputs]
+                counts[name] += len(values[0])
+                row[name] = totals[name](*values).item()
+
+            text = name_classes(picture.prompt, tokens, class_names)
+            measure(
+                "editability",
+                self.image_text.encode_images([picture.image]),
+                self.image_text.encode_texts([text]),
+            )
+            subjects = {name: box for name, box in picture.boxes.items() if name in tokens}
+            if not picture.boxes:
+                named = [token for token in tokens if token in picture.prompt]
+                subjects = {named[0]: (0.0, 0.0, 1.0, 1.0)} if len(named) == 1 else {}
+            if subjects:
+                own = torch.tensor([tokens.index(name) for name in subjects])
+                crops = [crop_box(picture.image, box) for box in subjects.values()]
+                features = self.image.encode_images(crops)
+                measure("instance_consistency", features, references_image, own)
+                measure(
+                    "instance_consistency_clip", self.image_text.encode_images(crops), references_clip, own
+                )
+                all_crops.append(features)
+                all_own.append(own)
+                if len(tokens) > 1:
+                    measure("identification", features, references_image, own)
+                    measure("leakage", features, references_image, own)
+                if picture.boxes:
+                    found = [
+                        find_instance(picture.image, references_image[index], box, self.image, self.windows)
+                        for index, box in zip(own, subjects.values(), strict=True)
+                    ]
+                    measure("box_adherence", torch.tensor(found), torch.tensor(list(subjects.values())))
+            rows.append(row)
+        scores = tuple(
+            Score(
+                name,
+                totals[name].compute().item(),
+                METRICS[name].higher_is_better,
+                self._evaluator(name),
+                self.protocol,
+                counts[name],
+            )
+            for name in METRICS
+            if counts[name]
+        )
+        matrix = ()
+        if all_crops and len(tokens) > 1:
+            means = leakage_matrix(torch.cat(all_crops), references_image, torch.cat(all_own)).tolist()
+            matrix = tuple(tuple(None if value != value else value for value in row) for row in means)
+        return Evaluation(scores, tuple(rows), matrix)
+
+    def _evaluator(self, metric: str) -> Evaluator:
+        by_clip = metric in ("editability", "instance_consistency_clip")
+        return (self.image_text if by_clip else self.image).evaluator

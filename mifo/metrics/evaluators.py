@@ -1,0 +1,161 @@
+"""The models that judge pictures: an open_clip image–text model and a transformers ViT.
+
+Each knows its name and the hash of its weights, so that figures of different evaluators are never mixed.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Protocol
+
+import open_clip
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mifo.errors import MifoError
+from mifo.metrics.crops import pad_square
+from mifo.metrics.scores import Evaluator
+from mifo.metrics.settings import ImageSettings, ImageTextSettings
+
+
+class ImageEncoder(Protocol):
+    """Encodes pictures (3, H, W) in [0, 1], of any sizes, into features (B, D) on the encoder's device."""
+
+    evaluator: Evaluator
+
+    def encode_images(self, images: Sequence[Tensor] | Tensor) -> Tensor: ...
+
+
+class ImageTextEncoder(ImageEncoder, Protocol):
+    """Encodes texts into features (B, D) too, comparable with those of pictures."""
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor: ...
+
+
+def weight_hash(model: nn.Module) -> str:
+    """Return 12 hexadecimal digits of the SHA-256 of every weight, in order of name.
+
+    `pooler` weights are left out: they are not used, and transformers draws them at random where a model has
+    none.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.startswith("pooler."):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]
+
+
+class _BatchedEncoder(nn.Module):
+    """Squares, resizes and normalises pictures, and encodes them batch by batch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        batch_size: int,
+    ):
+        super().__init__()
+        self.evaluator = Evaluator(name, weight_hash(model))
+        self.model = model.eval().requires_grad_(False)
+        self.image_size = image_size
+        self.batch_size = batch_size
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def _prepare(self, image: Tensor) -> Tensor:
+        square = pad_square(image.to(self.mean))[None]
+        size = (self.image_size, self.image_size)
+        resized = F.interpolate(square, size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+        return (resized - self.mean) / self.std
+
+    @torch.inference_mode()
+    def encode_images(self, images: Sequence[Tensor] | Tensor) -> Tensor:
+        """Encode pictures (3, H, W) in [0, 1] into (B, D); one that is not square is centred on black first."""
+        prepared = torch.stack([self._prepare(image) for image in images])
+        return torch.cat([self._features(batch) for batch in prepared.split(self.batch_size)])
+
+    def _features(self, batch: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class OpenClipEncoder(_BatchedEncoder):
+    """An open_clip model as evaluator of images and texts."""
+
+    def __init__(self, model: nn.Module, tokenizer, name: str, batch_size: int = 32):
+        preprocessing = open_clip.get_model_preprocess_cfg(model)
+        size = preprocessing["size"]
+        super().__init__(
+            model,
+            name,
+            size if isinstance(size, int) else size[0],
+            preprocessing.get("mean") or open_clip.OPENAI_DATASET_MEAN,
+            preprocessing.get("std") or open_clip.OPENAI_DATASET_STD,
+            batch_size,
+        )
+        self.tokenizer = tokenizer
+
+    def _features(self, batch: Tensor) -> Tensor:
+        return self.model.encode_image(batch)
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Encode texts, cut to the model's context length, into features (B, D)."""
+        tokens = self.tokenizer(list(texts)).to(self.mean.device)
+        return torch.cat([self.model.encode_text(batch) for batch in tokens.split(self.batch_size)])
+
+
+class ViTEncoder(_BatchedEncoder):
+    """A transformers ViT (DINO, DINOv2, the miniature's) whose CLS feature describes a picture."""
+
+    def _features(self, batch: Tensor) -> Tensor:
+        resized = self.image_size != self.model.config.image_size
+        options = {"interpolate_pos_encoding": True} if resized else {}
+        return self.model(pixel_values=batch, **options).last_hidden_state[:, 0]
+
+
+def load_image_text_encoder(settings: ImageTextSettings, batch_size: int = 32) -> OpenClipEncoder:
+    """Load the open_clip model of `settings`, on the CPU in fp32. Raises MifoError without its weights."""
+    embedded = settings.name == "embedded"
+    name = f"local-dir:{_embedded('clip')}" if embedded else settings.name
+    try:
+        model = open_clip.create_model(name, pretrained=settings.pretrained, require_pretrained=True)
+        tokenizer = open_clip.get_tokenizer(name)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        tag = f" with pretrained='{settings.pretrained}'" if settings.pretrained else ""
+        raise MifoError(
+            f"The image–text evaluator {settings.name}{tag} cannot be loaded: check metrics.image_text, connect "
+            "once to fetch its weights, or use metrics=miniature, which needs no network."
+        ) from error
+    label = "miniature-clip" if embedded else "-".join(filter(None, [settings.name, settings.pretrained]))
+    return OpenClipEncoder(model, tokenizer, label, batch_size)
+
+
+def load_image_encoder(settings: ImageSettings, batch_size: int = 32) -> ViTEncoder:
+    """Load the ViT of `settings`, on the CPU in fp32. Raises MifoError without its weights."""
+    embedded = settings.source == "embedded"
+    source = str(_embedded("vit")) if embedded else settings.source
+    try:
+        model = transformers.AutoModel.from_pretrained(
+            source, revision=settings.revision or "main", dtype=torch.float32
+        )
+        processor = transformers.AutoImageProcessor.from_pretrained(
+            source, revision=settings.revision or "main"
+        )
+    except (OSError, ValueError) as error:
+        raise MifoError(
+            f"The image evaluator {settings.source} cannot be loaded: check metrics.image, connect once to fetch "
+            "its weights, or use metrics=miniature, which needs no network."
+        ) from error
+    image_size = settings.image_size or model.config.image_size
+    label = "miniature-vit" if embedded else f"{settings.source}-{image_size}"
+    return ViTEncoder(model, label, image_size, processor.image_mean, processor.image_std, batch_size)
+
+
+def _embedded(folder: str):
+    return files("mifo") / "miniature" / "weights" / folder

@@ -1,0 +1,19 @@
+"""Editability: does the picture show what its prompt says?"""
+
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+
+
+class PromptSimilarity(MeanMetric):
+    """Mean cosine of image and text features of CLIP: [−1, 1], higher is better.
+
+    As in Break-a-Scene (arXiv 2305.16311, section 4), texts are prompts whose instance tokens are replaced by
+    class names (`protocol.name_classes`).
+    """
+
+    higher_is_better = True
+
+    def update(self, images: Tensor, texts: Tensor) -> None:
+        """Take image features (B, D) and the features of their texts (B, D), not necessarily normalised."""
+        super().update(F.cosine_similarity(images.float(), texts.float(), dim=-1))

@@ -1,0 +1,39 @@
+"""What is measured, with which evaluators."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class ImageTextSettings:
+    """The image–text evaluator, an open_clip model.
+
+    `name` is `embedded` (the miniature's own), an open_clip architecture (`ViT-L-14`) or a schema name
+    (`local-dir:FOLDER`, `hf-hub:ID`); `pretrained` is the weight tag that an architecture needs (`openai`).
+    """
+
+    name: str = "embedded"
+    pretrained: str | None = None
+
+
+@dataclass
+class ImageSettings:
+    """The image evaluator, a transformers ViT whose CLS feature is compared.
+
+    `source` is `embedded` (the miniature's own), a hub id (`facebook/dino-vitb16`) or a folder;
+    `image_size` is the side in pixels that crops are resized to, null for the model's own.
+    """
+
+    source: str = "embedded"
+    revision: str | None = None
+    image_size: int | None = None
+
+
+@dataclass
+class MetricsSettings:
+    """`protocol` names the way of measuring; scores of different protocols never share a table."""
+
+    protocol: str = "miniature"
+    image_text: ImageTextSettings = field(default_factory=ImageTextSettings)
+    image: ImageSettings = field(default_factory=ImageSettings)
+    batch_size: int = 32  # pictures, crops or windows that an evaluator sees at once
+    windows: int = 7  # box adherence looks at windows × windows positions for each box

@@ -1,0 +1,293 @@
+"""Metrics on pictures whose truth is known: squares of plain colours, seen by one that knows colour only."""
+
+import json
+
+import open_clip
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+from mifo.errors import MifoError
+from mifo.metrics.box_adherence import BoxAdherence, find_instance
+from mifo.metrics.crops import crop_box, mask_box, reference_crops
+from mifo.metrics.evaluation import Evaluation, PictureEvaluator
+from mifo.metrics.evaluators import load_image_encoder, load_image_text_encoder
+from mifo.metrics.instance import Identification, InstanceConsistency, Leakage, leakage_matrix
+from mifo.metrics.pictures import Picture, read_pictures, save_pictures
+from mifo.metrics.prompt_similarity import PromptSimilarity
+from mifo.metrics.protocol import ENDINGS, evaluation_prompts, name_classes
+from mifo.metrics.scores import Evaluator, Score, score_table
+from mifo.metrics.settings import ImageSettings, ImageTextSettings
+from tests.tiny import tiny_tokenizer
+
+RED, GREEN, BLUE = torch.eye(3)
+TOKENS = ["<asset0>", "<asset1>", "<asset2>"]
+BOXES = [(0.0, 0.0, 0.25, 0.25), (0.5, 0.0, 0.75, 0.25), (0.0, 0.5, 0.25, 0.75)]
+
+
+class ColourEncoder:
+    """Features are the mean colour; texts are encoded by the colour they name."""
+
+    evaluator = Evaluator("colour", "0" * 12)
+
+    def encode_images(self, images):
+        return torch.stack([image.mean(dim=(1, 2)) for image in images])
+
+    def encode_texts(self, texts):
+        colours = {"red": RED, "green": GREEN, "blue": BLUE}
+        return torch.stack([sum(colours[word] for word in text.split() if word in colours) for text in texts])
+
+
+def draw(*colours, size=32):
+    """A black picture with a square of each colour in BOXES."""
+    image = torch.zeros(3, size, size)
+    for colour, (x0, y0, x1, y1) in zip(colours, BOXES, strict=False):
+        rows, columns = (
+            slice(round(y0 * size), round(y1 * size)),
+            slice(round(x0 * size), round(x1 * size)),
+        )
+        image[:, rows, columns] = colour.view(3, 1, 1)
+    return image
+
+
+def masks(size=32):
+    return torch.stack([draw(*[torch.zeros(3)] * i, torch.ones(3), size=size)[0] for i in range(3)])
+
+
+def evaluate(*images, boxes=True):
+    prompt = "a photo of <asset0> and <asset1> and <asset2>"
+    pictures = [
+        Picture(image, prompt, dict(zip(TOKENS, BOXES, strict=True)) if boxes else {}) for image in images
+    ]
+    evaluator = PictureEvaluator(ColourEncoder(), ColourEncoder(), windows=5)
+    return evaluator.evaluate(pictures, draw(RED, GREEN, BLUE), masks(), TOKENS, ["red", "green", "blue"])
+
+
+def values(evaluation):
+    return {score.metric: score.value for score in evaluation.scores}
+
+
+def test_a_perfect_picture_and_a_swapped_one_score_as_such():
+    perfect = values(evaluate(draw(RED, GREEN, BLUE)))
+    assert perfect == pytest.approx(
+        {
+            "editability": 1,
+            "instance_consistency": 1,
+            "instance_consistency_clip": 1,
+            "identification": 1,
+            "leakage": 0,
+            "box_adherence": 1,
+        },
+        abs=1e-6,
+    )
+    swapped = evaluate(draw(GREEN, RED, BLUE))
+    assert values(swapped)["identification"] == pytest.approx(1 / 3)
+    assert values(swapped)["leakage"] == pytest.approx(2 / 3)
+    assert values(swapped)["instance_consistency"] == pytest.approx(1 / 3)
+    assert values(swapped)["editability"] == pytest.approx(1)
+    torch.testing.assert_close(
+        torch.tensor(swapped.leakage_matrix), torch.tensor([[0.0, 1, 0], [1, 0, 0], [0, 0, 1]])
+    )
+
+
+def test_mean_scores_are_those_of_the_crops():
+    evaluation = evaluate(draw(RED, GREEN, BLUE), draw(GREEN, RED, BLUE))
+    assert [row["identification"] for row in evaluation.pictures] == pytest.approx([1, 1 / 3])
+    assert values(evaluation)["identification"] == pytest.approx(2 / 3)
+    assert {score.metric: score.count for score in evaluation.scores}["leakage"] == 6
+
+
+def test_leakage_does_not_blame_references_that_resemble_each_other():
+    references = F.normalize(torch.tensor([[1.0, 0.05, 0], [1, 0, 0.05]]), dim=-1)  # cosine 0.9975
+    own = torch.arange(2)
+    for crops, expected in (
+        (references, 0.0),
+        (references.flip(0), 1.0),
+        (references.mean(0).repeat(2, 1), 0.5),
+    ):
+        metric = Leakage()
+        metric.update(crops, references, own)
+        assert metric.compute() == pytest.approx(expected, abs=1e-3)
+
+
+def test_leakage_ignores_what_resembles_no_reference():
+    """A scene around the instance (orthogonal to all references) lowers consistency, not identity."""
+    references = torch.eye(4)[:2]
+    crops = 0.6 * references + torch.tensor([0, 0, 0.8, 0])
+    own = torch.arange(2)
+    leakage, consistency = Leakage(), InstanceConsistency()
+    leakage.update(crops, references, own)
+    consistency.update(crops, references, own)
+    assert leakage.compute() == pytest.approx(0, abs=1e-6)
+    assert consistency.compute() == pytest.approx(0.6)
+    blank = Leakage()
+    blank.update(torch.eye(4)[3:].repeat(2, 1), references, own)
+    assert blank.compute() == pytest.approx(0.5)  # resembles none: no credit
+
+
+def test_leakage_matrix_has_no_figure_where_nothing_was_drawn():
+    matrix = leakage_matrix(torch.eye(3)[:1], torch.eye(3), torch.tensor([0]))
+    assert matrix[0].tolist() == [1, 0, 0] and matrix[1:].isnan().all()
+
+
+def test_metrics_say_their_direction():
+    directions = {
+        metric: metric.higher_is_better
+        for metric in (PromptSimilarity, InstanceConsistency, Identification, BoxAdherence)
+    }
+    assert all(directions.values()) and Leakage.higher_is_better is False
+
+
+def test_an_instance_outside_its_box_is_found_where_it_is():
+    image = torch.zeros(3, 32, 32)
+    image[0, 16:24, 24:32] = 1
+    found = find_instance(image, RED, BOXES[0], ColourEncoder(), windows=4)
+    assert found == pytest.approx((0.75, 0.5, 1, 0.75))
+    adherence = BoxAdherence()
+    adherence.update(torch.tensor([found, BOXES[0]]), torch.tensor([BOXES[0], BOXES[0]]))
+    assert adherence.compute() == pytest.approx(0.5)
+
+
+def test_without_boxes_a_lone_instance_is_compared_with_the_whole_picture():
+    evaluator = PictureEvaluator(ColourEncoder(), ColourEncoder())
+    source = draw(RED, GREEN, BLUE), masks(), TOKENS, ["red", "green", "blue"]
+    plain = Picture(RED.view(3, 1, 1).expand(3, 8, 8), "a photo of <asset0>")
+    assert values(evaluator.evaluate([plain], *source))["instance_consistency"] == pytest.approx(1)
+    assert values(evaluate(draw(RED, GREEN, BLUE), boxes=False)).keys() == {"editability"}
+
+
+def test_crops_follow_pythons_rounding_and_are_squared_on_black():
+    image = torch.arange(1.0, 65).view(1, 8, 8)
+    crop = crop_box(image, (0.0625, 0.25, 0.3125, 1.0))  # columns round(0.5)=0 … round(2.5)=2
+    assert crop.shape == (1, 6, 6)
+    torch.testing.assert_close(crop[:, :, 2:4], image[:, 2:, :2])
+    assert crop[:, :, :2].sum() == crop[:, :, 4:].sum() == 0
+    assert crop_box(image, (0.99, 0.99, 1.0, 1.0)).shape == (1, 1, 1)
+
+
+def test_references_are_masked_on_black():
+    image, mask = torch.ones(3, 8, 8), torch.zeros(1, 8, 8)
+    mask[0, 2:6, 4:6] = 1
+    mask[0, 2, 4] = 0
+    assert mask_box(mask[0]) == (0.5, 0.25, 0.75, 0.75)
+    (crop,) = reference_crops(image, mask)
+    assert crop.shape == (3, 4, 4) and crop.sum() == 3 * 7
+    with pytest.raises(MifoError, match="no pixel"):
+        mask_box(torch.zeros(4, 4))
+
+
+def test_prompts_run_over_the_power_set():
+    prompts = evaluation_prompts(TOKENS)
+    assert len(prompts) == len(set(prompts)) == 7 * len(ENDINGS)
+    assert (
+        prompts[0] == "a photo of <asset0> at the beach"
+        and "<asset0> and <asset1> and <asset2>" in prompts[-1]
+    )
+    assert len(evaluation_prompts(TOKENS, sizes=[2])) == 30
+
+
+def test_tokens_are_replaced_by_class_names():
+    tokens = [f"<asset{i}>" for i in range(11)]
+    names = ["car"] * 10 + [None]
+    assert name_classes("a photo of <asset1> and <asset10>", tokens, names) == "a photo of car and object"
+
+
+def test_scores_of_different_evaluators_never_share_a_table():
+    dino, other = Evaluator("dino", "a1"), Evaluator("dino", "b2")
+    mine = Score("leakage", 0.1, False, dino, "standard")
+    assert score_table({"a": [mine], "b": [mine]}) == {"a": {"leakage": 0.1}, "b": {"leakage": 0.1}}
+    for stranger in (
+        Score("leakage", 0.2, False, other, "standard"),
+        Score("leakage", 0.2, False, dino, "mine"),
+    ):
+        with pytest.raises(MifoError, match="same `metrics`"):
+            score_table({"a": [mine], "b": [stranger]})
+
+
+def test_pictures_and_evaluations_survive_the_disk(tmp_path):
+    pictures = [Picture(draw(RED, BLUE), "a photo of <asset0>", {"<asset0>": BOXES[0]}, 7)]
+    (read,) = read_pictures(save_pictures(tmp_path / "pictures", pictures))
+    torch.testing.assert_close(read.image, pictures[0].image)
+    assert (read.prompt, read.boxes, read.seed) == ("a photo of <asset0>", {"<asset0>": BOXES[0]}, 7)
+    with pytest.raises(MifoError, match="already holds"):
+        save_pictures(tmp_path / "pictures", pictures)
+    with pytest.raises(MifoError, match="does not exist"):
+        read_pictures(tmp_path / "nothing")
+    evaluation = evaluate(draw(RED, GREEN, BLUE))
+    evaluation.save(tmp_path / "scores.json")
+    assert Evaluation.read(tmp_path / "scores.json") == evaluation
+    with pytest.raises(MifoError, match="already exists"):
+        evaluation.save(tmp_path / "scores.json")
+
+
+def save_clip(folder, seed=0):
+    tokenizer = tiny_tokenizer(16)
+    tokenizer.save_pretrained(folder)
+    config = {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 16, "layers": 1, "width": 8, "head_width": 4, "patch_size": 8},
+        "text_cfg": {
+            "context_length": 16,
+            "vocab_size": len(tokenizer),
+            "width": 8,
+            "heads": 2,
+            "layers": 1,
+            "hf_tokenizer_name": "local",
+        },
+    }
+    torch.manual_seed(seed)
+    model = open_clip.CLIP(**{key: value for key, value in config.items()})
+    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    return model
+
+
+def test_open_clip_folder_is_loaded_with_its_tokenizer(tmp_path):
+    model = save_clip(tmp_path).eval()
+    encoder = load_image_text_encoder(ImageTextSettings(f"local-dir:{tmp_path}"), batch_size=2)
+    images = [torch.rand(3, 16, 16) for _ in range(3)]
+    mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
+    std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
+    with torch.inference_mode():
+        expected = model.encode_image((torch.stack(images) - mean) / std)
+    torch.testing.assert_close(encoder.encode_images(images), expected, rtol=1e-4, atol=1e-5)
+    red, blue, again = encoder.encode_texts(["a red car", "a blue car", "a red car"])
+    torch.testing.assert_close(red, again)
+    assert not torch.allclose(red, blue)
+    (tmp_path / "other").mkdir()
+    save_clip(tmp_path / "other", seed=1)
+    other = load_image_text_encoder(ImageTextSettings(f"local-dir:{tmp_path / 'other'}"))
+    assert encoder.evaluator.weights != other.evaluator.weights
+
+
+def test_vit_folder_is_loaded_with_the_same_hash_each_time(tmp_path):
+    config = ViTConfig(
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        image_size=16,
+        patch_size=8,
+    )
+    ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    ViTImageProcessor(image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(tmp_path)
+    first, second = (
+        load_image_encoder(ImageSettings(str(tmp_path))),
+        load_image_encoder(ImageSettings(str(tmp_path))),
+    )
+    assert first.evaluator == second.evaluator and first.evaluator.name.endswith("-16")
+    images = torch.rand(2, 3, 16, 16)
+    with torch.inference_mode():
+        expected = first.model(pixel_values=(images - 0.5) / 0.25).last_hidden_state[:, 0]
+    torch.testing.assert_close(first.encode_images(images), expected)
+    larger = load_image_encoder(ImageSettings(str(tmp_path), image_size=32))
+    assert larger.encode_images(images).shape == (2, 8) and larger.evaluator != first.evaluator
+
+
+@pytest.mark.parametrize("name", ["local-dir:/nowhere", "NoSuchModel"])
+def test_missing_evaluators_are_named_in_one_sentence(name):
+    with pytest.raises(MifoError, match="cannot be loaded"):
+        load_image_text_encoder(ImageTextSettings(name))
+    with pytest.raises(MifoError, match="cannot be loaded"):
+        load_image_encoder(ImageSettings("./nowhere"))
