@@ -76,7 +76,7 @@ class _BatchedEncoder(nn.Module):
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[Tensor] | Tensor) -> Tensor:
-        """Encode pictures (3, H, W) in [0, 1] into (B, D); one that is not square is centred on black first."""
+        """Encode pictures (3, H, W) in [0, 1] into (B, D); each is centred on a black square first."""
         prepared = torch.stack([self._prepare(image) for image in images])
         return torch.cat([self._features(batch) for batch in prepared.split(self.batch_size)])
 
@@ -129,8 +129,8 @@ def load_image_text_encoder(settings: ImageTextSettings, batch_size: int = 32) -
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         tag = f" with pretrained='{settings.pretrained}'" if settings.pretrained else ""
         raise MifoError(
-            f"The image–text evaluator {settings.name}{tag} cannot be loaded: check metrics.image_text, connect "
-            "once to fetch its weights, or use metrics=miniature, which needs no network."
+            f"The image–text evaluator {settings.name}{tag} cannot be loaded: check metrics.image_text, "
+            "connect once to fetch its weights, or use metrics=miniature, which needs no network."
         ) from error
     label = "miniature-clip" if embedded else "-".join(filter(None, [settings.name, settings.pretrained]))
     return OpenClipEncoder(model, tokenizer, label, batch_size)
@@ -149,8 +149,8 @@ def load_image_encoder(settings: ImageSettings, batch_size: int = 32) -> ViTEnco
         )
     except (OSError, ValueError) as error:
         raise MifoError(
-            f"The image evaluator {settings.source} cannot be loaded: check metrics.image, connect once to fetch "
-            "its weights, or use metrics=miniature, which needs no network."
+            f"The image evaluator {settings.source} cannot be loaded: check metrics.image, connect once to "
+            "fetch its weights, or use metrics=miniature, which needs no network."
         ) from error
     image_size = settings.image_size or model.config.image_size
     label = "miniature-vit" if embedded else f"{settings.source}-{image_size}"

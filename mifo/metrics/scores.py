@@ -52,8 +52,8 @@ def score_table(rows: Mapping[str, Sequence[Score]]) -> dict[str, dict[str, floa
             other_label, other = first.setdefault(score.metric, (label, score))
             if (score.evaluator, score.protocol) != (other.evaluator, other.protocol):
                 raise MifoError(
-                    f"{score.metric} of '{label}' was measured by {score.evaluator} ({score.protocol}) and that "
-                    f"of '{other_label}' by {other.evaluator} ({other.protocol}): evaluate both with the same "
-                    "`metrics` before putting them into one table."
+                    f"{score.metric} of '{label}' was measured by {score.evaluator} ({score.protocol}) and "
+                    f"that of '{other_label}' by {other.evaluator} ({other.protocol}): evaluate both with "
+                    "the same `metrics` before putting them into one table."
                 )
     return {label: {score.metric: score.value for score in scores} for label, scores in rows.items()}
