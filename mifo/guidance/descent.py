@@ -1,0 +1,46 @@
+"""The descent of the latents on the guidance loss before one denoising step."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mifo.guidance.alpha import step_size
+from mifo.guidance.loss import guidance_loss
+from mifo.guidance.settings import GuidanceSettings
+
+ReadSums = Callable[[Tensor], tuple[Sequence[Tensor], Sequence[Tensor]]]
+
+
+def descend(
+    latents: Tensor, read_sums: ReadSums, step: int, counter: int, settings: GuidanceSettings
+) -> tuple[Tensor, Tensor, int]:
+    """z ← z − η ∇L, up to `settings.iterations` times (Bounded Attention, arXiv 2403.16990, section 4.2).
+
+    Before an iteration it stops if the previous one of this step gave a loss per sample and subject below
+    `settings.threshold`: each step takes at least one, and one that falls below still moves the latents.
+
+    Args:
+        latents: (B, 4, H, W), detached.
+        read_sums: runs the U-Net on latents; gives the cross layers' and the self layers' sums (2, B, S) each.
+        step: the denoising step, from 0.
+        counter: readings of α in earlier steps.
+
+    Returns:
+        The guided latents, detached; the loss per sample and subject of each iteration, on the latents' device;
+        and the counter.
+    """
+    eta = step_size(step, settings.guided_steps, settings.step_size_start, settings.step_size_end)
+    losses: list[Tensor] = []
+    for _ in range(settings.iterations):
+        if losses and losses[-1].item() < settings.threshold:
+            break
+        latents = latents.detach().requires_grad_()
+        with torch.enable_grad():
+            cross_sums, self_sums = read_sums(latents)
+            loss, counter = guidance_loss(cross_sums, self_sums, counter, settings)
+        (gradient,) = torch.autograd.grad(loss, latents)
+        latents = latents.detach() - eta * gradient
+        _, samples, subjects = (cross_sums or self_sums)[0].shape
+        losses.append(loss.detach() / (samples * subjects))
+    return latents, torch.stack(losses) if losses else latents.new_zeros(0), counter

@@ -1,0 +1,66 @@
+"""Boxes as grids of pixels, and grids at other resolutions."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mifo.errors import MifoError
+
+
+def box_edges(box: Sequence[float], side: int) -> tuple[int, int, int, int]:
+    """Pixel edges (x0, y0, x1, y1) of a box in [0, 1] on a grid of side × side; the upper edges are exclusive.
+
+    Halves go to the even neighbour (Python's `round`), as in MIFO's and Bounded Attention's implementations.
+    """
+    x0, y0, x1, y1 = (round(edge * side) for edge in box)
+    return x0, y0, x1, y1
+
+
+def rasterise_boxes(
+    boxes: Sequence[Sequence[float]], side: int, device: torch.device | None = None
+) -> Tensor:
+    """Boxes (S, 4) in [0, 1] as a bool grid (S, side, side): row y and column x are inside from round(x0·side) on.
+
+    A small box may hold no pixel of a coarse grid; see `check_boxes`.
+    """
+    grid = torch.zeros(len(boxes), side, side, dtype=torch.bool)
+    for subject, box in enumerate(boxes):
+        x0, y0, x1, y1 = box_edges(box, side)
+        grid[subject, y0:y1, x0:x1] = True
+    return grid.to(device)
+
+
+def resize_shapes(shapes: Tensor, side: int) -> Tensor:
+    """Bool shapes (B, S, R, R) at another resolution (B, S, side, side), by nearest-exact."""
+    return F.interpolate(shapes.float(), size=(side, side), mode="nearest-exact").bool()
+
+
+def check_boxes(boxes: Mapping[str, Sequence[float]], side: int | None = None) -> None:
+    """Refuse boxes that cannot be drawn.
+
+    Args:
+        boxes: [x0, y0, x1, y1] in [0, 1] by the name of the subject.
+        side: side of the grid on which shapes are found; each box must hold a pixel of it.
+
+    Raises:
+        MifoError: a box is not four numbers, leaves [0, 1], is upside down, or is smaller than a pixel of the grid.
+    """
+    for name, box in boxes.items():
+        shown = f"The box of {name}, {list(box)},"
+        if len(box) != 4:
+            raise MifoError(f"{shown} needs four numbers: [x0, y0, x1, y1].")
+        x0, y0, x1, y1 = box
+        if not all(0 <= edge <= 1 for edge in box):
+            raise MifoError(
+                f"{shown} leaves the picture: give [x0, y0, x1, y1] as fractions between 0 and 1."
+            )
+        if x0 >= x1 or y0 >= y1:
+            raise MifoError(
+                f"{shown} is upside down or empty: give [x0, y0, x1, y1] with x0 < x1 and y0 < y1."
+            )
+        if side is not None:
+            left, top, right, bottom = box_edges(box, side)
+            if left == right or top == bottom:
+                raise MifoError(f"{shown} is too small: make each side at least 1/{side} of the picture.")

@@ -1,0 +1,66 @@
+"""Batched k-means on the device of its points."""
+
+import torch
+from torch import Tensor
+
+MAX_ITERATIONS = 300
+
+
+def kmeans(
+    points: Tensor, clusters: int, restarts: int = 10, seed: int = 0, centres: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Lloyd's k-means of each set of points by itself, from k-means++ starts (Arthur and Vassilvitskii, SODA 2007).
+
+    Args:
+        points: (B, n, d).
+        clusters: K, at most n.
+        restarts: starts, of which the one of least inertia is kept.
+        seed: seeds the starts, which are drawn alike for each of the B sets: a result does not depend on its batch.
+        centres: (B, K, d) to start from instead; then there is one start.
+
+    Returns:
+        Labels (B, n) in [0, K) and centres (B, K, d), float32.
+    """
+    points = points.float()
+    starts = _plus_plus(points, clusters, restarts, seed) if centres is None else centres[:, None].float()
+    labels, centres, inertia = _lloyd(points[:, None], starts)
+    best = inertia.argmin(dim=1)  # (B,)
+    rows = torch.arange(len(points), device=points.device)
+    return labels[rows, best], centres[rows, best]
+
+
+def _plus_plus(points: Tensor, clusters: int, restarts: int, seed: int) -> Tensor:
+    """k-means++ starts (B, restarts, K, d): each next centre is a point drawn by its squared distance to the others."""
+    draws = torch.rand(restarts, clusters, generator=torch.Generator().manual_seed(seed)).to(points.device)
+    batch, count, _ = points.shape
+    rows = torch.arange(batch, device=points.device)[:, None]
+    distances = points.new_ones(batch, restarts, count)
+    centres = []
+    for draw in draws.T:
+        cumulated = distances.cumsum(dim=-1)
+        targets = draw[:, None].expand(batch, -1, -1) * cumulated[..., -1:]
+        chosen = torch.searchsorted(cumulated, targets, right=True).squeeze(-1).clamp(max=count - 1)
+        centre = points[rows, chosen]  # (B, restarts, d)
+        centres.append(centre)
+        to_centre = torch.cdist(centre, points).square()
+        distances = to_centre if len(centres) == 1 else torch.minimum(distances, to_centre)
+    return torch.stack(centres, dim=2)
+
+
+def _lloyd(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Lloyd's iterations until no label changes: labels (B, r, n), centres (B, r, K, d), inertia (B, r).
+
+    Args:
+        points: (B, 1, n, d). centres: (B, r, K, d). A cluster that loses all its points keeps its centre.
+    """
+    clusters = centres.shape[2]
+    labels = None
+    for _ in range(MAX_ITERATIONS):
+        nearest, new_labels = torch.cdist(points, centres).min(dim=-1)
+        if labels is not None and torch.equal(labels, new_labels):
+            break
+        labels = new_labels
+        members = torch.nn.functional.one_hot(labels, clusters).to(points.dtype)  # (B, r, n, K)
+        sizes = members.sum(dim=-2)[..., None]
+        centres = torch.where(sizes > 0, members.mT @ points / sizes.clamp(min=1), centres)
+    return labels, centres, nearest.square().sum(dim=-1)
