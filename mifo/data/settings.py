@@ -10,7 +10,7 @@ class InstancesSettings:
 
     name: str = "instances"
     folder: str | None = None
-    scene: dict[str, Any] | None = None  # what `mifo.miniature.scenes.render_scene` takes
+    scene: dict[str, Any] | None = None  # the fields of `mifo.miniature.scenes.SceneSpec`
     fit: str = "squash"  # a picture that is not square: squash | crop (about the instances) | pad
     class_names: list[str] | None = None  # one word or phrase per instance, "car"; None: not known
     initializers: list[str | None] | None = None  # a word per instance whose embedding its token starts from

@@ -1,0 +1,1 @@
+"""Data: an image and its instances, class pictures for prior preservation, and what each learning step draws."""

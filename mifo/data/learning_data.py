@@ -1,0 +1,178 @@
+"""What a learning step draws. All that is constant is computed once; a step only draws and picks.
+
+B instance samples, P class samples (P = B with a prior, else 0), N instances, L tokens, h × w latents, H × W pixels.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import count
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from mifo.data.instances import InstanceSet
+from mifo.data.prior import class_pictures, class_prompts
+from mifo.errors import MifoError
+from mifo.learning.settings import LearningSettings, StageSettings
+from mifo.models.images import encode_images
+from mifo.models.loading import DiffusionModel
+from mifo.models.text import tokenize
+
+
+@dataclass(frozen=True)
+class LearningBatch:
+    """One step's draw; class samples come first. All shapes are the same at every step.
+
+    Attributes:
+        input_ids: (P + B, L) tokens of the prompts.
+        latents: (P + B, 4, h, w), drawn from the VAE's posterior.
+        noise: (P + B, 4, h, w) standard normal.
+        timesteps: (P + B,) uniform integers in [0, T).
+        token_positions: (B, N) place of each selected instance's token in its prompt; 0 beyond the k selected.
+        masks: (B, N, H, W) of the selected instances in the prompt's order, in [0, 1]; 0 beyond the k selected.
+        valid: (B, N) 1 for a selected instance, else 0.
+    """
+
+    input_ids: Tensor
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    token_positions: Tensor
+    masks: Tensor
+    valid: Tensor
+
+
+class LearningData(lightning.LightningDataModule):
+    """Draws of one stage, without end; step s draws the same whatever was drawn before, so a resumed run repeats.
+
+    The model must carry the instances' tokens and lie on the device where it learns.
+
+    Args:
+        prior: whether class samples are drawn too.
+        stream: tells the random draws of the stages apart.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        instances: InstanceSet,
+        settings: LearningSettings,
+        stage: StageSettings,
+        seed: int,
+        stream: int = 0,
+        prior: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.instances = instances
+        self.settings = settings
+        self.batch_size = stage.batch_size
+        self.seed = seed
+        self.stream = stream
+        self.prompts = class_prompts(instances, settings.prior) if prior else []
+        self._prompt = cache(self._tokenized)
+
+    def prepare_data(self) -> None:
+        """Make the class pictures that are missing, in one process only."""
+        if self.prompts:
+            class_pictures(self.model, self.prompts, self.settings.prior, self.seed)
+
+    def setup(self, stage: str) -> None:
+        """Encode the image, its mirror image and the class pictures, each once."""
+        image, masks = self.instances.resized(self.model.image_size)
+        both = torch.stack([image, image.flip(-1)])
+        self.latents = encode_images(self.model, both)
+        self.masks = torch.stack([masks, masks.flip(-1)]).to(self.model.device)
+        # row N stands for no instance
+        self.masks = torch.cat([self.masks, torch.zeros_like(self.masks[:, :1])], 1)
+        if self.prompts:
+            pictures, told = class_pictures(self.model, self.prompts, self.settings.prior, self.seed)
+            plain, mirrored = (encode_images(self.model, each) for each in (pictures, pictures.flip(-1)))
+            self.class_latents = [torch.stack(pair) for pair in zip(plain, mirrored, strict=True)]
+            self.class_ids = tokenize(self.model.tokenizer, told)
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches from the step that the trainer stands at; no worker processes, since nothing is read or decoded."""
+        first = self.trainer.global_step * self.trainer.accumulate_grad_batches
+        return DataLoader(_Draws(self, first), batch_size=None)
+
+    def draw(self, step: int, rank: int = 0) -> LearningBatch:
+        """The batch of a step (union sampling, Break-a-Scene, arXiv 2305.16311, section 3.2), after `setup`."""
+        entropy = np.random.SeedSequence([self.seed, self.stream, rank, step]).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(entropy[0]))
+        selections = [self._selection(generator) for _ in range(self.batch_size)]
+        flips = [self._flip(generator) for _ in selections]
+        prompts = [self._prompt(chosen) for chosen in selections]
+        number = len(self.instances.tokens)
+        padded = [list(chosen) + [number] * (number - len(chosen)) for chosen in selections]
+        input_ids = torch.stack([ids for ids, _ in prompts])
+        means, deviations = ([each[flip] for flip in flips] for each in self.latents)
+        if self.prompts:
+            pictures = self._integers(len(self.class_ids), self.batch_size, generator)
+            mirrors = [self._flip(generator) for _ in pictures]
+            input_ids = torch.cat([self.class_ids[pictures], input_ids])
+            means, deviations = (
+                [each[flip, i] for flip, i in zip(mirrors, pictures, strict=True)] + rest
+                for each, rest in zip(self.class_latents, (means, deviations), strict=True)
+            )
+        mean, deviation = torch.stack(means), torch.stack(deviations)
+        # drawn on the CPU, so that a seed gives the same run on every device
+        sample, noise = torch.randn(2, *mean.shape, generator=generator).to(mean.device, non_blocking=True)
+        timesteps = self._integers(
+            self.model.noise_scheduler.config.num_train_timesteps, len(mean), generator
+        )
+        return LearningBatch(
+            input_ids=input_ids,
+            latents=mean + deviation * sample,
+            noise=noise,
+            timesteps=torch.tensor(timesteps),
+            token_positions=torch.stack([positions for _, positions in prompts]),
+            masks=torch.stack([self.masks[flip, rows] for flip, rows in zip(flips, padded, strict=True)]),
+            valid=torch.tensor([[float(i < len(chosen)) for i in range(number)] for chosen in selections]),
+        )
+
+    def _selection(self, generator: torch.Generator) -> tuple[int, ...]:
+        """k ~ U{1…N} distinct instances in random order."""
+        number = len(self.instances.tokens)
+        if not self.settings.union_sampling:
+            return tuple(range(number))
+        size = self._integers(number, 1, generator)[0] + 1
+        return tuple(torch.randperm(number, generator=generator)[:size].tolist())
+
+    def _flip(self, generator: torch.Generator) -> int:
+        return int(torch.rand((), generator=generator) < self.settings.flip_probability)
+
+    @staticmethod
+    def _integers(limit: int, size: int, generator: torch.Generator) -> list[int]:
+        return torch.randint(limit, (size,), generator=generator).tolist()
+
+    def _tokenized(self, chosen: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Tokens (L,) of the prompt of these instances, and the places (N,) of their tokens, padded with 0."""
+        tokens = [self.instances.tokens[i] for i in chosen]
+        ids = tokenize(self.model.tokenizer, [self.settings.template.format(" and ".join(tokens))])[0]
+        positions = torch.zeros(len(self.instances.tokens), dtype=torch.long)
+        for place, token in enumerate(tokens):
+            found = (ids == self.model.tokenizer.convert_tokens_to_ids(token)).nonzero()
+            if len(found) != 1:
+                raise MifoError(
+                    f"learning.template={self.settings.template!r} must name each instance once, "
+                    f"but {token} stands {len(found)} times in its prompt; use {{}} once, as in 'a photo of {{}}'."
+                )
+            positions[place] = found[0, 0]
+        return ids, positions
+
+
+class _Draws(IterableDataset):
+    """Endless draws from step `first` on."""
+
+    def __init__(self, data: LearningData, first: int) -> None:
+        self.data = data
+        self.first = first
+
+    def __iter__(self) -> Iterator[LearningBatch]:
+        rank = self.data.trainer.global_rank
+        return (self.data.draw(step, rank) for step in count(self.first))

@@ -1,0 +1,26 @@
+"""Pictures to latents and back."""
+
+import torch
+from torch import Tensor
+
+from mifo.models.loading import DiffusionModel
+
+
+@torch.no_grad()
+def encode_images(model: DiffusionModel, images: Tensor, batch_size: int = 8) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, each (B, 4, h, w), of the scaled latents of images (B, 3, H, W) in [0, 1]."""
+    scale = model.vae.config.scaling_factor
+    posteriors = [
+        model.vae.encode(part.to(model.vae.device) * 2 - 1).latent_dist for part in images.split(batch_size)
+    ]
+    return (
+        torch.cat([posterior.mean for posterior in posteriors]) * scale,
+        torch.cat([posterior.std for posterior in posteriors]) * scale,
+    )
+
+
+@torch.no_grad()
+def decode_latents(model: DiffusionModel, latents: Tensor, batch_size: int = 4) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] of scaled latents (B, 4, h, w)."""
+    parts = (latents.to(model.vae.dtype) / model.vae.config.scaling_factor).split(batch_size)
+    return torch.cat([model.vae.decode(part).sample for part in parts]).div(2).add(0.5).clamp(0, 1)
