@@ -1,15 +1,18 @@
 """Attention bounded by boxes or shapes in every layer of a U-Net, and what is read from it during synthesis.
 
-Bounded Attention (arXiv 2403.16990, sections 4.1 and 4.2) as MIFO (arXiv 2511.00542) uses it. There are two kinds of
-pass: a *guidance* pass runs the conditional half alone, up to the last layer that the loss reads; a *denoising* pass
-runs both halves, the unconditional first, and can add its maps to the running means from which shapes are renewed.
+Bounded Attention (arXiv 2403.16990) as MIFO (arXiv 2511.00542) uses it. There are two
+kinds of
+pass: a *guidance* pass runs the conditional half alone, up to the last layer that the loss reads; a
+    *denoising* pass
+runs both halves, the unconditional first, and can add its maps to the running means from which shapes are
+renewed.
 
 Letters: B samples, S subjects, L tokens of the prompt, n = R² pixels of a layer.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from types import TracebackType
 from typing import Self
 
@@ -32,9 +35,9 @@ def cross_attention_mask(
 ) -> Tensor:
     """Which tokens each pixel may attend to.
 
-    A subject's tokens are closed outside its own pixels, filter tokens (function words) everywhere, and the first
-    end-of-text token on the background. In guidance passes the background may attend to every subject and to the
-    end-of-text token.
+    A subject's tokens are closed outside its own pixels, filter tokens (function words) everywhere, and the
+    first end-of-text token on the background. In guidance passes the background may attend to every subject
+    and to the end-of-text token.
 
     Args:
         shapes: bool (B, S, n), the pixels of each subject; the background is what no subject has.
@@ -72,12 +75,14 @@ def self_attention_mask(shapes: Tensor) -> Tensor:
 class MaskedAttention:
     """Runs a U-Net, within a `with` block, with attention bounded by the pixels of each subject.
 
-    Layers whose probabilities are read compute them in the open and in 32 bits, all others use fused attention.
-    Masks are made once for each set of shapes, kind of pass and resolution. The processors found before are put
-    back on leaving, also after an exception. The U-Net's parameters should not require gradients.
+    Layers whose probabilities are read compute them in the open and in 32 bits, all others use fused
+    attention. Masks are made once for each set of shapes, kind of pass and resolution. The processors found
+    before are put back on leaving, also after an exception. The U-Net's parameters should not require
+    gradients.
 
     Attributes:
-        self_map: (B, n, n) mean over the recorded denoising passes, the shape layers and heads; conditional half.
+        self_map: (B, n, n) mean over the recorded denoising passes, the shape layers and heads; conditional
+            half.
         cross_map: (B, n, S) likewise, at the leading token (the last index) of each subject.
     """
 
@@ -144,10 +149,8 @@ class MaskedAttention:
         """
         self._guiding, self._reading, self._sums = True, self._guidance_layers, {}
         conditional = self.text_states.chunk(2)[1]
-        try:
+        with suppress(_LastLayerRead):
             self.unet(latents.to(conditional.dtype), timestep, encoder_hidden_states=conditional)
-        except _LastLayerRead:
-            pass
         sums = {
             kind: [self._sums[index] for index in sorted(self._sums) if self._layers[index].kind == kind]
             for kind in ("cross", "self")
@@ -189,7 +192,7 @@ class MaskedAttention:
         self, attn: nn.Module, layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
         """Attention of one layer, (B, heads, n, d), bounded and read as the pass asks for."""
-        bias = self._bias(layer.kind, query, key.shape[2])
+        bias = self._bias(layer.kind, query)
         if layer.index not in self._reading:
             return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=attn.scale)
         probabilities = attention_probabilities(attn, query, key, bias)
@@ -224,8 +227,8 @@ class MaskedAttention:
             self._shapes[pixels] = self._shapes_at(math.isqrt(pixels)).flatten(2)
         return self._shapes[pixels]
 
-    def _bias(self, kind: str, query: Tensor, keys: int) -> Tensor | None:
-        """The mask of this pass as a bias in the query's precision, broadcastable to (batch, heads, n, keys)."""
+    def _bias(self, kind: str, query: Tensor) -> Tensor | None:
+        """The mask of this pass as a bias in the query's precision: (1 or batch, 1, n, keys)."""
         if not self.masked:
             return None
         name = (self._guiding, kind, query.shape[2], query.dtype)

@@ -4,10 +4,10 @@ import math
 
 
 def penalty_weight(counter: int) -> float:
-    """α after `counter` earlier readings, MIFO's schedule (arXiv 2511.00542): steep first, then half a cosine.
+    """α after `counter` earlier readings, MIFO's schedule (arXiv 2511.00542): a line, then half a cosine.
 
-    The counter starts at 0, runs on across denoising steps and is read twice an iteration, once for the cross- and
-    once for the self-attention part. With τ = ⌊counter / 10⌋:
+    The counter starts at 0, runs on across denoising steps and is read twice an iteration, once for the
+    cross- and once for the self-attention part. With τ = ⌊counter / 10⌋:
 
         τ ≤ 3:   0.4 + (0.1 − 0.4)·(τ − 1)/2
         τ ≥ 15:  0.01
@@ -22,5 +22,5 @@ def penalty_weight(counter: int) -> float:
 
 
 def step_size(step: int, guided_steps: int, start: float, end: float) -> float:
-    """η of a denoising step counted from 0: start + (end − start)·step/guided_steps (arXiv 2403.16990, appendix)."""
+    """η of a denoising step counted from 0: start + (end − start)·step/guided_steps (arXiv 2403.16990)."""
     return start + (end - start) * step / guided_steps

@@ -15,20 +15,20 @@ ReadSums = Callable[[Tensor], tuple[Sequence[Tensor], Sequence[Tensor]]]
 def descend(
     latents: Tensor, read_sums: ReadSums, step: int, counter: int, settings: GuidanceSettings
 ) -> tuple[Tensor, Tensor, int]:
-    """z ← z − η ∇L, up to `settings.iterations` times (Bounded Attention, arXiv 2403.16990, section 4.2).
+    """z ← z − η ∇L, up to `settings.iterations` times (Bounded Attention, arXiv 2403.16990).
 
     Before an iteration it stops if the previous one of this step gave a loss per sample and subject below
     `settings.threshold`: each step takes at least one, and one that falls below still moves the latents.
 
     Args:
         latents: (B, 4, H, W), detached.
-        read_sums: runs the U-Net on latents; gives the cross layers' and the self layers' sums (2, B, S) each.
+        read_sums: runs the U-Net on latents; gives the sums (2, B, S) of each cross and each self layer.
         step: the denoising step, from 0.
         counter: readings of α in earlier steps.
 
     Returns:
-        The guided latents, detached; the loss per sample and subject of each iteration, on the latents' device;
-        and the counter.
+        The guided latents, detached; the loss per sample and subject of each iteration, on the latents'
+        device; and the counter.
     """
     eta = step_size(step, settings.guided_steps, settings.step_size_start, settings.step_size_end)
     losses: list[Tensor] = []

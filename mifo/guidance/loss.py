@@ -1,6 +1,6 @@
 """The loss of latent guidance on the attention of one forward pass.
 
-Bounded Attention's loss (arXiv 2403.16990, section 4.2) with MIFO's penalty on the background (arXiv 2511.00542).
+Bounded Guidance of Bounded Attention (arXiv 2403.16990) with MIFO's penalty on the background (2511.00542).
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from mifo.guidance.settings import GuidanceSettings
 
 
 def attention_sums(probabilities: Tensor, shapes: Tensor, context: Tensor) -> Tensor:
-    """Foreground and background attention F, B to each subject's context, summed over heads, pixels and tokens.
+    """Attention F, B of fore- and background to each subject's context, summed over heads, pixels, tokens.
 
     Args:
         probabilities: (B, heads, n, keys).

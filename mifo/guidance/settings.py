@@ -15,7 +15,8 @@ class GuidanceSettings:
         guided_steps: how many of the first denoising steps are preceded by latent guidance.
         iterations: gradient steps on the latents before one guided step, at most.
         threshold: no further iteration in a step once the loss per sample and subject is below this.
-        step_size_start, step_size_end: step size η falls linearly from the first to the second over `guided_steps`.
+        step_size_start, step_size_end: step size η falls linearly from the first to the second over
+            `guided_steps`.
         cross_weight, self_weight: weights of the cross- and self-attention terms of the loss.
         penalty_scale: factor on the scheduled weight α of MIFO's penalty on the background.
         layers: `AttentionLayer.index` of the layers the loss reads; None chooses them by place.

@@ -18,8 +18,8 @@ class PromptTokens:
     """Token positions in a prompt, counted from the start-of-text token at 0.
 
     Attributes:
-        subjects: positions of each key's tokens, in the order of the keys. The last is the leading token: that of
-            the last word, which in an English noun phrase is its noun.
+        subjects: positions of each key's tokens, in the order of the keys. The last is the leading token:
+            that of the last word, which in an English noun phrase is its noun.
         filter_indices: positions of function words outside all subjects.
         eos_index: position of the first end-of-text token.
     """
@@ -47,7 +47,8 @@ def check_instances(prompt: str, keys: Iterable[str], known: Collection[str]) ->
         known: the learned instance tokens.
 
     Raises:
-        MifoError: the prompt or a box names an instance that was not learned, or a box one that the prompt lacks.
+        MifoError: the prompt or a box names an instance that was not learned, or a box one that the prompt
+            lacks.
     """
     keys = list(keys)
     for name in dict.fromkeys(INSTANCE.findall(" ".join([prompt, *keys]))):
@@ -65,23 +66,25 @@ def check_instances(prompt: str, keys: Iterable[str], known: Collection[str]) ->
 def find_instances(tokenizer: PreTrainedTokenizerBase, prompt: str, keys: Sequence[str] = ()) -> PromptTokens:
     """Find the tokens of instances, of other boxed phrases and of function words.
 
-    Every occurrence of a key counts. Longer keys are found first and keep their tokens, so that "red car" and "car"
-    may both have boxes.
+    Every occurrence of a key counts. Longer keys are found first and keep their tokens, so that "red car" and
+    "car" may both have boxes.
 
     Args:
         tokenizer: a CLIP tokenizer that knows the learned instance tokens.
-        keys: instance tokens such as "<asset0>", or whole words that follow each other in the prompt ("red car").
+        keys: instance tokens such as "<asset0>", or whole words that follow each other in the prompt ("red
+            car").
 
     Raises:
-        MifoError: the prompt is too long for the tokenizer; it or a key names an instance that the tokenizer does
-            not know; or a key is not in the prompt.
+        MifoError: the prompt is too long for the tokenizer; it or a key names an instance that the tokenizer
+            does not know; or a key is not in the prompt.
     """
     added = tokenizer.get_added_vocab()
     check_instances(prompt, keys, [token for token in added if INSTANCE.fullmatch(token)])
     ids = tokenizer(prompt, verbose=False)["input_ids"]
     if len(ids) > tokenizer.model_max_length:
         raise MifoError(
-            f"The prompt has {len(ids)} tokens and the model reads {tokenizer.model_max_length}: shorten {prompt!r}."
+            f"The prompt {prompt!r} has {len(ids)} tokens, but the model reads {tokenizer.model_max_length}: "
+            "shorten it."
         )
     words = _words(tokenizer, ids)
     free = [True] * len(words)
@@ -110,7 +113,7 @@ def find_instances(tokenizer: PreTrainedTokenizerBase, prompt: str, keys: Sequen
 
 
 def _words(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
-    """The words of tokenised text and their positions: byte-pair pieces up to the end of a word, or an added token."""
+    """Words of tokenised text and their positions: byte-pair pieces up to a word's end, or an added token."""
     added = tokenizer.get_added_vocab()
     special = set(tokenizer.all_special_ids)
     words: list[tuple[str, list[int]]] = []
@@ -128,4 +131,4 @@ def _words(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[tuple
 
 
 def _lacking(prompt: str, key: str) -> str:
-    return f"The layout has a box for {key!r}, but the prompt {prompt!r} does not contain it: name it in the prompt."
+    return f"The layout has a box for {key!r}, but the prompt {prompt!r} lacks it: name it in the prompt."

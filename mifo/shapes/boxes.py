@@ -10,7 +10,7 @@ from mifo.errors import MifoError
 
 
 def box_edges(box: Sequence[float], side: int) -> tuple[int, int, int, int]:
-    """Pixel edges (x0, y0, x1, y1) of a box in [0, 1] on a grid of side × side; the upper edges are exclusive.
+    """Pixel edges (x0, y0, x1, y1) of a box in [0, 1] on a grid of side × side; x1 and y1 are exclusive.
 
     Halves go to the even neighbour (Python's `round`), as in MIFO's and Bounded Attention's implementations.
     """
@@ -21,7 +21,7 @@ def box_edges(box: Sequence[float], side: int) -> tuple[int, int, int, int]:
 def rasterise_boxes(
     boxes: Sequence[Sequence[float]], side: int, device: torch.device | None = None
 ) -> Tensor:
-    """Boxes (S, 4) in [0, 1] as a bool grid (S, side, side): row y and column x are inside from round(x0·side) on.
+    """Boxes (S, 4) in [0, 1] as bool grids (S, side, side), filled from round(x0·side) to round(x1·side) − 1.
 
     A small box may hold no pixel of a coarse grid; see `check_boxes`.
     """
@@ -45,7 +45,8 @@ def check_boxes(boxes: Mapping[str, Sequence[float]], side: int | None = None) -
         side: side of the grid on which shapes are found; each box must hold a pixel of it.
 
     Raises:
-        MifoError: a box is not four numbers, leaves [0, 1], is upside down, or is smaller than a pixel of the grid.
+        MifoError: a box is not four numbers, leaves [0, 1], is upside down, or is smaller than a pixel of the
+            grid.
     """
     for name, box in boxes.items():
         shown = f"The box of {name}, {list(box)},"

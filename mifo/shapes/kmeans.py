@@ -9,13 +9,14 @@ MAX_ITERATIONS = 300
 def kmeans(
     points: Tensor, clusters: int, restarts: int = 10, seed: int = 0, centres: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Lloyd's k-means of each set of points by itself, from k-means++ starts (Arthur and Vassilvitskii, SODA 2007).
+    """Lloyd's k-means of each set of points by itself, from k-means++ starts (Arthur, Vassilvitskii, 2007).
 
     Args:
         points: (B, n, d).
         clusters: K, at most n.
         restarts: starts, of which the one of least inertia is kept.
-        seed: seeds the starts, which are drawn alike for each of the B sets: a result does not depend on its batch.
+        seed: seeds the starts, which are drawn alike for each of the B sets: a result does not depend on its
+            batch.
         centres: (B, K, d) to start from instead; then there is one start.
 
     Returns:
@@ -30,7 +31,7 @@ def kmeans(
 
 
 def _plus_plus(points: Tensor, clusters: int, restarts: int, seed: int) -> Tensor:
-    """k-means++ starts (B, restarts, K, d): each next centre is a point drawn by its squared distance to the others."""
+    """Starts (B, restarts, K, d): each next centre is a point, drawn by squared distance to those before."""
     draws = torch.rand(restarts, clusters, generator=torch.Generator().manual_seed(seed)).to(points.device)
     batch, count, _ = points.shape
     rows = torch.arange(batch, device=points.device)[:, None]

@@ -1,6 +1,6 @@
 """Shapes renewed from attention: clusters of self-attention, given to subjects by cross-attention.
 
-Bounded Attention (arXiv 2403.16990), section 4.3 "guided denoising", with MIFO's settings (arXiv 2511.00542).
+Bounded Denoising of Bounded Attention (arXiv 2403.16990) with MIFO's settings (arXiv 2511.00542).
 """
 
 import torch
@@ -16,7 +16,7 @@ MIDPOINT = 0.2
 def soft_maps(cross_map: Tensor, shapes: Tensor) -> Tensor:
     """How much each pixel looks like each subject: cross-attention, sharpened and cut to the shape in force.
 
-    x / (max x + ε), then σ(10·(x − 0.2)), then (x − min) / (max − min + ε), each over pixels, times the shape.
+    x / (max x + ε), then σ(10·(x − 0.2)), then (x − min) / (max − min + ε), over pixels, times the shape.
 
     Args:
         cross_map: (B, n, S) mean attention of each pixel to each subject's leading token.
@@ -32,7 +32,7 @@ def soft_maps(cross_map: Tensor, shapes: Tensor) -> Tensor:
 
 
 def cluster_scores(labels: Tensor, soft: Tensor, clusters: int) -> Tensor:
-    """Overlap coefficient of each cluster k and subject s: Σ_{p∈k} C_s(p) / min(Σ_p C_s(p), |k|), and 0 for 0/0.
+    """Overlap coefficient of cluster k and subject s: Σ_{p∈k} C_s(p) / min(Σ_p C_s(p), |k|), and 0 for 0/0.
 
     Args:
         labels: (B, n) in [0, K). soft: C, (B, n, S) in [0, 1].
@@ -59,9 +59,9 @@ def renew_shapes(
 ) -> tuple[Tensor, Tensor]:
     """The shapes that have formed inside the shapes in force, for each sample by itself.
 
-    The rows of the self-attention map are clustered, and a cluster goes to the subject of the largest score (the
-    first on ties), or to none below `threshold`. Then, in order of subjects, one left without a pixel gets its box
-    back, and the others lose those pixels.
+    The rows of the self-attention map are clustered, and a cluster goes to the subject of the largest score
+    (the first on ties), or to none below `threshold`. Then, in order of subjects, one left without a pixel
+    gets its box back, and the others lose those pixels.
 
     Args:
         self_map: (B, n, n) mean self-attention, queries × keys, n = R².

@@ -187,8 +187,8 @@ def synthesize(
     """Sample latents in which each subject stands in its box; without subjects this is plain DDIM sampling.
 
     Args:
-        unet: a diffusers `UNet2DConditionModel`, whose parameters need no gradients. Its attention processors are
-            as before on return, also after an exception.
+        unet: a diffusers `UNet2DConditionModel`, whose parameters need no gradients. Its attention processors
+            are as before on return, also after an exception.
         encoder_hidden_states: (2B, L, width), unconditional rows first, in the U-Net's precision.
         latents: (B, 4, H, W) standard normal; H = W if there are subjects. Sampling keeps their precision.
         filter_indices: positions of the prompt's function words, see `mifo.prompts`.
@@ -200,7 +200,8 @@ def synthesize(
         (B, 4, H, W) clean latents.
 
     Raises:
-        MifoError: an impossible box, layers that do not fit, latents that are not square, or shapes that disagree.
+        MifoError: an impossible box, layers that do not fit, latents that are not square, or shapes that
+            disagree.
     """
     if len(encoder_hidden_states) != 2 * len(latents):
         raise MifoError(
