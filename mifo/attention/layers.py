@@ -1,7 +1,8 @@
 """Which attention layers a U-Net has, in order of execution, and which of them the method reads.
 
-On the four-level U-Net of Stable Diffusion 1.x and 2.x there are 32 layers (self, then cross, in each block), 16 of
-them cross-attention: down 0–5, mid 6, up 7–15. Other U-Nets get the same layers by place and relative resolution.
+The four-level U-Net of Stable Diffusion 1.x and 2.x has 32 layers (self, then cross, in each block), 16 of them
+cross-attention: down 0–5, mid 6, up 7–15. On other U-Nets the same layers are found by place and relative
+resolution.
 """
 
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ class AttentionLayer:
 class LayerChoice:
     """The layers that each part of the method reads, as `AttentionLayer.index` in order of execution.
 
-    D is the divisor of the first up block that has attention: 4 on Stable Diffusion, whose numbers are in brackets.
+    D is the divisor of the first up block with attention. In brackets: the numbers on Stable Diffusion (D = 4).
 
     Attributes:
         semantic: cross layers of the first two up blocks that have attention [cross 7–12].
@@ -124,7 +125,7 @@ def choose_layers(unet: nn.Module) -> LayerChoice:
 
 
 def _blocks(unet: nn.Module) -> Iterator[tuple[Place, int, int, str, nn.Module]]:
-    """Yield (place, number, divisor, path, block) in order of execution; a block resamples after its attention."""
+    """Yield (place, number, divisor, path, block) in order of execution; blocks resample after attention."""
     divisor = 1
     for number, block in enumerate(unet.down_blocks):
         yield "down", number, divisor, f"down_blocks.{number}", block

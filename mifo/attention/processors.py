@@ -1,4 +1,4 @@
-"""What every attention processor here is made of: projection to heads, fused attention, and safe installation."""
+"""What attention processors here are made of: projection to heads, fused attention, and safe installation."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -45,7 +45,7 @@ def merge_heads(attn: nn.Module, attended: Tensor) -> Tensor:
 def attention_probabilities(
     attn: nn.Module, query: Tensor, key: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """softmax(scale · Q Kᵀ + bias) in 32 bits, also under autocast, so that half-precision weights lose no detail.
+    """softmax(scale · Q Kᵀ + bias) in 32 bits, also under autocast, for half precision would blur the maps.
 
     Args:
         query, key: (B, heads, R², d) and (B, heads, R² or L, d).

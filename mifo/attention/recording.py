@@ -21,15 +21,15 @@ from mifo.errors import MifoError
 class AttentionRecorder:
     """Keeps, within a `with` block, the attention probabilities of chosen layers at each forward pass.
 
-    The chosen layers compute their softmax in the open and in 32 bits, all others use fused attention. Gradients
-    flow through the maps. Nothing in the forward pass waits for the device or depends on values, so it can be
-    compiled and captured. The processors found before are put back on leaving, also after an exception.
+    The chosen layers compute their softmax in the open and in 32 bits, all others use fused attention. Maps pass
+    gradients. Nothing in the forward pass waits for the device or depends on values, so it can be compiled and
+    captured. The processors found before are put back on leaving, also after an exception.
 
     Attributes:
         probabilities: by `AttentionLayer.index`, the mean over heads at the last forward pass, float32:
             (B, R², L or R²) of all rows and keys while `token_positions` is `None`, else (b, R², K).
-        token_positions: (b, K) integers on the U-Net's device: the token columns to keep of the LAST b rows of
-            the batch, so that class samples or an unconditional half may come first. May be set anew at any time.
+        token_positions: (b, K) integers on the U-Net's device: the token columns to keep, of the LAST b rows
+            of the batch, so that class samples or an unconditional half come first. Set it anew at any time.
 
     Raises:
         MifoError: a layer number that the U-Net does not have.
@@ -61,7 +61,7 @@ class AttentionRecorder:
 
 
 class _RecordingAttention:
-    """Processor that attends with explicit probabilities and leaves their mean over heads with the recorder."""
+    """Processor that attends with explicit probabilities and leaves their mean with the recorder."""
 
     def __init__(self, recorder: AttentionRecorder, layer: int) -> None:
         self.recorder = recorder

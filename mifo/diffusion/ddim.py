@@ -28,7 +28,7 @@ def ddim_step(
         schedule: the noise schedule, on the latents' device.
         noisy, prediction: (B, C, h, w).
         timestep: t, one of `ddim_timesteps`.
-        next_timestep: t − T // steps; below 0 at the last step, which then ends at ᾱ of timestep 0 rather than at one.
+        next_timestep: t − T // steps; below 0 at the last step, which ends at ᾱ of timestep 0, not at one.
 
     Returns:
         (B, C, h, w).

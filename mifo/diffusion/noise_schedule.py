@@ -47,7 +47,7 @@ class NoiseSchedule:
         return signal * clean + spread * noise
 
     def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
-        """What the U-Net should predict for (B, …) clean latents and noise at the timesteps (B,), or at one for all."""
+        """What to predict for (B, …) clean latents and noise at the timesteps (B,), or at one for all."""
         if self.prediction_type == "epsilon":
             return noise
         signal, spread = self._coefficients(timesteps, clean)
@@ -56,7 +56,7 @@ class NoiseSchedule:
     def clean_and_noise(
         self, noisy: Tensor, prediction: Tensor, timesteps: Tensor | int
     ) -> tuple[Tensor, Tensor]:
-        """(x_0, ε) that a prediction implies for noisy latents (B, …) at the timesteps (B,), or at one for all."""
+        """(x_0, ε) that a prediction for noisy latents (B, …) implies at the timesteps (B,), or at one."""
         signal, spread = self._coefficients(timesteps, noisy)
         if self.prediction_type == "epsilon":
             return (noisy - spread * prediction) / signal, prediction

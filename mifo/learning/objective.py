@@ -1,6 +1,6 @@
-"""What both stages of learning minimise: denoising inside the masks, prior preservation and an attention loss.
+"""What both stages of learning minimise: denoising in the masks, prior preservation and an attention loss.
 
-B batch, K instances selected in a sample, L tokens, C × h × w latents, H × W masks, R² pixels of an attention map.
+B batch, K selected instances, L tokens, C × h × w latents, H × W masks, R² pixels of an attention map.
 """
 
 from collections.abc import Callable
@@ -20,13 +20,13 @@ class StepInputs:
     """The tensors of one learning step.
 
     Attributes:
-        latents: clean latents, (P + B, C, h, w): P class samples, then B instance samples. P is 0 without a prior.
+        latents: clean latents, (P + B, C, h, w): P class samples (or none), then B instance samples.
         noise: of the same shape.
         timesteps: (P + B,) integers.
         encoder_hidden_states: prompts' embeddings, (P + B, L, width).
         token_positions: place in its prompt of each selected instance's token, (B, K) integers below L.
         masks: of the selected instances, (B, K, H, W) in [0, 1]; they may overlap.
-        valid: (B, K), 1 for a selected instance, 0 for padding to a constant K, whose other entries do not matter.
+        valid: (B, K), 1 for a selected instance, 0 for padding, whose other entries do not matter.
     """
 
     latents: Tensor
@@ -65,7 +65,7 @@ def semantic_loss(
     attention: TermSettings,
     timestep_limit: int,
 ) -> LossParts:
-    """The loss of stage 1, semantic learning (MIFO, arXiv 2511.00542): masked denoising and an attention loss.
+    """Stage 1, semantic learning (MIFO, arXiv 2511.00542): masked denoising and an attention loss.
 
     Args:
         unet: a diffusers U-Net or what wraps it, called as `unet(noisy, timesteps, encoder_hidden_states)`.
@@ -87,13 +87,13 @@ def finetuning_loss(
     timestep_limit: int,
     prior_weight: float,
 ) -> LossParts:
-    """The loss of stage 2, fine-tuning: that of stage 1, and DreamBooth's prior preservation on class samples.
+    """Stage 2, fine-tuning: the loss of stage 1, and DreamBooth's prior preservation on class samples.
 
-    The attention loss is gated by the timesteps of the instance samples alone. The other arguments are those of
+    The attention loss is gated by the timesteps of the instance samples alone. Other arguments are those of
     `semantic_loss`.
 
     Args:
-        prior_weight: weight of the plain denoising loss on the class samples (DreamBooth, arXiv 2208.12242, eq. 2).
+        prior_weight: weight of the denoising loss on the class samples (DreamBooth, arXiv 2208.12242, eq. 2).
     """
     recorder.token_positions = inputs.token_positions
     noisy = schedule.add_noise(inputs.latents, inputs.noise, inputs.timesteps)

@@ -1,1 +1,1 @@
-"""Losses on cross-attention maps: MIFO's reward and penalty, Break-a-Scene's matching, and when each is active."""
+"""Losses on cross-attention maps: MIFO's and Break-a-Scene's, and when each is active."""

@@ -1,4 +1,4 @@
-"""Which attention loss is active at a step, on which layers, for which samples, and its sum over layers and instances."""
+"""Which attention loss is active when and on which layers, and its sum over layers and instances."""
 
 from collections.abc import Mapping
 from math import isqrt
@@ -25,7 +25,7 @@ def active_term(settings: PenaltySettings, stage: Stage, step: int) -> TermSetti
 
 
 def layers_read(term: AttentionTerm, stage: Stage, choice: LayerChoice) -> tuple[int, ...]:
-    """The layers whose maps a loss reads; Break-a-Scene averages maps, so it always reads layers of one resolution."""
+    """The layers that a loss reads; Break-a-Scene averages their maps, so its layers have one resolution."""
     if term is AttentionTerm.none:
         return ()
     if stage == "finetuning" or term is AttentionTerm.break_a_scene:
@@ -44,7 +44,7 @@ def attention_loss(
     """Sum of an attention loss over layers and instances, mean over samples.
 
     Args:
-        term: reward and penalty compare each layer with the masks; Break-a-Scene compares the mean of the layers.
+        term: reward and penalty compare each layer with the masks, Break-a-Scene the mean of the layers.
         maps: by layer, cross-attention probabilities of the instances' tokens, (B, R², K), mean over heads.
         masks: (B, K, H, W) in [0, 1].
         valid: (B, K), 1 for an instance that counts and 0 for padding.

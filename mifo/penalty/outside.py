@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def penalty(attention: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the map of (A·(1 − M))²; inside the mask the attention is free, so that the word stays editable.
+    """Mean over the map of (A·(1 − M))²; inside the mask the word attends as it likes and stays editable.
 
     Args:
         attention: cross-attention probabilities A of one token, mean over heads, (…, R, R) in [0, 1].

@@ -1,0 +1,106 @@
+"""The noise schedule, the denoising loss and DDIM against diffusers."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch.nn import functional as F
+
+from mifo.diffusion.classifier_free_guidance import classifier_free_guidance
+from mifo.diffusion.ddim import ddim_step, ddim_timesteps
+from mifo.diffusion.denoising import denoising_loss, union_mask
+from mifo.diffusion.noise_schedule import NoiseSchedule
+from mifo.errors import MifoError
+
+BETAS = ("scaled_linear", "linear", "squaredcos_cap_v2")
+
+
+def scheduler_of(prediction_type: str, betas: str = "scaled_linear", offset: int = 0) -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule=betas,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=offset,
+        prediction_type=prediction_type,
+    )
+
+
+@pytest.fixture
+def latents():
+    return torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("betas", BETAS)
+def test_noise_and_velocity_equal_those_of_diffusers(betas, latents):
+    scheduler = scheduler_of("v_prediction", betas)
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    clean, noise, timesteps = latents[0], latents[1], torch.tensor([7, 800])
+    torch.testing.assert_close(
+        schedule.add_noise(clean, noise, timesteps), scheduler.add_noise(clean, noise, timesteps)
+    )
+    torch.testing.assert_close(
+        schedule.target(clean, noise, timesteps), scheduler.get_velocity(clean, noise, timesteps)
+    )
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_perfect_prediction_gives_back_picture_and_noise(prediction_type, latents):
+    schedule = NoiseSchedule.from_scheduler(scheduler_of(prediction_type))
+    clean, noise, timesteps = latents[0], latents[1], torch.tensor([7, 600])
+    noisy = schedule.add_noise(clean, noise, timesteps)
+    found = schedule.clean_and_noise(noisy, schedule.target(clean, noise, timesteps), timesteps)
+    torch.testing.assert_close(found, (clean, noise), rtol=1e-4, atol=1e-4)
+
+
+def test_latents_in_half_precision_stay_so(latents):
+    schedule = NoiseSchedule.from_scheduler(scheduler_of("epsilon"))
+    noisy = schedule.add_noise(latents[0].half(), latents[1].half(), torch.tensor([7, 600]))
+    assert noisy.dtype == torch.float16
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(("steps", "offset"), [(1, 0), (7, 0), (20, 0), (50, 1)])
+def test_ddim_equals_diffusers_to_its_last_step(prediction_type, steps, offset, latents):
+    scheduler = scheduler_of(prediction_type, offset=offset)
+    scheduler.set_timesteps(steps)
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    timesteps = ddim_timesteps(steps, schedule, offset)
+    assert timesteps == scheduler.timesteps.tolist()
+    ours = theirs = latents[0]
+    for timestep in timesteps:
+        ours = ddim_step(schedule, ours, torch.sin(3 * ours), timestep, timestep - 1000 // steps)
+        theirs = scheduler.step(torch.sin(3 * theirs), timestep, theirs).prev_sample
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [0, 1001])
+def test_impossible_numbers_of_steps_are_refused(steps):
+    with pytest.raises(MifoError, match="choose 1 to 1000"):
+        ddim_timesteps(steps, NoiseSchedule.from_scheduler(scheduler_of("epsilon")))
+
+
+def test_prediction_of_the_picture_itself_is_refused():
+    with pytest.raises(MifoError, match="prediction_type is 'sample'"):
+        NoiseSchedule.from_scheduler(scheduler_of("sample"))
+
+
+def test_the_union_of_overlapping_masks_counts_each_pixel_once():
+    masks = torch.zeros(1, 3, 8, 8)
+    masks[0, 0, :4], masks[0, 1, 2:6], masks[0, 2] = 1, 1, 1
+    union = union_mask(masks, torch.tensor([[1.0, 1.0, 0.0]]), (4, 4))
+    assert union[0, 0, :, 0].tolist() == [1, 1, 1, 0]
+
+
+def test_masked_loss_is_averaged_over_all_elements(latents):
+    prediction, target = latents[0], latents[1]
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[..., :2] = 1
+    inside = F.mse_loss(prediction[..., :2], target[..., :2])
+    torch.testing.assert_close(denoising_loss(prediction, target, mask), inside * 2 / 8)
+    torch.testing.assert_close(denoising_loss(prediction, target), F.mse_loss(prediction, target))
+
+
+def test_guidance_goes_beyond_the_prompt():
+    guided = classifier_free_guidance(torch.tensor([1.0]), torch.tensor([3.0]), 7.5)
+    assert guided.item() == 1 + 7.5 * 2
