@@ -175,6 +175,19 @@ def test_the_velocity_is_the_target_of_a_model_that_predicts_it(vector_unet, ins
     torch.testing.assert_close(loss.denoising, F.mse_loss(prediction, target), rtol=1e-4, atol=1e-6)
 
 
+def test_the_loss_is_one_graph_whatever_the_words_and_the_timesteps(vector_unet, instances):
+    with AttentionRecorder(vector_unet, choose_layers(vector_unet).semantic) as recorder:
+        compiled = torch.compile(semantic_loss, backend="eager", fullgraph=True)
+        arguments = (PENALTY, SETTINGS.timestep_limit)
+        compiled(vector_unet, recorder, SCHEDULE, instances, *arguments)
+        other = replace(
+            instances, timesteps=torch.tensor([700, 20]), token_positions=torch.tensor([[7, 5], [9, 3]])
+        )
+        with torch.compiler.set_stance("fail_on_recompile"):
+            loss = compiled(vector_unet, recorder, SCHEDULE, other, *arguments)
+    torch.testing.assert_close(loss.total, loss_of(vector_unet, "semantic", other, PENALTY).total)
+
+
 def test_without_a_term_nothing_is_read(vector_unet, instances):
     loss = loss_of(vector_unet, "semantic", instances, TermSettings(AttentionTerm.none, 1.0))
     assert loss.maps == {}

@@ -1,8 +1,7 @@
 """Which attention layers a U-Net has, in order of execution, and which of them the method reads.
 
-The four-level U-Net of Stable Diffusion 1.x and 2.x has 32 layers (self, then cross, in each block), 16 of them
-cross-attention: down 0–5, mid 6, up 7–15. On other U-Nets the same layers are found by place and relative
-resolution.
+On Stable Diffusion 1.x and 2.x, of four levels, there are 32 layers (self, then cross, in each block), 16 of them
+cross-attention: down 0–5, mid 6, up 7–15. Elsewhere the same layers are found by place and resolution.
 """
 
 from collections.abc import Iterator
@@ -43,7 +42,7 @@ class AttentionLayer:
 class LayerChoice:
     """The layers that each part of the method reads, as `AttentionLayer.index` in order of execution.
 
-    D is the divisor of the first up block with attention. In brackets: the numbers on Stable Diffusion (D = 4).
+    D is the divisor of the first up block with attention. In brackets: Stable Diffusion's numbers (D = 4).
 
     Attributes:
         semantic: cross layers of the first two up blocks that have attention [cross 7–12].

@@ -21,9 +21,9 @@ from mifo.errors import MifoError
 class AttentionRecorder:
     """Keeps, within a `with` block, the attention probabilities of chosen layers at each forward pass.
 
-    The chosen layers compute their softmax in the open and in 32 bits, all others use fused attention. Maps pass
-    gradients. Nothing in the forward pass waits for the device or depends on values, so it can be compiled and
-    captured. The processors found before are put back on leaving, also after an exception.
+    The chosen layers compute their softmax in the open and in 32 bits, others use fused attention. Maps pass
+    gradients. Nothing in the forward pass waits for the device or depends on values, so it can be compiled
+    and captured. The processors found before are put back on leaving, also after an exception.
 
     Attributes:
         probabilities: by `AttentionLayer.index`, the mean over heads at the last forward pass, float32:

@@ -7,8 +7,8 @@ from torch import Tensor
 def break_a_scene(attention: Tensor, mask: Tensor) -> Tensor:
     """Mean over the map of (A / max A − M)²: attention that fills the mask evenly and leaves the rest.
 
-    The map is averaged over the layers of one resolution first (16×16 on Stable Diffusion), then divided by its
-    maximum, since a probability shared among all tokens of a prompt never reaches the mask's 1 by itself.
+    The map is averaged over the layers of one resolution first (16×16 on Stable Diffusion), then divided by
+    its maximum, since a probability shared among all tokens of a prompt never reaches the mask's 1 by itself.
 
     Args:
         attention: cross-attention probabilities A of one token, mean over heads and layers, (…, R, R).
