@@ -1,7 +1,7 @@
 """Which attention layers a U-Net has, in order of execution, and which of them the method reads.
 
-On Stable Diffusion 1.x and 2.x, of four levels, there are 32 layers (self, then cross, in each block), 16 of them
-cross-attention: down 0–5, mid 6, up 7–15. Elsewhere the same layers are found by place and resolution.
+On Stable Diffusion 1.x and 2.x, of four levels, there are 32 layers (self, then cross, in each block), 16 of
+them cross-attention: down 0–5, mid 6, up 7–15. Elsewhere the same layers are found by place and resolution.
 """
 
 from collections.abc import Iterator
