@@ -5,6 +5,7 @@ import json
 import open_clip
 import pytest
 import torch
+from tiny import tiny_tokenizer
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
@@ -19,7 +20,6 @@ from mifo.metrics.prompt_similarity import PromptSimilarity
 from mifo.metrics.protocol import ENDINGS, evaluation_prompts, name_classes
 from mifo.metrics.scores import Evaluator, Score, score_table
 from mifo.metrics.settings import ImageSettings, ImageTextSettings
-from tests.tiny import tiny_tokenizer
 
 RED, GREEN, BLUE = torch.eye(3)
 TOKENS = ["<asset0>", "<asset1>", "<asset2>"]
@@ -206,7 +206,8 @@ def test_scores_of_different_evaluators_never_share_a_table():
 
 
 def test_pictures_and_evaluations_survive_the_disk(tmp_path):
-    pictures = [Picture(draw(RED, BLUE), "a photo of <asset0>", {"<asset0>": BOXES[0]}, 7)]
+    levels = torch.arange(256).repeat(3, 1, 1) / 255
+    pictures = [Picture(levels, "a photo of <asset0>", {"<asset0>": BOXES[0]}, 7)]
     (read,) = read_pictures(save_pictures(tmp_path / "pictures", pictures))
     torch.testing.assert_close(read.image, pictures[0].image)
     assert (read.prompt, read.boxes, read.seed) == ("a photo of <asset0>", {"<asset0>": BOXES[0]}, 7)

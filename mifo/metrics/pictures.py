@@ -25,6 +25,14 @@ class Picture:
     seed: int | None = None
 
 
+def as_image(picture: Tensor) -> Image.Image:
+    """Turn (3, H, W), uint8 or float in [0, 1], into an RGB image; floats are rounded, not cut."""
+    picture = picture.detach().cpu()
+    if picture.is_floating_point():
+        picture = (picture.float().clamp(0, 1) * 255).round().byte()
+    return to_pil_image(picture)
+
+
 def save_pictures(folder: Path | str, pictures: Sequence[Picture]) -> Path:
     """Write `000.png` … and `pictures.json` (prompt, boxes and seed of each) into a new or empty `folder`."""
     folder = Path(folder)
@@ -34,7 +42,7 @@ def save_pictures(folder: Path | str, pictures: Sequence[Picture]) -> Path:
     rows = []
     for index, picture in enumerate(pictures):
         name = f"{index:03d}.png"
-        to_pil_image(picture.image.detach().float().cpu().clamp(0, 1)).save(folder / name)
+        as_image(picture.image).save(folder / name)
         rows.append({"file": name, "prompt": picture.prompt, "boxes": picture.boxes, "seed": picture.seed})
     (folder / "pictures.json").write_text(json.dumps(rows, indent=2) + "\n")
     return folder

@@ -1,0 +1,1 @@
+"""What a person looks at: layouts, the contact sheet and its HTML page."""

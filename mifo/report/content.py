@@ -1,0 +1,61 @@
+"""What a contact sheet shows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from mifo.metrics.evaluation import Evaluation
+from mifo.metrics.pictures import Picture
+from mifo.metrics.scores import Score
+
+LABELS = {
+    "editability": "Editability",
+    "instance_consistency": "Instance-consistency",
+    "instance_consistency_clip": "Instance-consistency (CLIP)",
+    "identification": "Identification",
+    "leakage": "Leakage",
+    "box_adherence": "Box adherence",
+}
+EXPLANATIONS = {
+    "editability": "the picture says what its prompt says",
+    "instance_consistency": "each box shows its own instance",
+    "instance_consistency_clip": "the same, seen by CLIP",
+    "identification": "boxes recognised as their own instance",
+    "leakage": "share of other instances in a box",
+    "box_adherence": "instances found where their boxes are",
+}
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """The content: where the instances come from, the made pictures and what was measured.
+
+    `source` is (3, H, W), float in [0, 1] or uint8; `masks` (N, H, W) in [0, 1]; `facts` are shown under the
+    title (model, method, seed); `evaluation` holds one row of scores per picture, in the same order.
+    """
+
+    title: str
+    source: Tensor
+    masks: Tensor
+    tokens: Sequence[str]
+    class_names: Sequence[str | None]
+    pictures: Sequence[Picture]
+    evaluation: Evaluation | None = None
+    facts: dict[str, str] = field(default_factory=dict)
+
+    def scores_of(self, index: int) -> dict[str, float]:
+        """Scores of picture `index`, by metric."""
+        return self.evaluation.pictures[index] if self.evaluation else {}
+
+    @property
+    def scores(self) -> Sequence[Score]:
+        return self.evaluation.scores if self.evaluation else ()
+
+    @property
+    def footer(self) -> str:
+        """Who measured; figures of other evaluators do not compare."""
+        evaluators = dict.fromkeys(str(score.evaluator) for score in self.scores)
+        if not evaluators:
+            return ""
+        return f"Measured by {' and '.join(evaluators)}, protocol {self.scores[0].protocol}"

@@ -1,0 +1,62 @@
+"""Drawn layouts: boxes where they belong, in their instance's colour, with words that can be read."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mifo.report.drawing import draw_layout, draw_masks
+from mifo.report.palette import INK, PALETTE, PAPER, contrast, instance_colour, name_colours, text_colour
+
+
+def near(image, colour, tolerance=3):
+    return (np.abs(np.asarray(image).astype(int) - np.array(colour)) <= tolerance).all(axis=-1)
+
+
+@pytest.mark.parametrize("picture", [None, torch.zeros(3, 32, 32), Image.new("RGB", (64, 64))])
+def test_a_box_is_outlined_at_its_edges(picture):
+    image = draw_layout({"<asset1>": (0.25, 0.5, 0.75, 1.0)}, picture, size=400)
+    assert image.size == (400, 400)
+    rows, columns = np.where(near(image, instance_colour(1)))
+    assert (columns.min(), columns.max(), rows.min(), rows.max()) == (100, 299, 200, 399)
+
+
+def test_a_picture_keeps_its_proportions_and_its_pixels_inside():
+    picture = torch.full((3, 20, 40), 0.5)
+    image = draw_layout({"<asset0>": (0.1, 0.1, 0.9, 0.9)}, picture, size=400)
+    assert image.size == (400, 200)
+    assert image.getpixel((200, 120)) == (128, 128, 128)
+
+
+def test_labels_do_not_hide_each_other_and_stay_in_the_picture():
+    boxes = {f"<asset{i}>": (0.4, 0.4, 0.95, 0.95) for i in range(3)}
+    image = draw_layout(boxes, None, size=400)
+    areas = [near(image, instance_colour(index)).sum() for index in range(3)]
+    assert min(areas) > 700  # each label's ground is to be seen
+    edge = draw_layout({"a long name of a thing": (0.9, 0.0, 1.0, 0.05)}, None, size=400)
+    alone = near(edge, name_colours(["a long name of a thing"])["a long name of a thing"])
+    assert alone.sum() > 1500
+
+
+def test_an_instance_has_one_colour_whatever_stands_beside_it():
+    assert name_colours(["<asset2>"])["<asset2>"] == instance_colour(2)
+    colours = name_colours(["a mug", "<asset2>", "tree", "<asset7>"])
+    assert colours["<asset2>"] == PALETTE[2] and len(set(colours.values())) == 4
+    assert len(name_colours([str(index) for index in range(20)])) == 20
+
+
+def test_every_label_can_be_read():
+    assert contrast(INK, PAPER) > 15
+    for colour in PALETTE:
+        assert contrast(text_colour(colour), colour) >= 4.5  # WCAG 2.2, level AA
+
+
+def test_masks_are_tinted_by_their_instance():
+    masks = torch.zeros(2, 4, 4)
+    masks[0, :, :2] = 1
+    masks[1, :, 2:] = 1
+    masks[:, 0] = 0
+    image = np.asarray(draw_masks(torch.full((3, 64, 64), 0.8), masks)).astype(int)
+    blue, orange, background = image[40, 8], image[40, 56], image[4, 4]
+    assert blue[2] - blue[0] > 80 and orange[0] - orange[2] > 80
+    assert np.ptp(background) == 0
