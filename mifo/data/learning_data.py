@@ -23,7 +23,7 @@ from mifo.models.loading import DiffusionModel
 from mifo.models.text import tokenize
 
 
-@dataclass(frozen=True)
+@dataclass
 class LearningBatch:
     """One step's draw; class samples come first. All shapes are the same at every step.
 

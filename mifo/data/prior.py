@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -99,6 +100,7 @@ def _made_pictures(
         for start in range(0, len(missing), settings.batch_size):
             chosen = missing[start : start + settings.batch_size]
             noise = torch.stack([_initial_noise(model, seed, i) for i in chosen]).to(model.device)
+            step = partial(progress.advance, bar, len(chosen))
             latents = synthesize(
                 model.unet,
                 schedule,
@@ -109,7 +111,7 @@ def _made_pictures(
                 0,
                 sampling,
                 GuidanceSettings(),
-                on_step=lambda _, n=len(chosen): progress.advance(bar, n),
+                on_step=lambda _, advance=step: advance(),
             )
             for i, image in zip(chosen, decode_latents(model, latents).cpu(), strict=True):
                 # renamed when whole, so that a killed run or one beside this one leaves no half picture

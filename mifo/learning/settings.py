@@ -19,7 +19,7 @@ class StageSettings:
     weight_decay: float = 1e-2
     eps: float = 1e-8
     gradient_clip: float = 1.0  # largest norm of the gradient; 0 leaves it unclipped
-    checkpoint_every: int = 100  # steps between checkpoints for `resume`; 0 writes them at the end only
+    checkpoint_every: int = 100  # steps between checkpoints for `resume`; 0: none, the stage begins anew
 
 
 def _finetuning() -> StageSettings:
@@ -30,6 +30,7 @@ def _finetuning() -> StageSettings:
         learning_rate=2e-6,
         schedule="constant",
         warmup_steps=0,
+        checkpoint_every=0,  # of Stable Diffusion one takes some 10 GB
     )
 
 

@@ -1,0 +1,163 @@
+"""Learning from first to last: new tokens, both stages, the folder `learned/`."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+
+from mifo.data.instances import InstanceSet
+from mifo.data.learning_data import LearningData
+from mifo.errors import MifoError
+from mifo.learning.settings import LearningSettings, StageSettings
+from mifo.learning.stages import OPTIMIZERS, SCHEDULES, Finetuning, LearningStage, SemanticLearning
+from mifo.models.learned import refuse_existing, save_learned
+from mifo.models.loading import DiffusionModel
+from mifo.models.tokens import add_instance_tokens
+from mifo.models.trainable import LEARN, add_lora
+from mifo.penalty.settings import PenaltySettings
+
+
+def check_learning(settings: LearningSettings) -> None:
+    """Refuse impossible settings before any model is loaded.
+
+    Raises:
+        MifoError: naming the key and the values that it takes.
+    """
+    for name, stage in (("semantic", settings.semantic), ("finetuning", settings.finetuning)):
+        key = f"learning.{name}"
+        if stage.learn not in LEARN:
+            raise MifoError(f"{key}.learn={stage.learn} is not known; take one of {', '.join(LEARN)}.")
+        if stage.optimizer not in OPTIMIZERS:
+            raise MifoError(
+                f"{key}.optimizer={stage.optimizer} is not known; take {' or '.join(OPTIMIZERS)}."
+            )
+        if stage.schedule not in SCHEDULES:
+            raise MifoError(
+                f"{key}.schedule={stage.schedule} is not known; take one of {', '.join(SCHEDULES)}."
+            )
+        if stage.steps < 0 or stage.batch_size < 1 or stage.checkpoint_every < 0:
+            raise MifoError(
+                f"{key} needs steps and checkpoint_every of at least 0, and batch_size of at least 1."
+            )
+    if settings.semantic.learn != "tokens":
+        raise MifoError(
+            "learning.semantic.learn must be tokens: the first stage learns the new token rows alone."
+        )
+    if not 0 <= settings.flip_probability <= 1:
+        raise MifoError(f"learning.flip_probability={settings.flip_probability} is not between 0 and 1.")
+    if settings.prior.weight < 0:
+        raise MifoError(
+            f"learning.prior.weight={settings.prior.weight} is negative; take 0 to leave the prior out."
+        )
+    if settings.prior.weight and not settings.prior.folder and settings.prior.pictures < 1:
+        raise MifoError(
+            "learning.prior.pictures must be at least 1; set learning.prior.weight=0 to leave them out."
+        )
+
+
+def learn(
+    model: DiffusionModel,
+    instances: InstanceSet,
+    settings: LearningSettings,
+    penalty: PenaltySettings,
+    folder: Path | str,
+    *,
+    seed: int = 0,
+    trainer: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
+    loggers: Sequence[Logger] = (),
+    config: str = "",
+) -> Path:
+    """Learn the instances with both stages and save them into `folder/learned`.
+
+    Called again with the same arguments and the same `folder` after it was interrupted, it continues from the last
+    checkpoint and ends with the same result as without the interruption. Checkpoints go when the result is saved.
+
+    Args:
+        model: a base model without new tokens; afterwards it carries what was learned, on the trainer's device.
+        trainer: arguments of `lightning.Trainer` beside those that the settings fix, such as accelerator and precision.
+        config: YAML text of the run's configuration, saved beside the result.
+
+    Returns:
+        `folder/learned`.
+
+    Raises:
+        MifoError: impossible settings, or `folder/learned` exists.
+    """
+    check_learning(settings)
+    target, checkpoints = Path(folder) / "learned", Path(folder) / "checkpoints"
+    refuse_existing(target)
+    lightning.seed_everything(seed, verbose=False)
+    add_instance_tokens(model, instances.tokens, instances.initializers, seed)
+    stages: list[tuple[type[LearningStage], StageSettings, float]] = [
+        (SemanticLearning, settings.semantic, 0.0),
+        (Finetuning, settings.finetuning, settings.prior.weight),
+    ]
+    steps: dict[str, int] = {}
+    for stream, (stage_class, stage, prior_weight) in enumerate(stages):
+        if not stage.steps:
+            continue
+        runner = _trainer(stage_class.stage, stage, checkpoints, trainer or {}, callbacks, loggers)
+        model.to(runner.strategy.root_device)
+        if stage.learn == "lora":
+            add_lora(model, stage.lora_rank)
+        data = LearningData(model, instances, settings, stage, seed, stream, prior=prior_weight > 0)
+        module = stage_class(model, instances, stage, penalty, prior_weight)
+        last = checkpoints / stage_class.stage / "last.ckpt"
+        with module.recording():
+            runner.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
+        steps[stage_class.stage] = runner.global_step
+        # Lightning leaves the module on the CPU
+        model.to(runner.strategy.root_device)
+    save_learned(
+        target,
+        model,
+        class_names=instances.class_names,
+        initializers=instances.initializers,
+        stages=steps,
+        learn=settings.finetuning.learn if settings.finetuning.steps else "tokens",
+        lora_rank=settings.finetuning.lora_rank,
+        half=settings.save_half,
+        config=config,
+    )
+    for part in (model.unet, model.text_encoder):
+        part.requires_grad_(False).eval()
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return target
+
+
+def _trainer(
+    name: str,
+    stage: StageSettings,
+    checkpoints: Path,
+    arguments: Mapping[str, Any],
+    callbacks: Sequence[Callback],
+    loggers: Sequence[Logger],
+) -> lightning.Trainer:
+    savers = []
+    if stage.checkpoint_every and not arguments.get("fast_dev_run"):
+        every = min(stage.checkpoint_every, stage.steps)
+        savers = [
+            ModelCheckpoint(
+                checkpoints / name, "last", every_n_train_steps=every, enable_version_counter=False
+            )
+        ]
+    fixed = {
+        "max_steps": stage.steps,
+        "max_epochs": -1,
+        "gradient_clip_val": stage.gradient_clip or None,
+        "default_root_dir": checkpoints.parent,
+        "enable_checkpointing": bool(savers),
+        "logger": list(loggers),
+    }
+    if clashes := sorted({*fixed, "callbacks"} & {*arguments}):
+        raise MifoError(
+            f"trainer.{clashes[0]} is fixed by the settings of learning and its callbacks; take it out of trainer."
+        )
+    return lightning.Trainer(
+        callbacks=[*callbacks, *savers], **{"enable_model_summary": False, **arguments, **fixed}
+    )

@@ -1,0 +1,169 @@
+"""The two stages of learning as LightningModules: what learns, with which optimiser, on which loss."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning
+import torch
+from diffusers.optimization import SchedulerType, get_scheduler
+from torch import Tensor, nn
+
+from mifo.attention.layers import choose_layers
+from mifo.attention.recording import AttentionRecorder
+from mifo.data.instances import InstanceSet
+from mifo.data.learning_data import LearningBatch
+from mifo.diffusion.noise_schedule import NoiseSchedule
+from mifo.learning.objective import LossParts, StepInputs, finetuning_loss
+from mifo.learning.settings import StageSettings
+from mifo.models.loading import DiffusionModel
+from mifo.models.text import encode_ids
+from mifo.models.trainable import new_rows, set_trainable
+from mifo.penalty.active import Stage, active_term, layers_read
+from mifo.penalty.settings import PenaltySettings
+
+OPTIMIZERS = ("adamw", "adamw_8bit")
+SCHEDULES = tuple(schedule.value for schedule in SchedulerType)
+
+log = logging.getLogger(__name__)
+
+
+class LearningStage(lightning.LightningModule):
+    """One stage. Checkpoints hold what learns, the optimiser and nothing of the base model.
+
+    Attributes:
+        model, instances, settings, penalty: as given.
+        stage: "semantic" or "finetuning", also the prefix of what is logged.
+        last: the `LossParts` of the last step, or None; reading its values waits for the device.
+        new_rows: the new token rows, (N, width).
+        layers: index of each attention layer that the loss of the stage may read.
+    """
+
+    stage: Stage
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        instances: InstanceSet,
+        settings: StageSettings,
+        penalty: PenaltySettings,
+        prior_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.strict_loading = False  # the base model is not in a checkpoint
+        self.model = model
+        self.unet, self.text_encoder = model.unet, model.text_encoder
+        self.instances, self.settings, self.penalty = instances, settings, penalty
+        self.prior_weight = prior_weight
+        self.last: LossParts | None = None
+        self._choice = choose_layers(model.unet)
+        self._recorder = AttentionRecorder(model.unet, self._layers_at(0))
+        set_trainable(model, settings.learn)
+        self.train()
+
+    @property
+    def new_rows(self) -> nn.Parameter:
+        return new_rows(self.model)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted({*self._layers_at(0), *self._layers_at(self.settings.steps)}))
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Attention is recorded in this block, in which the trainer must run, and put back after it."""
+        self._recorder.__enter__()
+        try:
+            yield
+        finally:
+            self._recorder.__exit__(None, None, None)
+
+    def training_step(self, batch: LearningBatch, batch_index: int) -> Tensor:
+        term = active_term(self.penalty, self.stage, self.global_step)
+        self._record(self._layers_at(self.global_step))
+        inputs = StepInputs(
+            latents=batch.latents,
+            noise=batch.noise,
+            timesteps=batch.timesteps,
+            encoder_hidden_states=encode_ids(self.model, batch.input_ids),
+            token_positions=batch.token_positions,
+            masks=batch.masks,
+            valid=batch.valid,
+        )
+        self.last = finetuning_loss(
+            self.unet,
+            self._recorder,
+            self._schedule,
+            inputs,
+            term,
+            self.penalty.timestep_limit,
+            self.prior_weight,
+        )
+        # values are read, which waits for the device, only at the steps that are logged
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            parts = {name: getattr(self.last, name) for name in ("total", "denoising", "prior", "attention")}
+            self.log_dict({f"{self.stage}/loss/{name}": value.detach() for name, value in parts.items()})
+        return self.last.total
+
+    def on_fit_start(self) -> None:
+        self._schedule = NoiseSchedule.from_scheduler(self.model.noise_scheduler, self.device)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        settings = self.settings
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = _optimizer_class(settings.optimizer, self.device)(
+            parameters,
+            lr=settings.learning_rate,
+            betas=tuple(settings.betas),
+            weight_decay=settings.weight_decay,
+            eps=settings.eps,
+        )
+        schedule = get_scheduler(
+            settings.schedule,
+            optimizer,
+            num_warmup_steps=settings.warmup_steps,
+            num_training_steps=settings.steps,
+            num_cycles=1,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Only what learns."""
+        return {name: each.detach() for name, each in self.named_parameters() if each.requires_grad}
+
+    def _layers_at(self, step: int) -> tuple[int, ...]:
+        return layers_read(active_term(self.penalty, self.stage, step).term, self.stage, self._choice)
+
+    def _record(self, layers: tuple[int, ...]) -> None:
+        """Turn to other layers where the active loss reads others."""
+        if layers != self._recorder.layers:
+            self._recorder.__exit__(None, None, None)
+            self._recorder = AttentionRecorder(self.unet, layers)
+            self._recorder.__enter__()
+
+
+class SemanticLearning(LearningStage):
+    """Stage 1, semantic learning: the new token rows (MIFO, arXiv 2511.00542)."""
+
+    stage = "semantic"
+
+
+class Finetuning(LearningStage):
+    """Stage 2, fine-tuning: U-Net, text encoder and the new token rows, with prior preservation."""
+
+    stage = "finetuning"
+
+
+def _optimizer_class(name: str, device: torch.device) -> type[torch.optim.Optimizer]:
+    """AdamW; with 8-bit states where bitsandbytes and a GPU are at hand, else the same with 32-bit states."""
+    if name == "adamw_8bit" and device.type == "cuda":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError:
+            log.info(
+                "bitsandbytes is not installed: AdamW keeps 32-bit states (more memory, the same method)."
+            )
+        else:
+            return AdamW8bit
+    return torch.optim.AdamW

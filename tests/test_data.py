@@ -1,0 +1,337 @@
+"""Reading instances as people have them, class pictures, and what learning draws."""
+
+import dataclasses
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_pipeline
+
+from mifo.data.instances import InstanceSet, read_instances
+from mifo.data.learning_data import LearningData
+from mifo.data.prior import class_pictures, class_prompts
+from mifo.data.settings import InstancesSettings
+from mifo.errors import MifoError
+from mifo.learning.settings import LearningSettings, PriorSettings, StageSettings
+from mifo.miniature.vocabulary import BACKGROUNDS
+from mifo.models.images import encode_images
+from mifo.models.loading import load_model
+from mifo.models.settings import ModelSettings
+from mifo.models.text import tokenize
+from mifo.models.tokens import add_instance_tokens
+
+WIDTH, HEIGHT = 40, 30
+
+
+def square(left, top, side=8, width=WIDTH, height=HEIGHT):
+    mask = np.zeros((height, width), np.uint8)
+    mask[top : top + side, left : left + side] = 255
+    return mask
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A picture whose colour tells the place, and two masks."""
+    columns, rows = np.meshgrid(np.arange(WIDTH), np.arange(HEIGHT))
+    pixels = np.stack([columns * 6, rows * 8, np.zeros_like(rows)], -1).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "img.png")
+    Image.fromarray(square(2, 3)).save(tmp_path / "mask0.png")
+    Image.fromarray(square(20, 10)).save(tmp_path / "mask1.png")
+    return tmp_path
+
+
+def read(folder, **settings):
+    return read_instances(InstancesSettings("test", str(folder), **settings))
+
+
+def test_masks_follow_their_numbers(folder):
+    for number in range(2, 12):
+        Image.fromarray(square(number, number)).save(folder / f"mask{number}.png")
+    instances = read(folder)
+    assert instances.tokens == tuple(f"<asset{i}>" for i in range(12))
+    for number in range(2, 12):
+        assert torch.equal(instances.masks[number] * 255, torch.from_numpy(square(number, number)).float())
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "1", "I;16", "P", "zeros and ones"])
+def test_masks_of_every_format_mean_the_same(folder, mode):
+    mask = square(2, 3)
+    image = {
+        "I;16": lambda: Image.fromarray(mask.astype(np.uint16) * 257),
+        "zeros and ones": lambda: Image.fromarray(mask // 255),
+    }.get(mode, lambda: Image.fromarray(mask).convert(mode))()
+    image.save(folder / "mask0.png")
+    assert torch.equal(read(folder).masks[0] * 255, torch.from_numpy(mask).float())
+
+
+def test_soft_masks_keep_their_values(folder):
+    Image.fromarray(square(2, 3) // 2).save(folder / "mask0.png")
+    assert read(folder).masks[0].max() == pytest.approx(127 / 255)
+    Image.fromarray((square(2, 3) // 2).astype(np.uint16) * 257).save(folder / "mask0.png")
+    assert read(folder).masks[0].max() == pytest.approx(127 / 255)
+
+
+def test_a_mask_of_another_size_is_brought_to_the_picture(folder):
+    Image.fromarray(square(4, 6, 16, 2 * WIDTH, 2 * HEIGHT)).save(folder / "mask0.png")
+    mask = read(folder).masks[0]
+    assert mask.shape == (HEIGHT, WIDTH)
+    torch.testing.assert_close(mask.sum(), torch.tensor(64.0), rtol=0.1, atol=0)
+    assert torch.equal(mask > 0.5, torch.from_numpy(square(2, 3)) > 0)
+
+
+def test_orientation_of_the_camera_is_honoured(folder):
+    image = Image.open(folder / "img.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned a quarter clockwise
+    image.save(folder / "img.png", exif=exif)
+    shown = read(folder).image
+    assert shown.shape == (3, WIDTH, HEIGHT)
+    assert torch.equal(shown, torch.from_numpy(np.array(image.rotate(-90, expand=True))).permute(2, 0, 1))
+
+
+def test_grey_and_transparent_pictures(folder):
+    grey = np.arange(WIDTH * HEIGHT, dtype=np.uint16).reshape(HEIGHT, WIDTH) * 50
+    Image.fromarray(grey).save(folder / "img.png")
+    assert (read(folder).image.float() - torch.from_numpy(grey / 257)).abs().max() <= 0.5
+    Image.new("RGBA", (WIDTH, HEIGHT), (10, 20, 30, 0)).save(folder / "img.png")
+    assert read(folder).image[:, 0, 0].tolist() == [10, 20, 30]
+
+
+def test_fitting_a_picture_that_is_not_square(folder):
+    squashed = read(folder)
+    image, masks = squashed.resized(20)
+    assert image.shape == (3, 20, 20) and masks.shape == (2, 20, 20)
+    assert masks[0].sum() == pytest.approx(64 * 20 / WIDTH * 20 / HEIGHT, rel=0.02)
+
+    padded = read(folder, fit="pad")
+    assert torch.equal(padded.image[:, 5 : 5 + HEIGHT], squashed.image)
+    assert torch.equal(padded.masks[:, 5 : 5 + HEIGHT], squashed.masks) and padded.masks[:, :5].sum() == 0
+    assert torch.equal(padded.image[:, 0], squashed.image[:, 0])
+
+    cropped = read(folder, fit="crop")  # marked columns 2 … 27 have their middle at 15, which wants 0 … 29
+    assert torch.equal(cropped.image, squashed.image[:, :, :HEIGHT])
+    assert cropped.masks.sum() == squashed.masks.sum()
+
+
+def test_names_of_the_instances(folder):
+    instances = read(folder, class_names=["car", "cat"], initializers=["car", None])
+    assert instances.class_names == ("car", "cat") and instances.initializers == ("car", None)
+    assert read(folder).initializers == (None, None) and read(folder).class_names is None
+    with pytest.raises(MifoError, match="class_names names 1 instances, but there are 2 masks"):
+        read(folder, class_names=["car"])
+
+
+def damage_missing(folder):
+    (folder / "mask0.png").unlink()
+
+
+def damage_all_missing(folder):
+    damage_missing(folder)
+    (folder / "mask1.png").unlink()
+
+
+def damage_empty(folder):
+    Image.new("L", (WIDTH, HEIGHT)).save(folder / "mask1.png")
+
+
+def damage_unreadable_mask(folder):
+    (folder / "mask1.png").write_bytes(b"no picture")
+
+
+def damage_cut_picture(folder):
+    content = (folder / "img.png").read_bytes()
+    (folder / "img.png").write_bytes(content[: len(content) // 2])
+
+
+def damage_no_picture(folder):
+    (folder / "img.png").unlink()
+
+
+def damage_two_pictures(folder):
+    Image.open(folder / "img.png").save(folder / "img.webp")
+
+
+def damage_twice_the_number(folder):
+    Image.fromarray(square(2, 3)).save(folder / "mask01.png")
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (damage_missing, r"mask0\.png is missing"),
+        (damage_all_missing, "holds no mask"),
+        (damage_empty, r"mask1\.png marks nothing"),
+        (damage_unreadable_mask, r"mask1\.png can not be read"),
+        (damage_cut_picture, r"img\.png can not be read"),
+        (damage_no_picture, "no image"),
+        (damage_two_pictures, r"img\.png and img\.webp"),
+        (damage_twice_the_number, "are both mask 1"),
+    ],
+)
+def test_damaged_folders_are_refused_by_name(folder, damage, sentence):
+    damage(folder)
+    with pytest.raises(MifoError, match=sentence):
+        read(folder)
+
+
+def test_impossible_settings_are_refused(folder):
+    with pytest.raises(MifoError, match="either a folder or a scene"):
+        read_instances(InstancesSettings())
+    with pytest.raises(MifoError, match="is not a folder"):
+        read(folder / "nowhere")
+    with pytest.raises(MifoError, match=r"instances\.fit=zoom"):
+        read(folder, fit="zoom")
+    Image.fromarray(square(0, 0, 4)).save(folder / "mask0.png")
+    Image.fromarray(square(34, 0, 4)).save(folder / "mask1.png")
+    with pytest.raises(MifoError, match=r"mask0\.png lies outside the square"):
+        read(folder, fit="crop")
+
+
+def test_a_scene_of_the_miniature():
+    things = [{"thing": "car", "colour": "red"}, {"thing": "cup", "colour": "blue"}]
+    scene = {"things": things, "background": BACKGROUNDS[0]}
+    instances = read_instances(InstancesSettings("scene", scene=scene))
+    assert instances.image.dtype == torch.uint8 and instances.image.shape[1:] == instances.masks.shape[1:]
+    assert instances.class_names == ("car", "cup") and len(instances.masks) == 2
+    red, _, blue = (instances.image * (instances.masks[0] > 0.5)).flatten(1).float().sum(1)
+    assert red > blue
+    with pytest.raises(MifoError, match="colur"):
+        read_instances(
+            InstancesSettings("scene", scene=scene | {"things": [{"thing": "car", "colur": "red"}]})
+        )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    model = load_model(ModelSettings("tiny", str(tiny_pipeline(tmp_path_factory.mktemp("pipeline")))))
+    add_instance_tokens(model, ["<asset0>", "<asset1>", "<asset2>"])
+    return model
+
+
+@pytest.fixture
+def instances():
+    masks = torch.zeros(3, 32, 32)
+    for i in range(3):
+        masks[i, 2 + 8 * i : 10 + 8 * i, 3:12] = (i + 1) / 3
+    image = torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    tokens = ("<asset0>", "<asset1>", "<asset2>")
+    return InstanceSet("three", image, masks, ("car", "owl", "car"), (None, None, None), tokens)
+
+
+def drawn(model, instances, with_prior=False, batch_size=1, seed=0, stream=0, **settings):
+    stage = StageSettings(batch_size=batch_size)
+    data = LearningData(model, instances, LearningSettings(**settings), stage, seed, stream, with_prior)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def test_draws_are_what_the_method_says(model, instances):
+    data = drawn(model, instances)
+    sizes, orders, flips, timesteps, samples = Counter(), Counter(), Counter(), [], []
+    for step in range(600):
+        batch = data.draw(step)
+        valid = batch.valid[0].bool()
+        size = int(valid.sum())
+        assert valid.tolist() == [True] * size + [False] * (3 - size)
+        ids = batch.input_ids[0]
+        words = model.tokenizer.convert_ids_to_tokens(ids[batch.token_positions[0][valid]].tolist())
+        order = [int(word[6]) for word in words]
+        assert torch.equal(ids, tokenize(model.tokenizer, ["a photo of " + " and ".join(words)])[0])
+        assert len(set(order)) == size
+        flip = torch.equal(batch.masks[0, 0], instances.masks[order[0]].flip(-1))
+        for mask, instance in zip(batch.masks[0], order, strict=False):
+            assert torch.equal(
+                mask, instances.masks[instance].flip(-1) if flip else instances.masks[instance]
+            )
+        assert batch.masks[0, size:].sum() == 0
+        sizes[size] += 1
+        orders[tuple(order)] += 1
+        flips[flip] += 1
+        timesteps.append(int(batch.timesteps[0]))
+        samples.append((batch.latents[0] - data.latents[0][int(flip)]) / data.latents[1][int(flip)])
+    assert all(150 < sizes[size] < 250 for size in (1, 2, 3))
+    assert len(orders) == 15
+    assert 240 < flips[True] < 360
+    assert 0 <= min(timesteps) < 20 and 980 < max(timesteps) < 1000 and 460 < np.mean(timesteps) < 540
+    sample = torch.stack(samples)
+    assert abs(float(sample.mean())) < 0.01 and abs(float(sample.std()) - 1) < 0.01
+
+
+def test_latents_are_of_the_picture_and_of_its_mirror_image(model, instances):
+    data = drawn(model, instances)
+    image, _ = instances.resized(32)
+    for flip, picture in enumerate((image, image.flip(-1))):
+        mean, deviation = encode_images(model, picture[None])
+        torch.testing.assert_close(data.latents[0][flip], mean[0])
+        torch.testing.assert_close(data.latents[1][flip], deviation[0])
+
+
+def test_a_draw_depends_on_its_step_alone(model, instances):
+    def fields(batch):
+        return [getattr(batch, field.name) for field in dataclasses.fields(batch)]
+
+    data, again = drawn(model, instances, batch_size=2), drawn(model, instances, batch_size=2)
+    for _ in range(3):
+        again.draw(1)
+    assert all(map(torch.equal, fields(data.draw(7)), fields(again.draw(7))))
+    noise = [data.draw(7).noise, data.draw(8).noise, data.draw(7, rank=1).noise]
+    noise += [
+        drawn(model, instances, batch_size=2, **other).draw(7).noise for other in ({"seed": 1}, {"stream": 1})
+    ]
+    assert all(not torch.equal(a, b) for i, a in enumerate(noise) for b in noise[:i])
+
+
+def test_without_union_sampling_and_flips(model, instances):
+    data = drawn(model, instances, union_sampling=False, flip_probability=0.0)
+    for step in range(20):
+        batch = data.draw(step)
+        assert torch.equal(batch.masks[0], instances.masks) and batch.valid.sum() == 3
+    with pytest.raises(MifoError, match="must name each instance once"):
+        drawn(model, instances, template="a photo").draw(0)
+
+
+def test_class_samples_come_first_with_their_own_prompt(model, instances, tmp_path):
+    prior = PriorSettings(pictures=3, steps=2, cache=str(tmp_path))
+    data = drawn(model, instances, with_prior=True, batch_size=2, prior=prior)
+    prompts = Counter()
+    for step in range(40):
+        batch = data.draw(step)
+        assert batch.latents.shape == batch.noise.shape == (4, 4, 16, 16)
+        assert batch.timesteps.shape == (4,) and batch.masks.shape == (2, 3, 32, 32)
+        prompts.update(model.tokenizer.decode(ids, skip_special_tokens=True) for ids in batch.input_ids[:2])
+        assert all("<asset" in model.tokenizer.decode(ids) for ids in batch.input_ids[2:])
+    assert set(prompts) == {"a photo of a car", "a photo of an owl"}
+    assert prompts["a photo of a car"] > prompts["a photo of an owl"]  # two of three pictures
+
+
+def test_class_pictures_are_made_once(model, instances, tmp_path, monkeypatch):
+    settings = PriorSettings(pictures=3, steps=2, cache=str(tmp_path), batch_size=2)
+    prompts = class_prompts(instances, settings)
+    assert prompts == ["a photo of a car", "a photo of an owl"]
+    pictures, told = class_pictures(model, prompts, settings, seed=0)
+    assert pictures.shape == (3, 3, 32, 32) and told == [prompts[0], prompts[0], prompts[1]]
+    more, _ = class_pictures(model, prompts[:1], dataclasses.replace(settings, pictures=4), seed=0)
+    assert torch.equal(more[:2], pictures[:2])
+    made_alone = dataclasses.replace(settings, cache=str(tmp_path / "other"), pictures=4, batch_size=1)
+    alone, _ = class_pictures(model, prompts[:1], made_alone, seed=0)
+    assert (alone - more).abs().max() <= 1 / 255 + 1e-6
+
+    def never(*args, **kwargs):
+        raise AssertionError("made again")
+
+    monkeypatch.setattr("mifo.data.prior.synthesize", never)
+    assert torch.equal(class_pictures(model, prompts, settings, seed=0)[0], pictures)
+    with pytest.raises(AssertionError, match="made again"):
+        class_pictures(model, prompts, settings, seed=1)
+
+
+def test_class_pictures_of_ones_own(model, folder):
+    own = PriorSettings(folder=str(folder), prompts=["a car"])
+    pictures, told = class_pictures(model, ["a car"], own, seed=0)
+    assert pictures.shape == (3, 3, 32, 32) and told == ["a car"] * 3
+    (folder / "empty").mkdir()
+    with pytest.raises(MifoError, match="holds no picture"):
+        class_pictures(model, ["a car"], PriorSettings(folder=str(folder / "empty")), seed=0)

@@ -1,0 +1,115 @@
+"""What was learned survives saving and loading exactly, and goes only where it belongs."""
+
+import json
+
+import pytest
+import torch
+from tiny import tiny_pipeline
+
+from mifo.errors import MifoError
+from mifo.models.learned import load_learned, save_learned
+from mifo.models.loading import load_model
+from mifo.models.settings import ModelSettings
+from mifo.models.text import encode_prompts
+from mifo.models.tokens import add_instance_tokens
+from mifo.models.trainable import add_lora, new_rows, trainable_parameters
+
+TOKENS = ["<asset0>", "<asset1>"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return str(tiny_pipeline(tmp_path_factory.mktemp("pipeline")))
+
+
+def learned_model(source, learn):
+    """A model whose learned weights are moved at random, as learning would."""
+    model = load_model(ModelSettings("tiny", source))
+    add_instance_tokens(model, TOKENS, ["car", None])
+    if learn == "lora":
+        add_lora(model, 2)
+    parts = trainable_parameters(model, learn)
+    with torch.no_grad():
+        for each in (new_rows(model), *parts["unet"].values(), *parts["text_encoder"].values()):
+            each.add_(0.1 * torch.randn(each.shape, generator=torch.Generator().manual_seed(0)))
+    return model
+
+
+def save(folder, model, learn, half=False):
+    return save_learned(
+        folder,
+        model,
+        class_names=["car", "cat"],
+        initializers=["car", None],
+        stages={"semantic": 4, "finetuning": 2},
+        learn=learn,
+        lora_rank=2,
+        half=half,
+        config="seed: 1\n",
+    )
+
+
+def predict(model):
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model.unet(latents, 5, encode_prompts(model, ["a photo of <asset1> and <asset0>"])).sample
+
+
+@pytest.mark.parametrize("learn", ["tokens", "kv", "full", "lora"])
+def test_round_trip_is_exact(source, tmp_path, learn):
+    if learn == "lora":
+        pytest.importorskip("peft")
+    model = learned_model(source, learn)
+    saved = save(tmp_path / "learned", model, learn)
+    files = {file.name for file in (tmp_path / "learned").iterdir()}
+    weights = {"tokens": set(), "kv": {"unet.safetensors"}}.get(
+        learn, {"unet.safetensors", "text_encoder.safetensors"}
+    )
+    assert files == {"learned.json", "config.yaml", "tokens.safetensors"} | weights
+    assert (tmp_path / "learned" / "config.yaml").read_text() == "seed: 1\n"
+    loaded = load_model(ModelSettings("tiny", source))
+    untouched = encode_prompts(loaded, ["a red cat"])
+    assert load_learned(tmp_path / "learned", loaded) == saved
+    assert torch.equal(new_rows(loaded), new_rows(model))
+    assert torch.equal(predict(loaded), predict(model))
+    assert torch.equal(encode_prompts(loaded, ["a red cat"]), untouched) == (learn in ("tokens", "kv"))
+
+
+def test_half_precision_rounds_weights_and_not_rows(source, tmp_path):
+    model = learned_model(source, "full")
+    save(tmp_path / "learned", model, "full", half=True)
+    loaded = load_model(ModelSettings("tiny", source))
+    load_learned(tmp_path / "learned", loaded)
+    assert torch.equal(new_rows(loaded), new_rows(model))
+    assert torch.equal(loaded.unet.conv_in.weight, model.unet.conv_in.weight.half().float())
+
+
+def test_nothing_is_replaced(source, tmp_path):
+    model = learned_model(source, "tokens")
+    save(tmp_path / "learned", model, "tokens")
+    before = (tmp_path / "learned" / "tokens.safetensors").read_bytes()
+    with pytest.raises(MifoError, match="exists already"):
+        save(tmp_path / "learned", learned_model(source, "kv"), "kv")
+    assert (tmp_path / "learned" / "tokens.safetensors").read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["learned"]
+
+
+def test_another_base_model_is_refused_by_name(source, tmp_path):
+    save(tmp_path / "learned", learned_model(source, "tokens"), "tokens")
+    other = load_model(ModelSettings("another", str(tiny_pipeline(tmp_path / "other", seed=1))))
+    with pytest.raises(MifoError, match=r"learned on tiny .* not on another"):
+        load_learned(tmp_path / "learned", other)
+
+
+def test_damaged_and_foreign_folders_are_refused(source, tmp_path):
+    save(tmp_path / "learned", learned_model(source, "kv"), "kv")
+    model = load_model(ModelSettings("tiny", source))
+    with pytest.raises(MifoError, match="holds no learned result"):
+        load_learned(tmp_path, model)
+    (tmp_path / "learned" / "unet.safetensors").write_bytes(b"damaged")
+    with pytest.raises(MifoError, match=r"unet\.safetensors is missing or damaged"):
+        load_learned(tmp_path / "learned", model)
+    file = tmp_path / "learned" / "learned.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
+    with pytest.raises(MifoError, match="format 99"):
+        load_learned(tmp_path / "learned", model)

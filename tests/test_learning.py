@@ -1,0 +1,258 @@
+"""Learning: what changes and what does not, golden losses, and a run that goes on where it was killed."""
+
+import copy
+
+import pandas
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from tiny import tiny_pipeline
+
+from mifo.data.instances import InstanceSet
+from mifo.errors import MifoError
+from mifo.learning.learn import check_learning, learn
+from mifo.learning.settings import LearningSettings, PriorSettings, StageSettings
+from mifo.models.learned import load_learned
+from mifo.models.loading import load_model
+from mifo.models.settings import ModelSettings
+from mifo.models.trainable import new_rows
+from mifo.penalty.settings import AttentionTerm, PenaltySettings, TermSettings
+
+TRAINER = {"accelerator": "cpu", "enable_progress_bar": False}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return str(tiny_pipeline(tmp_path_factory.mktemp("pipeline")))
+
+
+@pytest.fixture
+def model(source):
+    return load_model(ModelSettings("tiny", source))
+
+
+@pytest.fixture
+def instances():
+    masks = torch.zeros(2, 32, 32)
+    masks[0, 4:20, 2:14] = 1
+    masks[1, 10:30, 16:30] = 1
+    image = torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return InstanceSet("two", image, masks, ("car", "cat"), ("car", None), ("<asset0>", "<asset1>"))
+
+
+@pytest.fixture
+def settings(tmp_path_factory):
+    return LearningSettings(
+        semantic=StageSettings(steps=4, checkpoint_every=2),
+        finetuning=StageSettings(
+            steps=3, learn="full", learning_rate=1e-3, schedule="constant", checkpoint_every=2
+        ),
+        prior=PriorSettings(pictures=2, steps=2, cache=str(tmp_path_factory.getbasetemp() / "prior")),
+    )
+
+
+class Watch(Callback):
+    """Keeps the total loss of every step; raises at a chosen step of a chosen stage, as a killed run would end."""
+
+    def __init__(self, kill=None):
+        self.losses, self.parts, self.layers, self.kill = [], [], {}, kill
+
+    def on_train_batch_end(self, trainer, module, *args):
+        self.losses.append((module.stage, trainer.global_step, module.last.total.item()))
+        self.parts.append((module.stage, module.last))
+        self.layers[module.stage] = module.layers
+        if self.kill == (module.stage, trainer.global_step):
+            raise RuntimeError("killed")
+
+
+def weights(model):
+    return {
+        **{f"unet.{k}": v.clone() for k, v in model.unet.state_dict().items()},
+        **{f"text.{k}": v.clone() for k, v in model.text_encoder.state_dict().items()},
+    }
+
+
+def test_semantic_learning_changes_the_new_rows_and_nothing_else(model, instances, settings, tmp_path):
+    before = weights(model)
+    table = model.text_encoder.get_input_embeddings().weight.clone()
+    settings.finetuning.steps = 0
+    learn(model, instances, settings, PenaltySettings(), tmp_path, trainer=TRAINER)
+    embedding = model.text_encoder.get_input_embeddings()
+    assert torch.equal(embedding.table.weight, table)
+    car = model.tokenizer("car", add_special_tokens=False).input_ids
+    assert (embedding.rows[0] - table[car].mean(0)).abs().max() > 1e-3
+    after = weights(model)
+    changed = {name for name in before if name in after and not torch.equal(before[name], after[name])}
+    assert not changed
+    assert len(before.keys() & after.keys()) == len(before) - 1  # the table is renamed
+
+
+def test_finetuning_changes_unet_and_text_encoder_but_no_known_word(model, instances, settings, tmp_path):
+    before, table = weights(model), model.text_encoder.get_input_embeddings().weight.clone()
+    settings.semantic.steps = 0
+    learn(model, instances, settings, PenaltySettings(), tmp_path, trainer=TRAINER)
+    after = weights(model)
+    assert torch.equal(model.text_encoder.get_input_embeddings().table.weight, table)
+    for part in ("unet.", "text."):
+        names = [name for name in before if name.startswith(part) and name in after]
+        changed = [name for name in names if not torch.equal(before[name], after[name])]
+        assert len(changed) > 0.9 * len(names)
+
+
+def test_same_seed_repeats_and_another_seed_differs(source, instances, settings, tmp_path):
+    runs = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        watch = Watch()
+        learn(
+            load_model(ModelSettings("tiny", source)),
+            instances,
+            copy.deepcopy(settings),
+            PenaltySettings(),
+            tmp_path / name,
+            seed=seed,
+            trainer=TRAINER,
+            callbacks=[watch],
+        )
+        runs.append(watch.losses)
+    assert [entry[:2] for entry in runs[0]] == [("semantic", i) for i in (1, 2, 3, 4)] + [
+        ("finetuning", i) for i in (1, 2, 3)
+    ]
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+@pytest.mark.parametrize("kill", [("semantic", 3), ("finetuning", 1), ("finetuning", 3)])
+def test_a_killed_run_goes_on_to_the_same_result(source, instances, settings, tmp_path, kill):
+    def run(folder, watch):
+        model = load_model(ModelSettings("tiny", source))
+        options = {"seed": 1, "trainer": TRAINER, "callbacks": [watch]}
+        learn(model, instances, settings, PenaltySettings(warmup_steps=2), folder, **options)
+        return weights(model)
+
+    whole = run(tmp_path / "whole", Watch())
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path / "killed", Watch(kill))
+    again = Watch()
+    resumed = run(tmp_path / "killed", again)
+    assert len(again.losses) < 7
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert not (tmp_path / "killed" / "checkpoints").exists()
+
+
+def sd_like(folder, prediction_type):
+    """The four levels of Stable Diffusion (1.x for epsilon, 2.x for v), shrunk, in a pipeline folder."""
+    tiny_pipeline(folder)
+    second = prediction_type == "v_prediction"
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(8, 8, 8, 8),
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=(1, 2, 4, 4) if second else 2,
+        use_linear_projection=second,
+    )
+    unet.save_pretrained(folder / "unet")
+    scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", prediction_type=prediction_type)
+    scheduler.save_pretrained(folder / "scheduler")
+    return str(folder)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_both_stages_run_on_the_topology_of_stable_diffusion(instances, settings, tmp_path, prediction_type):
+    source = sd_like(tmp_path / "pipeline", prediction_type)
+    model = load_model(ModelSettings("sd", source))
+    watch = Watch()
+    penalty = PenaltySettings(warmup_steps=2, timestep_limit=1000)
+    folder = learn(model, instances, settings, penalty, tmp_path, trainer=TRAINER, callbacks=[watch])
+    assert len(watch.losses) == 7 and all(torch.isfinite(torch.tensor(entry[2])) for entry in watch.losses)
+    assert watch.layers == {"semantic": (15, 17, 19, 21, 23, 25), "finetuning": (9, 11, 15, 17, 19)}
+    loaded = load_model(ModelSettings("sd", source))
+    learned = load_learned(folder, loaded)
+    assert learned.prediction_type == prediction_type and learned.stages == {"semantic": 4, "finetuning": 3}
+    learnt = weights(model)
+    assert all(torch.equal(learnt[name], value) for name, value in weights(loaded).items())
+
+
+@pytest.mark.parametrize(
+    "change", ["lora", "kv", "no prior", "break_a_scene", "no attention loss", "two samples"]
+)
+def test_baselines_and_ablations_learn(source, model, instances, settings, tmp_path, change):
+    penalty = PenaltySettings(warmup_steps=2, timestep_limit=1000)
+    if change in ("lora", "kv"):
+        if change == "lora":
+            pytest.importorskip("peft")
+        settings.finetuning.learn = change
+    elif change == "no prior":
+        settings.prior.weight = 0.0
+    elif change == "two samples":
+        settings.semantic.batch_size = settings.finetuning.batch_size = 2
+    elif change == "break_a_scene":
+        penalty.semantic = TermSettings(AttentionTerm.break_a_scene, 1e-2)
+    else:
+        penalty.warmup = penalty.semantic = penalty.finetuning = TermSettings(AttentionTerm.none, 0.0)
+    watch = Watch()
+    processors = dict(model.unet.attn_processors)
+    folder = learn(model, instances, settings, penalty, tmp_path, trainer=TRAINER, callbacks=[watch])
+    parts = {stage: each for stage, each in watch.parts}
+    assert (parts["finetuning"].prior == 0) == (change == "no prior")
+    assert all((each.attention == 0) == (change == "no attention loss") for each in parts.values())
+    if change not in ("lora", "kv"):
+        assert dict(model.unet.attn_processors) == processors
+    loaded = load_model(ModelSettings("tiny", source))
+    load_learned(folder, loaded)
+    assert torch.equal(new_rows(loaded), new_rows(model))
+    before = load_model(ModelSettings("tiny", source)).unet.state_dict()
+    moved = {
+        name
+        for name, value in model.unet.state_dict().items()
+        if name in before and (value != before[name]).any()
+    }
+    if change == "lora":
+        assert not moved
+    elif change == "kv":
+        assert moved and all(".attn2.to_k" in name or ".attn2.to_v" in name for name in moved)
+
+
+def test_losses_reach_the_logger_at_its_interval(model, instances, settings, tmp_path):
+    logger = CSVLogger(tmp_path / "log", name="", version="")
+    options = {"trainer": TRAINER | {"log_every_n_steps": 2}, "loggers": [logger]}
+    learn(model, instances, settings, PenaltySettings(), tmp_path, **options)
+    rows = pandas.read_csv(tmp_path / "log" / "metrics.csv")
+    assert rows["semantic/loss/total"].count() == 2 and rows["finetuning/loss/total"].count() == 1
+    parts = (
+        rows[[f"finetuning/loss/{part}" for part in ("denoising", "prior", "attention")]].dropna().sum(axis=1)
+    )
+    assert parts.tolist() == pytest.approx(rows["finetuning/loss/total"].dropna().tolist(), rel=1e-5)
+
+
+def test_a_result_is_never_replaced(model, instances, settings, tmp_path):
+    (tmp_path / "learned").mkdir()
+    with pytest.raises(MifoError, match="exists already"):
+        learn(model, instances, settings, PenaltySettings(), tmp_path, trainer=TRAINER)
+    assert not list((tmp_path / "learned").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "sentence"),
+    [
+        ("finetuning", "learn", "everything", "learning.finetuning.learn=everything"),
+        ("finetuning", "optimizer", "sgd", "learning.finetuning.optimizer=sgd"),
+        ("semantic", "schedule", "sine", "learning.semantic.schedule=sine"),
+        ("semantic", "steps", -1, "at least 0"),
+        ("semantic", "learn", "full", "must be tokens"),
+        ("prior", "weight", -1.0, "learning.prior.weight"),
+        ("prior", "pictures", 0, "learning.prior.pictures"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, part, key, value, sentence):
+    setattr(getattr(settings, part), key, value)
+    with pytest.raises(MifoError, match=sentence):
+        check_learning(settings)
+
+
+def test_what_learning_fixes_can_not_be_set_for_the_trainer(model, instances, settings, tmp_path):
+    with pytest.raises(MifoError, match="trainer.max_steps is fixed"):
+        learn(model, instances, settings, PenaltySettings(), tmp_path, trainer=TRAINER | {"max_steps": 3})
