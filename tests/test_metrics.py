@@ -238,7 +238,7 @@ def save_clip(folder, seed=0):
         },
     }
     torch.manual_seed(seed)
-    model = open_clip.CLIP(**{key: value for key, value in config.items()})
+    model = open_clip.CLIP(**config)
     torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     return model

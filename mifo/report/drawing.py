@@ -66,10 +66,7 @@ def draw_layout(
         size: longer side of the result in pixels.
         pixel_ratio: lines and labels are this many times as large; 2 for dense screens.
     """
-    if picture is None:
-        image = _empty_canvas(size)
-    else:
-        image = fit(_rgb(picture), size, size).copy()
+    image = _empty_canvas(size) if picture is None else fit(_rgb(picture), size, size).copy()
     colours = name_colours(boxes)
     width = round(3 * pixel_ratio)
     edges = {name: _pixels(box, image.size) for name, box in boxes.items()}

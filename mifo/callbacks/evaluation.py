@@ -1,0 +1,41 @@
+"""Scores while learning."""
+
+from collections.abc import Sequence
+
+from lightning import Trainer
+
+from mifo.callbacks.logging import log_image, log_values
+from mifo.callbacks.samples import MakePictures, SamplePictures
+from mifo.config.layouts import LayoutSettings
+from mifo.learning.stages import LearningStage
+from mifo.metrics.evaluation import PictureEvaluator
+from mifo.metrics.pictures import Picture
+from mifo.metrics.settings import MetricsSettings
+from mifo.report.heat_map import draw_leakage
+
+
+class EvaluatePictures(SamplePictures):
+    """Makes pictures as `SamplePictures` does, and logs them, their mean scores and their leakage matrix.
+
+    The evaluators are loaded when first needed.
+    """
+
+    def __init__(
+        self, make: MakePictures, layout: LayoutSettings, metrics: MetricsSettings, every: int = 200
+    ) -> None:
+        super().__init__(make, layout, every)
+        self.metrics = metrics
+        self._evaluator: PictureEvaluator | None = None
+
+    def show(self, trainer: Trainer, module: LearningStage, pictures: Sequence[Picture]) -> None:
+        super().show(trainer, module, pictures)
+        if self._evaluator is None:
+            self._evaluator = PictureEvaluator.from_settings(self.metrics, module.device)
+        instances = module.instances
+        names = instances.class_names or [None] * len(instances.tokens)
+        result = self._evaluator.evaluate(
+            pictures, instances.image.float() / 255, instances.masks, instances.tokens, names
+        )
+        log_values(trainer, module, "scores", {score.metric: score.value for score in result.scores})
+        if result.leakage_matrix:
+            log_image(trainer, module, "leakage", draw_leakage(result.leakage_matrix, instances.tokens))

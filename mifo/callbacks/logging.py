@@ -1,0 +1,42 @@
+"""What callbacks log now and then: pictures and figures, with every logger that takes them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from lightning import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from PIL import Image
+from torch import Tensor
+
+from mifo.learning.stages import LearningStage
+
+
+def log_image(trainer: Trainer, module: LearningStage, name: str, image: Image.Image) -> Path:
+    """Write `learning/{name}/{stage}-{step}.png` in the run's folder and send it to the loggers."""
+    step = trainer.global_step
+    path = Path(trainer.default_root_dir) / "learning" / name / f"{module.stage}-{step:06d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    key = f"{module.stage}/{name}"
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(key, [image], step=step)
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(key, np.asarray(image), step, dataformats="HWC")
+    return path
+
+
+def log_values(
+    trainer: Trainer, module: LearningStage, group: str, values: Mapping[str, float | Tensor]
+) -> None:
+    """Send `{stage}/{group}/{name}` to every logger at once, also at steps whose losses are not logged."""
+    named = {f"{module.stage}/{group}/{name}": float(value) for name, value in values.items()}
+    for logger in trainer.loggers:
+        logger.log_metrics(named, trainer.global_step)
+
+
+def is_due(trainer: Trainer, every: int) -> bool:
+    """Whether what happens every `every` steps (0: never) and at the last one happens now."""
+    step = trainer.global_step
+    return step == trainer.max_steps or (every > 0 and step % every == 0)

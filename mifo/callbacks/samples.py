@@ -1,0 +1,50 @@
+"""Pictures made while learning."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from lightning import Callback, Trainer
+
+from mifo.callbacks.logging import is_due, log_image
+from mifo.config.layouts import Layout, LayoutSettings, layouts
+from mifo.learning.stages import LearningStage
+from mifo.metrics.pictures import Picture
+from mifo.models.loading import DiffusionModel
+from mifo.report.picture_grid import draw_pictures
+
+MakePictures = Callable[[DiffusionModel, Sequence[Layout]], list[Picture]]
+
+
+class SamplePictures(Callback):
+    """Makes pictures of `layout` every `every` steps and at the end, always from the same seeds.
+
+    Args:
+        make: makes the pictures of layouts with the model as it is now; it holds the settings of synthesis.
+        layout: prompts and boxes, for the instances that are learned.
+        every: steps between them; 0 makes pictures at the end only.
+    """
+
+    def __init__(self, make: MakePictures, layout: LayoutSettings, every: int = 100) -> None:
+        self.make, self.layout, self.every = make, layout, every
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LearningStage, outputs, batch, batch_index: int
+    ) -> None:
+        if is_due(trainer, self.every):
+            self.show(trainer, pl_module, make_now(pl_module, self.make, self.layout))
+
+    def show(self, trainer: Trainer, module: LearningStage, pictures: Sequence[Picture]) -> None:
+        log_image(trainer, module, "samples", draw_pictures(pictures))
+
+
+def make_now(module: LearningStage, make: MakePictures, layout: LayoutSettings) -> list[Picture]:
+    """Make pictures in the midst of learning; modes and random numbers are put back afterwards."""
+    parts = [part for part in (module.unet, module.text_encoder) if part.training]
+    for part in parts:
+        part.eval()
+    try:
+        with torch.random.fork_rng():
+            return make(module.model, layouts(layout, list(module.instances.tokens)))
+    finally:
+        for part in parts:
+            part.train()

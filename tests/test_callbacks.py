@@ -1,0 +1,200 @@
+"""Callbacks in a short real run: what they log is true, and they leave learning as it is."""
+
+import csv
+import logging
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from PIL import Image
+from tiny import tiny_pipeline
+
+from mifo.callbacks.announce import Announce, ranges
+from mifo.callbacks.attention_maps import AttentionMaps, attention_in_mask
+from mifo.callbacks.evaluation import EvaluatePictures
+from mifo.callbacks.progress import StageProgress
+from mifo.callbacks.samples import SamplePictures
+from mifo.callbacks.statistics import LearningStatistics
+from mifo.callbacks.tokens import TokenStatistics
+from mifo.config.layouts import LayoutSettings
+from mifo.data.instances import InstanceSet
+from mifo.learning.learn import learn
+from mifo.learning.settings import LearningSettings, PriorSettings, StageSettings
+from mifo.metrics.evaluation import PictureEvaluator
+from mifo.metrics.pictures import Picture
+from mifo.metrics.scores import Evaluator
+from mifo.metrics.settings import MetricsSettings
+from mifo.models.loading import load_model
+from mifo.models.settings import ModelSettings
+from mifo.penalty.settings import PenaltySettings
+
+BOXES = LayoutSettings(arrange="row")
+
+
+class MeanColour:
+    """A stand-in evaluator."""
+
+    evaluator = Evaluator("colour", "0" * 12)
+
+    def encode_images(self, images):
+        return torch.stack([image.mean(dim=(1, 2)) for image in images])
+
+    def encode_texts(self, texts):
+        return torch.ones(len(texts), 3)
+
+
+def paint(model, wanted):
+    """A stand-in for synthesis that uses up random numbers and demands a model that does not learn."""
+    assert not model.unet.training and not model.text_encoder.training
+    torch.rand(7)
+    return [Picture(torch.full((3, 32, 32), 0.5), each.prompt, each.boxes, 0) for each in wanted]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return str(tiny_pipeline(tmp_path_factory.mktemp("pipeline")))
+
+
+@pytest.fixture
+def run(source, tmp_path):
+    """Learn for a few steps; returns the folder and the new rows."""
+    masks = torch.zeros(2, 32, 32)
+    masks[0, 4:20, 2:14] = 1
+    masks[1, 10:30, 16:30] = 1
+    image = torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    instances = InstanceSet("two", image, masks, ("car", "cat"), ("car", None), ("<asset0>", "<asset1>"))
+    settings = LearningSettings(
+        semantic=StageSettings(steps=4, checkpoint_every=0),
+        finetuning=StageSettings(steps=2, learn="full", schedule="constant", checkpoint_every=0),
+        prior=PriorSettings(weight=0),
+    )
+
+    def start(name, *callbacks, loggers=()):
+        model = load_model(ModelSettings("tiny", source))
+        trainer = {
+            "accelerator": "cpu",
+            "log_every_n_steps": 2,
+            "enable_progress_bar": any(isinstance(each, StageProgress) for each in callbacks),
+        }
+        learn(
+            model,
+            instances,
+            settings,
+            PenaltySettings(warmup_steps=2),
+            tmp_path / name,
+            trainer=trainer,
+            callbacks=callbacks,
+            loggers=loggers,
+        )
+        return tmp_path / name, model.text_encoder.get_input_embeddings().rows.detach()
+
+    return start
+
+
+def read_csv(folder):
+    """The logged values, by name, as lists of (step, value)."""
+    with open(folder / "csv" / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        key: [(int(row["step"]), float(row[key])) for row in rows if row[key]]
+        for key in rows[0]
+        if key not in ("step", "epoch")
+    }
+
+
+class Watch(Callback):
+    """Takes its own measure of what the callbacks log."""
+
+    def __init__(self):
+        self.rows, self.norms = {}, {}
+
+    def on_fit_start(self, trainer, module):
+        self.rows[module.stage, 0] = module.new_rows.detach().clone()
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        gradients = [each.grad.flatten() for each in module.parameters() if each.grad is not None]
+        self.norms[module.stage, trainer.global_step + 1] = torch.cat(gradients).norm().item()
+
+    def on_train_batch_end(self, trainer, module, *args):
+        self.rows[module.stage, trainer.global_step] = module.new_rows.detach().clone()
+
+
+def test_statistics_are_those_of_the_run(run, tmp_path):
+    watch = Watch()
+    logger = CSVLogger(tmp_path / "run", "csv", "")
+    folder, _ = run("run", watch, LearningStatistics(), TokenStatistics(), loggers=[logger])
+    values = read_csv(folder)
+    for stage, last in (("semantic", 4), ("finetuning", 2)):
+        logged = dict(values[f"{stage}/gradient_norm"])
+        assert list(logged.values())[-1] == pytest.approx(watch.norms[stage, last], rel=1e-4)
+        start, end = watch.rows[stage, 0][1], watch.rows[stage, last][1]
+        assert values[f"{stage}/tokens/norm/<asset1>"][-1][1] == pytest.approx(end.norm().item(), rel=1e-4)
+        drift = values[f"{stage}/tokens/drift/<asset1>"][-1][1]
+        assert drift == pytest.approx((end - start).norm().item(), rel=1e-3)
+        assert values[f"{stage}/steps_per_second"][-1][1] > 0
+        assert 0.01 < values[f"{stage}/peak_gib"][-1][1] < 100
+    cosine = torch.cosine_similarity(*watch.rows["finetuning", 2], dim=0).item()
+    assert values["finetuning/tokens/nearest_pair_cosine"][-1][1] == pytest.approx(cosine, abs=1e-4)
+
+
+def test_watching_changes_nothing_and_leaves_pictures(run, tmp_path):
+    loggers = [
+        CSVLogger(tmp_path / "watched", "csv", ""),
+        TensorBoardLogger(tmp_path / "watched", "board", ""),
+    ]
+    evaluate = EvaluatePictures(paint, BOXES, MetricsSettings(), every=2)
+    evaluate._evaluator = PictureEvaluator(MeanColour(), MeanColour(), windows=2)
+    folder, watched = run("watched", AttentionMaps(every=2), evaluate, StageProgress(), loggers=loggers)
+    _, plain = run("plain")
+    torch.testing.assert_close(watched, plain, rtol=0, atol=0)
+    for name in ("attention_maps", "samples", "leakage"):
+        files = sorted(path.name for path in (folder / "learning" / name).iterdir())
+        assert files == ["finetuning-000002.png", "semantic-000002.png", "semantic-000004.png"]
+        Image.open(folder / "learning" / name / files[0]).verify()
+    values = read_csv(folder)
+    assert [step for step, _ in values["semantic/scores/leakage"]] == [2, 4]
+    share = values["semantic/attention_in_mask/<asset0>"][-1][1]
+    per_layer = [
+        series[-1][1]
+        for key, series in values.items()
+        if key.startswith("semantic/attention_in_mask/<asset0>/")
+    ]
+    assert len(per_layer) > 1 and share == pytest.approx(sum(per_layer) / len(per_layer), abs=1e-5)
+    assert any(path.name.startswith("events") for path in (folder / "board").iterdir())
+
+
+def test_samples_come_at_the_end_whatever_the_interval(run):
+    folder, _ = run("run", SamplePictures(paint, BOXES, every=3))
+    names = sorted(path.name for path in (folder / "learning" / "samples").iterdir())
+    assert names == ["finetuning-000002.png", "semantic-000003.png", "semantic-000004.png"]
+
+
+def test_the_first_line_says_what_is_active(run, caplog):
+    with caplog.at_level(logging.INFO):
+        run("run", Announce())
+    semantic, finetuning = (
+        next(line for line in caplog.messages if line.startswith(f"{stage}:"))
+        for stage in ("semantic", "finetuning")
+    )
+    assert "4 steps; 2 masks; denoising in the masks" in semantic
+    assert "reward × 0.01 on cross layers" in semantic and "before step 2, penalty × 0.02" in semantic
+    assert "from step 2" in semantic and "below timestep 500" in semantic and "32 parameters" in semantic
+    assert "penalty × 0.02" in finetuning and "reward" not in finetuning and "(full)" in finetuning
+
+
+def test_layers_are_named_in_runs():
+    assert ranges([7, 8, 9, 10, 11, 12]) == "7–12"
+    assert ranges([9, 4, 5, 7, 8]) == "4–5, 7–9"
+    assert ranges([3]) == "3"
+
+
+def test_attention_in_mask_is_a_share():
+    masks = torch.zeros(2, 8, 8)
+    masks[0, :, :4] = 1
+    masks[1, :4] = 1
+    even = torch.full((2, 4, 4), 0.1)
+    assert attention_in_mask(even, masks).tolist() == pytest.approx([0.5, 0.5])
+    inside = torch.zeros(2, 4, 4)
+    inside[:, 0, 0] = 0.3
+    assert attention_in_mask(inside, masks).tolist() == pytest.approx([1, 1])
