@@ -38,8 +38,9 @@ def describe(module: LearningStage) -> str:
             losses.append(f"{term.term} × {term.weight:g} {where} {when}".rstrip())
     learned = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     return (
-        f"{module.stage}: {steps} steps; {len(module.instances.tokens)} masks; {', '.join(losses)}; attention "
-        f"counts below timestep {penalty.timestep_limit}; {learned:,} parameters learn ({module.settings.learn})"
+        f"{module.stage}: {steps} steps; {len(module.instances.tokens)} masks; {', '.join(losses)}; attention"
+        f" counts below timestep {penalty.timestep_limit}; {learned:,} parameters learn"
+        f" ({module.settings.learn})"
     )
 
 

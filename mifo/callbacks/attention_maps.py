@@ -18,9 +18,9 @@ from mifo.report.attention_panel import draw_attention
 class AttentionMaps(Callback):
     """Draws the cross-attention map of each token per layer over the source image.
 
-    It does so every `every` steps and at the end of a stage, and logs the share of each token's attention in its
-    mask, Σ A·M / Σ A, per layer and over all layers: 1 = the word looks at its instance only. The image carries
-    the same noise at the same `timestep` each time.
+    It does so every `every` steps and at the end of a stage, and logs the share of each token's attention
+    in its mask, Σ A·M / Σ A, per layer and over all layers: 1 = the word looks at its instance only. The
+    image carries the same noise at the same `timestep` each time.
     """
 
     def __init__(self, every: int = 100, timestep: int = 250, seed: int = 0) -> None:

@@ -22,7 +22,8 @@ def draw_attention(
 
     Every map is scaled to its own maximum, which stands in its corner; masks are (N, H, W) in [0, 1].
     """
-    figure = Figure(figsize=(1.6 * (len(maps) + 1), 1.72 * len(tokens) + 0.3), dpi=144, layout="constrained")
+    figure = Figure(figsize=(1.6 * (len(maps) + 1), 1.5 * len(tokens) + 0.35), dpi=144, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.04)
     axes = figure.subplots(len(tokens), len(maps) + 1, squeeze=False)
     picture = image.permute(1, 2, 0).numpy()
     grey = picture.mean(axis=2, keepdims=True).repeat(3, axis=2)

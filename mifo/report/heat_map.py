@@ -24,5 +24,5 @@ def draw_leakage(matrix: Sequence[Sequence[float | None]], tokens: Sequence[str]
     axes.set_yticks(range(len(tokens)), tokens)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set(xlabel="holds", ylabel="box of", title="Leakage")
+    axes.set(xlabel="share of", ylabel="box of")
     return render(figure)
