@@ -37,7 +37,8 @@ def guidance_term(sums: Sequence[Tensor], alpha: float) -> Tensor:
         sums: one (2, B, S) for each layer, see `attention_sums`.
     """
     foreground, background = torch.stack(list(sums)).mean(dim=0)
-    return (1 - foreground / (foreground + background)) ** 2 + alpha * torch.log1p(background)
+    # A box too small for every layer, in a picture without background, gives 0/0; no gradient can help it.
+    return (1 - foreground / (foreground + background).clamp(min=1e-8)) ** 2 + alpha * torch.log1p(background)
 
 
 def guidance_loss(
@@ -49,10 +50,10 @@ def guidance_loss(
         cross_sums, self_sums: one (2, B, S) for each layer of the kind; a kind without layers adds nothing.
         counter: readings of α so far, see `penalty_weight`.
     """
-    loss = torch.zeros(())
+    terms = []
     for sums, weight in ((cross_sums, settings.cross_weight), (self_sums, settings.self_weight)):
         if sums:
             alpha = settings.penalty_scale * penalty_weight(counter)
-            loss = loss.to(sums[0]) + weight * guidance_term(sums, alpha).sum()
+            terms.append(weight * guidance_term(sums, alpha))
         counter += 1
-    return loss, counter
+    return torch.stack(terms).sum(), counter

@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from mifo.attention.layers import attention_layers, choose_layers
+from mifo.attention.layers import AttentionLayer, attention_layers, choose_layers
 from mifo.attention.masking import MaskedAttention
 from mifo.diffusion.classifier_free_guidance import classifier_free_guidance
 from mifo.diffusion.ddim import ddim_step, ddim_timesteps
@@ -85,14 +85,7 @@ class BoxSampler:
         chosen = choose_layers(unet)
         guidance_layers = chosen.guidance if guidance.layers is None else guidance.layers
         shape_layers = chosen.shapes if guidance.shape_layers is None else guidance.shape_layers
-        if not guidance_layers and guidance.guided_steps:
-            raise MifoError(
-                "guidance.layers is empty: name at least one layer, or set guidance.guided_steps to 0."
-            )
-        divisors = {layer.divisor for layer in attention_layers(unet) if layer.index in shape_layers}
-        if len(divisors) != 1:
-            raise MifoError("guidance.shape_layers must name attention layers of one resolution.")
-        side = latent_size // divisors.pop()
+        side = latent_size // _check_layers(attention_layers(unet), guidance_layers, shape_layers)
         check_boxes({subject.name: subject.box for subject in subjects}, side)
 
         self.schedule = schedule
@@ -168,6 +161,28 @@ class BoxSampler:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._attention.__exit__(kind, error, trace)
+
+
+def _check_layers(
+    layers: Sequence[AttentionLayer], guidance_layers: Sequence[int], shape_layers: Sequence[int]
+) -> int:
+    """Refuse choices of layers that cannot be read; returns the divisor of the shape layers."""
+    for option, chosen in (("layers", guidance_layers), ("shape_layers", shape_layers)):
+        if not chosen:
+            raise MifoError(f"guidance.{option} is empty: name at least one layer.")
+        if unknown := set(chosen) - {layer.index for layer in layers}:
+            raise MifoError(
+                f"guidance.{option} names layer {min(unknown)}, but the U-Net has layers 0 to {len(layers) - 1}."
+            )
+    shaping = [layer for layer in layers if layer.index in shape_layers]
+    if len({layer.divisor for layer in shaping}) > 1 or {layer.kind for layer in shaping} != {
+        "self",
+        "cross",
+    }:
+        raise MifoError(
+            "guidance.shape_layers must name at least a self- and a cross-attention layer, all of one resolution."
+        )
+    return shaping[0].divisor
 
 
 @torch.no_grad()
