@@ -1,0 +1,42 @@
+# Every target sets up its own virtual environment first, once; after that no network is needed.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+export HF_HUB_OFFLINE ?= 1
+export WANDB_MODE ?= offline
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+demo: $(INSTALLED) ## learn three look-alikes from one image, put them into boxes, score the pictures
+	$(RUN) -m mifo run experiment=demo
+
+test: $(INSTALLED) ## run all tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto
+
+lint: $(INSTALLED) ## check style and formatting
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(INSTALLED) ## put the code into the house's format
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean: ## remove the environment, caches and builds; outputs stay
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache *.egg-info
+
+# torch first: pip then keeps the build that fits this machine
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'mifo needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)'; exit 1; }
+	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
+		{ echo 'no virtual environment could be made; on Debian: apt install python3-venv'; exit 1; }
+	$(RUN) -m pip install --quiet torch torchvision
+	$(RUN) -m pip install --quiet --editable '.[dev]'
+	@touch $@

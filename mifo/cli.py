@@ -1,0 +1,97 @@
+"""The console command `mifo`: each task is a Hydra application, and each refusal one sentence."""
+
+import logging
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from mifo.config.compose import REFUSALS, explain, register_schemas, settings_of
+from mifo.config.jobs import recorded_overrides, report_sweep, write_status
+from mifo.config.location import conf_folder
+from mifo.errors import MifoError
+
+log = logging.getLogger(__name__)
+TRACEBACK_WANTED = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+TASKS = {
+    "run": "learn, synthesize and evaluate, and end with a contact sheet",
+    "learn": "learn the instances of one image, each as a new token",
+    "synthesize": "make pictures with the learned instances in their boxes",
+    "evaluate": "score pictures against their prompts and the learned instances",
+    "layout": "draw the boxes of a layout, without loading a model",
+    "pretrain": "make the miniature's weights again, on one GPU",
+}
+
+HELP = f"""mifo: learn several, even look-alike, instances from one image and put them, unmixed, into boxes
+
+usage: mifo TASK [key=value | group=option ...] [-m] [--help] [--cfg job]
+
+tasks:
+{"".join(f"  {name:<12}{about}{chr(10)}" for name, about in TASKS.items())}
+examples:
+  mifo run                                                        the demo image, on the embedded miniature
+  mifo run model=sd21 instances=local instances.folder=my_photo   your own image.jpg and mask0.png, mask1.png, …
+  mifo learn -m penalty=mifo,none seed=1,2                        a sweep: four runs in folders of their own
+  mifo learn resume=outputs/learn/…                               go on where a run was interrupted
+
+mifo TASK --help lists the groups, their options and every key of a task."""
+
+
+def main() -> None:
+    """Run the task named first on the command line. Exit codes: 0 done, 1 failed, 2 refused."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return
+    task, *overrides = arguments
+    # otherwise Hydra prints a traceback of its own and exits before the error reaches us
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        if task not in TASKS:
+            raise MifoError(f"'{task}' is no task; take one of {', '.join(TASKS)}")
+        register_schemas()
+        sys.argv = [f"mifo {task}", *recorded_overrides(overrides), *overrides]
+        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=task)(run_job)()
+    except Exception as error:
+        if report_sweep():
+            sys.exit(1)
+        if TRACEBACK_WANTED or not isinstance(error, (MifoError, *REFUSALS)):
+            raise
+        _refuse(explain(error, task))
+    report_sweep()
+
+
+def run_job(config: DictConfig) -> float | None:
+    """Run the task of one composed configuration, here or in a launcher's process, and record how it ended."""
+    # imported here, so that --help and refusals need not wait for it
+    from mifo.config.checks import check
+
+    job = HydraConfig.get()
+    folder, overrides = Path(job.runtime.output_dir), list(job.overrides.task)
+    write_status(folder, "running", overrides)
+    try:
+        settings = settings_of(config)
+        check(settings)
+        result = getattr(import_module(f"mifo.tasks.{config.task}"), config.task)(settings)
+    except BaseException as error:
+        reason = str(error) if isinstance(error, MifoError) else f"{type(error).__name__}: {error}"
+        write_status(folder, "failed", overrides, reason)
+        if job.mode == RunMode.MULTIRUN:
+            log.error("job %s failed: %s", job.job.num, reason, exc_info=not isinstance(error, MifoError))
+        elif isinstance(error, MifoError) and not TRACEBACK_WANTED:
+            _refuse(reason)
+        raise
+    write_status(folder, "ok", overrides)
+    return result
+
+
+def _refuse(reason: str) -> NoReturn:
+    print(f"mifo: error: {reason}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,55 @@
+"""What no single task checks, refused before any work begins."""
+
+import inspect
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import get_class
+from lightning import Trainer
+
+from mifo.config.schema import LearnSettings, TaskSettings
+from mifo.errors import MifoError
+from mifo.learning.learn import check_learning
+
+_DEVICES = ("auto", "cpu", "cuda")
+
+
+def check(settings: TaskSettings) -> None:
+    """Refuse settings that cannot work, and make the folder of the instances absolute, since it is recorded.
+
+    Raises:
+        MifoError: one sentence that names the key and the fix.
+    """
+    if settings.device not in _DEVICES:
+        raise MifoError(f"device={settings.device} is not known; take one of {', '.join(_DEVICES)}")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise MifoError("device=cuda, but torch sees no GPU; take device=cpu, or a torch built for this GPU")
+    for group in ("callbacks", "logger"):
+        for name, node in getattr(settings, group, {}).items():
+            _check_target(f"{group}.{name}", node)
+    if isinstance(settings, LearnSettings):
+        check_learning(settings.learning)
+        _check_trainer(settings.trainer)
+        if settings.instances.folder:
+            settings.instances.folder = str(Path(settings.instances.folder).expanduser().absolute())
+
+
+def _check_target(key: str, node: Any) -> None:
+    target = node.get("_target_") if isinstance(node, dict) else None
+    if target is None:
+        raise MifoError(f"{key} needs a _target_, the class that it stands for; see conf/{key.split('.')[0]}")
+    try:
+        get_class(target)
+    except Exception as error:
+        raise MifoError(f"{key}._target_={target} cannot be imported ({error}); check its spelling") from error
+
+
+def _check_trainer(arguments: dict[str, Any]) -> None:
+    known = list(inspect.signature(Trainer).parameters)
+    for name in arguments:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}" if near else "see the arguments of lightning.Trainer"
+            raise MifoError(f"trainer.{name} is no argument of lightning.Trainer; {hint}?")

@@ -1,0 +1,108 @@
+"""From Hydra's untyped composition to typed, checked settings."""
+
+from difflib import get_close_matches
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from mifo.config.location import conf_folder
+from mifo.config.schema import SCHEMAS, TaskSettings
+from mifo.errors import MifoError
+
+
+def register_schemas() -> None:
+    """Let each task's primary config begin with every key of its schema and that key's default.
+
+    They are stored untyped: a bad value then fails in its own job when `settings_of` types it, whereas Hydra
+    would refuse a whole sweep for it.
+    """
+    store = ConfigStore.instance()
+    for task, schema in SCHEMAS.items():
+        typed = OmegaConf.structured(schema(task=task))
+        keys = OmegaConf.create(OmegaConf.to_container(typed, enum_to_str=True))
+        for name in _open_keys(typed):
+            OmegaConf.set_struct(OmegaConf.select(keys, name), False)
+        store.store(group="schema", name=task, node=keys, package="_global_")
+
+
+def compose(task: str, overrides: list[str]) -> DictConfig:
+    """The configuration of `task` outside a Hydra application, for notebooks and tests."""
+    register_schemas()
+    with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return hydra.compose(task, overrides)
+
+
+def settings_of(config: DictConfig) -> Any:
+    """Type the composed `config` of a task by its schema.
+
+    Returns:
+        The task's settings, a tree of dataclasses.
+
+    Raises:
+        MifoError: an unknown key, a value of the wrong type, a mandatory value that nobody gave.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(SCHEMAS[config.task]), config)
+        OmegaConf.resolve(merged)
+        missing = OmegaConf.missing_keys(merged)
+        if missing:
+            raise MifoError(f"{', '.join(sorted(missing))} must be given, for example {min(missing)}=…")
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise MifoError(explain(error, config.task)) from error
+
+
+def explain(error: Exception, task: str) -> str:
+    """One sentence for what Hydra or OmegaConf refused, with the nearest existing name where one is near."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        options = error.options or []
+        if group:
+            return f"{group}={option} does not exist; {_nearest(option, options)}use one of: {', '.join(options)}"
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override} cannot be read ({str(error).splitlines()[0]}); "
+            "quote a text with special characters twice: 'key=\"a photo of <asset0>\"'"
+        )
+    cause = error
+    while not isinstance(cause, OmegaConfBaseException) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(cause, MissingMandatoryValue):
+        return f"{cause.full_key} must be given, for example {cause.full_key}=…"
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        reason = (cause.msg or str(cause)).splitlines()[0].rstrip(".")
+        keys = _keys(OmegaConf.to_container(OmegaConf.structured(SCHEMAS[task]))) if task in SCHEMAS else []
+        if cause.full_key not in keys:
+            return f"{cause.full_key} is no key of mifo {task}; {_nearest(cause.full_key, keys)}see mifo {task} --help"
+        return f"{cause.full_key}: {reason}"
+    return " ".join(str(error).split())
+
+
+def _open_keys(node: DictConfig, prefix: str = "") -> list[str]:
+    """Keys whose values are dictionaries that a user fills with names of their own, such as layout.boxes."""
+    children = [(f"{prefix}{key}", node._get_node(key)) for key in node]
+    dictionaries = [(key, child) for key, child in children if isinstance(child, DictConfig) and not child._is_none()]
+    return [
+        name
+        for key, child in dictionaries
+        for name in ([key] if OmegaConf.get_type(child) is dict else _open_keys(child, f"{key}."))
+    ]
+
+
+def _keys(node: Any, prefix: str = "") -> list[str]:
+    """Dotted names of every key in nested dictionaries."""
+    if not isinstance(node, dict):
+        return []
+    return [key for name, child in node.items() for key in [prefix + name, *_keys(child, f"{prefix}{name}.")]]
+
+
+def _nearest(word: str, words: list[str]) -> str:
+    near = get_close_matches(word, words, n=1, cutoff=0.6)
+    return f"did you mean {near[0]}? Or " if near else ""
+
+
+REFUSALS = (HydraException, OmegaConfBaseException)

@@ -1,0 +1,90 @@
+"""The life of one job: its own folder, its recorded configuration, its status; and the summary of a sweep."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from mifo.config.schema import TaskSettings
+from mifo.errors import MifoError
+
+STATUS = "status.json"
+CONFIG = "config.yaml"
+# what may differ when a run is continued, since it changes where and how fast, not what
+_FREE = {"resume", "paths", "device", "performance", "trainer", "logger", "callbacks", "tags"}
+
+_sweep_folder: Path | None = None
+
+
+class SweepFolder(Callback):
+    """Remembers the folder of a sweep, which Hydra tells its callbacks alone."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by Hydra in the process that starts the jobs."""
+        global _sweep_folder
+        _sweep_folder = Path(config.hydra.sweep.dir)
+
+
+def write_status(folder: Path, status: str, overrides: list[str], error: str | None = None) -> None:
+    """Write `status.json` into a job's folder; `status` is running, ok or failed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"status": status, "error": error, "overrides": overrides}
+    (folder / STATUS).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def report_sweep() -> bool:
+    """Print how each job of the sweep ended, if there was a sweep; returns whether there was one."""
+    if _sweep_folder is None:
+        return False
+    table = Table("job", "status", "overrides", "error", title=str(_sweep_folder), title_justify="left")
+    for path in sorted(_sweep_folder.glob(f"*/{STATUS}"), key=lambda path: (len(path.parent.name), path.parent.name)):
+        record = json.loads(path.read_text())
+        colour = {"ok": "green", "failed": "red"}.get(record["status"], "yellow")
+        table.add_row(
+            path.parent.name, f"[{colour}]{record['status']}", " ".join(record["overrides"]), record["error"] or ""
+        )
+    if table.row_count:
+        Console().print(table)
+    return table.row_count > 0
+
+
+def recorded_overrides(overrides: list[str]) -> list[str]:
+    """What was typed for the run that `resume=FOLDER` continues, and that run's folder for its output.
+
+    Raises:
+        MifoError: FOLDER is not the folder of a run.
+    """
+    folder = next((Path(text.removeprefix("resume=")) for text in overrides if text.startswith("resume=")), None)
+    if folder is None or str(folder) == "null":
+        return []
+    recorded = folder / ".hydra" / "overrides.yaml"
+    if not recorded.is_file():
+        raise MifoError(f"resume={folder}: no run to continue there (it lacks .hydra/overrides.yaml); name a run's folder")
+    typed = [text for text in OmegaConf.load(recorded) if not text.startswith("resume=")]
+    return [*typed, f"hydra.run.dir='{folder}'"]
+
+
+def claim_folder(settings: TaskSettings) -> Path:
+    """Record the resolved configuration in the run's folder, which must be empty or hold this same run.
+
+    Raises:
+        MifoError: the folder holds a run of another configuration.
+    """
+    folder = Path(settings.paths.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / CONFIG
+    mine = OmegaConf.to_container(OmegaConf.create(asdict(settings)), enum_to_str=True)
+    if path.is_file():
+        before = OmegaConf.to_container(OmegaConf.load(path))
+        other = [key for key in {*mine, *before} - _FREE if mine.get(key) != before.get(key)]
+        if other:
+            raise MifoError(
+                f"{folder} holds a run with another {', '.join(sorted(other))}; choose another folder for this one"
+            )
+    path.write_text(OmegaConf.to_yaml(mine))
+    return folder

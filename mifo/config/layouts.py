@@ -1,0 +1,69 @@
+"""Layouts: a prompt and a box for each thing in it, from the configuration to checked boxes."""
+
+import re
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from mifo.errors import MifoError
+from mifo.prompts.instances import check_instances
+from mifo.shapes.boxes import check_boxes
+
+
+@dataclass
+class LayoutSettings:
+    """A prompt, its boxes, and the endings that make several prompts of it.
+
+    `{instances}` in the prompt stands for "<asset0> and <asset1> and …", as in learning, and
+    `{ending}` for each ending in turn. A box [x0, y0, x1, y1] has edges in [0, 1], x from the left and y from the
+    top; its key is an instance token (`<asset0>`, or `asset0` on the command line) or words of the prompt.
+    """
+
+    prompt: str = MISSING
+    endings: list[str] = field(default_factory=lambda: [""])
+    boxes: dict[str, list[float]] = field(default_factory=dict)
+    arrange: str | None = None  # row: boxes side by side for all instances when `boxes` is empty
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One prompt with its boxes, ready to be drawn or synthesised."""
+
+    prompt: str
+    boxes: dict[str, tuple[float, float, float, float]]
+
+
+def layouts(settings: LayoutSettings, tokens: list[str]) -> list[Layout]:
+    """Every layout that `settings` describe for the instance `tokens`, one per ending.
+
+    Raises:
+        MifoError: a box is outside [0, 1] or upside down, a prompt lacks a box's key or names an unknown instance.
+    """
+    if settings.arrange not in (None, "row"):
+        raise MifoError(f"layout.arrange: '{settings.arrange}' is unknown; use row or null")
+    # Hydra's command line takes no "<" in a key, so that asset0 stands for <asset0> too
+    boxes = {re.sub(r"^asset\d+$", r"<\g<0>>", name): tuple(box) for name, box in settings.boxes.items()}
+    if not boxes and settings.arrange == "row":
+        boxes = _row(tokens)
+    check_boxes(boxes)
+    if not settings.endings:
+        raise MifoError('layout.endings is empty, so there is no prompt; give at least one, [""] for none')
+    found = []
+    for ending in settings.endings:
+        prompt = settings.prompt.replace("{instances}", " and ".join(tokens)).replace("{ending}", ending)
+        prompt = " ".join(prompt.split())
+        check_instances(prompt, boxes, tokens)
+        found.append(Layout(prompt, boxes))
+    return found
+
+
+def _row(tokens: list[str], margin: float = 0.04) -> dict[str, tuple[float, float, float, float]]:
+    """Boxes of one size from left to right, in the lower middle where things stand on the ground."""
+    width = (1 - margin) / len(tokens)
+    side = min(width - margin, 0.6)
+    return {
+        token: (left, 0.55 - side / 2, left + side, 0.55 + side / 2)
+        for i, token in enumerate(tokens)
+        for left in [margin + i * width + (width - margin - side) / 2]
+    }
+

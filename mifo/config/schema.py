@@ -1,0 +1,127 @@
+"""What the configuration of each task may hold: every key, its type and its default.
+
+Settings of a part stand beside the code that reads them; only what belongs to no part stands here.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from mifo.config.layouts import LayoutSettings
+from mifo.data.settings import InstancesSettings
+from mifo.guidance.settings import GuidanceSettings
+from mifo.learning.settings import LearningSettings
+from mifo.metrics.settings import MetricsSettings
+from mifo.miniature.pretraining.settings import PretrainSettings
+from mifo.models.settings import ModelSettings
+from mifo.penalty.settings import PenaltySettings
+from mifo.synthesis.settings import SynthesisSettings
+
+
+@dataclass
+class PathsSettings:
+    """Folders. `output` is this run's own, chosen by Hydra; it is never shared by two runs."""
+
+    output: str = MISSING
+    outputs: str = "outputs"
+    multirun: str = "multirun"
+
+
+@dataclass
+class PerformanceSettings:
+    """How the hardware is used; no key here changes the mathematics."""
+
+    matmul_precision: str = "high"  # of float32 products on a GPU: highest | high | medium
+    threads: int | None = None  # of the processor; None: as many as torch chooses
+
+
+@dataclass
+class TaskSettings:
+    """What every task knows."""
+
+    task: str = MISSING
+    seed: int = 0
+    device: str = "auto"  # auto | cpu | cuda
+    tags: list[str] = field(default_factory=list)  # for the logger, and for finding runs again
+    resume: str | None = None  # the folder of an interrupted run to continue, with that run's configuration
+    paths: PathsSettings = field(default_factory=PathsSettings)
+
+
+@dataclass
+class ModelTaskSettings(TaskSettings):
+    """A task that loads a diffusion model."""
+
+    # the options of the group give these, or leave them to the user
+    model: ModelSettings = field(default_factory=lambda: ModelSettings(name=MISSING, source=MISSING))
+    performance: PerformanceSettings = field(default_factory=PerformanceSettings)
+
+
+@dataclass
+class LearnSettings(ModelTaskSettings):
+    """`mifo learn`."""
+
+    method: str = "mifo"  # the name that tables and loggers show for this choice of losses and rates
+    instances: InstancesSettings = field(default_factory=InstancesSettings)
+    learning: LearningSettings = field(default_factory=LearningSettings)
+    penalty: PenaltySettings = field(default_factory=PenaltySettings)
+    trainer: dict[str, Any] = field(default_factory=dict)  # arguments of lightning.Trainer
+    callbacks: dict[str, Any] = field(default_factory=dict)  # name → `_target_` and arguments
+    logger: dict[str, Any] = field(default_factory=dict)  # name → `_target_` and arguments
+
+
+@dataclass
+class SynthesizeSettings(ModelTaskSettings):
+    """`mifo synthesize`."""
+
+    learned: str = MISSING  # the folder `learned/` of a run of `mifo learn`, or that run's folder
+    layout: LayoutSettings = field(default_factory=LayoutSettings)
+    guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
+    synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
+
+
+@dataclass
+class EvaluateSettings(TaskSettings):
+    """`mifo evaluate`."""
+
+    pictures: str = MISSING  # the folder `pictures/` of a run of `mifo synthesize`, or that run's folder
+    instances: InstancesSettings | None = None  # None: those that the pictures' tokens were learned from
+    metrics: MetricsSettings | None = field(default_factory=MetricsSettings)  # None: no scores
+    logger: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class RunSettings(LearnSettings):
+    """`mifo run`: learn, synthesize and evaluate in one folder."""
+
+    layout: LayoutSettings = field(default_factory=LayoutSettings)
+    guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
+    synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
+    metrics: MetricsSettings | None = field(default_factory=MetricsSettings)
+
+
+@dataclass
+class LayoutTaskSettings(TaskSettings):
+    """`mifo layout`: draw the boxes of a layout."""
+
+    instances: InstancesSettings = field(default_factory=InstancesSettings)
+    layout: LayoutSettings = field(default_factory=LayoutSettings)
+    picture: str | None = None  # drawn over this picture; None: over an empty canvas
+
+
+@dataclass
+class PretrainTaskSettings(TaskSettings):
+    """`mifo pretrain`."""
+
+    pretraining: PretrainSettings = field(default_factory=PretrainSettings)
+    logger: dict[str, Any] = field(default_factory=dict)
+
+
+SCHEMAS: dict[str, type[TaskSettings]] = {
+    "learn": LearnSettings,
+    "synthesize": SynthesizeSettings,
+    "evaluate": EvaluateSettings,
+    "run": RunSettings,
+    "layout": LayoutTaskSettings,
+    "pretrain": PretrainTaskSettings,
+}

@@ -1,0 +1,49 @@
+"""`mifo run`: learn, synthesize and evaluate in one folder, and show the result on a contact sheet."""
+
+from pathlib import Path
+
+from mifo.config.jobs import claim_folder
+from mifo.config.layouts import layouts
+from mifo.config.schema import RunSettings
+from mifo.data.instances import read_instances
+from mifo.metrics.pictures import read_pictures, save_pictures
+from mifo.report.sheet import Sheet, write_sheet
+from mifo.tasks.evaluate import class_names, log_scores, print_scores, scored
+from mifo.tasks.learn import learned_model
+from mifo.tasks.setup import open_loggers, prepare
+from mifo.tasks.synthesize import make_pictures, record_instances
+
+
+def run(settings: RunSettings) -> Path:
+    """Do what is not done yet in the run's folder; returns the folder."""
+    instances = read_instances(settings.instances)
+    wanted = layouts(settings.layout, instances.tokens)
+    device = prepare(settings)
+    folder = claim_folder(settings)
+    with open_loggers(settings) as loggers:
+        if not (folder / "pictures" / "pictures.json").is_file():
+            model = learned_model(settings, instances, folder, device, loggers)
+            made = make_pictures(model, wanted, settings.synthesis, settings.guidance, settings.seed)
+            record_instances(folder / "learned", save_pictures(folder / "pictures", made))
+        pictures = read_pictures(folder / "pictures")
+        evaluation = None
+        if settings.metrics is not None:
+            evaluation = scored(settings.metrics, pictures, instances, folder, device)
+            log_scores(loggers, evaluation.scores)
+    if not (folder / "contact_sheet.html").is_file():
+        sheet = Sheet(
+            title=instances.name.replace("_", " "),
+            source=instances.image,
+            masks=instances.masks,
+            tokens=instances.tokens,
+            class_names=class_names(instances),
+            pictures=pictures,
+            evaluation=evaluation,
+            facts={"model": settings.model.name, "method": settings.method, "seed": str(settings.seed)},
+        )
+        write_sheet(folder, sheet)
+    if evaluation is not None:
+        print_scores(evaluation.scores)
+    for form in ("png", "html"):
+        print(f"contact sheet: {folder / f'contact_sheet.{form}'}")
+    return folder

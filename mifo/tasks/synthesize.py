@@ -1,0 +1,89 @@
+"""`mifo synthesize`: pictures with the learned instances in their boxes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from rich.progress import Progress
+
+from mifo.config.jobs import claim_folder
+from mifo.config.layouts import Layout, layouts
+from mifo.config.schema import SynthesizeSettings
+from mifo.diffusion.noise_schedule import NoiseSchedule
+from mifo.guidance.settings import GuidanceSettings
+from mifo.metrics.pictures import Picture, save_pictures
+from mifo.models.images import decode_latents
+from mifo.models.learned import load_learned, read_learned
+from mifo.models.loading import DiffusionModel, load_model
+from mifo.models.text import encode_prompts
+from mifo.prompts.instances import find_instances
+from mifo.synthesis.sampler import Subject
+from mifo.synthesis.sampler import synthesize as sample_latents
+from mifo.synthesis.settings import SynthesisSettings
+from mifo.tasks.setup import prepare
+
+
+def learned_folder(given: str) -> Path:
+    """The folder of a learned result, given itself or the run that holds it."""
+    folder = Path(given).expanduser()
+    return folder / "learned" if (folder / "learned").is_dir() else folder
+
+
+def synthesize(settings: SynthesizeSettings) -> Path:
+    """Make `synthesis.samples` pictures of every prompt; returns their folder."""
+    source = learned_folder(settings.learned)
+    wanted = layouts(settings.layout, read_learned(source).tokens)
+    device = prepare(settings)
+    folder = claim_folder(settings)
+    model = load_model(settings.model, device)
+    load_learned(source, model)
+    pictures = make_pictures(model, wanted, settings.synthesis, settings.guidance, settings.seed)
+    target = save_pictures(folder / "pictures", pictures)
+    record_instances(source, target)
+    print(f"pictures: {target}")
+    return target
+
+
+def record_instances(learned: Path, pictures: Path) -> None:
+    """Tell in the folder of pictures which instances they show, so that it can be scored wherever it is taken."""
+    OmegaConf.save(OmegaConf.load(learned / "config.yaml").instances, pictures / "instances.yaml")
+
+
+def make_pictures(
+    model: DiffusionModel,
+    wanted: Sequence[Layout],
+    settings: SynthesisSettings,
+    guidance: GuidanceSettings,
+    seed: int,
+) -> list[Picture]:
+    """Pictures of every layout; picture j of a prompt starts from the noise of seed `seed + j` on every device."""
+    schedule = NoiseSchedule.from_scheduler(model.noise_scheduler, model.device)
+    shape = (4, model.latent_size, model.latent_size)
+    seeds = range(seed, seed + settings.samples)
+    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(each)) for each in seeds])
+    pictures = []
+    with Progress() as progress:
+        bar = progress.add_task("synthesis", total=len(wanted) * settings.steps)
+        for layout in wanted:
+            found = find_instances(model.tokenizer, layout.prompt, list(layout.boxes))
+            prompts = [settings.negative_prompt] * len(noise) + [layout.prompt] * len(noise)
+            latents = sample_latents(
+                model.unet,
+                schedule,
+                encode_prompts(model, prompts),
+                noise.to(model.device),
+                [Subject(name, found.subjects[name], box) for name, box in layout.boxes.items()],
+                found.filter_indices,
+                found.eos_index,
+                settings,
+                guidance,
+                seed,
+                on_step=lambda report: progress.advance(bar),
+            )
+            images = decode_latents(model, latents)
+            pictures += [
+                Picture(image.cpu(), layout.prompt, layout.boxes, each)
+                for image, each in zip(images, seeds, strict=True)
+            ]
+    return pictures
