@@ -17,7 +17,7 @@ from mifo.report.heat_map import draw_leakage
 class EvaluatePictures(SamplePictures):
     """Makes pictures as `SamplePictures` does, and logs them, their mean scores and their leakage matrix.
 
-    The evaluators are loaded when first needed.
+    The evaluators are loaded before the first step, so that missing weights are found at once.
     """
 
     def __init__(
@@ -27,10 +27,12 @@ class EvaluatePictures(SamplePictures):
         self.metrics = metrics
         self._evaluator: PictureEvaluator | None = None
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LearningStage) -> None:
+        if self._evaluator is None:
+            self._evaluator = PictureEvaluator.from_settings(self.metrics, pl_module.device)
+
     def show(self, trainer: Trainer, module: LearningStage, pictures: Sequence[Picture]) -> None:
         super().show(trainer, module, pictures)
-        if self._evaluator is None:
-            self._evaluator = PictureEvaluator.from_settings(self.metrics, module.device)
         instances = module.instances
         names = instances.class_names or [None] * len(instances.tokens)
         result = self._evaluator.evaluate(
