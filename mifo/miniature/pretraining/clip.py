@@ -1,0 +1,109 @@
+"""The miniature's CLIP, the judge of words: an open_clip model trained on scenes, crops and captions.
+
+It shares no weight with the generator. Besides the contrastive loss over captions it is asked, in every batch, the
+very questions it will judge by: which thing, which colour, which background.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import open_clip
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from mifo.miniature.pretraining.corpus import Corpus, crop, jitter, tokenise
+from mifo.miniature.pretraining.settings import PretrainSettings
+from mifo.miniature.pretraining.training import Pretraining
+from mifo.miniature.scenes import SIZE, caption, describe
+from mifo.miniature.tokenizer import MAX_LENGTH
+from mifo.miniature.vocabulary import BACKGROUNDS, COLOURS, PATTERNS, THINGS
+
+MEAN = (0.5, 0.5, 0.5)
+STD = (0.5, 0.5, 0.5)
+
+
+def model_config(tokenizer) -> dict:
+    return {
+        "embed_dim": 128,
+        "vision_cfg": {"image_size": SIZE, "layers": 6, "width": 192, "head_width": 32, "patch_size": 16},
+        "text_cfg": {"context_length": MAX_LENGTH, "vocab_size": len(tokenizer), "width": 160, "heads": 5, "layers": 4},
+    }
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 or [0, 1] pictures → the encoders' input range [-1, 1]."""
+    return (images.float() / 255 if images.dtype == torch.uint8 else images) * 2 - 1
+
+
+class ClipPretraining(Pretraining):
+    """InfoNCE over captions, equal captions counted as positives, plus the zero-shot questions themselves."""
+
+    def __init__(self, corpus: Corpus, tokenizer, settings: PretrainSettings) -> None:
+        super().__init__(open_clip.CLIP(**model_config(tokenizer)), settings.clip, settings.seed)
+        self.corpus = corpus
+        self.questions = {
+            "thing": tokenise(tokenizer, [caption([thing], None) for thing in THINGS]),
+            "colour": tokenise(tokenizer, [caption([describe(t, c, None)], None) for t in THINGS for c in COLOURS]),
+            "background": tokenise(tokenizer, [caption([t], b) for b in BACKGROUNDS for t in THINGS]),
+        }
+        # Caption of each crop's words, by (thing, colour, pattern).
+        self.crop_captions = tokenise(
+            tokenizer, [caption([describe(t, c, p)], None) for t in THINGS for c in COLOURS for p in PATTERNS]
+        )
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return self.network.encode_image(normalise(images), normalize=True)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        return self.network.encode_text(ids.to(self.device), normalize=True)
+
+    def loss(self, generator: torch.Generator) -> dict[str, Tensor]:
+        device, corpus, n = self.device, self.corpus, self.settings.batch_size
+        rows = torch.randint(len(corpus), (n,), generator=generator, device=device)
+        whole = n // 2
+        variant = torch.randint(corpus.captions.shape[1], (whole,), generator=generator, device=device)
+        near = rows[whole:]
+        draw = torch.rand(n - whole, generator=generator, device=device)
+        slot = (draw * corpus.count[near]).long()
+        thing, colour, pattern = (part[near, slot] for part in (corpus.thing, corpus.colour, corpus.pattern))
+        boxes = jitter(corpus.boxes[near, slot], 0.3, generator)
+        images = torch.cat([corpus.images[rows[:whole]].float(), crop(corpus.images[near].float(), boxes)]) / 255
+        words = (thing * len(COLOURS) + colour) * len(PATTERNS) + pattern
+        ids = torch.cat([corpus.captions[rows[:whole], variant], self.crop_captions.to(device)[words]])
+        scale = self.network.logit_scale.exp().clamp(max=100)
+        seen, read = self.encode_image(images), self.encode_text(ids)
+        logits = scale * seen @ read.T
+        same = (ids.unsqueeze(1) == ids.unsqueeze(0)).all(-1).float()
+        target = same / same.sum(1, keepdim=True)
+        contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        by_thing = scale * seen[whole:] @ self.encode_text(self.questions["thing"]).T
+        by_colour = scale * seen[whole:] @ self.encode_text(self.questions["colour"]).T
+        by_colour = by_colour.view(len(near), len(THINGS), len(COLOURS))[torch.arange(len(near), device=device), thing]
+        by_place = scale * seen[:whole] @ self.encode_text(self.questions["background"]).T
+        by_place = by_place.view(whole, len(BACKGROUNDS), len(THINGS))
+        # The thing of the question is one that stands in the scene, so that only the background can tell.
+        first = corpus.thing[rows[:whole], 0]
+        by_place = by_place[torch.arange(whole, device=device), :, first]
+        thing_loss = F.cross_entropy(by_thing, thing)
+        colour_loss = F.cross_entropy(by_colour, colour)
+        place_loss = F.cross_entropy(by_place, corpus.background[rows[:whole]])
+        loss = contrast + 0.5 * (thing_loss + colour_loss + place_loss)
+        return {"loss": loss, "contrast": contrast, "thing": thing_loss, "colour": colour_loss, "place": place_loss}
+
+
+def save_clip(model: open_clip.CLIP, tokenizer_folder: Path, folder: Path, tokenizer) -> None:
+    """Write an open_clip ``local-dir:`` folder, with the tokenizer's files beside the weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(tokenizer_folder, folder / "tokenizer", dirs_exist_ok=True)
+    preprocessing = {"size": [SIZE, SIZE], "mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash"}
+    config = {"model_cfg": model_config(tokenizer), "preprocess_cfg": preprocessing}
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(
+        {name: value.detach().half().contiguous().cpu() for name, value in model.state_dict().items()},
+        folder / "open_clip_model.safetensors",
+    )

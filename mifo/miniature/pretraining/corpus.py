@@ -1,0 +1,126 @@
+"""The pretraining corpus: scenes drawn once on the device and kept there, with their truth and tokenised captions."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from rich.progress import track
+from torch import Tensor
+from torch.nn import functional as F
+
+from mifo.miniature.scenes import (
+    MAX_THINGS,
+    SIZE,
+    Identities,
+    SceneBatch,
+    arrange,
+    captions,
+    draw,
+    mask_boxes,
+    sample_identities,
+    sample_scenes,
+)
+from mifo.miniature.tokenizer import MAX_LENGTH
+
+CHUNK = 512
+"""Scenes drawn in one call: thousands of small kernels cost the same for one scene or for hundreds."""
+
+
+@dataclass
+class Corpus:
+    """n scenes: images uint8 (n, 3, H, W), boxes (n, T, 4), words (n, T) as indices, captions (n, variants, L)."""
+
+    images: Tensor
+    boxes: Tensor
+    thing: Tensor
+    colour: Tensor
+    pattern: Tensor
+    count: Tensor
+    background: Tensor
+    captions: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def tokenise(tokenizer, texts: list[str]) -> Tensor:
+    """Prompts → token ids (n, L), padded to the tokenizer's length."""
+    return torch.tensor(tokenizer(texts, padding="max_length", max_length=MAX_LENGTH, truncation=True).input_ids)
+
+
+def draw_corpus(n: int, seed: int, device: torch.device, tokenizer, variants: int = 2) -> Corpus:
+    """Draw ``n`` pretraining scenes; each gets ``variants`` captions that leave out different words."""
+    generator = torch.Generator(device).manual_seed(seed)
+    images = torch.empty(n, 3, SIZE, SIZE, dtype=torch.uint8, device=device)
+    parts: list[tuple[Tensor, ...]] = []
+    texts: list[list[str]] = [[] for _ in range(variants)]
+    for start in track(range(0, n, CHUNK), "drawing scenes"):
+        scenes = sample_scenes(min(CHUNK, n - start), generator)
+        pictures, masks = draw(scenes)
+        images[start : start + len(pictures)] = (pictures * 255).round().to(torch.uint8)
+        identities = scenes.identities
+        parts.append(
+            (mask_boxes(masks), identities.thing, identities.colour, identities.pattern, scenes.count, scenes.background)
+        )
+        for variant in range(variants):
+            texts[variant] += captions(scenes, seed=seed * 1_000_003 + start * variants + variant)
+    ids = torch.stack([tokenise(tokenizer, column) for column in texts], 1).to(device)
+    return Corpus(images, *(torch.cat(column) for column in zip(*parts, strict=True)), captions=ids)
+
+
+def crop(images: Tensor, boxes: Tensor, size: int = SIZE) -> Tensor:
+    """Cut boxes [x0, y0, x1, y1] in [0, 1], (n, 4), out of images (n, 3, H, W) and stretch them to size²."""
+    x0, y0, x1, y1 = boxes.unbind(-1)
+    theta = torch.zeros(len(boxes), 2, 3, device=boxes.device)
+    theta[:, 0, 0], theta[:, 1, 1] = x1 - x0, y1 - y0
+    theta[:, 0, 2], theta[:, 1, 2] = x0 + x1 - 1, y0 + y1 - 1
+    grid = F.affine_grid(theta, (len(boxes), 3, size, size), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", align_corners=False, padding_mode="border")
+
+
+def jitter(boxes: Tensor, amount: float, generator: torch.Generator) -> Tensor:
+    """Move each edge of the boxes by up to ``amount`` of the box's side, outwards more than inwards."""
+    sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+    outwards = torch.tensor([-1.0, -1.0, 1.0, 1.0], device=boxes.device)
+    moves = torch.rand(boxes.shape, generator=generator, device=boxes.device) * 1.3 - 0.3
+    return (boxes + outwards * moves * sides * amount).clamp(0, 1)
+
+
+def same_identity(identities: Identities, index: Tensor, scenes: SceneBatch) -> SceneBatch:
+    """``scenes`` with the identities ``index`` of ``identities`` in their first slot."""
+    placed = {}
+    for field in dataclasses.fields(Identities):
+        values = getattr(scenes.identities, field.name).clone()
+        values[:, 0] = getattr(identities, field.name)[index]
+        placed[field.name] = values
+    return dataclasses.replace(scenes, identities=Identities(**placed))
+
+
+def draw_views(identities: Identities, index: Tensor, generator: torch.Generator, on_black: bool) -> Tensor:
+    """Box crops (m, 3, H, W) uint8 of the named identities, each in a new scene with a new pose and new neighbours.
+
+    With ``on_black`` everything but the instance is black, as references are prepared for the evaluators.
+    """
+    out = []
+    for start in range(0, len(index), CHUNK):
+        rows = index[start : start + CHUNK]
+        scenes = same_identity(identities, rows, sample_scenes(len(rows), generator))
+        images, masks = draw(scenes)
+        mask = masks[:, 0]
+        if on_black:
+            images = images * mask.unsqueeze(1)
+        views = crop(images, jitter(mask_boxes(mask), 0.06 if on_black else 0.22, generator))
+        out.append((views * 255).round().to(torch.uint8))
+    return torch.cat(out)
+
+
+def crowd(n: int, generator: torch.Generator, held_out: bool = False) -> Identities:
+    """n identities (n,) of every category, in equal parts and sorted by category."""
+    identities = sample_identities((n,), generator, held_out)
+    identities.thing = identities.thing.sort().values
+    return identities
+
+
+__all__ = ["MAX_THINGS", "Corpus", "arrange", "crop", "crowd", "draw_corpus", "draw_views", "jitter", "tokenise"]

@@ -1,0 +1,93 @@
+"""The miniature's UNet2DConditionModel, learned together with its text encoder on the corpus' latents."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from mifo.miniature.pretraining.corpus import Corpus
+from mifo.miniature.pretraining.settings import PretrainSettings
+from mifo.miniature.pretraining.text_encoder import WIDTH
+from mifo.miniature.pretraining.training import Pretraining
+from mifo.miniature.scenes import SIZE
+
+EMPTY_PROMPTS = 0.1
+"""Share of samples whose prompt is emptied, for classifier-free guidance (Ho & Salimans, arXiv 2207.12598)."""
+
+SNR_CAP = 5.0
+"""γ of min-SNR weighting (Hang et al., arXiv 2303.09556)."""
+
+
+def build_unet() -> UNet2DConditionModel:
+    """Stable Diffusion's plan with three levels: attention at 32² and 16², none in the lowest blocks, mid at 8²."""
+    return UNet2DConditionModel(
+        sample_size=SIZE // 4,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(64, 128, 192),
+        layers_per_block=2,
+        attention_head_dim=(2, 4, 6),
+        cross_attention_dim=WIDTH,
+        use_linear_projection=True,
+        norm_num_groups=32,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=0,
+        prediction_type="epsilon",
+    )
+
+
+class Painter(nn.Module):
+    """Text encoder and U-Net, one network for one optimiser."""
+
+    def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.unet = unet
+
+    def forward(self, latents: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
+        return self.unet(latents, timesteps, self.text_encoder(ids).last_hidden_state).sample
+
+
+class DenoiserPretraining(Pretraining):
+    """ε-prediction with min-SNR weights."""
+
+    def __init__(
+        self, corpus: Corpus, latents: Tensor, text_encoder: CLIPTextModel, empty: Tensor, settings: PretrainSettings
+    ) -> None:
+        super().__init__(Painter(text_encoder, build_unet()), settings.denoiser, settings.seed)
+        self.corpus = corpus
+        self.latents = latents
+        self.empty = empty
+        self.alphas = build_scheduler().alphas_cumprod
+        self.network.unet.to(memory_format=torch.channels_last)
+        self.predict = torch.compile(self.network) if settings.compile else self.network
+
+    def loss(self, generator: torch.Generator) -> dict[str, Tensor]:
+        device, n = self.device, self.settings.batch_size
+        rows = torch.randint(len(self.corpus), (n,), generator=generator, device=device)
+        variant = torch.randint(self.corpus.captions.shape[1], (n,), generator=generator, device=device)
+        ids = self.corpus.captions[rows, variant]
+        dropped = torch.rand(n, 1, generator=generator, device=device) < EMPTY_PROMPTS
+        ids = torch.where(dropped, self.empty.to(device), ids)
+        clean = self.latents[rows].float()
+        noise = torch.randn(clean.shape, generator=generator, device=device)
+        timesteps = torch.randint(1000, (n,), generator=generator, device=device)
+        alpha = self.alphas.to(device)[timesteps].view(-1, 1, 1, 1)
+        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        predicted = self.predict(noisy.contiguous(memory_format=torch.channels_last), timesteps, ids)
+        squared = (predicted.float() - noise).pow(2).mean((1, 2, 3))
+        snr = (alpha / (1 - alpha)).flatten()
+        return {"loss": (squared * snr.clamp(max=SNR_CAP) / snr).mean(), "mse": squared.mean()}

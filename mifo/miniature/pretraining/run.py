@@ -1,0 +1,112 @@
+"""Makes the miniature's weights: draws the corpus, trains the named parts, writes ordinary model folders."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel
+
+from mifo.errors import MifoError
+from mifo.miniature.pretraining.autoencoder import AutoencoderPretraining, build_autoencoder, encode_corpus
+from mifo.miniature.pretraining.clip import ClipPretraining, save_clip
+from mifo.miniature.pretraining.corpus import draw_corpus
+from mifo.miniature.pretraining.denoiser import DenoiserPretraining, build_scheduler, build_unet
+from mifo.miniature.pretraining.settings import PretrainSettings
+from mifo.miniature.pretraining.text_encoder import TextEncoderPretraining, build_text_encoder
+from mifo.miniature.pretraining.training import Pretraining, fit
+from mifo.miniature.pretraining.vit import VitPretraining, build_vit
+from mifo.miniature.tokenizer import build_tokenizer
+
+PARTS = ("autoencoder", "text_encoder", "denoiser", "clip", "vit")
+
+SHARD = "12MB"
+"""Largest file of a saved model, so that the weights travel in small pieces."""
+
+
+def pretrain(settings: PretrainSettings, work: Path, weights: Path, logger=True) -> dict[str, bool]:
+    """Train ``settings.parts`` in order, each going on from its checkpoint in ``work``, and write what is there
+    as model folders into ``weights``: ``pipeline/`` (diffusers), ``clip/`` (open_clip), ``vit/`` (transformers).
+
+    Returns for each part whether it reached its number of steps; with ``settings.minutes`` a part may stop earlier.
+    Raises MifoError for an unknown part or for one whose forerunner has not been made.
+    """
+    unknown = [part for part in settings.parts if part not in PARTS]
+    if unknown:
+        raise MifoError(f"pretrain.parts: '{unknown[0]}' is no part; choose from {', '.join(PARTS)}.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")
+    tokenizer = build_tokenizer(work / "tokenizer")
+    needs_corpus = any(part != "vit" for part in settings.parts)
+    corpus = draw_corpus(settings.scenes, settings.seed, device, tokenizer) if needs_corpus else None
+    finished = {}
+    for part in settings.parts:
+        torch.manual_seed(settings.seed)
+        began = time.perf_counter()
+        if part == "autoencoder":
+            module: Pretraining = AutoencoderPretraining(corpus, settings)
+        elif part == "text_encoder":
+            module = TextEncoderPretraining(corpus, tokenizer, settings)
+        elif part == "clip":
+            module = ClipPretraining(corpus, tokenizer, settings)
+        elif part == "vit":
+            module = VitPretraining(settings, device)
+        else:
+            vae = _made(work, "autoencoder", build_autoencoder).to(device)
+            text_encoder = _made(work, "text_encoder", lambda: build_text_encoder(tokenizer))
+            latents, factor = encode_corpus(vae, corpus)
+            empty = torch.tensor(tokenizer("", padding="max_length").input_ids)
+            module = DenoiserPretraining(corpus, latents * factor, text_encoder, empty, settings)
+            torch.save(factor, work / "scaling_factor.pt")
+        finished[part] = fit(module, work / part, settings.minutes, logger)
+        average = module.average.module
+        if part == "text_encoder":
+            average = average.text_encoder
+        torch.save(average.state_dict(), work / f"{part}.pt")
+        print(f"{part}: {module.global_step} steps in {time.perf_counter() - began:.0f} s", flush=True)
+    export(work, weights, tokenizer)
+    return finished
+
+
+def _made(work: Path, part: str, build):
+    """The averaged weights of a part that has been trained."""
+    file = work / f"{part}.pt"
+    if not file.exists():
+        raise MifoError(f"pretrain.parts: the denoiser needs '{part}' first; add it to pretrain.parts.")
+    model = build()
+    model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    return model.eval()
+
+
+def export(work: Path, weights: Path, tokenizer) -> None:
+    """Write every part that has been trained as an ordinary model folder in half precision."""
+    if (work / "denoiser.pt").exists():
+        painter = torch.load(work / "denoiser.pt", map_location="cpu", weights_only=True)
+        unet: UNet2DConditionModel = build_unet()
+        unet.load_state_dict({k.removeprefix("unet."): v for k, v in painter.items() if k.startswith("unet.")})
+        text: CLIPTextModel = build_text_encoder(tokenizer)
+        prefix = "text_encoder."
+        text.load_state_dict({k.removeprefix(prefix): v for k, v in painter.items() if k.startswith(prefix)})
+        vae: AutoencoderKL = _made(work, "autoencoder", build_autoencoder)
+        vae.register_to_config(scaling_factor=torch.load(work / "scaling_factor.pt", weights_only=True))
+        pipeline = StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=text,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=build_scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.to(torch.float16).save_pretrained(weights / "pipeline", max_shard_size=SHARD)
+    if (work / "clip.pt").exists():
+        module = ClipPretraining(None, tokenizer, PretrainSettings())
+        module.network.load_state_dict(torch.load(work / "clip.pt", map_location="cpu", weights_only=True))
+        save_clip(module.network, work / "tokenizer", weights / "clip", tokenizer)
+    if (work / "vit.pt").exists():
+        vit = build_vit()
+        vit.load_state_dict(torch.load(work / "vit.pt", map_location="cpu", weights_only=True))
+        vit.half().save_pretrained(weights / "vit")

@@ -1,0 +1,32 @@
+"""Settings of the miniature's pretraining."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class PartSettings:
+    """How long and how fast one part learns."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int = 200
+    average_decay: float = 0.999
+
+
+@dataclass
+class PretrainSettings:
+    """Scenes to draw and the five parts; the parts named in ``parts`` are made in order, each from its checkpoint on."""
+
+    parts: list[str] = field(default_factory=lambda: ["autoencoder", "text_encoder", "denoiser", "clip", "vit"])
+    scenes: int = 160_000
+    seed: int = 0
+    minutes: float | None = None
+    compile: bool = True
+    autoencoder: PartSettings = field(default_factory=lambda: PartSettings(4000, 96, 6e-4))
+    text_encoder: PartSettings = field(default_factory=lambda: PartSettings(1500, 1024, 1e-3))
+    denoiser: PartSettings = field(default_factory=lambda: PartSettings(9000, 384, 5e-4, 500, 0.9995))
+    clip: PartSettings = field(default_factory=lambda: PartSettings(2500, 512, 6e-4))
+    vit: PartSettings = field(default_factory=lambda: PartSettings(3000, 512, 6e-4))

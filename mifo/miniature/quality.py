@@ -1,0 +1,176 @@
+"""How good the miniature is, on scenes that it was never trained on.
+
+Every figure comes with its 95 % interval: the normal approximation for means, Wilson's for shares.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import open_clip
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoTokenizer, ViTModel
+
+from mifo.miniature.pretraining.clip import normalise
+from mifo.miniature.pretraining.corpus import crop, crowd, draw_corpus, draw_views, jitter, tokenise
+from mifo.miniature.scenes import caption, describe
+from mifo.miniature.vocabulary import BACKGROUNDS, COLOURS, THINGS
+
+HELD_OUT_SEED = 1_000_003
+"""Seed of the scenes for judging; pretraining draws from small seeds."""
+
+
+def share(hits: Tensor) -> dict[str, float]:
+    """Share of true entries with Wilson's 95 % interval."""
+    n, p, z = hits.numel(), hits.float().mean().item(), 1.96
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return {"value": p, "low": centre - half, "high": centre + half, "n": n}
+
+
+def mean(values: Tensor) -> dict[str, float]:
+    """Mean with its 95 % interval."""
+    n, average = values.numel(), values.double().mean().item()
+    half = 1.96 * values.double().std().item() / math.sqrt(n)
+    return {"value": average, "low": average - half, "high": average + half, "n": n}
+
+
+class Judge:
+    """The miniature's CLIP asked which of several words a picture shows."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.model = open_clip.create_model(f"local-dir:{folder}").to(device).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        self.device = device
+
+    @torch.no_grad()
+    def pictures(self, images: Tensor, batch: int = 512) -> Tensor:
+        """Unit features (n, d) of pictures (n, 3, 128, 128), uint8 or in [0, 1]."""
+        parts = [
+            self.model.encode_image(normalise(images[i : i + batch].to(self.device)), normalize=True)
+            for i in range(0, len(images), batch)
+        ]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def texts(self, prompts: list[str]) -> Tensor:
+        """Unit features (n, d) of prompts."""
+        return self.model.encode_text(tokenise(self.tokenizer, prompts).to(self.device), normalize=True)
+
+    def which_thing(self, features: Tensor) -> Tensor:
+        return (features @ self.texts([caption([thing], None) for thing in THINGS]).T).argmax(1)
+
+    def which_colour(self, features: Tensor, thing: Tensor) -> Tensor:
+        """The best colour word for each picture, its thing being known; thing is an index (n,)."""
+        texts = self.texts([caption([describe(t, c, None)], None) for t in THINGS for c in COLOURS])
+        scores = torch.einsum("nd,ncd->nc", features, texts.view(len(THINGS), len(COLOURS), -1)[thing])
+        return scores.argmax(1)
+
+    def which_background(self, features: Tensor, thing: Tensor) -> Tensor:
+        texts = self.texts([caption([t], b) for t in THINGS for b in BACKGROUNDS])
+        scores = torch.einsum("nd,nbd->nb", features, texts.view(len(THINGS), len(BACKGROUNDS), -1)[thing])
+        return scores.argmax(1)
+
+
+@torch.no_grad()
+def evaluators(weights: Path, device: torch.device, scenes: int = 4096, per_category: int = 100) -> dict:
+    """Zero-shot accuracy of the CLIP and top-1 identification by the ViT."""
+    judge = Judge(weights / "clip", device)
+    corpus = draw_corpus(scenes, HELD_OUT_SEED, device, judge.tokenizer, variants=1)
+    single = torch.nonzero(corpus.count == 1).squeeze(1)
+    generator = torch.Generator(device).manual_seed(HELD_OUT_SEED)
+    crops = crop(corpus.images[single].float() / 255, jitter(corpus.boxes[single, 0], 0.15, generator))
+    features, whole = judge.pictures(crops), judge.pictures(corpus.images[single])
+    thing = corpus.thing[single, 0]
+    out = {
+        "clip thing": share(judge.which_thing(features) == thing),
+        "clip colour": share(judge.which_colour(features, thing) == corpus.colour[single, 0]),
+        "clip background": share(judge.which_background(whole, thing) == corpus.background[single]),
+        "clip thing, whole picture": share(judge.which_thing(whole) == thing),
+    }
+    vit = ViTModel.from_pretrained(weights / "vit", add_pooling_layer=False, dtype=torch.float32).to(device).eval()
+    people = crowd(per_category * len(THINGS), generator, held_out=True)
+    index = torch.arange(len(people.thing), device=device)
+    reference, found = (
+        F.normalize(vit(pixel_values=normalise(draw_views(people, index, generator, on_black=black)))[0][:, 0], dim=-1)
+        for black in (True, False)
+    )
+    scores = (found @ reference.T).masked_fill(people.thing[:, None] != people.thing[None], -2)
+    out["vit top-1 of its category"] = share(scores.argmax(1) == index)
+    return out
+
+
+@torch.no_grad()
+def generate(
+    pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, steps: int = 50, scale: float = 5.0, batch: int = 128
+) -> Tensor:
+    """Plain DDIM samples (n, 3, H, W) in [0, 1]."""
+    out = []
+    for start in range(0, len(prompts), batch):
+        generator = torch.Generator("cpu").manual_seed(seed + start)
+        out.append(
+            pipeline(
+                prompts[start : start + batch],
+                num_inference_steps=steps,
+                guidance_scale=scale,
+                generator=generator,
+                output_type="pt",
+            ).images.float()
+        )
+    return torch.cat(out)
+
+
+def load_pipeline(weights: Path, device: torch.device, dtype: torch.dtype) -> StableDiffusionPipeline:
+    pipeline = StableDiffusionPipeline.from_pretrained(weights / "pipeline", dtype=dtype, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+@torch.no_grad()
+def reconstruction(pipeline: StableDiffusionPipeline, scenes: int = 512) -> dict:
+    """PSNR in dB of pictures after encoding and decoding, peak 1."""
+    corpus = draw_corpus(scenes, HELD_OUT_SEED + 1, pipeline.device, pipeline.tokenizer, variants=1)
+    values = []
+    for start in range(0, scenes, 64):
+        images = corpus.images[start : start + 64].float() / 255
+        latents = pipeline.vae.encode((images * 2 - 1).to(pipeline.vae.dtype)).latent_dist.mean
+        decoded = (pipeline.vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
+        values.append(-10 * (decoded - images).pow(2).mean((1, 2, 3)).log10())
+    return {"vae psnr": mean(torch.cat(values))}
+
+
+def text_to_image(pipeline: StableDiffusionPipeline, judge: Judge, pictures: int = 960, scale: float = 5.0) -> dict:
+    """One thing: thing, colour and background as judged by the CLIP; two things: both present."""
+    generator = torch.Generator().manual_seed(HELD_OUT_SEED)
+
+    def pick(options: int) -> Tensor:
+        return torch.randint(options, (pictures,), generator=generator)
+
+    thing, colour, place = pick(len(THINGS)), pick(len(COLOURS)), pick(len(BACKGROUNDS))
+    colours = list(COLOURS)
+    prompts = [
+        caption([describe(THINGS[t], colours[c], None)], BACKGROUNDS[b])
+        for t, c, b in zip(thing, colour, place, strict=True)
+    ]
+    features = judge.pictures(generate(pipeline, prompts, HELD_OUT_SEED, scale=scale))
+    thing, colour, place = (index.to(features.device) for index in (thing, colour, place))
+    out = {
+        "one thing: thing": share(judge.which_thing(features) == thing),
+        "one thing: colour": share(judge.which_colour(features, thing) == colour),
+        "one thing: background": share(judge.which_background(features, thing) == place),
+    }
+    pairs = list(itertools.combinations(range(len(THINGS)), 2))
+    chosen = [pairs[int(i)] for i in torch.randint(len(pairs), (pictures // 2,), generator=generator)]
+    prompts = [caption([THINGS[a], THINGS[b]], None) for a, b in chosen]
+    features = judge.pictures(generate(pipeline, prompts, HELD_OUT_SEED + 7, scale=scale))
+    texts = judge.texts([caption([THINGS[a], THINGS[b]], None) for a, b in pairs])
+    best = (features @ texts.T).argmax(1).tolist()
+    out["two things: both present"] = share(torch.tensor([pairs[i] == c for i, c in zip(best, chosen, strict=True)]))
+    return out
+
+

@@ -1,0 +1,64 @@
+"""A CLIP-format tokenizer over the miniature's words: an ordinary byte-level BPE in which each known word is one token."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers import CLIPTokenizer
+
+from mifo.miniature.vocabulary import words
+
+MAX_LENGTH = 32
+"""Tokens of a prompt, start and end included."""
+
+END_OF_WORD = "</w>"
+
+
+def _byte_symbols() -> list[str]:
+    """The 256 printable stand-ins for bytes of GPT-2's byte-level BPE, which CLIP's tokenizer uses too."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
+
+
+def _merge(symbols: list[str], merges: dict[tuple[str, str], int]) -> list[str]:
+    """Apply BPE merges to ``symbols``, the earliest learned first."""
+    while True:
+        pairs = [pair for pair in zip(symbols, symbols[1:], strict=False) if pair in merges]
+        if not pairs:
+            return symbols
+        best = min(pairs, key=merges.__getitem__)
+        out, position = [], 0
+        while position < len(symbols):
+            if tuple(symbols[position : position + 2]) == best:
+                out.append("".join(best))
+                position += 2
+            else:
+                out.append(symbols[position])
+                position += 1
+        symbols = out
+
+
+def build_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Write ``vocab.json`` and ``merges.txt`` into ``folder`` and load them as a CLIPTokenizer.
+
+    Words are learned one after another: what earlier merges leave of a word is merged from left to right. A later
+    merge ranks lower than all earlier ones, so it can never take apart a word already learned.
+    """
+    merges: dict[tuple[str, str], int] = {}
+    for word in words():
+        symbols = _merge([*word[:-1], word[-1] + END_OF_WORD], merges)
+        while len(symbols) > 1:
+            merges[(symbols[0], symbols[1])] = len(merges)
+            symbols = [symbols[0] + symbols[1], *symbols[2:]]
+    symbols = _byte_symbols()
+    entries = [*symbols, *(symbol + END_OF_WORD for symbol in symbols), *(a + b for a, b in merges)]
+    entries = list(dict.fromkeys([*entries, "<|startoftext|>", "<|endoftext|>"]))
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
+    vocab_file.write_text(json.dumps({entry: index for index, entry in enumerate(entries)}, ensure_ascii=False))
+    merges_file.write_text("\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges)]) + "\n")
+    tokenizer = CLIPTokenizer(str(vocab_file), str(merges_file), pad_token="<|endoftext|>", model_max_length=MAX_LENGTH)
+    tokenizer.save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)
