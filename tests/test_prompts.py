@@ -10,7 +10,7 @@ from transformers import CLIPTokenizer
 
 from mifo.errors import MifoError
 from mifo.prompts.function_words import is_function_word
-from mifo.prompts.instances import check_instances, find_instances, instance_prompt, instances_in
+from mifo.prompts.instances import check_instances, find_instances
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +101,6 @@ def test_the_longest_prompt_that_fits_is_taken(tokenizer):
 
 
 def test_instances_are_checked_without_a_tokenizer():
-    assert instances_in("<asset2> and <asset0> and <asset2>") == ("<asset2>", "<asset0>")
     check_instances("a <asset0> on a Red  Table", ["<asset0>", "red table"], ["<asset0>"])
     with pytest.raises(MifoError, match=r"<asset1>.*no instances"):
         check_instances("a photo of <asset1>", [], [])
-
-
-def test_union_sampling_prompt():
-    assert instance_prompt(["<asset0>"]) == "a photo of <asset0>"
-    assert instance_prompt(["<asset2>", "<asset0>"]) == "a photo of <asset2> and <asset0>"

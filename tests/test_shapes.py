@@ -102,7 +102,7 @@ def test_renewed_shapes_agree_with_the_reference_in_its_own_optimum_of_kmeans(ve
     """In the other sample of `renewal` the reference's random starts ended in a local optimum of k-means.
 
     It halves the largest of six clear clusters by noise, and joins two small ones. From its centres ours
-    stays there and every later step agrees; from its own starts ours finds the six, of an inertia 14 times smaller.
+    stays there, and all that follows agrees; from its own starts ours finds the six, 14 times tighter.
     """
     v = vectors("renewal")
     self_map, cross_map = v["mean_self_map"][:1], v["mean_cross_map"][:1]

@@ -29,16 +29,6 @@ class PromptTokens:
     eos_index: int
 
 
-def instance_prompt(tokens: Sequence[str]) -> str:
-    """The prompt of union sampling (Break-a-Scene, arXiv 2305.16311): "a photo of <asset0> and <asset2>"."""
-    return f"a photo of {' and '.join(tokens)}"
-
-
-def instances_in(prompt: str) -> tuple[str, ...]:
-    """The instance tokens "<asset…>" that a prompt names, each once, in order of appearance."""
-    return tuple(dict.fromkeys(INSTANCE.findall(prompt)))
-
-
 def check_instances(prompt: str, keys: Iterable[str], known: Collection[str]) -> None:
     """Refuse what can be refused without a tokenizer.
 

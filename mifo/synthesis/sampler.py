@@ -172,15 +172,13 @@ def _check_layers(
             raise MifoError(f"guidance.{option} is empty: name at least one layer.")
         if unknown := set(chosen) - {layer.index for layer in layers}:
             raise MifoError(
-                f"guidance.{option} names layer {min(unknown)}, but the U-Net has layers 0 to {len(layers) - 1}."
+                f"guidance.{option} names layer {min(unknown)}, but the U-Net has 0 to {len(layers) - 1}."
             )
     shaping = [layer for layer in layers if layer.index in shape_layers]
-    if len({layer.divisor for layer in shaping}) > 1 or {layer.kind for layer in shaping} != {
-        "self",
-        "cross",
-    }:
+    kinds, divisors = {layer.kind for layer in shaping}, {layer.divisor for layer in shaping}
+    if len(kinds) < 2 or len(divisors) > 1:
         raise MifoError(
-            "guidance.shape_layers must name at least a self- and a cross-attention layer, all of one resolution."
+            "guidance.shape_layers must name a self- and a cross-attention layer at least, of one resolution."
         )
     return shaping[0].divisor
 
