@@ -20,6 +20,8 @@ from mifo.models.settings import ModelSettings
 from mifo.models.trainable import new_rows
 from mifo.penalty.settings import AttentionTerm, PenaltySettings, TermSettings
 
+# total losses of the seeded run below: semantic learning, then fine-tuning; a change means another method
+GOLDEN = [0.25575, 0.51938, 0.36694, 0.3528, 1.60295, 1.58137, 1.38025]
 TRAINER = {"accelerator": "cpu", "enable_progress_bar": False}
 
 
@@ -54,7 +56,7 @@ def settings(tmp_path_factory):
 
 
 class Watch(Callback):
-    """Keeps the total loss of every step; raises at a chosen step of a chosen stage, as a killed run would end."""
+    """Keeps what every step gave; raises at a chosen step of a chosen stage, as a killed run would end."""
 
     def __init__(self, kill=None):
         self.losses, self.parts, self.layers, self.kill = [], [], {}, kill
@@ -121,6 +123,7 @@ def test_same_seed_repeats_and_another_seed_differs(source, instances, settings,
     ]
     assert runs[0] == runs[1]
     assert runs[0] != runs[2]
+    assert [entry[2] for entry in runs[0]] == pytest.approx(GOLDEN, rel=1e-3)
 
 
 @pytest.mark.parametrize("kill", [("semantic", 3), ("finetuning", 1), ("finetuning", 3)])
@@ -196,7 +199,7 @@ def test_baselines_and_ablations_learn(source, model, instances, settings, tmp_p
     watch = Watch()
     processors = dict(model.unet.attn_processors)
     folder = learn(model, instances, settings, penalty, tmp_path, trainer=TRAINER, callbacks=[watch])
-    parts = {stage: each for stage, each in watch.parts}
+    parts = dict(watch.parts)
     assert (parts["finetuning"].prior == 0) == (change == "no prior")
     assert all((each.attention == 0) == (change == "no attention loss") for each in parts.values())
     if change not in ("lora", "kv"):
@@ -214,6 +217,25 @@ def test_baselines_and_ablations_learn(source, model, instances, settings, tmp_p
         assert not moved
     elif change == "kv":
         assert moved and all(".attn2.to_k" in name or ".attn2.to_v" in name for name in moved)
+
+
+def test_a_frozen_base_model_may_be_in_half_precision(source, instances, settings, tmp_path):
+    pytest.importorskip("peft")
+    model = load_model(ModelSettings("tiny", source, dtype="bfloat16"))
+    with pytest.raises(MifoError, match=r"learn=full needs model\.dtype=float32"):
+        learn(model, instances, settings, PenaltySettings(), tmp_path, trainer=TRAINER)
+    settings.finetuning.learn = "lora"
+    with pytest.raises(MifoError, match=r"trainer\.precision=bf16-mixed"):
+        learn(model, instances, settings, PenaltySettings(), tmp_path, trainer=TRAINER)
+    watch, trainer = Watch(), TRAINER | {"precision": "bf16-mixed"}
+    learn(model, instances, settings, PenaltySettings(), tmp_path, trainer=trainer, callbacks=[watch])
+    whole = Watch()
+    full = load_model(ModelSettings("tiny", source))
+    learn(full, instances, settings, PenaltySettings(), tmp_path / "full", trainer=TRAINER, callbacks=[whole])
+    assert [entry[2] for entry in watch.losses] == pytest.approx(
+        [entry[2] for entry in whole.losses], rel=0.05
+    )
+    assert new_rows(model).dtype == torch.float32
 
 
 def test_losses_reach_the_logger_at_its_interval(model, instances, settings, tmp_path):
@@ -254,5 +276,5 @@ def test_impossible_settings_are_refused(settings, part, key, value, sentence):
 
 
 def test_what_learning_fixes_can_not_be_set_for_the_trainer(model, instances, settings, tmp_path):
-    with pytest.raises(MifoError, match="trainer.max_steps is fixed"):
+    with pytest.raises(MifoError, match=r"trainer\.max_steps is fixed"):
         learn(model, instances, settings, PenaltySettings(), tmp_path, trainer=TRAINER | {"max_steps": 3})

@@ -68,7 +68,7 @@ def test_fingerprint_tells_weights_apart_and_not_folders(source, tmp_path, model
 
 def test_unknown_models_are_refused_in_one_sentence(source, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(MifoError, match="nobody/nothing at revision main .* network"):
+    with pytest.raises(MifoError, match=r"nobody/nothing at revision main .* network"):
         load_model(ModelSettings("x", "nobody/nothing", "main"))
     with pytest.raises(MifoError, match="neither a local folder"):
         load_model(ModelSettings("x", "no/such/folder/here"))

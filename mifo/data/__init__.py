@@ -1,1 +1,1 @@
-"""Data: an image and its instances, class pictures for prior preservation, and what each learning step draws."""
+"""An image and its instances, class pictures for prior preservation, and what each learning step draws."""

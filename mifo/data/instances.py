@@ -42,7 +42,7 @@ class InstanceSet:
     tokens: tuple[str, ...]
 
     def resized(self, side: int) -> tuple[Tensor, Tensor]:
-        """The image as (3, side, side) float32 in [0, 1] and the masks as (N, side, side); other shapes are squashed."""
+        """Image (3, side, side) and masks (N, side, side), float32 in [0, 1]; other shapes are squashed."""
         image = F.interpolate(
             self.image[None].float() / 255, size=(side, side), mode="bicubic", antialias=True
         )
@@ -51,11 +51,11 @@ class InstanceSet:
 
 
 def read_instances(settings: InstancesSettings) -> InstanceSet:
-    """Read the image and the masks that `settings` names; cheap, so it also serves as a check before a model loads.
+    """Read the image and the masks that `settings` names; cheap, so it also serves as an early check.
 
     Raises:
-        MifoError: neither or both of folder and scene; a missing or unreadable image or mask, a gap in the numbers
-            of the masks, an empty mask; names that do not match the number of masks.
+        MifoError: neither or both of folder and scene; a missing or unreadable image or mask, a gap in the
+            numbers of the masks, an empty mask; names that do not match the number of masks.
     """
     if (settings.folder is None) == (settings.scene is None):
         raise MifoError("instances needs either a folder or a scene; set instances.folder=PATH.")
@@ -90,7 +90,7 @@ def _refuse_empty(masks: Tensor, sources: Sequence[str], complaint: str) -> None
 def _one_each(key: str, values: Sequence[str | None], masks: Tensor) -> tuple[str | None, ...]:
     if len(values) != len(masks):
         raise MifoError(
-            f"instances.{key} names {len(values)} instances, but there are {len(masks)} masks; name one for each."
+            f"instances.{key} names {len(values)} instances, but there are {len(masks)} masks; name one each."
         )
     return tuple(values)
 
@@ -169,7 +169,7 @@ def _open(file: Path) -> Image.Image:
 
 
 def _first_channel(image: Image.Image) -> np.ndarray:
-    """(H, W) float32 in [0, 1]: the first channel, by the range of its format; 0/1 masks of any format count too."""
+    """(H, W) float32 in [0, 1]: the first channel by the range of its format, or by 1 if it holds no more."""
     if image.mode == "P":  # the colours, not their numbers
         image = image.convert("RGB")
     channel = np.asarray(image)
@@ -179,7 +179,7 @@ def _first_channel(image: Image.Image) -> np.ndarray:
 
 
 def _fit(image: Tensor, masks: Tensor, fit: str) -> tuple[Tensor, Tensor]:
-    """Make a picture square by cutting or padding; "squash" leaves that to the resizing to the model's size."""
+    """Make a picture square by cutting or padding; "squash" is left to the resizing."""
     height, width = image.shape[1:]
     if fit == "squash" or height == width:
         return image, masks
@@ -200,6 +200,6 @@ def _fit(image: Tensor, masks: Tensor, fit: str) -> tuple[Tensor, Tensor]:
 
 
 def _start(marked: Tensor, side: int, length: int) -> int:
-    """First index of a window of `side` of `length` that has the marked range in its middle, as far as it can."""
+    """First index of a window of `side` in `length`, with the marked range in its middle where it can."""
     middle = (int(marked.min()) + int(marked.max()) + 1) / 2
     return int(min(max(round(middle - side / 2), 0), length - side))

@@ -1,6 +1,7 @@
 """What a learning step draws. All that is constant is computed once; a step only draws and picks.
 
-B instance samples, P class samples (P = B with a prior, else 0), N instances, L tokens, h × w latents, H × W pixels.
+B instance samples, P class samples (P = B with a prior, else 0), N instances, L tokens, h × w latents,
+H × W pixels.
 """
 
 from collections.abc import Iterator
@@ -32,8 +33,8 @@ class LearningBatch:
         latents: (P + B, 4, h, w), drawn from the VAE's posterior.
         noise: (P + B, 4, h, w) standard normal.
         timesteps: (P + B,) uniform integers in [0, T).
-        token_positions: (B, N) place of each selected instance's token in its prompt; 0 beyond the k selected.
-        masks: (B, N, H, W) of the selected instances in the prompt's order, in [0, 1]; 0 beyond the k selected.
+        token_positions: (B, N) place of each selected instance's token in its prompt; 0 beyond them.
+        masks: (B, N, H, W) in [0, 1], of the selected instances in the prompt's order; 0 beyond them.
         valid: (B, N) 1 for a selected instance, else 0.
     """
 
@@ -47,7 +48,7 @@ class LearningBatch:
 
 
 class LearningData(lightning.LightningDataModule):
-    """Draws of one stage, without end; step s draws the same whatever was drawn before, so a resumed run repeats.
+    """Draws of one stage, without end. A step's draw depends on its number alone, so a resumed run repeats.
 
     The model must carry the instances' tokens and lie on the device where it learns.
 
@@ -96,12 +97,12 @@ class LearningData(lightning.LightningDataModule):
             self.class_ids = tokenize(self.model.tokenizer, told)
 
     def train_dataloader(self) -> DataLoader:
-        """Batches from the step that the trainer stands at; no worker processes, since nothing is read or decoded."""
+        """Batches from the trainer's step on; without workers, since nothing is read or decoded."""
         first = self.trainer.global_step * self.trainer.accumulate_grad_batches
         return DataLoader(_Draws(self, first), batch_size=None)
 
     def draw(self, step: int, rank: int = 0) -> LearningBatch:
-        """The batch of a step (union sampling, Break-a-Scene, arXiv 2305.16311, section 3.2), after `setup`."""
+        """The batch of a step, after `setup`; union sampling: Break-a-Scene (arXiv 2305.16311)."""
         entropy = np.random.SeedSequence([self.seed, self.stream, rank, step]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(entropy[0]))
         selections = [self._selection(generator) for _ in range(self.batch_size)]
@@ -151,7 +152,7 @@ class LearningData(lightning.LightningDataModule):
         return torch.randint(limit, (size,), generator=generator).tolist()
 
     def _tokenized(self, chosen: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Tokens (L,) of the prompt of these instances, and the places (N,) of their tokens, padded with 0."""
+        """Tokens (L,) of the prompt of these instances, and the places (N,) of their tokens, 0 as padding."""
         tokens = [self.instances.tokens[i] for i in chosen]
         ids = tokenize(self.model.tokenizer, [self.settings.template.format(" and ".join(tokens))])[0]
         positions = torch.zeros(len(self.instances.tokens), dtype=torch.long)
@@ -160,7 +161,7 @@ class LearningData(lightning.LightningDataModule):
             if len(found) != 1:
                 raise MifoError(
                     f"learning.template={self.settings.template!r} must name each instance once, "
-                    f"but {token} stands {len(found)} times in its prompt; use {{}} once, as in 'a photo of {{}}'."
+                    f"but {token} stands {len(found)} times in its prompt; use {{}} once: 'a photo of {{}}'."
                 )
             positions[place] = found[0, 0]
         return ids, positions

@@ -1,4 +1,4 @@
-"""Pictures of the instances' classes, which keep the model's notion of a class (DreamBooth, arXiv 2208.12242)."""
+"""Pictures of the instances' classes, so that learning keeps the class (DreamBooth, arXiv 2208.12242)."""
 
 import hashlib
 import os
@@ -41,8 +41,8 @@ def class_pictures(
 ) -> tuple[Tensor, list[str]]:
     """Class pictures (M, 3, H, W) in [0, 1] at the model's size, and the prompt of each.
 
-    They are read from `settings.folder`, or made by the model by plain DDIM sampling, once for each model, prompt,
-    size, seed and number of steps: picture i of a prompt is the same however many are asked for.
+    They are read from `settings.folder`, or made by plain DDIM sampling, once for each model, prompt, size,
+    seed and number of steps: picture i of a prompt is the same however many are asked for.
 
     Raises:
         MifoError: the folder holds no readable picture.

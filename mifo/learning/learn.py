@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
@@ -74,21 +75,22 @@ def learn(
 ) -> Path:
     """Learn the instances with both stages and save them into `folder/learned`.
 
-    Called again with the same arguments and the same `folder` after it was interrupted, it continues from the last
-    checkpoint and ends with the same result as without the interruption. Checkpoints go when the result is saved.
+    Called again with the same arguments and `folder` after an interruption, it continues from the last
+    checkpoint and ends with the same result as without. The checkpoints go when the result is saved.
 
     Args:
-        model: a base model without new tokens; afterwards it carries what was learned, on the trainer's device.
-        trainer: arguments of `lightning.Trainer` beside those that the settings fix, such as accelerator and precision.
+        model: a base model without new tokens; afterwards what was learned is in it, on the trainer's device.
+        trainer: arguments of `lightning.Trainer` that the settings do not fix, as accelerator, precision.
         config: YAML text of the run's configuration, saved beside the result.
 
     Returns:
         `folder/learned`.
 
     Raises:
-        MifoError: impossible settings, or `folder/learned` exists.
+        MifoError: impossible settings, half-precision weights that can not learn, or `folder/learned` exists.
     """
     check_learning(settings)
+    _check_precision(model, settings, trainer or {})
     target, checkpoints = Path(folder) / "learned", Path(folder) / "checkpoints"
     refuse_existing(target)
     lightning.seed_everything(seed, verbose=False)
@@ -130,6 +132,20 @@ def learn(
     return target
 
 
+def _check_precision(model: DiffusionModel, settings: LearningSettings, trainer: Mapping[str, Any]) -> None:
+    if model.dtype == torch.float32:
+        return
+    if settings.finetuning.steps and settings.finetuning.learn not in ("tokens", "lora"):
+        raise MifoError(
+            f"learning.finetuning.learn={settings.finetuning.learn} needs model.dtype=float32, since small "
+            "updates are lost in half precision; take that, or learn=lora."
+        )
+    if "mixed" not in str(trainer.get("precision", "")):
+        raise MifoError(
+            "model.dtype in half precision needs trainer.precision=bf16-mixed (or 16-mixed) to learn."
+        )
+
+
 def _trainer(
     name: str,
     stage: StageSettings,
@@ -155,9 +171,7 @@ def _trainer(
         "logger": list(loggers),
     }
     if clashes := sorted({*fixed, "callbacks"} & {*arguments}):
-        raise MifoError(
-            f"trainer.{clashes[0]} is fixed by the settings of learning and its callbacks; take it out of trainer."
-        )
+        raise MifoError(f"trainer.{clashes[0]} is fixed by learning and callbacks; take it out of trainer.")
     return lightning.Trainer(
         callbacks=[*callbacks, *savers], **{"enable_model_summary": False, **arguments, **fixed}
     )

@@ -8,7 +8,7 @@ from mifo.models.loading import DiffusionModel
 
 @torch.no_grad()
 def encode_images(model: DiffusionModel, images: Tensor, batch_size: int = 8) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, each (B, 4, h, w), of the scaled latents of images (B, 3, H, W) in [0, 1]."""
+    """Mean and standard deviation (B, 4, h, w) of the scaled latents of images (B, 3, H, W) in [0, 1]."""
     scale = model.vae.config.scaling_factor
     posteriors = [
         model.vae.encode(part.to(model.vae.device) * 2 - 1).latent_dist for part in images.split(batch_size)

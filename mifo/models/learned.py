@@ -115,7 +115,7 @@ def read_learned(folder: Path | str) -> Learned:
         written = content["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MifoError(
-            f"{folder} holds no learned result (no readable learned.json); name a folder that `mifo learn` wrote."
+            f"{folder} holds no learned result (a readable learned.json); name one that `mifo learn` wrote."
         ) from error
     if written != FORMAT:
         raise MifoError(
@@ -133,7 +133,7 @@ def load_learned(folder: Path | str, model: DiffusionModel) -> Learned:
     learned = read_learned(folder)
     if learned.base["fingerprint"] != model.fingerprint:
         raise MifoError(
-            f"{folder} was learned on {_told(learned.base)}, not on {_told(_base(model))}; load it on the former."
+            f"{folder} was learned on {_told(learned.base)}, not on {_told(_base(model))}; load it on that."
         )
     add_instance_tokens(model, learned.tokens)
     if learned.learn == "lora":

@@ -147,7 +147,9 @@ def _fingerprint(folder: Path) -> str:
         for file in (folder / part).glob("*.safetensors"):
             with safe_open(file, "pt") as tensors:
                 rows |= {
-                    name: tensors.get_slice(name)[:1] for name in tensors.keys() if "position_ids" not in name
+                    name: tensors.get_slice(name)[:1]
+                    for name in sorted(tensors.keys())
+                    if "position_ids" not in name
                 }
         for name in sorted(rows):
             digest.update(name.encode())

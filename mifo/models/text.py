@@ -27,7 +27,7 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
 
 
 def encode_ids(model: DiffusionModel, ids: Tensor) -> Tensor:
-    """Hidden states (B, L, width) of token ids (B, L) after the last layer's norm, as Stable Diffusion reads them."""
+    """Hidden states (B, L, width) of token ids (B, L) after the final norm, as Stable Diffusion has it."""
     return model.text_encoder(ids.to(model.device)).last_hidden_state
 
 

@@ -20,9 +20,9 @@ def trainable_parameters(model: DiffusionModel, learn: str) -> dict[str, dict[st
     """The parameters that learn beside the new token rows, by part of the model and by name.
 
     Args:
-        learn: "tokens" none (Textual Inversion, arXiv 2208.01618); "kv" keys and values of cross-attention (Custom
-            Diffusion, arXiv 2212.04488); "unet" the whole U-Net; "full" U-Net and text encoder; "lora" the adapters
-            that `add_lora` made. The table of the known words never learns.
+        learn: "tokens" none (Textual Inversion, arXiv 2208.01618); "kv" keys and values of cross-attention
+            (Custom Diffusion, arXiv 2212.04488); "unet" the whole U-Net; "full" U-Net and text encoder;
+            "lora" the adapters that `add_lora` made. The table of the known words never learns.
 
     Raises:
         MifoError: another value of `learn`.
@@ -77,3 +77,6 @@ def add_lora(model: DiffusionModel, rank: int) -> None:
         (model.text_encoder, ["q_proj", "k_proj", "v_proj", "out_proj"]),
     ):
         part.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+        for name, parameter in part.named_parameters():
+            if "lora_" in name:  # learns in full precision, whatever that of the base model
+                parameter.data = parameter.data.float()
