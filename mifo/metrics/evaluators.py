@@ -4,8 +4,11 @@ Each knows its name and the hash of its weights, so that figures of different ev
 """
 
 import hashlib
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
+from pathlib import Path
 from typing import Protocol
 
 import open_clip
@@ -121,41 +124,58 @@ class ViTEncoder(_BatchedEncoder):
 
 def load_image_text_encoder(settings: ImageTextSettings, batch_size: int = 32) -> OpenClipEncoder:
     """Load the open_clip model of `settings`, on the CPU in fp32. Raises MifoError without its weights."""
-    embedded = settings.name == "embedded"
-    name = f"local-dir:{_embedded('clip')}" if embedded else settings.name
+    name = f"local-dir:{_embedded('clip')}" if settings.name == "embedded" else settings.name
     try:
-        model = open_clip.create_model(name, pretrained=settings.pretrained, require_pretrained=True)
-        tokenizer = open_clip.get_tokenizer(name)
+        with _quiet():
+            model = open_clip.create_model(name, pretrained=settings.pretrained, require_pretrained=True)
+            tokenizer = open_clip.get_tokenizer(name)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         tag = f" with pretrained='{settings.pretrained}'" if settings.pretrained else ""
         raise MifoError(
             f"The image–text evaluator {settings.name}{tag} cannot be loaded: check metrics.image_text, "
             "connect once to fetch its weights, or use metrics=miniature, which needs no network."
         ) from error
-    label = "miniature-clip" if embedded else "-".join(filter(None, [settings.name, settings.pretrained]))
+    label = _label(settings.name.removeprefix("local-dir:"), "miniature-clip")
+    if settings.pretrained:
+        label += f"-{settings.pretrained}"
     return OpenClipEncoder(model, tokenizer, label, batch_size)
 
 
 def load_image_encoder(settings: ImageSettings, batch_size: int = 32) -> ViTEncoder:
     """Load the ViT of `settings`, on the CPU in fp32. Raises MifoError without its weights."""
-    embedded = settings.source == "embedded"
-    source = str(_embedded("vit")) if embedded else settings.source
+    source = str(_embedded("vit")) if settings.source == "embedded" else settings.source
+    revision = settings.revision or "main"
     try:
-        model = transformers.AutoModel.from_pretrained(
-            source, revision=settings.revision or "main", dtype=torch.float32
-        )
-        processor = transformers.AutoImageProcessor.from_pretrained(
-            source, revision=settings.revision or "main"
-        )
+        with _quiet():
+            model = transformers.AutoModel.from_pretrained(source, revision=revision, dtype=torch.float32)
+            processor = transformers.AutoImageProcessor.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
         raise MifoError(
             f"The image evaluator {settings.source} cannot be loaded: check metrics.image, connect once to "
             "fetch its weights, or use metrics=miniature, which needs no network."
         ) from error
     image_size = settings.image_size or model.config.image_size
-    label = "miniature-vit" if embedded else f"{settings.source}-{image_size}"
+    label = f"{_label(settings.source, 'miniature-vit')}-{image_size}"
     return ViTEncoder(model, label, image_size, processor.image_mean, processor.image_std, batch_size)
 
 
-def _embedded(folder: str):
+def _label(source: str, embedded: str) -> str:
+    """Name an evaluator; a folder goes by its own name, since its place does not change its figures."""
+    if source == "embedded":
+        return embedded
+    return Path(source).name if Path(source).is_dir() else source
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back the many lines that both libraries log about weights that load as they should."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _embedded(folder: str) -> Path:
     return files("mifo") / "miniature" / "weights" / folder

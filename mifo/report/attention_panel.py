@@ -6,6 +6,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -50,6 +51,7 @@ def draw_attention(
                 ha="right",
                 color="white",
                 fontsize=6.5,
+                path_effects=[withStroke(linewidth=1.5, foreground="#000000b0")],
             )
         for axis in row:
             axis.contour(mask.numpy(), levels=[0.5], colors=[colour], linewidths=1.2)

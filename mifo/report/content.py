@@ -53,6 +53,11 @@ class Sheet:
         return self.evaluation.scores if self.evaluation else ()
 
     @property
+    def few(self) -> bool:
+        """Whether the pictures are so few that two to a row look better than three."""
+        return len(self.pictures) in (1, 2, 4)
+
+    @property
     def footer(self) -> str:
         """Who measured; figures of other evaluators do not compare."""
         evaluators = dict.fromkeys(str(score.evaluator) for score in self.scores)

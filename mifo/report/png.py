@@ -14,7 +14,6 @@ SCALE = 2
 WIDTH = 1200  # nominal pixels, as all lengths below
 MARGIN = 56
 GAP = 28
-COLUMNS = 3
 MUTED: Colour = (98, 98, 108)
 RULE: Colour = (228, 228, 231)
 
@@ -86,17 +85,21 @@ def _token(word: str) -> re.Match | None:
 
 def draw_sheet(sheet: Sheet) -> Image.Image:
     """Draw title, source, masks, instances, the table of scores, and every picture with boxes and scores."""
-    column = (WIDTH - 2 * MARGIN - (COLUMNS - 1) * GAP) / COLUMNS
-    rows = -(-len(sheet.pictures) // COLUMNS)
-    page = _Page(height=600 + rows * (round(column) + 320) + 40 * len(sheet.tokens))
+    columns = 2 if sheet.few else 3
+    rows = -(-len(sheet.pictures) // columns)
+    page = _Page(height=600 + rows * (round(_column(columns)) + 320) + 40 * len(sheet.tokens))
     y = _header(page, sheet)
-    y = _source(page, sheet, y, column)
-    y = _pictures(page, sheet, y, column)
+    y = _source(page, sheet, y, _column(3))
+    y = _pictures(page, sheet, y, columns)
     if sheet.footer:
         page.rule(MARGIN, WIDTH - MARGIN, y)
         page.text(MARGIN, y + 28, sheet.footer, 12.5, MUTED)
         y += 36
     return page.image.crop((0, 0, page.image.width, round((y + MARGIN - 16) * SCALE)))
+
+
+def _column(columns: int) -> float:
+    return (WIDTH - 2 * MARGIN - (columns - 1) * GAP) / columns
 
 
 def _header(page: _Page, sheet: Sheet) -> float:
@@ -166,12 +169,13 @@ def _score_table(page: _Page, sheet: Sheet, x: float, y: float, width: float) ->
     return y + 24
 
 
-def _pictures(page: _Page, sheet: Sheet, y: float, column: float) -> float:
+def _pictures(page: _Page, sheet: Sheet, y: float, columns: int) -> float:
     y = _section(page, MARGIN, y, "Made pictures")
+    column = _column(columns)
     side = round(column * SCALE)
-    for start in range(0, len(sheet.pictures), COLUMNS):
+    for start in range(0, len(sheet.pictures), columns):
         bottoms = []
-        for place, index in enumerate(range(start, min(start + COLUMNS, len(sheet.pictures)))):
+        for place, index in enumerate(range(start, min(start + columns, len(sheet.pictures)))):
             x = MARGIN + place * (column + GAP)
             picture = sheet.pictures[index]
             drawn = fit(
