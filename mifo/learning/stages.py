@@ -15,13 +15,13 @@ from mifo.attention.recording import AttentionRecorder
 from mifo.data.instances import InstanceSet
 from mifo.data.learning_data import LearningBatch
 from mifo.diffusion.noise_schedule import NoiseSchedule
-from mifo.learning.objective import LossParts, StepInputs, finetuning_loss
+from mifo.learning.objective import LossParts, StepInputs, finetuning_loss, semantic_loss
 from mifo.learning.settings import StageSettings
 from mifo.models.loading import DiffusionModel
 from mifo.models.text import encode_ids
 from mifo.models.trainable import new_rows, set_trainable
 from mifo.penalty.active import Stage, active_term, layers_read
-from mifo.penalty.settings import PenaltySettings
+from mifo.penalty.settings import PenaltySettings, TermSettings
 
 OPTIMIZERS = ("adamw", "adamw_8bit")
 SCHEDULES = tuple(schedule.value for schedule in SchedulerType)
@@ -91,15 +91,7 @@ class LearningStage(lightning.LightningModule):
             masks=batch.masks,
             valid=batch.valid,
         )
-        self.last = finetuning_loss(
-            self.unet,
-            self._recorder,
-            self._schedule,
-            inputs,
-            term,
-            self.penalty.timestep_limit,
-            self.prior_weight,
-        )
+        self.last = self._loss(inputs, term)
         # values are read, which waits for the device, only at the steps that are logged
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
             parts = {name: getattr(self.last, name) for name in ("total", "denoising", "prior", "attention")}
@@ -132,6 +124,10 @@ class LearningStage(lightning.LightningModule):
         """Only what learns."""
         return {name: each.detach() for name, each in self.named_parameters() if each.requires_grad}
 
+    def _loss(self, inputs: StepInputs, term: TermSettings) -> LossParts:
+        """The loss of the stage with the attention loss that is active."""
+        raise NotImplementedError
+
     def _layers_at(self, step: int) -> tuple[int, ...]:
         return layers_read(active_term(self.penalty, self.stage, step).term, self.stage, self._choice)
 
@@ -148,11 +144,20 @@ class SemanticLearning(LearningStage):
 
     stage = "semantic"
 
+    def _loss(self, inputs: StepInputs, term: TermSettings) -> LossParts:
+        limit = self.penalty.timestep_limit
+        return semantic_loss(self.unet, self._recorder, self._schedule, inputs, term, limit)
+
 
 class Finetuning(LearningStage):
     """Stage 2, fine-tuning: U-Net, text encoder and the new token rows, with prior preservation."""
 
     stage = "finetuning"
+
+    def _loss(self, inputs: StepInputs, term: TermSettings) -> LossParts:
+        limit = self.penalty.timestep_limit
+        recorder, schedule = self._recorder, self._schedule
+        return finetuning_loss(self.unet, recorder, schedule, inputs, term, limit, self.prior_weight)
 
 
 def _optimizer_class(name: str, device: torch.device) -> type[torch.optim.Optimizer]:
