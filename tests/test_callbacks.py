@@ -5,8 +5,9 @@ import logging
 
 import pytest
 import torch
+import wandb
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 from tiny import tiny_pipeline
 
@@ -181,6 +182,23 @@ def test_the_first_line_says_what_is_active(run, caplog):
     assert "reward × 0.01 on cross layers" in semantic and "before step 2, penalty × 0.02" in semantic
     assert "from step 2" in semantic and "below timestep 500" in semantic and "32 parameters" in semantic
     assert "penalty × 0.02" in finetuning and "reward" not in finetuning and "(full)" in finetuning
+
+
+def test_pictures_and_scores_reach_wandb(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")  # what the logger sets is put back
+    logger = WandbLogger(save_dir=tmp_path, project="test", offline=True)
+    evaluate = EvaluatePictures(paint, BOXES, MetricsSettings(), every=0)
+    evaluate._evaluator = PictureEvaluator(MeanColour(), MeanColour(), windows=2)
+    try:
+        run("run", evaluate, loggers=[logger])
+        summary = dict(logger.experiment.summary)
+    finally:
+        wandb.finish()
+    assert 0 <= summary["semantic/scores/leakage"] <= 1
+    for key in ("semantic/samples", "finetuning/leakage"):
+        assert summary[key]["count"] == 1
+        stored = summary[key]["filenames"][0]
+        assert list(tmp_path.glob(f"wandb/*/files/{stored}"))
 
 
 def test_layers_are_named_in_runs():
