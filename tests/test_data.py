@@ -177,8 +177,10 @@ def test_damaged_folders_are_refused_by_name(folder, damage, sentence):
 
 
 def test_impossible_settings_are_refused(folder):
-    with pytest.raises(MifoError, match="either a folder or a scene"):
+    with pytest.raises(MifoError, match="neither a folder nor a scene"):
         read_instances(InstancesSettings())
+    with pytest.raises(MifoError, match="take instances=local"):
+        read(folder, scene={"background": "at the beach"})
     with pytest.raises(MifoError, match="is not a folder"):
         read(folder / "nowhere")
     with pytest.raises(MifoError, match=r"instances\.fit=zoom"):

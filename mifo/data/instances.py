@@ -57,8 +57,13 @@ def read_instances(settings: InstancesSettings) -> InstanceSet:
         MifoError: neither or both of folder and scene; a missing or unreadable image or mask, a gap in the
             numbers of the masks, an empty mask; names that do not match the number of masks.
     """
-    if (settings.folder is None) == (settings.scene is None):
-        raise MifoError("instances needs either a folder or a scene; set instances.folder=PATH.")
+    if settings.folder is not None and settings.scene is not None:
+        raise MifoError(
+            f"instances {settings.name} has a scene, so it can not have the folder {settings.folder} too; "
+            "for a picture of your own take instances=local instances.folder=PATH."
+        )
+    if settings.folder is None and settings.scene is None:
+        raise MifoError("instances has neither a folder nor a scene; set instances.folder=PATH.")
     if settings.fit not in FITS:
         raise MifoError(f"instances.fit={settings.fit} is not known; take one of {', '.join(FITS)}.")
     class_names = settings.class_names

@@ -173,5 +173,6 @@ def _trainer(
     if clashes := sorted({*fixed, "callbacks"} & {*arguments}):
         raise MifoError(f"trainer.{clashes[0]} is fixed by learning and callbacks; take it out of trainer.")
     return lightning.Trainer(
-        callbacks=[*callbacks, *savers], **{"enable_model_summary": False, **arguments, **fixed}
+        callbacks=[*callbacks, *savers],
+        **{"enable_model_summary": False, "log_every_n_steps": 10, **arguments, **fixed},
     )
