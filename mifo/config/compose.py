@@ -7,7 +7,12 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from mifo.config.location import conf_folder
 from mifo.config.schema import SCHEMAS, TaskSettings
@@ -46,7 +51,9 @@ def settings_of(config: DictConfig) -> Any:
         MifoError: an unknown key, a value of the wrong type, a mandatory value that nobody gave.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(SCHEMAS[config.task]), config)
+        # Hydra closes its composition against new keys; what is open is the schema's to say
+        given = OmegaConf.create(OmegaConf.to_container(config))
+        merged = OmegaConf.merge(OmegaConf.structured(SCHEMAS[config.task]), given)
         OmegaConf.resolve(merged)
         missing = OmegaConf.missing_keys(merged)
         if missing:
@@ -76,7 +83,7 @@ def explain(error: Exception, task: str) -> str:
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         reason = (cause.msg or str(cause)).splitlines()[0].rstrip(".")
         keys = _keys(OmegaConf.to_container(OmegaConf.structured(SCHEMAS[task]))) if task in SCHEMAS else []
-        if cause.full_key not in keys:
+        if isinstance(cause, ConfigAttributeError | ConfigKeyError):
             return f"{cause.full_key} is no key of mifo {task}; {_nearest(cause.full_key, keys)}see mifo {task} --help"
         return f"{cause.full_key}: {reason}"
     return " ".join(str(error).split())

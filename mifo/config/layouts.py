@@ -2,8 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
-
-from omegaconf import MISSING
+from typing import Any
 
 from mifo.errors import MifoError
 from mifo.prompts.instances import check_instances
@@ -19,9 +18,9 @@ class LayoutSettings:
     top; its key is an instance token (`<asset0>`, or `asset0` on the command line) or words of the prompt.
     """
 
-    prompt: str = MISSING
+    prompt: str = "a photo of {instances} {ending}"
     endings: list[str] = field(default_factory=lambda: [""])
-    boxes: dict[str, list[float]] = field(default_factory=dict)
+    boxes: dict[str, Any] = field(default_factory=dict)
     arrange: str | None = None  # row: boxes side by side for all instances when `boxes` is empty
 
 
@@ -42,7 +41,7 @@ def layouts(settings: LayoutSettings, tokens: list[str]) -> list[Layout]:
     if settings.arrange not in (None, "row"):
         raise MifoError(f"layout.arrange: '{settings.arrange}' is unknown; use row or null")
     # Hydra's command line takes no "<" in a key, so that asset0 stands for <asset0> too
-    boxes = {re.sub(r"^asset\d+$", r"<\g<0>>", name): tuple(box) for name, box in settings.boxes.items()}
+    boxes = {re.sub(r"^asset\d+$", r"<\g<0>>", name): _numbers(name, box) for name, box in settings.boxes.items()}
     if not boxes and settings.arrange == "row":
         boxes = _row(tokens)
     check_boxes(boxes)
@@ -55,6 +54,12 @@ def layouts(settings: LayoutSettings, tokens: list[str]) -> list[Layout]:
         check_instances(prompt, boxes, tokens)
         found.append(Layout(prompt, boxes))
     return found
+
+
+def _numbers(name: str, box: Any) -> tuple[float, ...]:
+    if not isinstance(box, list | tuple) or not all(isinstance(edge, int | float) for edge in box):
+        raise MifoError(f"layout.boxes.{name}={box} is no box; give four numbers, [x0, y0, x1, y1]")
+    return tuple(box)
 
 
 def _row(tokens: list[str], margin: float = 0.04) -> dict[str, tuple[float, float, float, float]]:

@@ -75,7 +75,7 @@ class SynthesizeSettings(ModelTaskSettings):
     """`mifo synthesize`."""
 
     learned: str = MISSING  # the folder `learned/` of a run of `mifo learn`, or that run's folder
-    layout: LayoutSettings = field(default_factory=LayoutSettings)
+    layout: LayoutSettings = field(default_factory=lambda: LayoutSettings(prompt=MISSING))
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
     synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
 
@@ -94,7 +94,7 @@ class EvaluateSettings(TaskSettings):
 class RunSettings(LearnSettings):
     """`mifo run`: learn, synthesize and evaluate in one folder."""
 
-    layout: LayoutSettings = field(default_factory=LayoutSettings)
+    layout: LayoutSettings = field(default_factory=lambda: LayoutSettings(prompt=MISSING))
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
     synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
     metrics: MetricsSettings | None = field(default_factory=MetricsSettings)
@@ -105,7 +105,7 @@ class LayoutTaskSettings(TaskSettings):
     """`mifo layout`: draw the boxes of a layout."""
 
     instances: InstancesSettings = field(default_factory=InstancesSettings)
-    layout: LayoutSettings = field(default_factory=LayoutSettings)
+    layout: LayoutSettings = field(default_factory=lambda: LayoutSettings(prompt=MISSING))
     picture: str | None = None  # drawn over this picture; None: over an empty canvas
 
 
