@@ -1,21 +1,23 @@
 """One line at the start of a stage: what is active."""
 
+import logging
 from collections.abc import Sequence
 
 from lightning import Callback, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 
 from mifo.attention.layers import attention_layers, choose_layers
 from mifo.learning.stages import LearningStage
 from mifo.penalty.active import active_term, layers_read
 from mifo.penalty.settings import AttentionTerm
 
+log = logging.getLogger(__name__)
+
 
 class Announce(Callback):
     """Says which losses are active, on which cross-attention layers, with how many masks, and what learns."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LearningStage) -> None:
-        rank_zero_info(describe(pl_module))
+        log.info(describe(pl_module))
 
 
 def describe(module: LearningStage) -> str:

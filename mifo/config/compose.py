@@ -1,5 +1,6 @@
 """From Hydra's untyped composition to typed, checked settings."""
 
+from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
@@ -53,7 +54,10 @@ def settings_of(config: DictConfig) -> Any:
     try:
         # Hydra closes its composition against new keys; what is open is the schema's to say
         given = OmegaConf.create(OmegaConf.to_container(config))
-        merged = OmegaConf.merge(OmegaConf.structured(SCHEMAS[config.task]), given)
+        typed = OmegaConf.structured(SCHEMAS[config.task])
+        # an experiment written for `run` serves `learn` too, which has no use for some of its sections
+        elsewhere = {field.name for schema in SCHEMAS.values() for field in fields(schema)} - set(typed)
+        merged = OmegaConf.merge(typed, OmegaConf.masked_copy(given, [key for key in given if key not in elsewhere]))
         OmegaConf.resolve(merged)
         missing = OmegaConf.missing_keys(merged)
         if missing:

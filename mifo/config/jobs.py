@@ -8,6 +8,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mifo.config.schema import TaskSettings
@@ -39,18 +40,21 @@ def write_status(folder: Path, status: str, overrides: list[str], error: str | N
 
 def report_sweep() -> bool:
     """Print how each job of the sweep ended, if there was a sweep; returns whether there was one."""
+    global _sweep_folder
     if _sweep_folder is None:
         return False
-    table = Table("job", "status", "overrides", "error", title=str(_sweep_folder), title_justify="left")
-    for path in sorted(_sweep_folder.glob(f"*/{STATUS}"), key=lambda path: (len(path.parent.name), path.parent.name)):
-        record = json.loads(path.read_text())
-        colour = {"ok": "green", "failed": "red"}.get(record["status"], "yellow")
-        table.add_row(
-            path.parent.name, f"[{colour}]{record['status']}", " ".join(record["overrides"]), record["error"] or ""
-        )
-    if table.row_count:
+    folder, _sweep_folder = _sweep_folder, None
+    paths = sorted(folder.glob(f"*/{STATUS}"), key=lambda path: (len(path.parent.name), path.parent.name))
+    jobs = {path.parent.name: json.loads(path.read_text()) for path in paths}
+    everywhere = set.intersection(*(set(job["overrides"]) for job in jobs.values())) if len(jobs) > 1 else set()
+    table = Table("job", "status", "overrides", "error", title=str(folder), title_justify="left")
+    for name, job in jobs.items():
+        colour = {"ok": "green", "failed": "red"}.get(job["status"], "yellow")
+        own = " ".join(text for text in job["overrides"] if text not in everywhere)
+        table.add_row(name, f"[{colour}]{job['status']}", escape(own), escape(job["error"] or ""))
+    if jobs:
         Console().print(table)
-    return table.row_count > 0
+    return bool(jobs)
 
 
 def recorded_overrides(overrides: list[str]) -> list[str]:

@@ -1,8 +1,11 @@
 """What every task does first: seeds, device, loggers."""
 
+import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from netrc import NetrcParseError, netrc
 
 import torch
 import wandb
@@ -10,12 +13,19 @@ from hydra.utils import instantiate
 from lightning import seed_everything
 from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
+from transformers.utils.logging import disable_progress_bar
 
 from mifo.config.schema import EvaluateSettings, ModelTaskSettings, TaskSettings
 
 
 def prepare(settings: TaskSettings) -> torch.device:
     """Seed every generator, set how the hardware is used, and return the device to work on."""
+    # what MIFO does is said by MIFO; Lightning adds hints and a handler of its own, transformers bars for each file
+    lightning_log = logging.getLogger("lightning.pytorch")
+    lightning_log.setLevel(logging.WARNING)
+    lightning_log.handlers.clear()
+    warnings.filterwarnings("ignore", message=".*LeafSpec")
+    disable_progress_bar()
     seed_everything(settings.seed, verbose=False)
     if isinstance(settings, ModelTaskSettings):
         torch.set_float32_matmul_precision(settings.performance.matmul_precision)
@@ -28,7 +38,7 @@ def prepare(settings: TaskSettings) -> torch.device:
 @contextmanager
 def open_loggers(settings: ModelTaskSettings | EvaluateSettings) -> Iterator[list[Logger]]:
     """The loggers of the configuration; a Weights & Biases run is closed with the exit code of the block."""
-    if "wandb" in settings.logger and not wandb.api.api_key:
+    if not _has_wandb_key():
         os.environ.setdefault("WANDB_MODE", "offline")
     active = [instantiate(logger) for logger in settings.logger.values()]
     failed = True
@@ -43,3 +53,12 @@ def open_loggers(settings: ModelTaskSettings | EvaluateSettings) -> Iterator[lis
         # an open run would be handed to the next job of this process
         if wandb.run is not None:
             wandb.finish(exit_code=int(failed))
+
+
+def _has_wandb_key() -> bool:
+    """Looked up here, because wandb settles its mode for the whole process once it is asked."""
+    try:
+        hosts = netrc().hosts
+    except (OSError, NetrcParseError):
+        hosts = {}
+    return "WANDB_API_KEY" in os.environ or any("wandb" in host for host in hosts)
