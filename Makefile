@@ -9,10 +9,12 @@ export WANDB_MODE ?= offline
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help setup demo test lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+setup: $(INSTALLED) ## make the virtual environment .venv with MIFO in it
 
 demo: $(INSTALLED) ## learn three look-alikes from one image, put them into boxes, score the pictures
 	$(RUN) -m mifo run experiment=demo

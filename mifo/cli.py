@@ -5,7 +5,7 @@ import os
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -37,7 +37,7 @@ tasks:
 {"".join(f"  {name:<12}{about}{chr(10)}" for name, about in TASKS.items())}
 examples:
   mifo run                                                        the demo image, on the embedded miniature
-  mifo run model=sd21 instances=local instances.folder=my_photo   your own image.jpg and mask0.png, mask1.png, …
+  mifo run model=sd21 instances=local instances.folder=my_photo   your own img.jpg and mask0.png, mask1.png, …
   mifo learn -m penalty=mifo,none seed=1,2                        a sweep: four runs in folders of their own
   mifo learn resume=outputs/learn/…                               go on where a run was interrupted
 
@@ -68,8 +68,8 @@ def main() -> None:
     report_sweep()
 
 
-def run_job(config: DictConfig) -> float | None:
-    """Run the task of one composed configuration, here or in a launcher's process, and record how it ended."""
+def run_job(config: DictConfig) -> Any:
+    """Run the task of one composed configuration, here or in a launcher's process, and record how it ends."""
     # imported here, so that --help and refusals need not wait for it
     from mifo.config.checks import check
 
@@ -93,5 +93,5 @@ def run_job(config: DictConfig) -> float | None:
 
 
 def _refuse(reason: str) -> NoReturn:
-    print(f"mifo: error: {reason}", file=sys.stderr)
+    print("mifo: error:", " ".join(reason.split()), file=sys.stderr)
     sys.exit(2)

@@ -1,4 +1,4 @@
-"""A random diffusers pipeline that is small enough for every test, saved the way Stable Diffusion is saved."""
+"""A random diffusers pipeline, small enough for every test and saved the way Stable Diffusion is."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-WORDS = (
-    "a an the photo picture of and or in on at with to left right top bottom red green blue striped car cat mug "
-    "lizard thing beach jungle snow street city wooden floor"
-).split()
+WORDS = """
+    a an the photo picture of and or in on at with to left right top bottom red green blue striped car cat mug
+    lizard thing beach jungle snow street city wooden floor
+""".split()
 
 
 def tiny_tokenizer(length: int = 32) -> CLIPTokenizer:
@@ -31,9 +31,9 @@ def tiny_tokenizer(length: int = 32) -> CLIPTokenizer:
 
 
 def tiny_pipeline(folder: Path | str, seed: int = 0) -> Path:
-    """Save a tiny random pipeline (images 32×32, latents 16×16×4, text width 16, prompts of 32 tokens) into `folder`.
+    """Save a tiny random pipeline into `folder`: images 32×32, latents 16×16×4, text width 16, prompts of 32.
 
-    The U-Net has the miniature's three levels, two with attention, so that layers are chosen as on the real models.
+    The U-Net has the miniature's three levels, two with attention, so that layers are chosen as on it.
     """
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()

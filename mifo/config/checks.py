@@ -43,7 +43,9 @@ def _check_target(key: str, node: Any) -> None:
     try:
         get_class(target)
     except Exception as error:
-        raise MifoError(f"{key}._target_={target} cannot be imported ({error}); check its spelling") from error
+        raise MifoError(
+            f"{key}._target_={target} cannot be imported ({error}); check its spelling"
+        ) from error
 
 
 def _check_trainer(arguments: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """From Hydra's untyped composition to typed, checked settings."""
 
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -11,12 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
-    MissingMandatoryValue,
     OmegaConfBaseException,
 )
 
 from mifo.config.location import conf_folder
-from mifo.config.schema import SCHEMAS, TaskSettings
+from mifo.config.schema import SCHEMAS
 from mifo.errors import MifoError
 
 
@@ -28,10 +28,11 @@ def register_schemas() -> None:
     """
     store = ConfigStore.instance()
     for task, schema in SCHEMAS.items():
-        typed = OmegaConf.structured(schema(task=task))
-        keys = OmegaConf.create(OmegaConf.to_container(typed, enum_to_str=True))
-        for name in _open_keys(typed):
-            OmegaConf.set_struct(OmegaConf.select(keys, name), False)
+        defaults = schema(task=task)
+        keys = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(defaults), enum_to_str=True))
+        for name, value in _walk(defaults):
+            if isinstance(value, dict):  # a user fills it with names of their own, such as layout.boxes
+                OmegaConf.set_struct(OmegaConf.select(keys, name), False)
         store.store(group="schema", name=task, node=keys, package="_global_")
 
 
@@ -57,7 +58,9 @@ def settings_of(config: DictConfig) -> Any:
         typed = OmegaConf.structured(SCHEMAS[config.task])
         # an experiment written for `run` serves `learn` too, which has no use for some of its sections
         elsewhere = {field.name for schema in SCHEMAS.values() for field in fields(schema)} - set(typed)
-        merged = OmegaConf.merge(typed, OmegaConf.masked_copy(given, [key for key in given if key not in elsewhere]))
+        merged = OmegaConf.merge(
+            typed, OmegaConf.masked_copy(given, [key for key in given if key not in elsewhere])
+        )
         OmegaConf.resolve(merged)
         missing = OmegaConf.missing_keys(merged)
         if missing:
@@ -73,7 +76,8 @@ def explain(error: Exception, task: str) -> str:
         group, _, option = error.missing_cfg_file.rpartition("/")
         options = error.options or []
         if group:
-            return f"{group}={option} does not exist; {_nearest(option, options)}use one of: {', '.join(options)}"
+            near = _nearest(option, options)
+            return f"{group}={option} does not exist; {near}use one of: {', '.join(options)}"
     if isinstance(error, OverrideParseException):
         return (
             f"{error.override} cannot be read ({str(error).splitlines()[0]}); "
@@ -82,33 +86,22 @@ def explain(error: Exception, task: str) -> str:
     cause = error
     while not isinstance(cause, OmegaConfBaseException) and cause.__cause__ is not None:
         cause = cause.__cause__
-    if isinstance(cause, MissingMandatoryValue):
-        return f"{cause.full_key} must be given, for example {cause.full_key}=…"
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        reason = (cause.msg or str(cause)).splitlines()[0].rstrip(".")
-        keys = _keys(OmegaConf.to_container(OmegaConf.structured(SCHEMAS[task]))) if task in SCHEMAS else []
+        key = cause.full_key
         if isinstance(cause, ConfigAttributeError | ConfigKeyError):
-            return f"{cause.full_key} is no key of mifo {task}; {_nearest(cause.full_key, keys)}see mifo {task} --help"
-        return f"{cause.full_key}: {reason}"
+            near = _nearest(key, [name for name, _ in _walk(SCHEMAS[task]())])
+            return f"{key} is no key of mifo {task}; {near}see mifo {task} --help"
+        return f"{key}: {(cause.msg or str(cause)).splitlines()[0]}"
     return " ".join(str(error).split())
 
 
-def _open_keys(node: DictConfig, prefix: str = "") -> list[str]:
-    """Keys whose values are dictionaries that a user fills with names of their own, such as layout.boxes."""
-    children = [(f"{prefix}{key}", node._get_node(key)) for key in node]
-    dictionaries = [(key, child) for key, child in children if isinstance(child, DictConfig) and not child._is_none()]
-    return [
-        name
-        for key, child in dictionaries
-        for name in ([key] if OmegaConf.get_type(child) is dict else _open_keys(child, f"{key}."))
-    ]
-
-
-def _keys(node: Any, prefix: str = "") -> list[str]:
-    """Dotted names of every key in nested dictionaries."""
-    if not isinstance(node, dict):
-        return []
-    return [key for name, child in node.items() for key in [prefix + name, *_keys(child, f"{prefix}{name}.")]]
+def _walk(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of every key in a tree of dataclasses."""
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        yield prefix + field.name, value
+        if is_dataclass(value):
+            yield from _walk(value, f"{prefix}{field.name}.")
 
 
 def _nearest(word: str, words: list[str]) -> str:

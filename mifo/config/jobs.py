@@ -46,7 +46,9 @@ def report_sweep() -> bool:
     folder, _sweep_folder = _sweep_folder, None
     paths = sorted(folder.glob(f"*/{STATUS}"), key=lambda path: (len(path.parent.name), path.parent.name))
     jobs = {path.parent.name: json.loads(path.read_text()) for path in paths}
-    everywhere = set.intersection(*(set(job["overrides"]) for job in jobs.values())) if len(jobs) > 1 else set()
+    everywhere = (
+        set.intersection(*(set(job["overrides"]) for job in jobs.values())) if len(jobs) > 1 else set()
+    )
     table = Table("job", "status", "overrides", "error", title=str(folder), title_justify="left")
     for name, job in jobs.items():
         colour = {"ok": "green", "failed": "red"}.get(job["status"], "yellow")
@@ -63,12 +65,16 @@ def recorded_overrides(overrides: list[str]) -> list[str]:
     Raises:
         MifoError: FOLDER is not the folder of a run.
     """
-    folder = next((Path(text.removeprefix("resume=")) for text in overrides if text.startswith("resume=")), None)
+    folder = next(
+        (Path(text.removeprefix("resume=")) for text in overrides if text.startswith("resume=")), None
+    )
     if folder is None or str(folder) == "null":
         return []
     recorded = folder / ".hydra" / "overrides.yaml"
     if not recorded.is_file():
-        raise MifoError(f"resume={folder}: no run to continue there (it lacks .hydra/overrides.yaml); name a run's folder")
+        raise MifoError(
+            f"resume={folder}: no run to continue there (it lacks .hydra/overrides.yaml); name a run's folder"
+        )
     typed = [text for text in OmegaConf.load(recorded) if not text.startswith("resume=")]
     return [*typed, f"hydra.run.dir='{folder}'"]
 
@@ -88,7 +94,7 @@ def claim_folder(settings: TaskSettings) -> Path:
         other = [key for key in {*mine, *before} - _FREE if mine.get(key) != before.get(key)]
         if other:
             raise MifoError(
-                f"{folder} holds a run with another {', '.join(sorted(other))}; choose another folder for this one"
+                f"{folder} holds a run with another {', '.join(sorted(other))}; choose another folder"
             )
     path.write_text(OmegaConf.to_yaml(mine))
     return folder

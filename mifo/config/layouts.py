@@ -13,9 +13,9 @@ from mifo.shapes.boxes import check_boxes
 class LayoutSettings:
     """A prompt, its boxes, and the endings that make several prompts of it.
 
-    `{instances}` in the prompt stands for "<asset0> and <asset1> and …", as in learning, and
-    `{ending}` for each ending in turn. A box [x0, y0, x1, y1] has edges in [0, 1], x from the left and y from the
-    top; its key is an instance token (`<asset0>`, or `asset0` on the command line) or words of the prompt.
+    `{instances}` in the prompt stands for "<asset0> and <asset1> and …", as in learning, and `{ending}` for each
+    ending in turn. A box [x0, y0, x1, y1] has edges in [0, 1], x from the left and y from the top; its key is an
+    instance token (`<asset0>`, or `asset0` on the command line) or words of the prompt.
     """
 
     prompt: str = "a photo of {instances} {ending}"
@@ -36,12 +36,14 @@ def layouts(settings: LayoutSettings, tokens: list[str]) -> list[Layout]:
     """Every layout that `settings` describe for the instance `tokens`, one per ending.
 
     Raises:
-        MifoError: a box is outside [0, 1] or upside down, a prompt lacks a box's key or names an unknown instance.
+        MifoError: a box is impossible, or a prompt lacks a box's key or names an unknown instance.
     """
     if settings.arrange not in (None, "row"):
         raise MifoError(f"layout.arrange: '{settings.arrange}' is unknown; use row or null")
     # Hydra's command line takes no "<" in a key, so that asset0 stands for <asset0> too
-    boxes = {re.sub(r"^asset\d+$", r"<\g<0>>", name): _numbers(name, box) for name, box in settings.boxes.items()}
+    boxes = {
+        re.sub(r"^asset\d+$", r"<\g<0>>", name): _numbers(name, box) for name, box in settings.boxes.items()
+    }
     if not boxes and settings.arrange == "row":
         boxes = _row(tokens)
     check_boxes(boxes)
@@ -71,4 +73,3 @@ def _row(tokens: list[str], margin: float = 0.04) -> dict[str, tuple[float, floa
         for i, token in enumerate(tokens)
         for left in [margin + i * width + (width - margin - side) / 2]
     }
-

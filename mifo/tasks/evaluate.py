@@ -27,7 +27,9 @@ SCORES = "scores.json"
 def evaluate(settings: EvaluateSettings) -> Evaluation:
     """Score a folder of pictures, write `scores.json`, print a table."""
     if settings.metrics is None:
-        raise MifoError("metrics=none leaves nothing to evaluate; choose metrics=miniature or metrics=standard")
+        raise MifoError(
+            "metrics=none leaves nothing to evaluate; choose metrics=miniature or metrics=standard"
+        )
     source = pictures_folder(settings.pictures)
     pictures = read_pictures(source)
     instances = read_instances(settings.instances or recorded_instances(source))
@@ -78,7 +80,9 @@ def recorded_instances(pictures: Path) -> InstancesSettings:
     recorded = pictures / "instances.yaml"
     if not recorded.is_file():
         raise MifoError(f"{recorded} is missing, so the instances are not known; name them by instances=…")
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(InstancesSettings), OmegaConf.load(recorded)))
+    return OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(InstancesSettings), OmegaConf.load(recorded))
+    )
 
 
 def class_names(instances: InstanceSet) -> tuple[str | None, ...]:
@@ -97,6 +101,10 @@ def print_scores(scores: tuple[Score, ...]) -> None:
     table = Table("metric", "better", "mean", "over", "measured by")
     for score in scores:
         table.add_row(
-            score.metric, score.arrow, f"{score.value:.3f}", str(score.count), f"{score.evaluator} ({score.protocol})"
+            score.metric,
+            score.arrow,
+            f"{score.value:.3f}",
+            str(score.count),
+            f"{score.evaluator} ({score.protocol})",
         )
     Console().print(table)

@@ -28,9 +28,13 @@ def learn(settings: LearnSettings) -> Path:
 
 
 def learned_model(
-    settings: LearnSettings, instances: InstanceSet, folder: Path, device: torch.device, loggers: Sequence[Logger]
+    settings: LearnSettings,
+    instances: InstanceSet,
+    folder: Path,
+    device: torch.device,
+    loggers: Sequence[Logger],
 ) -> DiffusionModel:
-    """The base model with what `folder/learned` holds; learned first, or learned on, where that is not there yet."""
+    """The base model with what `folder/learned` holds, which is learned first if it is not there yet."""
     model = load_model(settings.model, device)
     if (folder / "learned").is_dir():
         load_learned(folder / "learned", model)

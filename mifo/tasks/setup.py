@@ -20,7 +20,7 @@ from mifo.config.schema import EvaluateSettings, ModelTaskSettings, TaskSettings
 
 def prepare(settings: TaskSettings) -> torch.device:
     """Seed every generator, set how the hardware is used, and return the device to work on."""
-    # what MIFO does is said by MIFO; Lightning adds hints and a handler of its own, transformers bars for each file
+    # Lightning adds hints and a handler of its own, transformers a bar for each file: MIFO says what it does
     lightning_log = logging.getLogger("lightning.pytorch")
     lightning_log.setLevel(logging.WARNING)
     lightning_log.handlers.clear()

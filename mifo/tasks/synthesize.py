@@ -46,7 +46,7 @@ def synthesize(settings: SynthesizeSettings) -> Path:
 
 
 def record_instances(learned: Path, pictures: Path) -> None:
-    """Tell in the folder of pictures which instances they show, so that it can be scored wherever it is taken."""
+    """Record beside pictures which instances they show, so that they can be scored wherever they lie."""
     OmegaConf.save(OmegaConf.load(learned / "config.yaml").instances, pictures / "instances.yaml")
 
 
@@ -57,7 +57,7 @@ def make_pictures(
     guidance: GuidanceSettings,
     seed: int,
 ) -> list[Picture]:
-    """Pictures of every layout; picture j of a prompt starts from the noise of seed `seed + j` on every device."""
+    """Pictures of every layout; picture j of a prompt starts from the noise of seed + j on every device."""
     schedule = NoiseSchedule.from_scheduler(model.noise_scheduler, model.device)
     shape = (4, model.latent_size, model.latent_size)
     seeds = range(seed, seed + settings.samples)

@@ -1,0 +1,194 @@
+"""The command line: every task on a tiny pipeline, one sentence for each refusal, sweeps, resuming."""
+
+import json
+import sys
+
+import pytest
+import torch
+import wandb
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import tiny_pipeline
+
+from mifo import cli
+from mifo.metrics.evaluation import Evaluation, PictureEvaluator
+from mifo.metrics.scores import Evaluator
+
+
+class MeanColour:
+    """A stand-in evaluator: a picture's mean colour; all texts are grey."""
+
+    evaluator = Evaluator("colour", "0" * 12)
+
+    def encode_images(self, images):
+        return torch.stack([image.mean(dim=(1, 2)) for image in images])
+
+    def encode_texts(self, texts):
+        return torch.ones(len(texts), 3)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return [f"model.source={tiny_pipeline(tmp_path_factory.mktemp('pipeline'))}", "model=local"]
+
+
+@pytest.fixture
+def mifo(tmp_path, monkeypatch):
+    """Run a command in an empty folder; returns its exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(
+        PictureEvaluator,
+        "from_settings",
+        lambda settings, device: PictureEvaluator(MeanColour(), MeanColour()),
+    )
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mifo", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    return call
+
+
+def only(folder):
+    """The one entry of a folder."""
+    (entry,) = folder.iterdir()
+    return entry
+
+
+def status(folder):
+    return json.loads((folder / "status.json").read_text())["status"]
+
+
+def test_help_lists_every_task_and_its_keys(mifo, capsys):
+    assert mifo("--help") == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {task} " in shown for task in cli.TASKS)
+    assert mifo("learn", "--help") == 0
+    shown = capsys.readouterr().out
+    assert "penalty: break_a_scene" in shown and "learning_rate" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["lern"], "'lern' is no task"),
+        (["learn", "lerning.semantic.steps=3"], "did you mean learning"),
+        (["learn", "learning.semantic.step=3"], "did you mean learning.semantic.steps?"),
+        (["learn", "learning.semantic.steps=ten"], "learning.semantic.steps: Value 'ten'"),
+        (["learn", "penalty=mif"], "did you mean mifo?"),
+        (["learn", "penalty.semantic.term=rewrd"], "penalty.semantic.term"),
+        (["learn", "trainer.acceleratr=cpu"], "did you mean accelerator?"),
+        (["learn", "+logger.mine.name=x"], "logger.mine needs a _target_"),
+        (["learn", "+logger.mine._target_=no.such"], "logger.mine._target_=no.such cannot be imported"),
+        (["learn", "device=tpu"], "device=tpu"),
+        (["learn", "model=local"], "model.source must be given"),
+        (["learn", "instances=local"], "instances.folder"),
+        (["learn", "instances=local", "instances.folder=nowhere"], "nowhere"),
+        (["learn", "resume=nowhere"], "resume=nowhere"),
+        (["run", "layout=custom"], "layout.prompt must be given"),
+        (["run", 'layout.prompt="a photo of <asset7>"'], "<asset7>"),
+        (["run", "layout.prompt=a <b>"], "quote"),
+        (["run", "layout.arrange=circle"], "layout.arrange"),
+        (["run", "layout.boxes={asset0: [0, 0, 1.5, 1]}"], "<asset0>"),
+        (["run", "layout.boxes={asset0: [0, 0.9, 1, 0.1]}"], "upside down"),
+        (["run", "layout.boxes={asset0: here}"], "layout.boxes.asset0=here"),
+        (["run", "layout.boxes={kitten: [0, 0, 1, 1]}"], "kitten"),
+        (["synthesize"], "learned must be given"),
+        (["synthesize", "learned=nowhere"], "nowhere"),
+        (["evaluate", "pictures=nowhere"], "nowhere"),
+        (["evaluate", "pictures=nowhere", "metrics=none"], "metrics=none"),
+        (["layout", "picture=nowhere.png"], "picture=nowhere.png"),
+    ],
+)
+def test_refusals_are_one_sentence_before_any_model_is_loaded(mifo, capsys, monkeypatch, arguments, words):
+    monkeypatch.setattr("mifo.tasks.learn.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("mifo.tasks.synthesize.load_model", lambda *_: pytest.fail("a model was loaded"))
+    assert mifo(*arguments) == 2
+    told = capsys.readouterr().err.strip()
+    assert told.startswith("mifo: error: ") and len(told.splitlines()) == 1
+    assert words in told
+
+
+def test_layout_draws_the_boxes_over_a_picture(mifo, tmp_path, capsys):
+    Image.new("RGB", (40, 40), "white").save(tmp_path / "white.png")
+    assert mifo("layout", "picture=white.png", "layout.boxes={asset1: [0.25, 0.25, 0.75, 0.75]}") == 0
+    drawn = Image.open(only(tmp_path / "outputs" / "layout") / "layout.png").convert("RGB")
+    assert drawn.getpixel((5, 5)) == (255, 255, 255)
+    assert len(drawn.getcolors(maxcolors=100_000)) > 1
+    assert "a photo of <asset0> and <asset1> and <asset2>" in capsys.readouterr().out
+
+
+def test_run_makes_everything_and_resuming_it_makes_nothing_anew(mifo, model, tmp_path, capsys):
+    assert mifo("run", *model, "debug=default", "logger=csv") == 0
+    folder = only(tmp_path / "outputs" / "run")
+    told = capsys.readouterr().out
+    assert "contact_sheet.png" in told and "contact_sheet.html" in told and "editability" in told
+    assert status(folder) == "ok"
+    assert Evaluation.read(folder / "scores.json").scores
+    assert "semantic/loss/total" in (folder / "csv" / "version_0" / "metrics.csv").read_text()
+    made = {
+        path: path.stat().st_mtime_ns
+        for path in folder.rglob("*.*")
+        if path.suffix in (".safetensors", ".png")
+    }
+    assert mifo("run", f"resume={folder}") == 0
+    assert made == {path: path.stat().st_mtime_ns for path in made}
+
+    # what was deleted is made again, and the same
+    before = (folder / "pictures" / "000.png").read_bytes()
+    for path in (folder / "pictures").iterdir():
+        path.unlink()
+    assert mifo("run", f"resume={folder}") == 0
+    assert (folder / "pictures" / "000.png").read_bytes() == before
+
+
+def test_the_three_tasks_one_by_one_make_what_run_makes(mifo, model, tmp_path):
+    assert mifo("run", *model, "debug=default", "logger=none") == 0
+    assert mifo("learn", *model, "debug=default", "logger=none") == 0
+    learned = only(tmp_path / "outputs" / "learn")
+    assert mifo("synthesize", *model, "debug=default", f"learned={learned}") == 0
+    pictures = only(tmp_path / "outputs" / "synthesize")
+    assert mifo("evaluate", f"pictures={pictures}") == 0
+    scores = Evaluation.read(only(tmp_path / "outputs" / "evaluate") / "scores.json")
+    at_once = only(tmp_path / "outputs" / "run")
+    assert (pictures / "pictures" / "000.png").read_bytes() == (at_once / "pictures" / "000.png").read_bytes()
+    assert scores == Evaluation.read(at_once / "scores.json")
+
+
+def test_a_folder_is_never_shared_by_two_configurations(mifo, tmp_path, capsys):
+    assert mifo("layout", "hydra.run.dir=here", "seed=1") == 0
+    drawn = (tmp_path / "here" / "layout.png").read_bytes()
+    assert mifo("layout", "hydra.run.dir=here", "seed=2") == 2
+    assert "another seed" in capsys.readouterr().err
+    assert (tmp_path / "here" / "layout.png").read_bytes() == drawn
+
+
+def test_a_sweep_makes_separate_results_and_a_bad_job_fails_alone(mifo, model, tmp_path, capsys):
+    grid = ["penalty=mifo,none", "learning.semantic.steps=3,ten"]
+    assert mifo("learn", "-m", *model, "debug=default", "logger=none", *grid) == 1
+    jobs = only(tmp_path / "multirun" / "learn")
+    assert [status(jobs / str(number)) for number in range(4)] == ["ok", "failed", "ok", "failed"]
+    assert (
+        "learning.semantic.steps: Value 'ten'"
+        in json.loads((jobs / "1" / "status.json").read_text())["error"]
+    )
+    rows = [load_file(jobs / number / "learned" / "tokens.safetensors")["rows"] for number in "02"]
+    assert not torch.equal(*rows)
+    assert "failed" in capsys.readouterr().out
+
+
+def test_a_failed_run_is_recorded_and_closes_wandb(mifo, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr("mifo.tasks.learn.fit", lambda *_, **__: 1 / 0)
+    codes = []
+    finish = wandb.finish
+    monkeypatch.setattr(wandb, "finish", lambda exit_code: (codes.append(exit_code), finish(exit_code)))
+    with pytest.raises(ZeroDivisionError):
+        mifo("learn", *model, "debug=default", "logger=wandb")
+    assert codes == [1] and wandb.run is None
+    assert status(only(tmp_path / "outputs" / "learn")) == "failed"

@@ -1,0 +1,80 @@
+"""The configuration groups: what is composed is what the schema and the papers say."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mifo.config import compose, conf_folder, settings_of
+from mifo.config.layouts import LayoutSettings, layouts
+from mifo.errors import MifoError
+from mifo.guidance.settings import GuidanceSettings
+from mifo.learning.settings import LearningSettings
+from mifo.penalty.settings import PenaltySettings
+from mifo.shapes.boxes import check_boxes
+from mifo.synthesis.settings import SynthesisSettings
+
+OPTIONS = sorted(conf_folder().rglob("*.yaml"))
+
+
+def settings(task, *overrides):
+    return settings_of(compose(task, ["paths.output=here", *overrides]))
+
+
+@pytest.mark.parametrize("path", OPTIONS, ids=lambda path: str(path.relative_to(conf_folder())))
+def test_every_option_says_what_it_is(path: Path):
+    lines = path.read_text().splitlines()
+    said = lines[1] if lines[0].startswith("# @package") else lines[0]
+    assert said.startswith("# ") and len(said) > 10
+    assert yaml.safe_load(path.read_text()) is not None
+
+
+@pytest.mark.parametrize("model", ["sd21", "local"])
+def test_stable_diffusion_learns_and_samples_with_the_published_values(model):
+    composed = settings("run", f"model={model}", "model.source=folder")
+    assert composed.learning.semantic.steps == 600 and composed.learning.semantic.learning_rate == 5e-3
+    assert composed.learning.finetuning.steps == 400 and composed.learning.finetuning.learning_rate == 2e-6
+    assert composed.guidance == GuidanceSettings()
+    assert composed.penalty == PenaltySettings()
+    assert composed.synthesis == SynthesisSettings()
+    for stage in (composed.learning.semantic, composed.learning.finetuning):
+        stage.betas = tuple(stage.betas)
+    assert composed.learning == LearningSettings()
+
+
+def test_learning_follows_the_model_unless_it_is_chosen():
+    assert settings("learn").learning.semantic.steps < 600
+    assert settings("learn", "model=sd21").learning.semantic.steps == 600
+    assert settings("learn", "learning=sd21").learning.semantic.steps == 600
+
+
+def test_a_method_chooses_its_losses_and_a_later_choice_wins():
+    assert settings("learn", "method=break_a_scene").penalty.semantic.term == "break_a_scene"
+    assert settings("learn", "method=break_a_scene", "penalty=none").penalty.semantic.term == "none"
+    assert settings("learn", "method=masked_textual_inversion").learning.finetuning.steps == 0
+
+
+def test_an_experiment_written_for_run_serves_learn():
+    assert settings("learn", "debug=default").learning.semantic.steps == 4
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_a_row_gives_each_instance_a_box_of_its_own(number):
+    tokens = [f"<asset{i}>" for i in range(number)]
+    (layout,) = layouts(LayoutSettings(arrange="row"), tokens)
+    assert list(layout.boxes) == tokens
+    check_boxes(layout.boxes, side=16)
+    boxes = list(layout.boxes.values())
+    assert all(left[2] < right[0] for left, right in pairwise(boxes))
+    assert layout.prompt == f"a photo of {' and '.join(tokens)}"
+
+
+def test_each_ending_makes_a_prompt():
+    found = layouts(LayoutSettings(endings=["at sea", "in the snow"]), ["<asset0>"])
+    assert [layout.prompt for layout in found] == [
+        "a photo of <asset0> at sea",
+        "a photo of <asset0> in the snow",
+    ]
+    with pytest.raises(MifoError, match=r"layout\.endings"):
+        layouts(LayoutSettings(endings=[]), ["<asset0>"])
