@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from mifo.config import compose, conf_folder, settings_of
+from mifo.config.checks import check
 from mifo.config.layouts import LayoutSettings, layouts
 from mifo.errors import MifoError
 from mifo.guidance.settings import GuidanceSettings
@@ -41,6 +42,17 @@ def test_stable_diffusion_learns_and_samples_with_the_published_values(model):
     for stage in (composed.learning.semantic, composed.learning.finetuning):
         stage.betas = tuple(stage.betas)
     assert composed.learning == LearningSettings()
+
+
+@pytest.mark.parametrize("task", ["learn", "run", "evaluate", "pretrain"])
+@pytest.mark.parametrize("logger", ["csv", "wandb", "tensorboard", "many", "none"])
+def test_every_logger_serves_every_task(task, logger):
+    given = ["pictures=folder"] if task == "evaluate" else []
+    check(settings(task, f"logger={logger}", *given))
+
+
+def test_seeds_share_a_group():
+    assert settings("learn", "seed=1").group == settings("learn", "seed=2").group == "miniature-three_cars-mifo"
 
 
 def test_learning_follows_the_model_unless_it_is_chosen():

@@ -43,6 +43,7 @@ class TaskSettings:
     task: str = MISSING
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda
+    group: str | None = None  # for the logger: runs that differ by their seed alone share it
     tags: list[str] = field(default_factory=list)  # for the logger, and for finding runs again
     resume: str | None = None  # the folder of an interrupted run to continue, with that run's configuration
     paths: PathsSettings = field(default_factory=PathsSettings)
