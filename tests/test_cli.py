@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tiny import tiny_pipeline
 
 from mifo import cli
+from mifo.errors import MifoError
 from mifo.metrics.evaluation import Evaluation, PictureEvaluator
 from mifo.metrics.scores import Evaluator
 
@@ -112,6 +113,16 @@ def test_refusals_are_one_sentence_before_any_model_is_loaded(mifo, capsys, monk
     told = capsys.readouterr().err.strip()
     assert told.startswith("mifo: error: ") and len(told.splitlines()) == 1
     assert words in told
+
+
+def test_missing_evaluators_are_refused_before_learning(mifo, model, capsys, monkeypatch):
+    def refuse(settings, device):
+        raise MifoError("no weights")
+
+    monkeypatch.setattr(PictureEvaluator, "from_settings", refuse)
+    monkeypatch.setattr("mifo.tasks.learn.load_model", lambda *_: pytest.fail("a model was loaded"))
+    assert mifo("run", *model) == 2
+    assert "no weights" in capsys.readouterr().err
 
 
 def test_layout_draws_the_boxes_over_a_picture(mifo, tmp_path, capsys):

@@ -6,6 +6,7 @@ from mifo.config.jobs import claim_folder
 from mifo.config.layouts import layouts
 from mifo.config.schema import RunSettings
 from mifo.data.instances import read_instances
+from mifo.metrics.evaluation import PictureEvaluator
 from mifo.metrics.pictures import read_pictures, save_pictures
 from mifo.report.sheet import Sheet, write_sheet
 from mifo.tasks.evaluate import class_names, log_scores, print_scores, scored
@@ -19,6 +20,9 @@ def run(settings: RunSettings) -> Path:
     instances = read_instances(settings.instances)
     wanted = layouts(settings.layout, instances.tokens)
     device = prepare(settings)
+    if settings.metrics is not None:
+        # an evaluator that cannot be loaded is refused now rather than after learning
+        PictureEvaluator.from_settings(settings.metrics, "cpu")
     folder = claim_folder(settings)
     with open_loggers(settings) as loggers:
         if not (folder / "pictures" / "pictures.json").is_file():
