@@ -45,7 +45,7 @@ class Judge:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.model = open_clip.create_model(f"local-dir:{folder}").to(device).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.device = device
 
     @torch.no_grad()

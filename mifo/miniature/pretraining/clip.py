@@ -97,11 +97,13 @@ class ClipPretraining(Pretraining):
 
 
 def save_clip(model: open_clip.CLIP, tokenizer_folder: Path, folder: Path, tokenizer) -> None:
-    """Write an open_clip ``local-dir:`` folder, with the tokenizer's files beside the weights."""
+    """Write an open_clip ``local-dir:`` folder; open_clip reads the tokenizer from the files beside the weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(tokenizer_folder, folder / "tokenizer", dirs_exist_ok=True)
+    shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
     preprocessing = {"size": [SIZE, SIZE], "mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash"}
     config = {"model_cfg": model_config(tokenizer), "preprocess_cfg": preprocessing}
+    # Any name makes open_clip take the folder's own tokenizer instead of CLIP's.
+    config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "miniature"
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(
         {name: value.detach().half().contiguous().cpu() for name, value in model.state_dict().items()},

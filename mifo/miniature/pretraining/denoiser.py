@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers import Transformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
@@ -28,9 +30,9 @@ def build_unet() -> UNet2DConditionModel:
         out_channels=4,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(64, 128, 192),
-        layers_per_block=2,
-        attention_head_dim=(2, 4, 6),
+        block_out_channels=(64, 128, 256),
+        layers_per_block=1,
+        attention_head_dim=(2, 4, 8),
         cross_attention_dim=WIDTH,
         use_linear_projection=True,
         norm_num_groups=32,
@@ -73,7 +75,20 @@ class DenoiserPretraining(Pretraining):
         self.empty = empty
         self.alphas = build_scheduler().alphas_cumprod
         self.network.unet.to(memory_format=torch.channels_last)
-        self.predict = torch.compile(self.network) if settings.compile else self.network
+        if settings.compile:
+            # Block by block: the same speed as the whole network, in a third of the compilation time.
+            torch._dynamo.config.recompile_limit = 64
+            for block in self.network.unet.modules():
+                if isinstance(block, (ResnetBlock2D, Transformer2DModel)):
+                    block.compile(dynamic=False)
+
+    def predict(self, latents: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
+        """ε̂ with bf16 copies of the fp32 weights on a GPU: autocast would run every normalisation in fp32."""
+        if self.device.type != "cuda":
+            return self.network(latents, timesteps, ids)
+        half = {name: weight.bfloat16() for name, weight in self.network.named_parameters()}
+        with torch.autocast("cuda", enabled=False):
+            return torch.func.functional_call(self.network, half, (latents.bfloat16(), timesteps, ids))
 
     def loss(self, generator: torch.Generator) -> dict[str, Tensor]:
         device, n = self.device, self.settings.batch_size

@@ -7,17 +7,18 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, ViTImageProcessor
 
 from mifo.errors import MifoError
 from mifo.miniature.pretraining.autoencoder import AutoencoderPretraining, build_autoencoder, encode_corpus
-from mifo.miniature.pretraining.clip import ClipPretraining, save_clip
+from mifo.miniature.pretraining.clip import MEAN, STD, ClipPretraining, save_clip
 from mifo.miniature.pretraining.corpus import draw_corpus
 from mifo.miniature.pretraining.denoiser import DenoiserPretraining, build_scheduler, build_unet
 from mifo.miniature.pretraining.settings import PretrainSettings
 from mifo.miniature.pretraining.text_encoder import TextEncoderPretraining, build_text_encoder
 from mifo.miniature.pretraining.training import Pretraining, fit
 from mifo.miniature.pretraining.vit import VitPretraining, build_vit
+from mifo.miniature.scenes import SIZE
 from mifo.miniature.tokenizer import build_tokenizer
 
 PARTS = ("autoencoder", "text_encoder", "denoiser", "clip", "vit")
@@ -110,3 +111,5 @@ def export(work: Path, weights: Path, tokenizer) -> None:
         vit = build_vit()
         vit.load_state_dict(torch.load(work / "vit.pt", map_location="cpu", weights_only=True))
         vit.half().save_pretrained(weights / "vit")
+        size = {"height": SIZE, "width": SIZE}
+        ViTImageProcessor(size=size, image_mean=MEAN, image_std=STD).save_pretrained(weights / "vit")

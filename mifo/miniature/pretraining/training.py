@@ -60,7 +60,6 @@ class Pretraining(L.LightningModule):
             [{"params": decayed, "weight_decay": 1e-2}, {"params": plain, "weight_decay": 0.0}],
             lr=self.settings.learning_rate,
             betas=(0.9, 0.99),
-            fused=self.device.type == "cuda",
         )
         warmup, steps = self.settings.warmup_steps, self.settings.steps
 
