@@ -1,7 +1,7 @@
 """The ten backgrounds, one for each prompt ending of Break-a-Scene's evaluation.
 
-A background takes picture coordinates ``x`` (right) and ``y`` (down), both (n, H, W) in [0, 1], and five numbers
-``q`` = (q0 … q4), each (n, 1, 1) in [0, 1], that vary it; it returns colours (n, 3, H, W) in [0, 1].
+A background takes picture coordinates ``x`` (right) and ``y`` (down), both (n, H, W) in [0, 1], and five
+numbers ``q`` = (q0 … q4), each (n, 1, 1) in [0, 1], that vary it; it returns colours (n, 3, H, W) in [0, 1].
 """
 
 from __future__ import annotations
@@ -62,16 +62,26 @@ def jungle(x: Tensor, y: Tensor, q: list[Tensor]) -> Tensor:
         ix, iy = torch.floor(u), torch.floor(v)
         turn = cell_noise(ix, iy, q[4] + layer) * math.pi
         dx, dy = u - ix - 0.5, v - iy - 0.5
-        along, across = dx * torch.cos(turn) + dy * torch.sin(turn), dy * torch.cos(turn) - dx * torch.sin(turn)
+        along, across = (
+            dx * torch.cos(turn) + dy * torch.sin(turn),
+            dy * torch.cos(turn) - dx * torch.sin(turn),
+        )
         leaf = (torch.hypot(along / 0.48, across / 0.17) - 1) * 0.17 / count
         canvas = cover(canvas, leaf, rgb(x, *green))
     return canvas
 
 
 def snow(x: Tensor, y: Tensor, q: list[Tensor]) -> Tensor:
-    canvas = gradient(y * 1.5, rgb(x, 0.66, 0.74, 0.84), rgb(x, 0.82, 0.87, 0.93)).expand(-1, -1, x.shape[-2], -1)
+    canvas = gradient(y * 1.5, rgb(x, 0.66, 0.74, 0.84), rgb(x, 0.82, 0.87, 0.93)).expand(
+        -1, -1, x.shape[-2], -1
+    )
     for layer, white in enumerate((0.88, 0.97)):
-        hill = 0.42 + 0.16 * layer + 0.1 * (q[layer] - 0.5) + 0.06 * torch.sin(x * (5 + 3 * layer) + q[2 + layer] * 6.3)
+        hill = (
+            0.42
+            + 0.16 * layer
+            + 0.1 * (q[layer] - 0.5)
+            + 0.06 * torch.sin(x * (5 + 3 * layer) + q[2 + layer] * 6.3)
+        )
         canvas = cover(canvas, hill - y, rgb(x, white - 0.02, white, min(white + 0.03, 1.0)))
     ix, iy = torch.floor(x * 9 + q[0]), torch.floor(y * 9 + q[1])
     fx, fy = cell_noise(ix, iy, q[3]) * 0.6 + 0.2, cell_noise(iy, ix, q[4] + 1) * 0.6 + 0.2
@@ -114,7 +124,9 @@ def wooden_floor(x: Tensor, y: Tensor, q: list[Tensor]) -> Tensor:
 
 
 def city(x: Tensor, y: Tensor, q: list[Tensor]) -> Tensor:
-    canvas = gradient(y * 1.5, rgb(x, 0.36, 0.33, 0.56), rgb(x, 0.96, 0.7, 0.55)).expand(-1, -1, x.shape[-2], -1)
+    canvas = gradient(y * 1.5, rgb(x, 0.36, 0.33, 0.56), rgb(x, 0.96, 0.7, 0.55)).expand(
+        -1, -1, x.shape[-2], -1
+    )
     for layer, tone in enumerate(((0.42, 0.4, 0.55), (0.22, 0.22, 0.34))):
         columns = 9.0 - 2 * layer
         u = x * columns + q[layer] * 5
@@ -124,7 +136,12 @@ def city(x: Tensor, y: Tensor, q: list[Tensor]) -> Tensor:
         canvas = cover(canvas, block, rgb(x, *tone))
         wx, wy = u * 4, (y - top) * 26
         lit = (cell_noise(torch.floor(wx), torch.floor(wy), q[4]) > 0.55).to(x.dtype)
-        pane = torch.maximum((wx - torch.floor(wx) - 0.5).abs() - 0.28, (wy - torch.floor(wy) - 0.5).abs() - 0.28) / 30
+        pane = (
+            torch.maximum(
+                (wx - torch.floor(wx) - 0.5).abs() - 0.28, (wy - torch.floor(wy) - 0.5).abs() - 0.28
+            )
+            / 30
+        )
         inside = torch.maximum(pane, block + 0.01) + (1 - lit)
         canvas = cover(canvas, inside, rgb(x, 0.98, 0.88, 0.52))
     return cover(canvas, 0.72 - y, rgb(x, 0.4, 0.42, 0.45))
@@ -132,7 +149,10 @@ def city(x: Tensor, y: Tensor, q: list[Tensor]) -> Tensor:
 
 def mountain(x: Tensor, y: Tensor, q: list[Tensor]) -> Tensor:
     canvas = sky(y, q)
-    for centre, high, tone in ((q[0] * 0.5, 0.2 + 0.12 * q[1], 0.0), (0.5 + q[2] * 0.5, 0.12 + 0.14 * q[3], 0.06)):
+    for centre, high, tone in (
+        (q[0] * 0.5, 0.2 + 0.12 * q[1], 0.0),
+        (0.5 + q[2] * 0.5, 0.12 + 0.14 * q[3], 0.06),
+    ):
         slope = high + (x - centre).abs() * 0.8 + 0.012 * torch.sin(x * 40 + q[4] * 6.3)
         canvas = cover(canvas, (slope - y) * 0.78, rgb(x, 0.46 + tone, 0.47 + tone, 0.55 + tone))
         cap = high + 0.13 + 0.03 * torch.sin(x * 30 + q[0] * 6.3)
@@ -161,7 +181,9 @@ def eiffel_tower(x: Tensor, y: Tensor, q: list[Tensor]) -> Tensor:
 def water(x: Tensor, y: Tensor, q: list[Tensor]) -> Tensor:
     canvas = gradient(y, rgb(x, 0.3, 0.66, 0.82), rgb(x, 0.08, 0.38, 0.62)).expand(-1, -1, x.shape[-2], -1)
     rows = 9.0
-    ripple = y * rows + 0.18 * torch.sin(x * (10 + 5 * q[0]) + torch.floor(y * rows) * 2.4 + q[1] * 6.3) + q[2]
+    ripple = (
+        y * rows + 0.18 * torch.sin(x * (10 + 5 * q[0]) + torch.floor(y * rows) * 2.4 + q[1] * 6.3) + q[2]
+    )
     crest = ((ripple - torch.floor(ripple) - 0.5).abs() - 0.07) / rows
     gaps = torch.sin(x * (17 + 6 * q[3]) + torch.floor(ripple) * 4.1 + q[4] * 6.3) * 0.02
     return cover(canvas, torch.maximum(crest, -gaps), rgb(x, 0.72, 0.9, 0.95))

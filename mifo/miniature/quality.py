@@ -93,11 +93,17 @@ def evaluators(weights: Path, device: torch.device, scenes: int = 4096, per_cate
         "clip background": share(judge.which_background(whole, thing) == corpus.background[single]),
         "clip thing, whole picture": share(judge.which_thing(whole) == thing),
     }
-    vit = ViTModel.from_pretrained(weights / "vit", add_pooling_layer=False, dtype=torch.float32).to(device).eval()
+    vit = (
+        ViTModel.from_pretrained(weights / "vit", add_pooling_layer=False, dtype=torch.float32)
+        .to(device)
+        .eval()
+    )
     people = crowd(per_category * len(THINGS), generator, held_out=True)
     index = torch.arange(len(people.thing), device=device)
     reference, found = (
-        F.normalize(vit(pixel_values=normalise(draw_views(people, index, generator, on_black=black)))[0][:, 0], dim=-1)
+        F.normalize(
+            vit(pixel_values=normalise(draw_views(people, index, generator, on_black=black)))[0][:, 0], dim=-1
+        )
         for black in (True, False)
     )
     scores = (found @ reference.T).masked_fill(people.thing[:, None] != people.thing[None], -2)
@@ -107,7 +113,12 @@ def evaluators(weights: Path, device: torch.device, scenes: int = 4096, per_cate
 
 @torch.no_grad()
 def generate(
-    pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, steps: int = 50, scale: float = 5.0, batch: int = 128
+    pipeline: StableDiffusionPipeline,
+    prompts: list[str],
+    seed: int,
+    steps: int = 50,
+    scale: float = 5.0,
+    batch: int = 128,
 ) -> Tensor:
     """Plain DDIM samples (n, 3, H, W) in [0, 1]."""
     out = []
@@ -144,7 +155,9 @@ def reconstruction(pipeline: StableDiffusionPipeline, scenes: int = 512) -> dict
     return {"vae psnr": mean(torch.cat(values))}
 
 
-def text_to_image(pipeline: StableDiffusionPipeline, judge: Judge, pictures: int = 960, scale: float = 5.0) -> dict:
+def text_to_image(
+    pipeline: StableDiffusionPipeline, judge: Judge, pictures: int = 960, scale: float = 5.0
+) -> dict:
     """One thing: thing, colour and background as judged by the CLIP; two things: both present."""
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
 
@@ -170,7 +183,7 @@ def text_to_image(pipeline: StableDiffusionPipeline, judge: Judge, pictures: int
     features = judge.pictures(generate(pipeline, prompts, HELD_OUT_SEED + 7, scale=scale))
     texts = judge.texts([caption([THINGS[a], THINGS[b]], None) for a, b in pairs])
     best = (features @ texts.T).argmax(1).tolist()
-    out["two things: both present"] = share(torch.tensor([pairs[i] == c for i, c in zip(best, chosen, strict=True)]))
+    out["two things: both present"] = share(
+        torch.tensor([pairs[i] == c for i, c in zip(best, chosen, strict=True)])
+    )
     return out
-
-

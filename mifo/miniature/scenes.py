@@ -57,7 +57,7 @@ class Identities:
 
 @dataclass
 class Placements:
-    """Where each thing is: centre (n, T, 2) and half size (n, T) in [0, 1], turn (n, T) in radians, mirror (n, T) ±1."""
+    """Centre (n, T, 2) and half size (n, T) in [0, 1], turn in radians and mirror ±1, both (n, T)."""
 
     centre: Tensor
     size: Tensor
@@ -67,7 +67,7 @@ class Placements:
 
 @dataclass
 class SceneBatch:
-    """n scenes: things, how many of their slots are taken ``count`` (n,), background (n,) and its variation (n, 5)."""
+    """n scenes: things, how many slots are taken (``count`` (n,)), background (n,), its variation (n, 5)."""
 
     identities: Identities
     placements: Placements
@@ -78,7 +78,7 @@ class SceneBatch:
 
 @dataclass
 class Scene:
-    """One drawn scene with its truth: image (3, H, W) in [0, 1], masks (T, H, W) bool, boxes (T, 4) in [0, 1]."""
+    """A scene and its truth: image (3, H, W) in [0, 1], masks (T, H, W) bool, boxes (T, 4) in [0, 1]."""
 
     image: Tensor
     masks: Tensor
@@ -96,8 +96,10 @@ def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
     return value.unsqueeze(-1) * (1 - saturation.unsqueeze(-1) * chroma)
 
 
-def sample_identities(shape: tuple[int, ...], generator: torch.Generator, held_out: bool = False) -> Identities:
-    """Draw identities of the given shape; ``held_out`` takes hues that pretraining never sees, and only those."""
+def sample_identities(
+    shape: tuple[int, ...], generator: torch.Generator, held_out: bool = False
+) -> Identities:
+    """Draw identities of the given shape; ``held_out`` takes only hues that pretraining never sees."""
     device = generator.device
 
     def uniform(low: float = 0.0, high: float = 1.0, *last: int) -> Tensor:
@@ -132,10 +134,14 @@ def sample_identities(shape: tuple[int, ...], generator: torch.Generator, held_o
     )
 
 
-def arrange(count: Tensor, generator: torch.Generator, slots: int = MAX_THINGS, tries: int = 48) -> Placements:
+def arrange(
+    count: Tensor, generator: torch.Generator, slots: int = MAX_THINGS, tries: int = 48
+) -> Placements:
     """Place ``count`` (n,) things in each scene, the least overlapping of ``tries`` random arrangements."""
     n, device = count.shape[0], generator.device
-    limits = torch.tensor([HALF_SIZES[min(max(int(c), 1), 4)] for c in range(MAX_THINGS + 1)], device=device)[count]
+    limits = torch.tensor([HALF_SIZES[min(max(int(c), 1), 4)] for c in range(MAX_THINGS + 1)], device=device)[
+        count
+    ]
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(n, *shape, generator=generator, device=device)
@@ -143,8 +149,12 @@ def arrange(count: Tensor, generator: torch.Generator, slots: int = MAX_THINGS, 
     size = limits[:, None, None, 0] + (limits[:, 1] - limits[:, 0])[:, None, None] * uniform(tries, slots)
     centre = size.unsqueeze(-1) + (1 - 2 * size.unsqueeze(-1)) * uniform(tries, slots, 2)
     taken = torch.arange(slots, device=device) < count[:, None]
-    gap = (centre.unsqueeze(-2) - centre.unsqueeze(-3)).abs().amax(-1) - (size.unsqueeze(-1) + size.unsqueeze(-2))
-    pair = (taken.unsqueeze(-1) & taken.unsqueeze(-2)).unsqueeze(1) & ~torch.eye(slots, dtype=torch.bool, device=device)
+    gap = (centre.unsqueeze(-2) - centre.unsqueeze(-3)).abs().amax(-1) - (
+        size.unsqueeze(-1) + size.unsqueeze(-2)
+    )
+    pair = (taken.unsqueeze(-1) & taken.unsqueeze(-2)).unsqueeze(1) & ~torch.eye(
+        slots, dtype=torch.bool, device=device
+    )
     overlap = (torch.where(pair, -gap, -1.0).clamp(min=-0.03)).sum((-1, -2))
     best = overlap.argmin(1)
     rows = torch.arange(n, device=device)
@@ -156,7 +166,9 @@ def arrange(count: Tensor, generator: torch.Generator, slots: int = MAX_THINGS, 
     )
 
 
-def sample_scenes(n: int, generator: torch.Generator, counts: tuple[float, ...] = (0.4, 0.3, 0.2, 0.1)) -> SceneBatch:
+def sample_scenes(
+    n: int, generator: torch.Generator, counts: tuple[float, ...] = (0.4, 0.3, 0.2, 0.1)
+) -> SceneBatch:
     """Draw n scenes of pretraining; ``counts`` are the odds of one, two, three and four things."""
     device = generator.device
     odds = torch.tensor(counts, device=device)
@@ -270,7 +282,7 @@ def draw(scenes: SceneBatch, size: int = SIZE, with_background: bool = True) -> 
 
 
 def mask_boxes(masks: Tensor) -> Tensor:
-    """The tight box [x0, y0, x1, y1] in [0, 1] around each mask (…, H, W) > 0.5; zeros where a mask is empty."""
+    """The tight box [x0, y0, x1, y1] in [0, 1] around each mask (…, H, W) > 0.5; zeros where it is empty."""
     inside = masks > 0.5
     edges = []
     for hits in (inside.any(-2), inside.any(-1)):
@@ -295,12 +307,16 @@ def caption(things_words: list[str], background: str | None) -> str:
 
 
 def captions(scenes: SceneBatch, seed: int, drop: float = 0.15) -> list[str]:
-    """One caption a scene, its things in random order; colour, pattern, articles and background are dropped at
-    times, so that the text encoder also meets the short prompts that people write."""
+    """One caption a scene, its things in random order.
+
+    Colour, pattern, articles and background are dropped at times, so that the text encoder also meets the
+    short prompts that people write.
+    """
     rng = random.Random(seed)
-    columns = [
-        getattr(scenes.identities, name).tolist() for name in ("thing", "colour", "pattern")
-    ] + [scenes.count.tolist(), scenes.background.tolist()]
+    columns = [getattr(scenes.identities, name).tolist() for name in ("thing", "colour", "pattern")] + [
+        scenes.count.tolist(),
+        scenes.background.tolist(),
+    ]
     colours = list(COLOURS)
     out = []
     for kinds, hues, patterns, count, background in zip(*columns, strict=True):
@@ -312,7 +328,9 @@ def captions(scenes: SceneBatch, seed: int, drop: float = 0.15) -> list[str]:
         ending = None if rng.random() < drop else BACKGROUNDS[background]
         text = caption(phrases, ending)
         if rng.random() < drop:
-            text = " ".join(word for word in text.split() if word not in ("a", "an")).replace("photo", "a photo", 1)
+            text = " ".join(word for word in text.split() if word not in ("a", "an")).replace(
+                "photo", "a photo", 1
+            )
         out.append(text)
     return out
 

@@ -1,9 +1,9 @@
 """Signed distance drawings of the miniature's things.
 
-A drawing takes local coordinates ``x`` (right) and ``y`` (down), both (n, H, W) with the thing inside [-1, 1]²,
-and three proportions ``p`` = (p0, p1, p2), each (n, 1, 1) in [0, 1]. It returns its parts in painter's order as
-(signed distance, role): distance (n, H, W) in local units, negative inside; the role names the part's colour.
-Everything is batched, since a GPU draws thousands of things in the time of one.
+A drawing takes local coordinates ``x`` (right) and ``y`` (down), both (n, H, W) with the thing inside [-1,
+1]², and three proportions ``p`` = (p0, p1, p2), each (n, 1, 1) in [0, 1]. It returns its parts in painter's
+order as (signed distance, role): distance (n, H, W) in local units, negative inside; the role names the
+part's colour. Everything is batched, since a GPU draws thousands of things in the time of one.
 """
 
 from __future__ import annotations
@@ -75,20 +75,41 @@ def car(x: Tensor, y: Tensor, p: Proportions) -> list[Part]:
     ground = 0.62
     body = box(x, y, 0.0, 0.2, 0.97, 0.29, 0.14)
     cabin = polygon(
-        x, y, (shift - 0.36, -roof - 0.05), (shift + 0.34, -roof - 0.05), (shift + 0.58, 0.0), (shift - 0.58, 0.0)
+        x,
+        y,
+        (shift - 0.36, -roof - 0.05),
+        (shift + 0.34, -roof - 0.05),
+        (shift + 0.58, 0.0),
+        (shift - 0.58, 0.0),
     )
     window_top = -roof + 0.07
     front = polygon(
-        x, y, (shift + 0.05, window_top), (shift + 0.29, window_top), (shift + 0.44, -0.06), (shift + 0.05, -0.06)
+        x,
+        y,
+        (shift + 0.05, window_top),
+        (shift + 0.29, window_top),
+        (shift + 0.44, -0.06),
+        (shift + 0.05, -0.06),
     )
     back = polygon(
-        x, y, (shift - 0.31, window_top), (shift - 0.05, window_top), (shift - 0.05, -0.06), (shift - 0.44, -0.06)
+        x,
+        y,
+        (shift - 0.31, window_top),
+        (shift - 0.05, window_top),
+        (shift - 0.05, -0.06),
+        (shift - 0.44, -0.06),
     )
     y_wheel = ground - wheel
     tyres = union(circle(x, y, -0.55, y_wheel, wheel), circle(x, y, 0.55, y_wheel, wheel))
     hubs = union(circle(x, y, -0.55, y_wheel, wheel * 0.5), circle(x, y, 0.55, y_wheel, wheel * 0.5))
     lamp = ellipse(x, y, 0.9, 0.12, 0.07, 0.09)
-    return [(union(body, cabin), "body"), (union(front, back), "glass"), (lamp, "beak"), (tyres, "dark"), (hubs, "accent")]
+    return [
+        (union(body, cabin), "body"),
+        (union(front, back), "glass"),
+        (lamp, "beak"),
+        (tyres, "dark"),
+        (hubs, "accent"),
+    ]
 
 
 def house(x: Tensor, y: Tensor, p: Proportions) -> list[Part]:
@@ -107,8 +128,12 @@ def boat(x: Tensor, y: Tensor, p: Proportions) -> list[Part]:
     deck = 0.72 - depth
     hull = polygon(x, y, (-0.97, deck), (0.97, deck), (0.66, 0.74), (-0.66, 0.74))
     pole = segment(x, y, mast, deck, mast, -0.92, 0.045)
-    main = polygon(x, y, (mast + 0.08, -0.88), (mast + 0.08 + sail * 0.85, deck - 0.12), (mast + 0.08, deck - 0.12))
-    jib = polygon(x, y, (mast - 0.08, -0.7), (mast - 0.08, deck - 0.12), (mast - 0.08 - sail * 0.55, deck - 0.12))
+    main = polygon(
+        x, y, (mast + 0.08, -0.88), (mast + 0.08 + sail * 0.85, deck - 0.12), (mast + 0.08, deck - 0.12)
+    )
+    jib = polygon(
+        x, y, (mast - 0.08, -0.7), (mast - 0.08, deck - 0.12), (mast - 0.08 - sail * 0.55, deck - 0.12)
+    )
     return [(pole, "dark"), (main, "light"), (jib, "accent"), (hull, "body")]
 
 
@@ -145,7 +170,14 @@ def bird(x: Tensor, y: Tensor, p: Proportions) -> list[Part]:
     wing = ellipse(x, y, -0.16, 0.1, 0.36, plump * 0.5)
     legs = union(segment(x, y, -0.15, 0.5, -0.15, 0.92, 0.04), segment(x, y, 0.12, 0.5, 0.12, 0.92, 0.04))
     eye = circle(x, y, 0.5, -0.45, 0.07)
-    return [(legs, "dark"), (feathers, "accent"), (union(body, skull), "body"), (beak, "beak"), (wing, "accent"), (eye, "dark")]
+    return [
+        (legs, "dark"),
+        (feathers, "accent"),
+        (union(body, skull), "body"),
+        (beak, "beak"),
+        (wing, "accent"),
+        (eye, "dark"),
+    ]
 
 
 def cat(x: Tensor, y: Tensor, p: Proportions) -> list[Part]:
@@ -158,7 +190,14 @@ def cat(x: Tensor, y: Tensor, p: Proportions) -> list[Part]:
     eyes = union(ellipse(x, y, -0.3, 0.02, 0.14, 0.16), ellipse(x, y, 0.3, 0.02, 0.14, 0.16))
     pupils = union(ellipse(x, y, -0.3, 0.03, 0.06, 0.13), ellipse(x, y, 0.3, 0.03, 0.06, 0.13))
     nose = polygon(x, y, (-0.1, 0.32), (0.1, 0.32), (0.0, 0.44))
-    return [(union(left, right), "body"), (head, "body"), (face, "accent"), (eyes, "light"), (pupils, "dark"), (nose, "dark")]
+    return [
+        (union(left, right), "body"),
+        (head, "body"),
+        (face, "accent"),
+        (eyes, "light"),
+        (pupils, "dark"),
+        (nose, "dark"),
+    ]
 
 
 def robot(x: Tensor, y: Tensor, p: Proportions) -> list[Part]:
@@ -167,12 +206,21 @@ def robot(x: Tensor, y: Tensor, p: Proportions) -> list[Part]:
     skull = box(x, y, 0.0, -0.46, head + 0.06, 0.25, 0.08)
     antenna = union(segment(x, y, 0.0, -0.7, 0.0, -0.88, 0.04), circle(x, y, 0.0, -0.89, 0.08))
     arms = union(
-        segment(x, y, -wide, 0.0, -wide - 0.32, 0.4 - arm * 1.6, 0.08), segment(x, y, wide, 0.0, wide + 0.32, 0.4 - arm, 0.08)
+        segment(x, y, -wide, 0.0, -wide - 0.32, 0.4 - arm * 1.6, 0.08),
+        segment(x, y, wide, 0.0, wide + 0.32, 0.4 - arm, 0.08),
     )
     legs = union(box(x, y, -wide * 0.5, 0.78, 0.12, 0.18), box(x, y, wide * 0.5, 0.78, 0.12, 0.18))
     eyes = union(circle(x, y, -0.15, -0.5, 0.09), circle(x, y, 0.15, -0.5, 0.09))
     mouth = box(x, y, 0.0, -0.31, 0.16, 0.035)
-    return [(legs, "dark"), (arms, "accent"), (antenna, "accent"), (torso, "body"), (skull, "body"), (eyes, "light"), (mouth, "dark")]
+    return [
+        (legs, "dark"),
+        (arms, "accent"),
+        (antenna, "accent"),
+        (torso, "body"),
+        (skull, "body"),
+        (eyes, "light"),
+        (mouth, "dark"),
+    ]
 
 
 def mushroom(x: Tensor, y: Tensor, p: Proportions) -> list[Part]:
@@ -189,7 +237,9 @@ def flower(x: Tensor, y: Tensor, p: Proportions) -> list[Part]:
     radius, angle = torch.hypot(x, y - cy), torch.atan2(y - cy, x)
     blossom = radius - (0.44 + 0.14 * torch.cos(petals * angle))
     stem = segment(x, y, 0.0, cy + 0.2, lean, 0.95, 0.055)
-    leaves = union(ellipse(x, y, lean * 0.7 - 0.26, 0.62, 0.26, 0.11), ellipse(x, y, lean * 0.7 + 0.26, 0.5, 0.26, 0.11))
+    leaves = union(
+        ellipse(x, y, lean * 0.7 - 0.26, 0.62, 0.26, 0.11), ellipse(x, y, lean * 0.7 + 0.26, 0.5, 0.26, 0.11)
+    )
     return [(union(stem, leaves), "leaf"), (blossom * 0.8, "body"), (circle(x, y, 0.0, cy, core), "accent")]
 
 
@@ -198,7 +248,10 @@ def balloon(x: Tensor, y: Tensor, p: Proportions) -> list[Part]:
     bulb = ellipse(x, y, 0.0, -0.34, wide, 0.6)
     skirt = polygon(x, y, (-wide * 0.74, -0.02), (wide * 0.74, -0.02), (0.16, 0.36), (-0.16, 0.36))
     top = 0.36 + gap
-    ropes = union(segment(x, y, -0.14, 0.34, -basket, top + 0.1, 0.03), segment(x, y, 0.14, 0.34, basket, top + 0.1, 0.03))
+    ropes = union(
+        segment(x, y, -0.14, 0.34, -basket, top + 0.1, 0.03),
+        segment(x, y, 0.14, 0.34, basket, top + 0.1, 0.03),
+    )
     car_box = box(x, y, 0.0, top + 0.22, basket + 0.05, 0.17, 0.04)
     return [(ropes, "dark"), (union(bulb, skirt), "body"), (car_box, "accent")]
 

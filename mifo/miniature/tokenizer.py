@@ -1,8 +1,10 @@
-"""A CLIP-format tokenizer over the miniature's words: an ordinary byte-level BPE in which each known word is one token."""
+"""A CLIP-format tokenizer of the miniature's words: ordinary byte-level BPE in which each word is one
+token."""
 
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 from transformers import CLIPTokenizer
@@ -17,7 +19,11 @@ END_OF_WORD = "</w>"
 
 def _byte_symbols() -> list[str]:
     """The 256 printable stand-ins for bytes of GPT-2's byte-level BPE, which CLIP's tokenizer uses too."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
 
@@ -25,7 +31,7 @@ def _byte_symbols() -> list[str]:
 def _merge(symbols: list[str], merges: dict[tuple[str, str], int]) -> list[str]:
     """Apply BPE merges to ``symbols``, the earliest learned first."""
     while True:
-        pairs = [pair for pair in zip(symbols, symbols[1:], strict=False) if pair in merges]
+        pairs = [pair for pair in pairwise(symbols) if pair in merges]
         if not pairs:
             return symbols
         best = min(pairs, key=merges.__getitem__)
@@ -43,8 +49,8 @@ def _merge(symbols: list[str], merges: dict[tuple[str, str], int]) -> list[str]:
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
     """Write ``vocab.json`` and ``merges.txt`` into ``folder`` and load them as a CLIPTokenizer.
 
-    Words are learned one after another: what earlier merges leave of a word is merged from left to right. A later
-    merge ranks lower than all earlier ones, so it can never take apart a word already learned.
+    Words are learned one after another: what earlier merges leave of a word is merged from left to right. A
+    later merge ranks lower than all earlier ones, so it can never take apart a word already learned.
     """
     merges: dict[tuple[str, str], int] = {}
     for word in words():
@@ -57,8 +63,12 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     entries = list(dict.fromkeys([*entries, "<|startoftext|>", "<|endoftext|>"]))
     folder.mkdir(parents=True, exist_ok=True)
     vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
-    vocab_file.write_text(json.dumps({entry: index for index, entry in enumerate(entries)}, ensure_ascii=False))
+    vocab_file.write_text(
+        json.dumps({entry: index for index, entry in enumerate(entries)}, ensure_ascii=False)
+    )
     merges_file.write_text("\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges)]) + "\n")
-    tokenizer = CLIPTokenizer(str(vocab_file), str(merges_file), pad_token="<|endoftext|>", model_max_length=MAX_LENGTH)
+    tokenizer = CLIPTokenizer(
+        str(vocab_file), str(merges_file), pad_token="<|endoftext|>", model_max_length=MAX_LENGTH
+    )
     tokenizer.save_pretrained(folder)
     return CLIPTokenizer.from_pretrained(folder)

@@ -34,7 +34,7 @@ COLOURS: dict[str, tuple[float, float]] = {
 """Colour word → its range of hues in degrees; between two words lies a gap that no thing's body takes."""
 
 HELD_OUT_HUES = (0.6, 0.72)
-"""The part of each colour word's range, as fractions, kept out of pretraining: benchmark instances live there."""
+"""The part of each colour word's range, as fractions, kept out of pretraining: benchmark hues."""
 
 PATTERNS = ("plain", "striped", "dotted", "checked")
 """Pattern words; a plain thing carries no pattern word in a caption."""
@@ -64,7 +64,11 @@ def article(word: str) -> str:
 def words() -> list[str]:
     """Every word that a caption or an ordinary prompt may hold, in a fixed order."""
     text = " ".join(
-        [PROMPT_START, "a an the and with next to left right top bottom of in on at", "two three four photo picture"]
+        [
+            PROMPT_START,
+            "a an the and with next to left right top bottom of in on at",
+            "two three four photo picture",
+        ]
         + list(THINGS)
         + [thing + "s" for thing in THINGS]
         + list(COLOURS)

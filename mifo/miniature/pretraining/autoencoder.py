@@ -59,9 +59,9 @@ class AutoencoderPretraining(Pretraining):
 
 @torch.no_grad()
 def encode_corpus(vae: AutoencoderKL, corpus: Corpus, batch: int = 256) -> tuple[Tensor, float]:
-    """Latent means of every scene in half precision (n, 4, 32, 32), and the factor that gives them unit variance."""
+    """Half-precision latent means (n, 4, 32, 32) of all scenes, and the factor to unit variance."""
     latents = [
-        vae.encode((corpus.images[i : i + batch].float() / 127.5 - 1)).latent_dist.mean.half()
+        vae.encode(corpus.images[i : i + batch].float() / 127.5 - 1).latent_dist.mean.half()
         for i in range(0, len(corpus), batch)
     ]
     stacked = torch.cat(latents)

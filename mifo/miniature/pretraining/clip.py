@@ -1,7 +1,7 @@
 """The miniature's CLIP, the judge of words: an open_clip model trained on scenes, crops and captions.
 
-It shares no weight with the generator. Besides the contrastive loss over captions it is asked, in every batch, the
-very questions it will judge by: which thing, which colour, which background.
+It shares no weight with the generator. Besides the contrastive loss over captions it is asked, in every
+batch, the very questions it will judge by: which thing, which colour, which background.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ def model_config(tokenizer) -> dict:
     return {
         "embed_dim": 128,
         "vision_cfg": {"image_size": SIZE, "layers": 6, "width": 192, "head_width": 32, "patch_size": 16},
-        "text_cfg": {"context_length": MAX_LENGTH, "vocab_size": len(tokenizer), "width": 160, "heads": 5, "layers": 4},
+        "text_cfg": {
+            "context_length": MAX_LENGTH,
+            "vocab_size": len(tokenizer),
+            "width": 160,
+            "heads": 5,
+            "layers": 4,
+        },
     }
 
 
@@ -48,7 +54,9 @@ class ClipPretraining(Pretraining):
         self.corpus = corpus
         self.questions = {
             "thing": tokenise(tokenizer, [caption([thing], None) for thing in THINGS]),
-            "colour": tokenise(tokenizer, [caption([describe(t, c, None)], None) for t in THINGS for c in COLOURS]),
+            "colour": tokenise(
+                tokenizer, [caption([describe(t, c, None)], None) for t in THINGS for c in COLOURS]
+            ),
             "background": tokenise(tokenizer, [caption([t], b) for b in BACKGROUNDS for t in THINGS]),
         }
         # Caption of each crop's words, by (thing, colour, pattern).
@@ -72,7 +80,9 @@ class ClipPretraining(Pretraining):
         slot = (draw * corpus.count[near]).long()
         thing, colour, pattern = (part[near, slot] for part in (corpus.thing, corpus.colour, corpus.pattern))
         boxes = jitter(corpus.boxes[near, slot], 0.3, generator)
-        images = torch.cat([corpus.images[rows[:whole]].float(), crop(corpus.images[near].float(), boxes)]) / 255
+        images = (
+            torch.cat([corpus.images[rows[:whole]].float(), crop(corpus.images[near].float(), boxes)]) / 255
+        )
         words = (thing * len(COLOURS) + colour) * len(PATTERNS) + pattern
         ids = torch.cat([corpus.captions[rows[:whole], variant], self.crop_captions.to(device)[words]])
         scale = self.network.logit_scale.exp().clamp(max=100)
@@ -83,7 +93,9 @@ class ClipPretraining(Pretraining):
         contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         by_thing = scale * seen[whole:] @ self.encode_text(self.questions["thing"]).T
         by_colour = scale * seen[whole:] @ self.encode_text(self.questions["colour"]).T
-        by_colour = by_colour.view(len(near), len(THINGS), len(COLOURS))[torch.arange(len(near), device=device), thing]
+        by_colour = by_colour.view(len(near), len(THINGS), len(COLOURS))[
+            torch.arange(len(near), device=device), thing
+        ]
         by_place = scale * seen[:whole] @ self.encode_text(self.questions["background"]).T
         by_place = by_place.view(whole, len(BACKGROUNDS), len(THINGS))
         # The thing of the question is one that stands in the scene, so that only the background can tell.
@@ -93,14 +105,26 @@ class ClipPretraining(Pretraining):
         colour_loss = F.cross_entropy(by_colour, colour)
         place_loss = F.cross_entropy(by_place, corpus.background[rows[:whole]])
         loss = contrast + 0.5 * (thing_loss + colour_loss + place_loss)
-        return {"loss": loss, "contrast": contrast, "thing": thing_loss, "colour": colour_loss, "place": place_loss}
+        return {
+            "loss": loss,
+            "contrast": contrast,
+            "thing": thing_loss,
+            "colour": colour_loss,
+            "place": place_loss,
+        }
 
 
 def save_clip(model: open_clip.CLIP, tokenizer_folder: Path, folder: Path, tokenizer) -> None:
-    """Write an open_clip ``local-dir:`` folder; open_clip reads the tokenizer from the files beside the weights."""
+    """Write an open_clip ``local-dir:`` folder; its tokenizer is read from the files beside the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
-    preprocessing = {"size": [SIZE, SIZE], "mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash"}
+    preprocessing = {
+        "size": [SIZE, SIZE],
+        "mean": MEAN,
+        "std": STD,
+        "interpolation": "bicubic",
+        "resize_mode": "squash",
+    }
     config = {"model_cfg": model_config(tokenizer), "preprocess_cfg": preprocessing}
     # Any name makes open_clip take the folder's own tokenizer instead of CLIP's.
     config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "miniature"

@@ -1,4 +1,4 @@
-"""The pretraining corpus: scenes drawn once on the device and kept there, with their truth and tokenised captions."""
+"""The pretraining corpus: scenes drawn once and kept on the device, with truth and tokenised captions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mifo.miniature.scenes import (
-    MAX_THINGS,
     SIZE,
     Identities,
     SceneBatch,
-    arrange,
     captions,
     draw,
     mask_boxes,
@@ -30,7 +28,7 @@ CHUNK = 2048
 
 @dataclass
 class Corpus:
-    """n scenes: images uint8 (n, 3, H, W), boxes (n, T, 4), words (n, T) as indices, captions (n, variants, L)."""
+    """n scenes: images uint8 (n, 3, H, W), boxes (n, T, 4), word indices (n, T), captions (n, V, L)."""
 
     images: Tensor
     boxes: Tensor
@@ -47,11 +45,13 @@ class Corpus:
 
 def tokenise(tokenizer, texts: list[str]) -> Tensor:
     """Prompts → token ids (n, L), padded to the tokenizer's length."""
-    return torch.tensor(tokenizer(texts, padding="max_length", max_length=MAX_LENGTH, truncation=True).input_ids)
+    return torch.tensor(
+        tokenizer(texts, padding="max_length", max_length=MAX_LENGTH, truncation=True).input_ids
+    )
 
 
 def tokenise_captions(tokenizer, texts: list[str]) -> Tensor:
-    """The same as ``tokenise`` for captions, whose every word is one token; 20 times faster over a whole corpus."""
+    """``tokenise`` for captions, whose every word is one token; 20 times faster over a whole corpus."""
     vocabulary = tokenizer.get_vocab()
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     rows = [[start, *(vocabulary[word + "</w>"] for word in text.lower().split())] for text in texts]
@@ -70,7 +70,14 @@ def draw_corpus(n: int, seed: int, device: torch.device, tokenizer, variants: in
         images[start : start + len(pictures)] = (pictures * 255).round().to(torch.uint8)
         identities = scenes.identities
         parts.append(
-            (mask_boxes(masks), identities.thing, identities.colour, identities.pattern, scenes.count, scenes.background)
+            (
+                mask_boxes(masks),
+                identities.thing,
+                identities.colour,
+                identities.pattern,
+                scenes.count,
+                scenes.background,
+            )
         )
         for variant in range(variants):
             texts[variant] += captions(scenes, seed=seed * 1_000_003 + start * variants + variant)
@@ -107,7 +114,7 @@ def same_identity(identities: Identities, index: Tensor, scenes: SceneBatch) -> 
 
 
 def draw_views(identities: Identities, index: Tensor, generator: torch.Generator, on_black: bool) -> Tensor:
-    """Box crops (m, 3, H, W) uint8 of the named identities, each in a new scene with a new pose and new neighbours.
+    """Box crops (m, 3, H, W) uint8 of the named identities, each in a new scene, pose and company.
 
     With ``on_black`` everything but the instance is black, as references are prepared for the evaluators.
     """
@@ -129,6 +136,3 @@ def crowd(n: int, generator: torch.Generator, held_out: bool = False) -> Identit
     identities = sample_identities((n,), generator, held_out)
     identities.thing = identities.thing.sort().values
     return identities
-
-
-__all__ = ["MAX_THINGS", "Corpus", "arrange", "crop", "crowd", "draw_corpus", "draw_views", "jitter", "tokenise"]

@@ -16,14 +16,14 @@ from mifo.miniature.pretraining.training import Pretraining
 from mifo.miniature.scenes import SIZE
 
 EMPTY_PROMPTS = 0.1
-"""Share of samples whose prompt is emptied, for classifier-free guidance (Ho & Salimans, arXiv 2207.12598)."""
+"""Share of prompts that are emptied, for classifier-free guidance (Ho & Salimans, arXiv 2207.12598)."""
 
 SNR_CAP = 5.0
 """γ of min-SNR weighting (Hang et al., arXiv 2303.09556)."""
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Stable Diffusion's plan with three levels: attention at 32² and 16², none in the lowest blocks, mid at 8²."""
+    """Stable Diffusion's plan with three levels: attention at 32² and 16², in the lowest only in mid (8²)."""
     return UNet2DConditionModel(
         sample_size=SIZE // 4,
         in_channels=4,
@@ -67,7 +67,12 @@ class DenoiserPretraining(Pretraining):
     """ε-prediction with min-SNR weights."""
 
     def __init__(
-        self, corpus: Corpus, latents: Tensor, text_encoder: CLIPTextModel, empty: Tensor, settings: PretrainSettings
+        self,
+        corpus: Corpus,
+        latents: Tensor,
+        text_encoder: CLIPTextModel,
+        empty: Tensor,
+        settings: PretrainSettings,
     ) -> None:
         super().__init__(Painter(text_encoder, build_unet()), settings.denoiser, settings.seed)
         self.corpus = corpus

@@ -28,11 +28,12 @@ SHARD = "12MB"
 
 
 def pretrain(settings: PretrainSettings, work: Path, weights: Path, logger=True) -> dict[str, bool]:
-    """Train ``settings.parts`` in order, each going on from its checkpoint in ``work``, and write what is there
-    as model folders into ``weights``: ``pipeline/`` (diffusers), ``clip/`` (open_clip), ``vit/`` (transformers).
+    """Train ``settings.parts`` in order, each going on from its checkpoint in ``work``, and write what is
+    there as model folders into ``weights``: ``pipeline/`` (diffusers), ``clip/`` (open_clip), ``vit/``
+    (transformers).
 
-    Returns for each part whether it reached its number of steps; with ``settings.minutes`` a part may stop earlier.
-    Raises MifoError for an unknown part or for one whose forerunner has not been made.
+    Returns for each part whether it reached its number of steps; with ``settings.minutes`` a part may stop
+    earlier. Raises MifoError for an unknown part or for one whose forerunner has not been made.
     """
     unknown = [part for part in settings.parts if part not in PARTS]
     if unknown:
@@ -86,7 +87,9 @@ def export(work: Path, weights: Path, tokenizer) -> None:
     if (work / "denoiser.pt").exists():
         painter = torch.load(work / "denoiser.pt", map_location="cpu", weights_only=True)
         unet: UNet2DConditionModel = build_unet()
-        unet.load_state_dict({k.removeprefix("unet."): v for k, v in painter.items() if k.startswith("unet.")})
+        unet.load_state_dict(
+            {k.removeprefix("unet."): v for k, v in painter.items() if k.startswith("unet.")}
+        )
         text: CLIPTextModel = build_text_encoder(tokenizer)
         prefix = "text_encoder."
         text.load_state_dict({k.removeprefix(prefix): v for k, v in painter.items() if k.startswith(prefix)})

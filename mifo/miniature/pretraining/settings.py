@@ -18,9 +18,11 @@ class PartSettings:
 
 @dataclass
 class PretrainSettings:
-    """Scenes to draw and the five parts; the parts named in ``parts`` are made in order, each from its checkpoint on."""
+    """The scenes and the five parts; those in ``parts`` are made in order, each from its checkpoint on."""
 
-    parts: list[str] = field(default_factory=lambda: ["autoencoder", "text_encoder", "denoiser", "clip", "vit"])
+    parts: list[str] = field(
+        default_factory=lambda: ["autoencoder", "text_encoder", "denoiser", "clip", "vit"]
+    )
     scenes: int = 160_000
     seed: int = 0
     minutes: float | None = None

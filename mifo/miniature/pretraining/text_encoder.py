@@ -1,8 +1,8 @@
 """The miniature's CLIPTextModel, first taught on text alone to bind each thing to its own words.
 
-At every thing's token the hidden state must tell the colour and the pattern that the prompt gives to *that* thing,
-and at the end of the text which things and which background were named. So the denoiser starts from a language
-that is already sorted, and spends its steps on pictures.
+At every thing's token the hidden state must tell the colour and the pattern that the prompt gives to *that*
+thing, and at the end of the text which things and which background were named. So the denoiser starts from a
+language that is already sorted, and spends its steps on pictures.
 """
 
 from __future__ import annotations
@@ -73,12 +73,25 @@ class TextEncoderPretraining(Pretraining):
         self.patterns = _ids(tokenizer, PATTERNS)
         # One word tells each background: its last noun ("fabric", "beach", …) or, for the endings that share
         # their last word, the noun that differs.
-        telling = ["beach", "jungle", "snow", "street", "fabric", "floor", "city", "mountain", "eiffel", "water"]
+        telling = [
+            "beach",
+            "jungle",
+            "snow",
+            "street",
+            "fabric",
+            "floor",
+            "city",
+            "mountain",
+            "eiffel",
+            "water",
+        ]
         self.endings = _ids(tokenizer, telling)
 
     def loss(self, generator: torch.Generator) -> dict[str, Tensor]:
         device = self.device
-        rows = torch.randint(len(self.corpus), (self.settings.batch_size,), generator=generator, device=device)
+        rows = torch.randint(
+            len(self.corpus), (self.settings.batch_size,), generator=generator, device=device
+        )
         variant = torch.randint(self.corpus.captions.shape[1], rows.shape, generator=generator, device=device)
         ids = self.corpus.captions[rows, variant]
         hidden = self.network.text_encoder(ids).last_hidden_state

@@ -1,4 +1,4 @@
-"""What the five parts share: a step counter for a data set, cosine learning rate, averaged weights, checkpoints."""
+"""What the five parts share: steps as a data set, cosine learning rate, averaged weights, checkpoints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Steps(Dataset):
 
 
 class Pretraining(L.LightningModule):
-    """One part: ``network`` learns by ``loss(step, generator)``; ``average`` holds its exponential average."""
+    """One part: ``network`` learns by ``loss(generator)``; ``average`` holds its exponential average."""
 
     def __init__(self, network: nn.Module, settings: PartSettings, seed: int) -> None:
         super().__init__()
@@ -66,14 +66,16 @@ class Pretraining(L.LightningModule):
         def rate(step: int) -> float:
             if step < warmup:
                 return (step + 1) / warmup
-            return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+            return 0.02 + 0.98 * 0.5 * (
+                1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup)))
+            )
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def fit(module: Pretraining, folder: Path, minutes: float | None = None, logger=True) -> bool:
-    """Train ``module`` to its number of steps, continuing from ``folder``/last.ckpt; → whether it is finished.
+    """Train ``module`` to its number of steps, from ``folder``/last.ckpt on; → whether it is finished.
 
     After ``minutes`` it stops with a checkpoint, from which the next call goes on.
     """

@@ -1,8 +1,9 @@
-"""The miniature's ViT, the judge of identity: the same instance in two scenes is drawn together, others apart.
+"""The miniature's ViT, the judge of identity: the same instance in two scenes is drawn together, others
+apart.
 
-Instance discrimination with InfoNCE (van den Oord et al., arXiv 1807.03748). A batch holds many instances of few
-categories, so that the negatives are look-alikes; one view stands on black, as references do, the others are box
-crops of new scenes. It shares no weight with the generator or with the CLIP.
+Instance discrimination with InfoNCE (van den Oord et al., arXiv 1807.03748). A batch holds many instances of
+few categories, so that the negatives are look-alikes; one view stands on black, as references do, the others
+are box crops of new scenes. It shares no weight with the generator or with the CLIP.
 """
 
 from __future__ import annotations
