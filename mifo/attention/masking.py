@@ -1,9 +1,7 @@
 """Attention bounded by boxes or shapes in every layer of a U-Net, and what is read from it during synthesis.
 
-Bounded Attention (arXiv 2403.16990) as MIFO (arXiv 2511.00542) uses it. There are two
-kinds of
-pass: a *guidance* pass runs the conditional half alone, up to the last layer that the loss reads; a
-    *denoising* pass
+Bounded Attention (arXiv 2403.16990) as MIFO (arXiv 2511.00542) uses it. There are two kinds of pass: a
+*guidance* pass runs the conditional half alone, up to the last layer that the loss reads; a *denoising* pass
 runs both halves, the unconditional first, and can add its maps to the running means from which shapes are
 renewed.
 
@@ -13,6 +11,7 @@ Letters: B samples, S subjects, L tokens of the prompt, n = R² pixels of a laye
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -25,9 +24,11 @@ from mifo.attention.processors import (
     attention_probabilities,
     installed_processors,
     merge_heads,
-    project_heads,
+    project_context,
+    project_queries,
 )
 from mifo.guidance.loss import attention_sums
+from mifo.performance.graphs import GraphedFunction
 
 
 def cross_attention_mask(
@@ -76,9 +77,8 @@ class MaskedAttention:
     """Runs a U-Net, within a `with` block, with attention bounded by the pixels of each subject.
 
     Layers whose probabilities are read compute them in the open and in 32 bits, all others use fused
-    attention. Masks are made once for each set of shapes, kind of pass and resolution. The processors found
-    before are put back on leaving, also after an exception. The U-Net's parameters should not require
-    gradients.
+    attention. Masks are made once for each set of shapes, kind of pass and resolution, keys and values of the
+    prompt once for all. The processors found before are put back on leaving, also after an exception.
 
     Attributes:
         self_map: (B, n, n) mean over the recorded denoising passes, the shape layers and heads; conditional
@@ -96,6 +96,7 @@ class MaskedAttention:
         guidance_layers: Sequence[int],
         shape_layers: Sequence[int],
         masked: bool = True,
+        graphs: bool = False,
     ) -> None:
         """Take the prompt and the layers to read.
 
@@ -104,6 +105,7 @@ class MaskedAttention:
             subject_tokens: positions of each subject's tokens in the prompt, the leading one last.
             guidance_layers, shape_layers: `AttentionLayer.index`; the shape layers are of one resolution.
             masked: bound attention; else it is only read.
+            graphs: replay both kinds of pass as CUDA graphs.
         """
         device, tokens = text_states.device, text_states.shape[1]
         self.unet = unet
@@ -119,13 +121,24 @@ class MaskedAttention:
         self._filter_tokens = torch.zeros(tokens, dtype=torch.bool)
         self._filter_tokens[list(filter_indices)] = True
         self._filter_tokens = self._filter_tokens.to(device)
+        # the context that the loss reads, bool (1, S, L): a subject's tokens and the first end-of-text token
+        self._subject_context = self._subject_tokens.clone()[None]
+        self._subject_context[..., eos_index] = True
         self._leading = torch.tensor([positions[-1] for positions in subject_tokens], device=device)
         self._eos_index = eos_index
         self._reading: frozenset[int] = frozenset()
         self._guiding = False
-        self._sums: dict[int, Tensor] = {}
-        self._totals: tuple[Tensor | float, Tensor | float] = (0.0, 0.0)
-        self._recorded = {"self": 0, "cross": 0}
+        self._read: dict[int, Tensor] = {}
+        self._totals: dict[str, Tensor | float] = {"self": 0.0, "cross": 0.0}
+        self._passes = 0
+        self._text: dict[int, tuple[Tensor, Tensor]] = {}
+        self._masks: dict[_MaskName, Tensor] = {}
+        self._graphs = graphs
+        self._guidance = GraphedFunction(self._guidance_sums, graphs)
+        self._denoising = {
+            record: GraphedFunction(partial(self._prediction_and_maps, record), graphs)
+            for record in (False, True)
+        }
         self._installed: AbstractContextManager[None] | None = None
 
     def bound(self, shapes_at: Callable[[int], Tensor]) -> None:
@@ -135,8 +148,17 @@ class MaskedAttention:
             shapes_at: gives for the side R of a map bool shapes (B or 1, S, R, R) on the U-Net's device.
         """
         self._shapes_at = shapes_at
-        self._shapes: dict[int, Tensor] = {}
-        self._biases: dict[tuple[bool, str, int, torch.dtype], Tensor] = {}
+        before, self._masks = self._masks, {}
+        if not self._graphs:
+            return
+        # A captured pass reads its masks where they lay: they are overwritten while their form is the same
+        for name, old in before.items():
+            new = self._mask(name)
+            if new.shape != old.shape:
+                for captured in (self._guidance, *self._denoising.values()):
+                    captured.forget()
+                return
+            self._masks[name] = old.copy_(new)
 
     def guidance_pass(self, latents: Tensor, timestep: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The sums F, B of `attention_sums` for each cross layer and each self layer that the loss reads.
@@ -147,16 +169,12 @@ class MaskedAttention:
         Returns:
             One (2, B, S) for each layer, differentiable with respect to the latents.
         """
-        self._guiding, self._reading, self._sums = True, self._guidance_layers, {}
-        conditional = self.text_states.chunk(2)[1]
-        with suppress(_LastLayerRead):
-            self.unet(latents.to(conditional.dtype), timestep, encoder_hidden_states=conditional)
-        sums = {
-            kind: [self._sums[index] for index in sorted(self._sums) if self._layers[index].kind == kind]
+        sums = self._guidance(latents, timestep)
+        cross, own = (
+            [each for index, each in sums.items() if self._layers[index].kind == kind]
             for kind in ("cross", "self")
-        }
-        self._sums = {}
-        return sums["cross"], sums["self"]
+        )
+        return cross, own
 
     def denoising_pass(self, latents: Tensor, timestep: Tensor, record: bool = False) -> Tensor:
         """The U-Net's prediction (2B, 4, H, W), unconditional half first, in the latents' precision.
@@ -165,17 +183,42 @@ class MaskedAttention:
             latents: (B, 4, H, W). timestep: a scalar.
             record: add this pass to `self_map` and `cross_map`.
         """
-        self._guiding, self._reading = False, self._shape_layers if record else frozenset()
+        prediction, maps = self._denoising[record](latents, timestep)
+        for kind, each in maps.items():
+            self._totals[kind] = self._totals[kind] + each
+        self._passes += record
+        return prediction
+
+    def _guidance_sums(self, latents: Tensor, timestep: Tensor) -> dict[int, Tensor]:
+        """The sums (2, B, S) by layer."""
+        self._guiding, self._reading, self._read = True, self._guidance_layers, {}
+        conditional = self.text_states.chunk(2)[1]
+        with suppress(_LastLayerRead):
+            self.unet(latents.to(conditional.dtype), timestep, encoder_hidden_states=conditional)
+        sums, self._read = self._read, {}
+        return sums
+
+    def _prediction_and_maps(
+        self, record: bool, latents: Tensor, timestep: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The prediction, and the mean of the maps of each kind if they are recorded."""
+        self._guiding, self._reading, self._read = False, self._shape_layers if record else frozenset(), {}
         both = torch.cat([latents, latents]).to(self.text_states.dtype)
-        return self.unet(both, timestep, encoder_hidden_states=self.text_states).sample.to(latents.dtype)
+        prediction = self.unet(both, timestep, encoder_hidden_states=self.text_states).sample
+        maps, self._read = self._read, {}
+        means = {}
+        for kind in ("self", "cross") if record else ():
+            each = [maps[index] for index in maps if self._layers[index].kind == kind]
+            means[kind] = torch.stack(each).mean(0)
+        return prediction.to(latents.dtype), means
 
     @property
     def self_map(self) -> Tensor:
-        return self._totals[0] / self._recorded["self"]
+        return self._totals["self"] / self._passes
 
     @property
     def cross_map(self) -> Tensor:
-        return self._totals[1] / self._recorded["cross"]
+        return self._totals["cross"] / self._passes
 
     def __enter__(self) -> Self:
         processors = {index: _MaskedProcessor(self, layer) for index, layer in self._layers.items()}
@@ -188,71 +231,68 @@ class MaskedAttention:
     ) -> None:
         self._installed.__exit__(kind, error, trace)
 
-    def attend(
-        self, attn: nn.Module, layer: AttentionLayer, query: Tensor, key: Tensor, value: Tensor
-    ) -> Tensor:
+    def attend(self, attn: nn.Module, layer: AttentionLayer, hidden_states: Tensor) -> Tensor:
         """Attention of one layer, (B, heads, n, d), bounded and read as the pass asks for."""
-        bias = self._bias(layer.kind, query)
+        query = project_queries(attn, hidden_states)
+        if layer.kind == "cross":
+            key, value = self._text_heads(attn, layer)
+        else:
+            key, value = project_context(attn, hidden_states)
+        bias = None
+        if self.masked:
+            bias = self._mask((query.shape[2], (self._guiding, layer.kind, len(query), query.dtype)))
         if layer.index not in self._reading:
             return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=attn.scale)
         probabilities = attention_probabilities(attn, query, key, bias)
         if self._guiding:
-            shapes = self._shapes_of(query.shape[2])
-            context = self._subject_context() if layer.kind == "cross" else shapes
-            self._sums[layer.index] = attention_sums(probabilities, shapes, context)
+            shapes = self._mask((query.shape[2], None))
+            context = self._subject_context if layer.kind == "cross" else shapes
+            self._read[layer.index] = attention_sums(probabilities, shapes, context)
             if layer.index == max(self._reading):
                 raise _LastLayerRead
         else:
-            self._record(layer.kind, probabilities.chunk(2)[1].mean(dim=1))
+            conditional = probabilities.chunk(2)[1].mean(dim=1)
+            kept = conditional if layer.kind == "self" else conditional[..., self._leading]
+            self._read[layer.index] = kept
         return probabilities.to(value.dtype) @ value
 
-    def _record(self, kind: str, probabilities: Tensor) -> None:
-        self_total, cross_total = self._totals
+    @torch.no_grad()
+    def _text_heads(self, attn: nn.Module, layer: AttentionLayer) -> tuple[Tensor, Tensor]:
+        """Keys and values of the prompt, which stays the same; of its conditional half in guidance passes."""
+        if layer.index not in self._text:
+            self._text[layer.index] = project_context(attn, self.text_states)
+        key, value = self._text[layer.index]
+        return (key.chunk(2)[1], value.chunk(2)[1]) if self._guiding else (key, value)
+
+    def _mask(self, name: "_MaskName") -> Tensor:
+        """Shapes, bool (B or 1, S, n), or a bias (1 or rows, 1, n, keys) in the query's precision."""
+        if name not in self._masks:
+            pixels, bias = name
+            self._masks[name] = (
+                self._shapes_at(math.isqrt(pixels)).flatten(2) if bias is None else self._bias(pixels, *bias)
+            )
+        return self._masks[name]
+
+    def _bias(self, pixels: int, guiding: bool, kind: str, rows: int, dtype: torch.dtype) -> Tensor:
+        shapes = self._mask((pixels, None))
         if kind == "self":
-            self_total = self_total + probabilities
+            mask = self_attention_mask(shapes)
+            if not guiding and len(mask) > 1:
+                mask = torch.cat([mask, mask])
         else:
-            cross_total = cross_total + probabilities[..., self._leading]
-        self._totals = self_total, cross_total
-        self._recorded[kind] += 1
+            mask = cross_attention_mask(
+                shapes, self._subject_tokens, self._filter_tokens, self._eos_index, guiding
+            )
+            if not guiding:  # the unconditional half sees every token
+                mask = mask.expand(rows // 2, -1, -1)
+                mask = torch.cat([torch.ones_like(mask), mask])
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)[
+            :, None
+        ]
 
-    def _subject_context(self) -> Tensor:
-        """Bool (1, S, L): each subject's tokens and the first end-of-text token."""
-        context = self._subject_tokens.clone()
-        context[:, self._eos_index] = True
-        return context[None]
 
-    def _shapes_of(self, pixels: int) -> Tensor:
-        """Bool (B or 1, S, n)."""
-        if pixels not in self._shapes:
-            self._shapes[pixels] = self._shapes_at(math.isqrt(pixels)).flatten(2)
-        return self._shapes[pixels]
-
-    def _bias(self, kind: str, query: Tensor) -> Tensor | None:
-        """The mask of this pass as a bias in the query's precision: (1 or batch, 1, n, keys)."""
-        if not self.masked:
-            return None
-        name = (self._guiding, kind, query.shape[2], query.dtype)
-        if name not in self._biases:
-            shapes = self._shapes_of(query.shape[2])
-            mask = self._self_mask(shapes) if kind == "self" else self._cross_mask(shapes, len(query))
-            bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
-            self._biases[name] = bias.masked_fill_(~mask, -math.inf)[:, None]
-        return self._biases[name]
-
-    def _self_mask(self, shapes: Tensor) -> Tensor:
-        """Bool (1, n, n) if all samples have the same shapes, else one for each row of the batch."""
-        mask = self_attention_mask(shapes)
-        return mask if self._guiding or len(mask) == 1 else torch.cat([mask, mask])
-
-    def _cross_mask(self, shapes: Tensor, rows: int) -> Tensor:
-        """Bool (1 or rows, n, L); the unconditional half of a denoising pass sees every token."""
-        mask = cross_attention_mask(
-            shapes, self._subject_tokens, self._filter_tokens, self._eos_index, self._guiding
-        )
-        if self._guiding:
-            return mask
-        mask = mask.expand(rows // 2, -1, -1)
-        return torch.cat([torch.ones_like(mask), mask])
+# pixels of the layer; then None for the shapes, or of a bias: guiding, kind, rows of the batch, precision
+_MaskName = tuple[int, tuple[bool, str, int, torch.dtype] | None]
 
 
 class _LastLayerRead(Exception):
@@ -273,5 +313,4 @@ class _MaskedProcessor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        query, key, value = project_heads(attn, hidden_states, encoder_hidden_states)
-        return merge_heads(attn, self.masking.attend(attn, self.layer, query, key, value))
+        return merge_heads(attn, self.masking.attend(attn, self.layer, hidden_states))

@@ -25,15 +25,25 @@ def project_heads(
     """
     if context is None:
         context = hidden_states
-    elif attn.norm_cross:
+    return project_queries(attn, hidden_states), *project_context(attn, context)
+
+
+def project_queries(attn: nn.Module, hidden_states: Tensor) -> Tensor:
+    """Queries (B, heads, R², d) of hidden states (B, R², width)."""
+    query = _heads(attn, attn.to_q(hidden_states))
+    return query if attn.norm_q is None else attn.norm_q(query)
+
+
+def project_context(attn: nn.Module, context: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, heads, keys, d) of what is attended to, (B, keys, width)."""
+    if attn.is_cross_attention and attn.norm_cross:
         context = attn.norm_encoder_hidden_states(context)
-    projected = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
-    query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in projected)
-    if attn.norm_q is not None:
-        query = attn.norm_q(query)
-    if attn.norm_k is not None:
-        key = attn.norm_k(key)
-    return query, key, value
+    key, value = (_heads(attn, each(context)) for each in (attn.to_k, attn.to_v))
+    return key if attn.norm_k is None else attn.norm_k(key), value
+
+
+def _heads(attn: nn.Module, projected: Tensor) -> Tensor:
+    return projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
 
 def merge_heads(attn: nn.Module, attended: Tensor) -> Tensor:

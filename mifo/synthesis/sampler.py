@@ -19,6 +19,7 @@ from mifo.diffusion.noise_schedule import NoiseSchedule
 from mifo.errors import MifoError
 from mifo.guidance.descent import descend
 from mifo.guidance.settings import GuidanceSettings
+from mifo.performance.graphs import GraphedFunction
 from mifo.shapes.boxes import check_boxes, rasterise_boxes, resize_shapes
 from mifo.shapes.renewal import renew_shapes
 from mifo.synthesis.settings import SynthesisSettings
@@ -80,6 +81,7 @@ class BoxSampler:
         settings: SynthesisSettings,
         guidance: GuidanceSettings,
         seed: int = 0,
+        graphs: bool = False,
     ) -> None:
         """Arguments as for `synthesize`; `latent_size` is the side of the latents."""
         chosen = choose_layers(unet)
@@ -94,6 +96,7 @@ class BoxSampler:
         self.seed = seed
         self.timesteps = ddim_timesteps(settings.steps, schedule)
         self.counter = 0
+        self._records = any(self._renews_at(step) for step in range(1, len(self.timesteps)))
         device = encoder_hidden_states.device
         boxes = [subject.box for subject in subjects]
         self.boxes = rasterise_boxes(boxes, side, device)
@@ -108,6 +111,7 @@ class BoxSampler:
             guidance_layers,
             shape_layers,
             guidance.masked,
+            graphs,
         )
         self._attention.bound(lambda side: rasterise_boxes(boxes, side, device)[None])
         self._times = torch.tensor(self.timesteps, device=device)
@@ -144,8 +148,7 @@ class BoxSampler:
 
     def denoise(self, latents: Tensor, step: int) -> Tensor:
         """One DDIM step of latents (B, 4, H, W)."""
-        record = any(self._renews_at(later) for later in range(step + 1, len(self.timesteps)))
-        prediction = self._attention.denoising_pass(latents, self._times[step], record)
+        prediction = self._attention.denoising_pass(latents, self._times[step], self._records)
         return _ddim(self.schedule, self.settings, latents, prediction, self.timesteps[step])
 
     def _renews_at(self, step: int) -> bool:
@@ -196,6 +199,7 @@ def synthesize(
     guidance: GuidanceSettings,
     seed: int = 0,
     on_step: Callable[[StepReport], None] | None = None,
+    graphs: bool = False,
 ) -> Tensor:
     """Sample latents in which each subject stands in its box; without subjects this is plain DDIM sampling.
 
@@ -208,6 +212,7 @@ def synthesize(
         eos_index: position of the first end-of-text token.
         seed: seeds k-means.
         on_step: called after every step, for progress bars and pictures.
+        graphs: replay the U-Net's passes as CUDA graphs; that needs a GPU of NVIDIA.
 
     Returns:
         (B, 4, H, W) clean latents.
@@ -222,7 +227,7 @@ def synthesize(
             f"but there are {len(encoder_hidden_states)}."
         )
     if not subjects:
-        return _sample_plainly(unet, schedule, encoder_hidden_states, latents, settings, on_step)
+        return _sample_plainly(unet, schedule, encoder_hidden_states, latents, settings, on_step, graphs)
     if latents.shape[-1] != latents.shape[-2]:
         raise MifoError("Box control needs square pictures: give latents of equal height and width.")
     sampler = BoxSampler(
@@ -236,6 +241,7 @@ def synthesize(
         settings,
         guidance,
         seed,
+        graphs,
     )
     with sampler:
         for step, timestep in enumerate(sampler.timesteps):
@@ -255,13 +261,19 @@ def _sample_plainly(
     latents: Tensor,
     settings: SynthesisSettings,
     on_step: Callable[[StepReport], None] | None,
+    graphs: bool,
 ) -> Tensor:
     """DDIM with the U-Net's own attention."""
-    for step, timestep in enumerate(ddim_timesteps(settings.steps, schedule)):
+
+    def predict(latents: Tensor, time: Tensor) -> Tensor:
         both = torch.cat([latents, latents]).to(encoder_hidden_states.dtype)
-        prediction = unet(both, timestep, encoder_hidden_states=encoder_hidden_states).sample.to(
-            latents.dtype
-        )
+        return unet(both, time, encoder_hidden_states=encoder_hidden_states).sample.to(latents.dtype)
+
+    predict = GraphedFunction(predict, graphs)
+    timesteps = ddim_timesteps(settings.steps, schedule)
+    times = torch.tensor(timesteps, device=latents.device)
+    for step, timestep in enumerate(timesteps):
+        prediction = predict(latents, times[step])
         latents = _ddim(schedule, settings, latents, prediction, timestep)
         if on_step:
             on_step(StepReport(step, settings.steps, timestep, latents, None, latents.new_zeros(0)))
