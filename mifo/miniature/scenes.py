@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -337,13 +338,18 @@ def captions(scenes: SceneBatch, seed: int, drop: float = 0.15) -> list[str]:
 
 @dataclass
 class ThingSpec:
-    """One thing of a scene in words; what the words leave open is drawn from the scene's seed."""
+    """One thing of a scene in words; what the words leave open is drawn from the scene's seed.
+
+    `hue` in degrees stands for a body colour that no colour word names; `centre` and `size` (half extent) are
+    shares of the picture's side.
+    """
 
     thing: str
-    colour: str
+    colour: str | None = None
     pattern: str = "plain"
     centre: tuple[float, float] | None = None
     size: float | None = None
+    hue: float | None = None
 
 
 @dataclass
@@ -355,7 +361,7 @@ class SceneSpec:
     seed: int = 0
 
 
-def _index(options, word: str, what: str) -> int:
+def _index(options, word: str | None, what: str) -> int:
     options = list(options)
     if word not in options:
         raise MifoError(f"instances.scene: {what} '{word}' is not known; choose one of {', '.join(options)}.")
@@ -373,18 +379,18 @@ def scene_batch(spec: SceneSpec) -> SceneBatch:
     generator = torch.Generator().manual_seed(spec.seed)
     identities = sample_identities((1, count), generator, held_out=True)
     for slot, thing in enumerate(spec.things):
-        colour = _index(COLOURS, thing.colour, "colour")
         # The held-out hue keeps its place inside the range when the colour word is the spec's own.
         drawn = list(COLOURS.values())[int(identities.colour[0, slot])]
-        wanted = COLOURS[thing.colour]
         body = identities.body[0, slot]
         value, low = body.max(), body.min()
-        hue = _hue(body)
-        fraction = ((hue - drawn[0]) % 360) / (drawn[1] - drawn[0])
-        identities.body[0, slot] = hsv_to_rgb(
-            wanted[0] + fraction * (wanted[1] - wanted[0]), (value - low) / value, value
-        )
-        identities.colour[0, slot] = colour
+        fraction = ((_hue(body) - drawn[0]) % 360) / (drawn[1] - drawn[0])
+        if thing.hue is None:
+            identities.colour[0, slot] = _index(COLOURS, thing.colour, "colour")
+            wanted = COLOURS[thing.colour]
+            hue = wanted[0] + fraction * (wanted[1] - wanted[0])
+        else:
+            hue = torch.tensor(_unnamed_hue(thing))
+        identities.body[0, slot] = hsv_to_rgb(hue, (value - low) / value, value)
         identities.thing[0, slot] = _index(THINGS, thing.thing, "thing")
         identities.pattern[0, slot] = _index(PATTERNS, thing.pattern, "pattern")
     placements = arrange(torch.tensor([count]), generator, slots=count, tries=4096)
@@ -402,6 +408,22 @@ def scene_batch(spec: SceneSpec) -> SceneBatch:
     )
 
 
+def _unnamed_hue(thing: ThingSpec) -> float:
+    """The hue of a thing that gives one instead of a colour word. Raises MifoError for a hue with a word."""
+    if thing.colour is not None:
+        raise MifoError(
+            f"instances.scene: the {thing.thing} has the colour {thing.colour} and the hue {thing.hue:g}; "
+            "give one of them."
+        )
+    for word, (low, high) in COLOURS.items():
+        if (thing.hue - low) % 360 <= high - low:
+            raise MifoError(
+                f"instances.scene: the hue {thing.hue:g} lies inside '{word}' ({low:g} to {high:g}), where "
+                f"pretraining may have seen it; take colour: {word}, or a hue between two words."
+            )
+    return thing.hue
+
+
 def _hue(colour: Tensor) -> Tensor:
     """Hue in degrees of one RGB colour (3,)."""
     red, green, blue = colour
@@ -416,14 +438,62 @@ def _hue(colour: Tensor) -> Tensor:
 
 def render_scene(spec: SceneSpec, size: int = SIZE) -> Scene:
     """Draw the scene that ``spec`` describes, with its truth."""
-    batch = scene_batch(spec)
+    return _scene(scene_batch(spec), spec.things, spec.background, size)
+
+
+def redraw_scene(
+    spec: SceneSpec,
+    slots: Sequence[int],
+    boxes: Sequence[Sequence[float]],
+    background: str,
+    seed: int = 0,
+    colours: Sequence[int] | None = None,
+    size: int = SIZE,
+) -> Scene:
+    """The very things of ``spec`` in a new picture: what a perfect model would make of a layout.
+
+    In painter's order, the thing ``slots[i]`` of the scene fills ``boxes[i]`` ([x0, y0, x1, y1] in [0, 1]):
+    as large as its extent allows, in its middle, in a new turn and mirror of ``seed``. ``colours`` names the
+    things whose colours they wear instead of their own. Raises MifoError for an unknown background.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    known = scene_batch(spec).identities
+    identities = known[:, list(slots)]
+    if colours is not None:
+        worn = known[:, list(colours)]
+        identities = dataclasses.replace(
+            identities, colour=worn.colour, body=worn.body, second=worn.second, accent=worn.accent
+        )
+    turn = (torch.rand(1, len(slots), generator=generator) - 0.5) * 0.3
+    mirror = torch.where(torch.rand(1, len(slots), generator=generator) < 0.5, -1.0, 1.0)
+    trial = Placements(torch.full((1, len(slots), 2), 0.5), torch.full((1, len(slots)), 0.4), turn, mirror)
+    fitted = dataclasses.replace(trial, centre=trial.centre.clone(), size=trial.size.clone())
+    for place, box in enumerate(boxes):
+        alone = Placements(*(getattr(trial, f.name)[:, place] for f in dataclasses.fields(Placements)))
+        x0, y0, x1, y1 = mask_boxes(_draw_things(identities[:, place], alone, size)[1])[0]
+        left, top, right, bottom = torch.tensor(box)
+        scale = torch.minimum((right - left) / (x1 - x0), (bottom - top) / (y1 - y0))
+        fitted.size[0, place] = 0.4 * scale
+        middle = torch.stack([(x0 + x1) / 2, (y0 + y1) / 2]) - 0.5
+        fitted.centre[0, place] = torch.stack([(left + right) / 2, (top + bottom) / 2]) - middle * scale
+    batch = SceneBatch(
+        identities=identities,
+        placements=fitted,
+        count=torch.tensor([len(slots)]),
+        background=torch.tensor([_index(BACKGROUNDS, background, "background")]),
+        variation=torch.rand(1, 5, generator=generator),
+    )
+    return _scene(batch, [spec.things[slot] for slot in slots], background, size)
+
+
+def _scene(batch: SceneBatch, specs: Sequence[ThingSpec], background: str, size: int) -> Scene:
     images, masks = draw(batch, size)
-    descriptions = [describe(thing.thing, thing.colour, thing.pattern) for thing in spec.things]
+    descriptions = [describe(thing.thing, thing.colour, thing.pattern) for thing in specs]
     return Scene(
         image=images[0],
         masks=masks[0] > 0.5,
         boxes=mask_boxes(masks[0]),
-        caption=caption(descriptions, spec.background),
-        class_names=[thing.thing for thing in spec.things],
+        caption=caption(descriptions, background),
+        class_names=[thing.thing for thing in specs],
         descriptions=descriptions,
     )

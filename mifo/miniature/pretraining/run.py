@@ -14,6 +14,7 @@ from mifo.miniature.pretraining.autoencoder import AutoencoderPretraining, build
 from mifo.miniature.pretraining.clip import MEAN, STD, ClipPretraining, save_clip
 from mifo.miniature.pretraining.corpus import draw_corpus
 from mifo.miniature.pretraining.denoiser import DenoiserPretraining, build_scheduler, build_unet
+from mifo.miniature.pretraining.segmenter import Segmenter, SegmenterPretraining, save_segmenter
 from mifo.miniature.pretraining.settings import PretrainSettings
 from mifo.miniature.pretraining.text_encoder import TextEncoderPretraining, build_text_encoder
 from mifo.miniature.pretraining.training import Pretraining, fit
@@ -21,7 +22,7 @@ from mifo.miniature.pretraining.vit import VitPretraining, build_vit
 from mifo.miniature.scenes import SIZE
 from mifo.miniature.tokenizer import build_tokenizer
 
-PARTS = ("autoencoder", "text_encoder", "denoiser", "clip", "vit")
+PARTS = ("autoencoder", "text_encoder", "denoiser", "clip", "vit", "segmenter")
 
 SHARD = "12MB"
 """Largest file of a saved model, so that the weights travel in small pieces."""
@@ -41,7 +42,7 @@ def pretrain(settings: PretrainSettings, work: Path, weights: Path, logger=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     tokenizer = build_tokenizer(work / "tokenizer")
-    needs_corpus = any(part != "vit" for part in settings.parts)
+    needs_corpus = not {"vit", "segmenter"}.issuperset(settings.parts)
     corpus = draw_corpus(settings.scenes, settings.seed, device, tokenizer) if needs_corpus else None
     finished = {}
     for part in settings.parts:
@@ -55,6 +56,8 @@ def pretrain(settings: PretrainSettings, work: Path, weights: Path, logger=True)
             module = ClipPretraining(corpus, tokenizer, settings)
         elif part == "vit":
             module = VitPretraining(settings, device)
+        elif part == "segmenter":
+            module = SegmenterPretraining(settings, device)
         else:
             vae = _made(work, "autoencoder", build_autoencoder).to(device)
             text_encoder = _made(work, "text_encoder", lambda: build_text_encoder(tokenizer))
@@ -116,3 +119,5 @@ def export(work: Path, weights: Path, tokenizer) -> None:
         vit.half().save_pretrained(weights / "vit")
         size = {"height": SIZE, "width": SIZE}
         ViTImageProcessor(size=size, image_mean=MEAN, image_std=STD).save_pretrained(weights / "vit")
+    if (work / "segmenter.pt").exists():
+        save_segmenter(_made(work, "segmenter", Segmenter), weights / "segmenter")

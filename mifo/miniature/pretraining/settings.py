@@ -18,10 +18,10 @@ class PartSettings:
 
 @dataclass
 class PretrainSettings:
-    """The scenes and the five parts; those in ``parts`` are made in order, each from its checkpoint on."""
+    """The scenes and the six parts; those in ``parts`` are made in order, each from its checkpoint on."""
 
     parts: list[str] = field(
-        default_factory=lambda: ["autoencoder", "text_encoder", "denoiser", "clip", "vit"]
+        default_factory=lambda: ["autoencoder", "text_encoder", "denoiser", "clip", "vit", "segmenter"]
     )
     scenes: int = 160_000
     seed: int = 0
@@ -32,3 +32,4 @@ class PretrainSettings:
     denoiser: PartSettings = field(default_factory=lambda: PartSettings(9000, 384, 5e-4, 500, 0.9995))
     clip: PartSettings = field(default_factory=lambda: PartSettings(2500, 512, 6e-4))
     vit: PartSettings = field(default_factory=lambda: PartSettings(3000, 512, 6e-4))
+    segmenter: PartSettings = field(default_factory=lambda: PartSettings(3000, 128, 2e-3))

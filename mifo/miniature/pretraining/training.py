@@ -1,4 +1,4 @@
-"""What the five parts share: steps as a data set, cosine learning rate, averaged weights, checkpoints."""
+"""What the parts share: steps as a data set, cosine learning rate, averaged weights, checkpoints."""
 
 from __future__ import annotations
 
