@@ -11,7 +11,7 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from mifo.errors import MifoError
 from mifo.metrics.box_adherence import BoxAdherence, find_instance
-from mifo.metrics.crops import crop_box, mask_box, reference_crops
+from mifo.metrics.crops import crop_box, mask_box, pad_square, reference_crops
 from mifo.metrics.evaluation import Evaluation, PictureEvaluator
 from mifo.metrics.evaluators import load_image_encoder, load_image_text_encoder
 from mifo.metrics.instance import Identification, InstanceConsistency, Leakage, leakage_matrix
@@ -159,7 +159,7 @@ def test_without_boxes_a_lone_instance_is_compared_with_the_whole_picture():
 
 def test_crops_follow_pythons_rounding_and_are_squared_on_black():
     image = torch.arange(1.0, 65).view(1, 8, 8)
-    crop = crop_box(image, (0.0625, 0.25, 0.3125, 1.0))  # columns round(0.5)=0 … round(2.5)=2
+    crop = pad_square(crop_box(image, (0.0625, 0.25, 0.3125, 1.0)))  # columns round(0.5)=0 … round(2.5)=2
     assert crop.shape == (1, 6, 6)
     torch.testing.assert_close(crop[:, :, 2:4], image[:, 2:, :2])
     assert crop[:, :, :2].sum() == crop[:, :, 4:].sum() == 0
@@ -172,7 +172,7 @@ def test_references_are_masked_on_black():
     mask[0, 2, 4] = 0
     assert mask_box(mask[0]) == (0.5, 0.25, 0.75, 0.75)
     (crop,) = reference_crops(image, mask)
-    assert crop.shape == (3, 4, 4) and crop.sum() == 3 * 7
+    assert crop.shape == (3, 4, 2) and crop.sum() == 3 * 7
     with pytest.raises(MifoError, match="no pixel"):
         mask_box(torch.zeros(4, 4))
 

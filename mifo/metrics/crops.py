@@ -11,6 +11,10 @@ from mifo.errors import MifoError
 Box = Sequence[float]
 
 
+FITS = ("pad", "stretch")
+"""How a part becomes the square that an evaluator sees: centred on black, or stretched."""
+
+
 def pad_square(image: Tensor) -> Tensor:
     """Centre `image` (C, H, W) on a black square of side max(H, W)."""
     height, width = image.shape[-2:]
@@ -19,14 +23,14 @@ def pad_square(image: Tensor) -> Tensor:
 
 
 def crop_box(image: Tensor, box: Box) -> Tensor:
-    """Cut `box` [x0, y0, x1, y1] in [0, 1] out of `image` (C, H, W), at least one pixel, on a black square.
+    """Cut `box` [x0, y0, x1, y1] in [0, 1] out of `image` (C, H, W), at least one pixel.
 
     Edges are at round(x·W) and round(y·H), as in the method's rasterised boxes.
     """
     height, width = image.shape[-2:]
     left, top = min(round(box[0] * width), width - 1), min(round(box[1] * height), height - 1)
     right, bottom = max(round(box[2] * width), left + 1), max(round(box[3] * height), top + 1)
-    return pad_square(image[:, top:bottom, left:right])
+    return image[:, top:bottom, left:right]
 
 
 def mask_box(mask: Tensor) -> tuple[float, float, float, float]:

@@ -84,8 +84,8 @@ class PictureEvaluator:
     ) -> "PictureEvaluator":
         """Load the evaluators. Raises MifoError when weights are missing."""
         return cls(
-            load_image_text_encoder(settings.image_text, settings.batch_size).to(device),
-            load_image_encoder(settings.image, settings.batch_size).to(device),
+            load_image_text_encoder(settings.image_text, settings.batch_size, settings.fit).to(device),
+            load_image_encoder(settings.image, settings.batch_size, settings.fit).to(device),
             settings.protocol,
             settings.windows,
         )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mifo.errors import MifoError
-from mifo.metrics.crops import pad_square
+from mifo.metrics.crops import FITS, pad_square
 from mifo.metrics.scores import Evaluator
 from mifo.metrics.settings import ImageSettings, ImageTextSettings
 
@@ -62,9 +62,13 @@ class _BatchedEncoder(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         batch_size: int,
+        fit: str,
     ):
         super().__init__()
-        self.evaluator = Evaluator(name, weight_hash(model))
+        if fit not in FITS:
+            raise MifoError(f"metrics.fit={fit} is not known; take one of {', '.join(FITS)}.")
+        self.fit = fit
+        self.evaluator = Evaluator(f"{name}-stretched" if fit == "stretch" else name, weight_hash(model))
         self.model = model.eval().requires_grad_(False)
         self.image_size = image_size
         self.batch_size = batch_size
@@ -72,14 +76,15 @@ class _BatchedEncoder(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def _prepare(self, image: Tensor) -> Tensor:
-        square = pad_square(image.to(self.mean))[None]
+        image = image.to(self.mean)
+        square = pad_square(image) if self.fit == "pad" else image
         size = (self.image_size, self.image_size)
-        resized = F.interpolate(square, size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+        resized = F.interpolate(square[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
         return (resized - self.mean) / self.std
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[Tensor] | Tensor) -> Tensor:
-        """Encode pictures (3, H, W) in [0, 1] into (B, D); each is centred on a black square first."""
+        """Encode pictures (3, H, W) in [0, 1] into (B, D); each is made square by `fit` first."""
         prepared = torch.stack([self._prepare(image) for image in images])
         return torch.cat([self._features(batch) for batch in prepared.split(self.batch_size)])
 
@@ -90,7 +95,7 @@ class _BatchedEncoder(nn.Module):
 class OpenClipEncoder(_BatchedEncoder):
     """An open_clip model as evaluator of images and texts."""
 
-    def __init__(self, model: nn.Module, tokenizer, name: str, batch_size: int = 32):
+    def __init__(self, model: nn.Module, tokenizer, name: str, batch_size: int = 32, fit: str = "pad"):
         preprocessing = open_clip.get_model_preprocess_cfg(model)
         size = preprocessing["size"]
         super().__init__(
@@ -100,6 +105,7 @@ class OpenClipEncoder(_BatchedEncoder):
             preprocessing.get("mean") or open_clip.OPENAI_DATASET_MEAN,
             preprocessing.get("std") or open_clip.OPENAI_DATASET_STD,
             batch_size,
+            fit,
         )
         self.tokenizer = tokenizer
 
@@ -122,7 +128,9 @@ class ViTEncoder(_BatchedEncoder):
         return self.model(pixel_values=batch, **options).last_hidden_state[:, 0]
 
 
-def load_image_text_encoder(settings: ImageTextSettings, batch_size: int = 32) -> OpenClipEncoder:
+def load_image_text_encoder(
+    settings: ImageTextSettings, batch_size: int = 32, fit: str = "pad"
+) -> OpenClipEncoder:
     """Load the open_clip model of `settings`, on the CPU in fp32. Raises MifoError without its weights."""
     name = f"local-dir:{_embedded('clip')}" if settings.name == "embedded" else settings.name
     try:
@@ -138,10 +146,10 @@ def load_image_text_encoder(settings: ImageTextSettings, batch_size: int = 32) -
     label = _label(settings.name.removeprefix("local-dir:"), "miniature-clip")
     if settings.pretrained:
         label += f"-{settings.pretrained}"
-    return OpenClipEncoder(model, tokenizer, label, batch_size)
+    return OpenClipEncoder(model, tokenizer, label, batch_size, fit)
 
 
-def load_image_encoder(settings: ImageSettings, batch_size: int = 32) -> ViTEncoder:
+def load_image_encoder(settings: ImageSettings, batch_size: int = 32, fit: str = "pad") -> ViTEncoder:
     """Load the ViT of `settings`, on the CPU in fp32. Raises MifoError without its weights."""
     source = str(_embedded("vit")) if settings.source == "embedded" else settings.source
     revision = settings.revision or "main"
@@ -156,7 +164,7 @@ def load_image_encoder(settings: ImageSettings, batch_size: int = 32) -> ViTEnco
         ) from error
     image_size = settings.image_size or model.config.image_size
     label = f"{_label(settings.source, 'miniature-vit')}-{image_size}"
-    return ViTEncoder(model, label, image_size, processor.image_mean, processor.image_std, batch_size)
+    return ViTEncoder(model, label, image_size, processor.image_mean, processor.image_std, batch_size, fit)
 
 
 def _label(source: str, embedded: str) -> str:

@@ -35,5 +35,6 @@ class MetricsSettings:
     protocol: str = "miniature"
     image_text: ImageTextSettings = field(default_factory=ImageTextSettings)
     image: ImageSettings = field(default_factory=ImageSettings)
+    fit: str = "pad"  # crops become squares: pad (centred on black) | stretch
     batch_size: int = 32  # pictures, crops or windows that an evaluator sees at once
     windows: int = 7  # box adherence looks at windows × windows positions for each box
