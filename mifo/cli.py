@@ -27,6 +27,7 @@ TASKS = {
     "evaluate": "score pictures against their prompts and the learned instances",
     "layout": "draw the boxes of a layout, without loading a model",
     "pretrain": "make the miniature's weights again, on one GPU",
+    "calibrate": "score drawn pictures whose leakage is known",
 }
 
 HELP = f"""mifo: learn several, even look-alike, instances from one image and put them, unmixed, into boxes

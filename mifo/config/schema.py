@@ -118,6 +118,15 @@ class PretrainTaskSettings(TaskSettings):
     logger: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass
+class CalibrateSettings(TaskSettings):
+    """`mifo calibrate`."""
+
+    scenes: list[str] = field(default_factory=lambda: ["alike_*", "mixed_*", "rare_*"])  # of conf/instances
+    endings: list[str] = field(default_factory=lambda: ["at the beach", "in the jungle", "in the snow"])
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
+
+
 SCHEMAS: dict[str, type[TaskSettings]] = {
     "learn": LearnSettings,
     "synthesize": SynthesizeSettings,
@@ -125,4 +134,5 @@ SCHEMAS: dict[str, type[TaskSettings]] = {
     "run": RunSettings,
     "layout": LayoutTaskSettings,
     "pretrain": PretrainTaskSettings,
+    "calibrate": CalibrateSettings,
 }

@@ -1,0 +1,46 @@
+"""Pictures whose leakage is known, drawn rather than made: what the measures must say of them is known too.
+
+Every case draws the things of a scene at the boxes of a layout on a new background.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mifo.metrics.pictures import Picture
+from mifo.miniature.scenes import SceneSpec, redraw_scene
+
+CASES = {
+    "perfect": "every thing in its own box",
+    "blend": "every thing in its own box, its colours half its own and half those of the next one",
+    "colours": "every thing in its own box, in the colours of the next one",
+    "swapped": "every thing in the box of the next one",
+    "copies": "the first thing in every box",
+    "strangers": "other things of the same words in the boxes",
+}
+"""What is drawn in each case.
+
+`perfect` must score near 1 in consistency and identification and near 0 in leakage, `swapped` the reverse;
+`copies` identifies 1/N and leaks (N − 1)/N, `blend` leaks about a half, and `colours` and `strangers` say
+what the evaluator takes for identity: paint or shape, and these very things or any of their words.
+"""
+
+
+def calibration_picture(
+    spec: SceneSpec,
+    case: str,
+    boxes: dict[str, tuple[float, float, float, float]],
+    prompt: str,
+    background: str,
+    seed: int = 0,
+) -> Picture:
+    """Draw `case` of the scene `spec`; `boxes` has one box for each of its N things, in their order."""
+    own = list(range(len(spec.things)))
+    following = [*own[1:], own[0]]
+    slots: Sequence[int] = {"swapped": following, "copies": [0] * len(own)}.get(case, own)
+    if case == "strangers":
+        spec = SceneSpec(spec.things, spec.background, spec.seed + 10_007)
+    worn = {"colours": [following], "blend": [own, following]}.get(case, [None])
+    places = list(boxes.values())
+    images = [redraw_scene(spec, slots, places, background, seed, colours).image for colours in worn]
+    return Picture(sum(images) / len(images), prompt, boxes, seed)
