@@ -9,9 +9,10 @@ import torch
 from hydra.utils import get_class
 from lightning import Trainer
 
-from mifo.config.schema import LearnSettings, TaskSettings
+from mifo.config.schema import LearnSettings, ModelTaskSettings, TaskSettings
 from mifo.errors import MifoError
 from mifo.learning.learn import check_learning
+from mifo.performance.profile import check_performance
 
 _DEVICES = ("auto", "cpu", "cuda")
 
@@ -29,6 +30,8 @@ def check(settings: TaskSettings) -> None:
     for group in ("callbacks", "logger"):
         for name, node in getattr(settings, group, {}).items():
             _check_target(f"{group}.{name}", node)
+    if isinstance(settings, ModelTaskSettings):
+        check_performance(settings.performance)
     if isinstance(settings, LearnSettings):
         check_learning(settings.learning)
         _check_trainer(settings.trainer)

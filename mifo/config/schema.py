@@ -16,6 +16,7 @@ from mifo.metrics.settings import MetricsSettings
 from mifo.miniature.pretraining.settings import PretrainSettings
 from mifo.models.settings import ModelSettings
 from mifo.penalty.settings import PenaltySettings
+from mifo.performance.settings import PerformanceSettings
 from mifo.synthesis.settings import SynthesisSettings
 
 
@@ -26,14 +27,6 @@ class PathsSettings:
     output: str = MISSING
     outputs: str = "outputs"
     multirun: str = "multirun"
-
-
-@dataclass
-class PerformanceSettings:
-    """How the hardware is used; no key here changes the mathematics."""
-
-    matmul_precision: str = "high"  # of float32 products on a GPU: highest | high | medium
-    threads: int | None = None  # of the processor; None: as many as torch chooses
 
 
 @dataclass

@@ -122,7 +122,8 @@ class LearningData(lightning.LightningDataModule):
             )
         mean, deviation = torch.stack(means), torch.stack(deviations)
         # drawn on the CPU, so that a seed gives the same run on every device
-        sample, noise = torch.randn(2, *mean.shape, generator=generator).to(mean.device, non_blocking=True)
+        draws = torch.randn(2, *mean.shape, generator=generator, pin_memory=mean.is_cuda)
+        sample, noise = draws.to(mean.device, non_blocking=True)
         timesteps = self._integers(
             self.model.noise_scheduler.config.num_train_timesteps, len(mean), generator
         )
@@ -132,7 +133,13 @@ class LearningData(lightning.LightningDataModule):
             noise=noise,
             timesteps=torch.tensor(timesteps),
             token_positions=torch.stack([positions for _, positions in prompts]),
-            masks=torch.stack([self.masks[flip, rows] for flip, rows in zip(flips, padded, strict=True)]),
+            # picked one by one: a list as an index would travel to the GPU and wait for it
+            masks=torch.stack(
+                [
+                    torch.stack([self.masks[flip, row] for row in rows])
+                    for flip, rows in zip(flips, padded, strict=True)
+                ]
+            ),
             valid=torch.tensor([[float(i < len(chosen)) for i in range(number)] for chosen in selections]),
         )
 

@@ -20,6 +20,8 @@ from mifo.models.loading import DiffusionModel
 from mifo.models.tokens import add_instance_tokens
 from mifo.models.trainable import LEARN, add_lora
 from mifo.penalty.settings import PenaltySettings
+from mifo.performance.profile import PRECISIONS, available, ready_for_learning
+from mifo.performance.settings import PerformanceSettings
 
 
 def check_learning(settings: LearningSettings) -> None:
@@ -72,6 +74,7 @@ def learn(
     callbacks: Sequence[Callback] = (),
     loggers: Sequence[Logger] = (),
     config: str = "",
+    performance: PerformanceSettings | None = None,
 ) -> Path:
     """Learn the instances with both stages and save them into `folder/learned`.
 
@@ -82,6 +85,7 @@ def learn(
         model: a base model without new tokens; afterwards what was learned is in it, on the trainer's device.
         trainer: arguments of `lightning.Trainer` that the settings do not fix, as accelerator, precision.
         config: YAML text of the run's configuration, saved beside the result.
+        performance: how the hardware is used; None: as Lightning and PyTorch do by themselves.
 
     Returns:
         `folder/learned`.
@@ -90,7 +94,13 @@ def learn(
         MifoError: impossible settings, half-precision weights that can not learn, or `folder/learned` exists.
     """
     check_learning(settings)
-    _check_precision(model, settings, trainer or {})
+    trainer, graphs = dict(trainer or {}), False
+    if performance is not None:
+        performance = available(performance, model.device)
+        graphs = performance.cuda_graphs
+        trainer.setdefault("precision", PRECISIONS[performance.learning_precision])
+        ready_for_learning(model, performance)
+    _check_precision(model, settings, trainer)
     target, checkpoints = Path(folder) / "learned", Path(folder) / "checkpoints"
     refuse_existing(target)
     lightning.seed_everything(seed, verbose=False)
@@ -103,12 +113,12 @@ def learn(
     for stream, (stage_class, stage, prior_weight) in enumerate(stages):
         if not stage.steps:
             continue
-        runner = _trainer(stage_class.stage, stage, checkpoints, trainer or {}, callbacks, loggers)
+        runner = _trainer(stage_class.stage, stage, checkpoints, trainer, callbacks, loggers)
         model.to(runner.strategy.root_device)
         if stage.learn == "lora":
             add_lora(model, stage.lora_rank)
         data = LearningData(model, instances, settings, stage, seed, stream, prior=prior_weight > 0)
-        module = stage_class(model, instances, stage, penalty, prior_weight)
+        module = stage_class(model, instances, stage, penalty, prior_weight, graphs)
         last = checkpoints / stage_class.stage / "last.ckpt"
         with module.recording():
             runner.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)

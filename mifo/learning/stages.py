@@ -1,14 +1,17 @@
 """The two stages of learning as LightningModules: what learns, with which optimiser, on which loss."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import lightning
 import torch
 from diffusers.optimization import SchedulerType, get_scheduler
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from mifo.attention.layers import choose_layers
 from mifo.attention.recording import AttentionRecorder
@@ -22,6 +25,7 @@ from mifo.models.text import encode_ids
 from mifo.models.trainable import new_rows, set_trainable
 from mifo.penalty.active import Stage, active_term, layers_read
 from mifo.penalty.settings import PenaltySettings, TermSettings
+from mifo.performance.graphs import GraphedFunction
 
 OPTIMIZERS = ("adamw", "adamw_8bit")
 SCHEDULES = tuple(schedule.value for schedule in SchedulerType)
@@ -49,7 +53,9 @@ class LearningStage(lightning.LightningModule):
         settings: StageSettings,
         penalty: PenaltySettings,
         prior_weight: float = 0.0,
+        graphs: bool = False,
     ) -> None:
+        """With `graphs` a step is replayed as a CUDA graph; that needs a GPU of NVIDIA."""
         super().__init__()
         self.strict_loading = False  # the base model is not in a checkpoint
         self.model = model
@@ -57,6 +63,9 @@ class LearningStage(lightning.LightningModule):
         self.instances, self.settings, self.penalty = instances, settings, penalty
         self.prior_weight = prior_weight
         self.last: LossParts | None = None
+        self._graphs = graphs
+        # by the active loss; a dict, so that the weights in it do not count as a submodule's again
+        self._steps: dict[str, GraphedFunction] = {}
         self._choice = choose_layers(model.unet)
         self._recorder = AttentionRecorder(model.unet, self._layers_at(0))
         set_trainable(model, settings.learn)
@@ -82,19 +91,15 @@ class LearningStage(lightning.LightningModule):
     def training_step(self, batch: LearningBatch, batch_index: int) -> Tensor:
         term = active_term(self.penalty, self.stage, self.global_step)
         self._record(self._layers_at(self.global_step))
-        inputs = StepInputs(
-            latents=batch.latents,
-            noise=batch.noise,
-            timesteps=batch.timesteps,
-            encoder_hidden_states=encode_ids(self.model, batch.input_ids),
-            token_positions=batch.token_positions,
-            masks=batch.masks,
-            valid=batch.valid,
-        )
-        self.last = self._loss(inputs, term)
+        if repr(term) not in self._steps:
+            # with several passes to a step, gradients would add up in the buffers that a replay overwrites
+            graphs = self._graphs and self.trainer.accumulate_grad_batches == 1
+            self._steps = {repr(term): GraphedFunction(_Step(self, term), graphs)}
+        total, parts, maps = self._steps[repr(term)](*(getattr(batch, each.name) for each in fields(batch)))
+        self.last = LossParts(total, **{name: each.detach() for name, each in parts.items()}, maps=maps)
         # values are read, which waits for the device, only at the steps that are logged
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
-            parts = {name: getattr(self.last, name) for name in ("total", "denoising", "prior", "attention")}
+            parts = {"total": total.detach(), **parts}
             self.log_dict({f"{self.stage}/loss/{name}": value.detach() for name, value in parts.items()})
         return self.last.total
 
@@ -104,8 +109,12 @@ class LearningStage(lightning.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         settings = self.settings
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = _optimizer_class(settings.optimizer, self.device)(
+        optimizer_class = _optimizer_class(settings.optimizer, self.device)
+        # one kernel for all parameters, which would have to unscale the gradients of float16 by itself
+        fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
+        optimizer = optimizer_class(
             parameters,
+            **({"fused": True} if fused and optimizer_class is torch.optim.AdamW else {}),
             lr=settings.learning_rate,
             betas=tuple(settings.betas),
             weight_decay=settings.weight_decay,
@@ -120,12 +129,23 @@ class LearningStage(lightning.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """By the norm; Lightning itself refuses fused optimisers, also where no gradient is scaled."""
+        if gradient_clip_val:
+            parameters = [each for group in optimizer.param_groups for each in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Only what learns."""
         return {name: each.detach() for name, each in self.named_parameters() if each.requires_grad}
 
-    def _loss(self, inputs: StepInputs, term: TermSettings) -> LossParts:
-        """The loss of the stage with the attention loss that is active."""
+    def loss(self, unet: Callable[..., Any], inputs: StepInputs, term: TermSettings) -> LossParts:
+        """The loss of the stage with the attention loss that is active, on this U-Net or what wraps it."""
         raise NotImplementedError
 
     def _layers_at(self, step: int) -> tuple[int, ...]:
@@ -144,9 +164,9 @@ class SemanticLearning(LearningStage):
 
     stage = "semantic"
 
-    def _loss(self, inputs: StepInputs, term: TermSettings) -> LossParts:
+    def loss(self, unet: Callable[..., Any], inputs: StepInputs, term: TermSettings) -> LossParts:
         limit = self.penalty.timestep_limit
-        return semantic_loss(self.unet, self._recorder, self._schedule, inputs, term, limit)
+        return semantic_loss(unet, self._recorder, self._schedule, inputs, term, limit)
 
 
 class Finetuning(LearningStage):
@@ -154,10 +174,56 @@ class Finetuning(LearningStage):
 
     stage = "finetuning"
 
-    def _loss(self, inputs: StepInputs, term: TermSettings) -> LossParts:
+    def loss(self, unet: Callable[..., Any], inputs: StepInputs, term: TermSettings) -> LossParts:
         limit = self.penalty.timestep_limit
         recorder, schedule = self._recorder, self._schedule
-        return finetuning_loss(self.unet, recorder, schedule, inputs, term, limit, self.prior_weight)
+        return finetuning_loss(unet, recorder, schedule, inputs, term, limit, self.prior_weight)
+
+
+class _Step(nn.Module):
+    """The loss of a step as a function of tensors alone, the fields of `LearningBatch`, to be graphed.
+
+    Returns the total, the detached parts by name and the maps by layer.
+    """
+
+    def __init__(self, stage: LearningStage, term: TermSettings) -> None:
+        super().__init__()
+        self.unet, self.text_encoder = stage.unet, stage.text_encoder  # whose parameters get gradients
+        self._encode = partial(encode_ids, stage.model)
+        self._loss = partial(stage.loss, _with_rounded_frozen_weights(stage.unet), term=term)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[int, Tensor]]:
+        batch = LearningBatch(*tensors)
+        inputs = StepInputs(
+            latents=batch.latents,
+            noise=batch.noise,
+            timesteps=batch.timesteps,
+            encoder_hidden_states=self._encode(batch.input_ids),
+            token_positions=batch.token_positions,
+            masks=batch.masks,
+            valid=batch.valid,
+        )
+        loss = self._loss(inputs)
+        parts = {name: getattr(loss, name).detach() for name in ("denoising", "prior", "attention")}
+        return loss.total, parts, {layer: each.detach() for layer, each in loss.maps.items()}
+
+
+def _with_rounded_frozen_weights(unet: nn.Module) -> Callable[..., Any]:
+    """The U-Net with its frozen weights in autocast's precision, to which each step would round them anew."""
+    device = unet.device.type
+    if not torch.is_autocast_enabled(device) or unet.is_gradient_checkpointing:
+        return unet
+    dtype = torch.get_autocast_dtype(device)
+    rounded = {
+        f"{name}.{own}": parameter.to(dtype)
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        for own, parameter in module.named_parameters(recurse=False)
+        if not parameter.requires_grad and parameter.dtype == torch.float32
+    }
+    if not rounded:
+        return unet
+    return lambda *inputs, **options: functional_call(unet, rounded, inputs, options)
 
 
 def _optimizer_class(name: str, device: torch.device) -> type[torch.optim.Optimizer]:

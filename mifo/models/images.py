@@ -23,4 +23,4 @@ def encode_images(model: DiffusionModel, images: Tensor, batch_size: int = 8) ->
 def decode_latents(model: DiffusionModel, latents: Tensor, batch_size: int = 4) -> Tensor:
     """Images (B, 3, H, W) in [0, 1] of scaled latents (B, 4, h, w)."""
     parts = (latents.to(model.vae.dtype) / model.vae.config.scaling_factor).split(batch_size)
-    return torch.cat([model.vae.decode(part).sample for part in parts]).div(2).add(0.5).clamp(0, 1)
+    return torch.cat([model.vae.decode(part).sample.float() for part in parts]).div(2).add(0.5).clamp(0, 1)

@@ -38,11 +38,13 @@ def check_performance(settings: PerformanceSettings) -> None:
 def available(settings: PerformanceSettings, device: torch.device | str) -> PerformanceSettings:
     """What of a profile this machine can do; one line tells what is left out. "auto" is resolved."""
     gpu = torch.device(device).type == "cuda"
-    auto = "bfloat16" if gpu and torch.cuda.is_bf16_supported() else "float32"
+    # float16 needs scaled gradients, which the processor does not have
+    meant = {"auto": "bfloat16" if gpu and torch.cuda.is_bf16_supported() else "float32"}
+    meant |= {} if gpu else {"float16": "float32"}
     resolved = replace(
         settings,
-        learning_precision=settings.learning_precision.replace("auto", auto),
-        synthesis_precision=settings.synthesis_precision.replace("auto", auto),
+        learning_precision=meant.get(settings.learning_precision, settings.learning_precision),
+        synthesis_precision=meant.get(settings.synthesis_precision, settings.synthesis_precision),
         cuda_graphs=settings.cuda_graphs and gpu,
         compile=settings.compile and _compiles(device),
     )

@@ -50,5 +50,6 @@ def learned_model(
         callbacks=[instantiate(callback) for callback in settings.callbacks.values()],
         loggers=loggers,
         config=(folder / CONFIG).read_text(),
+        performance=settings.performance,
     )
     return model.to(device)

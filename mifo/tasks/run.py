@@ -8,6 +8,7 @@ from mifo.config.schema import RunSettings
 from mifo.data.instances import read_instances
 from mifo.metrics.evaluation import PictureEvaluator
 from mifo.metrics.pictures import read_pictures, save_pictures
+from mifo.performance.profile import available, ready_for_synthesis
 from mifo.report.sheet import Sheet, write_sheet
 from mifo.tasks.evaluate import class_names, log_scores, print_scores, scored
 from mifo.tasks.learn import learned_model
@@ -27,7 +28,11 @@ def run(settings: RunSettings) -> Path:
     with open_loggers(settings) as loggers:
         if not (folder / "pictures" / "pictures.json").is_file():
             model = learned_model(settings, instances, folder, device, loggers)
-            made = make_pictures(model, wanted, settings.synthesis, settings.guidance, settings.seed)
+            performance = available(settings.performance, device)
+            ready_for_synthesis(model, performance)
+            made = make_pictures(
+                model, wanted, settings.synthesis, settings.guidance, settings.seed, performance.cuda_graphs
+            )
             record_instances(folder / "learned", save_pictures(folder / "pictures", made))
         pictures = read_pictures(folder / "pictures")
         evaluation = None

@@ -17,6 +17,7 @@ from mifo.models.images import decode_latents
 from mifo.models.learned import load_learned, read_learned
 from mifo.models.loading import DiffusionModel, load_model
 from mifo.models.text import encode_prompts
+from mifo.performance.profile import available, ready_for_synthesis
 from mifo.prompts.instances import find_instances
 from mifo.synthesis.sampler import Subject
 from mifo.synthesis.sampler import synthesize as sample_latents
@@ -38,7 +39,11 @@ def synthesize(settings: SynthesizeSettings) -> Path:
     folder = claim_folder(settings)
     model = load_model(settings.model, device)
     load_learned(source, model)
-    pictures = make_pictures(model, wanted, settings.synthesis, settings.guidance, settings.seed)
+    performance = available(settings.performance, device)
+    ready_for_synthesis(model, performance)
+    pictures = make_pictures(
+        model, wanted, settings.synthesis, settings.guidance, settings.seed, performance.cuda_graphs
+    )
     target = save_pictures(folder / "pictures", pictures)
     record_instances(source, target)
     print(f"pictures: {target}")
@@ -56,8 +61,12 @@ def make_pictures(
     settings: SynthesisSettings,
     guidance: GuidanceSettings,
     seed: int,
+    graphs: bool = False,
 ) -> list[Picture]:
-    """Pictures of every layout; picture j of a prompt starts from the noise of seed + j on every device."""
+    """Pictures of every layout; picture j of a prompt starts from the noise of seed + j on every device.
+
+    With `graphs` the U-Net's passes are replayed as CUDA graphs.
+    """
     schedule = NoiseSchedule.from_scheduler(model.noise_scheduler, model.device)
     shape = (4, model.latent_size, model.latent_size)
     seeds = range(seed, seed + settings.samples)
@@ -71,7 +80,7 @@ def make_pictures(
             latents = sample_latents(
                 model.unet,
                 schedule,
-                encode_prompts(model, prompts),
+                encode_prompts(model, prompts).to(model.dtype),
                 noise.to(model.device),
                 [Subject(name, found.subjects[name], box) for name, box in layout.boxes.items()],
                 found.filter_indices,
@@ -80,6 +89,7 @@ def make_pictures(
                 guidance,
                 seed,
                 on_step=lambda report: progress.advance(bar),
+                graphs=graphs,
             )
             images = decode_latents(model, latents)
             pictures += [
