@@ -7,22 +7,42 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import torch
 from diffusers import StableDiffusionPipeline
+from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import box_iou
 from transformers import AutoTokenizer, ViTModel
 
 from mifo.miniature.pretraining.clip import normalise
 from mifo.miniature.pretraining.corpus import crop, crowd, draw_corpus, draw_views, jitter, tokenise
-from mifo.miniature.scenes import caption, describe
+from mifo.miniature.pretraining.segmenter import Segmenter, class_maps
+from mifo.miniature.scenes import SceneBatch, caption, describe, draw, mask_boxes, sample_scenes
 from mifo.miniature.vocabulary import BACKGROUNDS, COLOURS, THINGS
 
 HELD_OUT_SEED = 1_000_003
 """Seed of the scenes for judging; pretraining draws from small seeds."""
+
+
+TARGETS = {
+    "vae psnr": 32.0,
+    "clip thing": 0.99,
+    "clip colour": 0.95,
+    "clip background": 0.98,
+    "vit top-1 of its category": 0.95,
+    "one thing: thing": 0.97,
+    "one thing: colour": 0.90,
+    "one thing: background": 0.97,
+    "two things: both present": 0.90,
+    "box control: all things in their boxes": 0.85,
+}
+"""The least that each measure should reach; measures that are not here explain others."""
 
 
 def share(hits: Tensor) -> dict[str, float]:
@@ -156,7 +176,11 @@ def reconstruction(pipeline: StableDiffusionPipeline, scenes: int = 512) -> dict
 
 
 def text_to_image(
-    pipeline: StableDiffusionPipeline, judge: Judge, pictures: int = 960, scale: float = 5.0
+    pipeline: StableDiffusionPipeline,
+    judge: Judge,
+    pictures: int = 960,
+    scale: float = 5.0,
+    steps: int = 50,
 ) -> dict:
     """One thing: thing, colour and background as judged by the CLIP; two things: both present."""
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
@@ -170,7 +194,7 @@ def text_to_image(
         caption([describe(THINGS[t], colours[c], None)], BACKGROUNDS[b])
         for t, c, b in zip(thing, colour, place, strict=True)
     ]
-    features = judge.pictures(generate(pipeline, prompts, HELD_OUT_SEED, scale=scale))
+    features = judge.pictures(generate(pipeline, prompts, HELD_OUT_SEED, steps, scale))
     thing, colour, place = (index.to(features.device) for index in (thing, colour, place))
     out = {
         "one thing: thing": share(judge.which_thing(features) == thing),
@@ -180,10 +204,92 @@ def text_to_image(
     pairs = list(itertools.combinations(range(len(THINGS)), 2))
     chosen = [pairs[int(i)] for i in torch.randint(len(pairs), (pictures // 2,), generator=generator)]
     prompts = [caption([THINGS[a], THINGS[b]], None) for a, b in chosen]
-    features = judge.pictures(generate(pipeline, prompts, HELD_OUT_SEED + 7, scale=scale))
+    features = judge.pictures(generate(pipeline, prompts, HELD_OUT_SEED + 7, steps, scale))
     texts = judge.texts([caption([THINGS[a], THINGS[b]], None) for a, b in pairs])
     best = (features @ texts.T).argmax(1).tolist()
     out["two things: both present"] = share(
         torch.tensor([pairs[i] == c for i, c in zip(best, chosen, strict=True)])
     )
     return out
+
+
+def boxed_scenes(n: int, seed: int = HELD_OUT_SEED + 3) -> SceneBatch:
+    """n held-out scenes of two or three things, all of different categories, whose boxes make layouts."""
+    generator = torch.Generator().manual_seed(seed)
+    scenes = sample_scenes(n, generator, counts=(0.0, 0.5, 0.5, 0.0))
+    order = torch.rand(n, len(THINGS), generator=generator).argsort(1)
+    scenes.identities.thing = order[:, : scenes.identities.thing.shape[1]]
+    return scenes
+
+
+def boxed_prompts(scenes: SceneBatch, boxes: Tensor) -> list[tuple[str, dict[str, tuple[float, ...]]]]:
+    """Of each scene its caption in known words, and its things' boxes by their words ("red car")."""
+    colours, found = list(COLOURS), []
+    for row, count in enumerate(scenes.count.tolist()):
+        kinds, hues = (getattr(scenes.identities, name)[row, :count] for name in ("thing", "colour"))
+        words = [describe(THINGS[t], colours[c], None) for t, c in zip(kinds, hues, strict=True)]
+        places = [tuple(box) for box in boxes[row, :count].tolist()]
+        prompt = caption(words, BACKGROUNDS[int(scenes.background[row])])
+        found.append((prompt, dict(zip(words, places, strict=True))))
+    return found
+
+
+def drawn_extents(model: Segmenter, images: Tensor, things: Tensor) -> Tensor:
+    """Where each category is seen in its picture: boxes (n, K, 4) for categories `things` (n, K).
+
+    The box lies around all connected parts of the category's pixels that are at least a quarter of its
+    largest part, so that a second copy elsewhere counts against the picture and a stray pixel does not. A
+    category that is not seen has the empty box (0, 0, 0, 0).
+    """
+    extents = torch.zeros(*things.shape, 4)
+    for row, classes in enumerate(class_maps(model, images).cpu()):
+        for column, thing in enumerate(things[row].tolist()):
+            labels, parts = ndimage.label((classes == thing).numpy(), structure=np.ones((3, 3)))
+            if parts:
+                sizes = np.bincount(labels.ravel())[1:]
+                kept = 1 + np.flatnonzero(sizes >= sizes.max() / 4)
+                extents[row, column] = mask_boxes(torch.from_numpy(np.isin(labels, kept)).float())
+    return extents
+
+
+def agreement(scenes: SceneBatch, boxes: Tensor, extents: Tensor) -> list[Tensor]:
+    """IoU of each thing's extent with its box, one tensor (count,) for each scene."""
+    return [
+        box_iou(extents[row, :count], boxes[row, :count]).diagonal()
+        for row, count in enumerate(scenes.count.tolist())
+    ]
+
+
+def box_control(
+    model: Segmenter,
+    make: Callable[[list[tuple[str, dict[str, tuple[float, ...]]]]], Tensor],
+    prompts: int = 200,
+    calibration: int = 512,
+) -> tuple[dict, Tensor]:
+    """Are known words drawn inside their boxes? Also returns the pictures (prompts, 3, H, W).
+
+    Boxes are those of drawn scenes, so that they have the proportions of their things. `make` makes one
+    picture for each prompt and its boxes. A picture counts when every thing's extent, found by the segmenter,
+    has IoU over 0.5 with its box. The segmenter itself is judged on drawings whose boxes are known.
+    """
+    scenes = boxed_scenes(calibration, HELD_OUT_SEED + 5)
+    drawings, masks = draw(scenes)
+    true = mask_boxes(masks)
+    found = agreement(scenes, true, drawn_extents(model, drawings, scenes.identities.thing))
+    out = {
+        "segmenter on drawings: IoU of extent and true box": mean(torch.cat(found)),
+        "segmenter on drawings: all extents over 0.5": share(torch.stack([(f > 0.5).all() for f in found])),
+    }
+    scenes = boxed_scenes(prompts)
+    boxes = mask_boxes(draw(scenes)[1])
+    pictures = make(boxed_prompts(scenes, boxes))
+    found = agreement(scenes, boxes, drawn_extents(model, pictures, scenes.identities.thing))
+    out["box control: all things in their boxes"] = share(torch.stack([(f > 0.5).all() for f in found]))
+    for count in (2, 3):
+        chosen = [f for f in found if len(f) == count]
+        if chosen:
+            name = f"box control: all of {count} things in their boxes"
+            out[name] = share(torch.stack([(f > 0.5).all() for f in chosen]))
+    out["box control: a thing in its box"] = share(torch.cat(found) > 0.5)
+    out["box control: IoU of extent and box"] = mean(torch.cat(found))
+    return out, pictures
