@@ -26,8 +26,10 @@ TASKS = {
     "synthesize": "make pictures with the learned instances in their boxes",
     "evaluate": "score pictures against their prompts and the learned instances",
     "layout": "draw the boxes of a layout, without loading a model",
+    "table": "make the runs of a table in experiments/ that are missing, and the table",
     "pretrain": "make the miniature's weights again, on one GPU",
     "calibrate": "score drawn pictures whose leakage is known",
+    "quality": "measure the miniature's models on scenes they never saw",
 }
 
 HELP = f"""mifo: learn several, even look-alike, instances from one image and put them, unmixed, into boxes
@@ -57,9 +59,14 @@ def main() -> None:
     try:
         if task not in TASKS:
             raise MifoError(f"'{task}' is no task; take one of {', '.join(TASKS)}")
+        if task == "table":  # composes many runs, so that it is no Hydra application itself
+            sys.exit(min(1, import_module("mifo.tasks.table").table(overrides)))
         register_schemas()
         sys.argv = [f"mifo {task}", *recorded_overrides(overrides), *overrides]
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=task)(run_job)()
+    except KeyboardInterrupt:
+        print("mifo: interrupted; what is finished stays, and the run can be continued", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         if report_sweep():
             sys.exit(1)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from typing import Any
 
 import hydra
@@ -20,6 +21,7 @@ from mifo.config.schema import SCHEMAS
 from mifo.errors import MifoError
 
 
+@cache
 def register_schemas() -> None:
     """Let each task's primary config begin with every key of its schema and that key's default.
 

@@ -38,6 +38,14 @@ def write_status(folder: Path, status: str, overrides: list[str], error: str | N
     (folder / STATUS).write_text(json.dumps(record, indent=2) + "\n")
 
 
+def read_status(folder: Path) -> dict[str, Any] | None:
+    """What `status.json` of a job's folder says; None where there is no readable one."""
+    try:
+        return json.loads((folder / STATUS).read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def report_sweep() -> bool:
     """Print how each job of the sweep ended, if there was a sweep; returns whether there was one."""
     global _sweep_folder

@@ -1,0 +1,119 @@
+"""What finished runs say together: means with intervals, paired differences, the Pareto front."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import t as student
+
+from mifo.metrics.evaluation import Evaluation
+from mifo.metrics.scores import score_table
+from mifo.tables.execute import Done
+from mifo.tasks.evaluate import SCORES
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and half the width of its 95 % interval (None: from one value there is no interval)."""
+
+    mean: float
+    half: float | None
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f}" + ("" if self.half is None else f" ± {self.half:.3f}")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One finished run in a table: where it belongs, and its value of each metric."""
+
+    row: str
+    scenes: str
+    instances: str
+    seed: int
+    values: dict[str, float]
+
+
+def measured(ended: Sequence[Done]) -> list[Measured]:
+    """The scores of every finished run.
+
+    Raises:
+        MifoError: runs were measured by different evaluators or protocols, or a run's scores cannot be read.
+    """
+    finished = [done for done in ended if done.folder]
+    scores = {str(done.folder): Evaluation.read(done.folder / SCORES).scores for done in finished}
+    values = score_table(scores)
+    return [
+        Measured(run.row, run.scenes, run.instances, run.seed, values[str(done.folder)])
+        for done in finished
+        for run in [done.run]
+    ]
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and half-width t₀.₉₇₅(n − 1)·s/√n of independent `values`."""
+    count = len(values)
+    half = None
+    if count > 1:
+        half = float(student.ppf(0.975, count - 1) * np.std(values, ddof=1) / np.sqrt(count))
+    return Estimate(float(np.mean(values)), half, count)
+
+
+def estimate_runs(values: Mapping[tuple[str, int], float]) -> Estimate:
+    """The estimate of values by (scene, seed).
+
+    Seeds of one scene are no independent evidence about other scenes: a scene's mean counts as one value,
+    unless there is one scene only, where each seed does.
+    """
+    scenes = sorted({scene for scene, _ in values})
+    if len(scenes) == 1:
+        return estimate(list(values.values()))
+    return estimate(
+        [float(np.mean([value for (own, _), value in values.items() if own == scene])) for scene in scenes]
+    )
+
+
+def cells(runs: Sequence[Measured], metrics: Sequence[str]) -> dict[tuple[str, str], dict[str, Estimate]]:
+    """(row, set of scenes) → metric → estimate, in the order of the runs."""
+    return {
+        cell: {metric: estimate_runs(found) for metric in metrics if (found := _values(runs, cell, metric))}
+        for cell in _cells(runs)
+    }
+
+
+def differences(
+    runs: Sequence[Measured], metrics: Sequence[str], first: str
+) -> dict[tuple[str, str], dict[str, Estimate]]:
+    """As `cells`, of each row minus the row `first`, paired by scene and seed."""
+    found: dict[tuple[str, str], dict[str, Estimate]] = {}
+    for row, scenes in _cells(runs):
+        if row == first:
+            continue
+        for metric in metrics:
+            own, other = _values(runs, (row, scenes), metric), _values(runs, (first, scenes), metric)
+            if paired := {key: own[key] - other[key] for key in own.keys() & other.keys()}:
+                found.setdefault((row, scenes), {})[metric] = estimate_runs(paired)
+    return found
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other beats in both coordinates (larger is better), left to right."""
+    front, best = [], -np.inf
+    for index in sorted(range(len(points)), key=lambda i: points[i], reverse=True):
+        if points[index][1] > best:
+            front.append(index)
+            best = points[index][1]
+    return front[::-1]
+
+
+def _cells(runs: Sequence[Measured]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((run.row, run.scenes) for run in runs))
+
+
+def _values(runs: Sequence[Measured], cell: tuple[str, str], metric: str) -> dict[tuple[str, int], float]:
+    return {
+        (run.instances, run.seed): run.values[metric]
+        for run in runs
+        if (run.row, run.scenes) == cell and metric in run.values
+    }

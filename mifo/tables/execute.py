@@ -1,0 +1,215 @@
+"""Making the runs that are missing: several at once, each its own process, none twice."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mifo.config.checks import check
+from mifo.config.compose import compose, settings_of
+from mifo.config.jobs import read_status, write_status
+from mifo.tables.plan import Run, code_version
+from mifo.tasks.evaluate import SCORES
+from mifo.tasks.run import run as run_here
+
+RECORD = "table_run.json"
+LOG = "log.txt"
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a run ended: its folder, or why there is none."""
+
+    run: Run
+    folder: Path | None
+    error: str | None = None
+    record: dict | None = None
+
+
+def execute(runs: Sequence[Run], pool: Path, workers: int | None, any_code: bool) -> list[Done]:
+    """Make what is missing of `runs` in folders of `pool`, and say how each of them ended.
+
+    A run's folder is named by its configuration and the code's version: one that is finished is not made
+    again, one that was interrupted or failed is continued. Runs that differ after learning alone learn once.
+
+    Args:
+        workers: processes at once, spread over the GPUs; 0: here, one by one; None: one per GPU, or one.
+        any_code: a finished run of the same configuration counts, whatever code made it.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.settings is not None:
+            groups.setdefault(run.learning_key, []).append(run)
+    gpus = _gpus()
+    slots: SimpleQueue[str | None] = SimpleQueue()
+    count = max(1, len(gpus)) if workers is None else workers
+    for number in range(max(1, count)):
+        slots.put(gpus[number % len(gpus)] if gpus else None)
+    processes = None if count == 0 else _Processes(max(1, (os.cpu_count() or 1) // count))
+    ended = {run: Done(run, None, run.error) for run in runs}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("runs", total=sum(map(len, groups.values())))
+
+        def make(group: list[Run]) -> None:
+            gpu = slots.get()
+            try:
+                for run in group:
+                    ended[run] = _make(run, group, pool, processes, gpu, any_code)
+                    if ended[run].error:
+                        progress.console.print(
+                            f"failed: {run}: {ended[run].error}", style="red", markup=False
+                        )
+                    progress.advance(bar)
+            finally:
+                slots.put(gpu)
+
+        with _stopping(processes), ThreadPoolExecutor(max(1, count)) as threads:
+            futures = [threads.submit(make, group) for group in groups.values()]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                if processes:
+                    processes.stop()
+                raise
+    return [ended[run] for run in runs]
+
+
+class _Processes:
+    """Runs as processes of their own, which end with this one."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.running: set[subprocess.Popen] = set()
+        self.stopped = False
+        self._guard = threading.Lock()
+
+    def run(self, run: Run, folder: Path, gpu: str | None, lock: int) -> None:
+        """Run in `folder`, on `gpu` alone; the process holds the lock as long as it lives."""
+        command = [sys.executable, "-m", "mifo", "run", *run.overrides, f"hydra.run.dir='{folder}'"]
+        environment = {"OMP_NUM_THREADS": str(self.threads), **os.environ}
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        with open(folder / LOG, "ab") as log, self._guard:
+            if self.stopped:
+                return
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, pass_fds=[lock])
+            self.running.add(process)
+        if process.wait() and not self.stopped and (read_status(folder) or {}).get("status") != "failed":
+            reason = f"the process ended with {process.returncode}; see {folder / LOG}"
+            write_status(folder, "failed", list(run.overrides), reason)
+        self.running.discard(process)
+
+    def stop(self) -> None:
+        with self._guard:
+            self.stopped = True
+            for process in self.running:
+                process.terminate()
+
+
+def _make(
+    run: Run, group: list[Run], pool: Path, processes: _Processes | None, gpu: str | None, any_code: bool
+) -> Done:
+    """One run, from its folder if it is done already."""
+    folder = _folder(run, pool)
+    made = [folder, *sorted(pool.glob(f"{run.key}-*"))] if any_code else [folder]
+    for each in made:
+        if _is_done(each):
+            return Done(run, each, None, _record(each))
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder) as lock:
+        if not _is_done(folder):  # another process may have made it meanwhile
+            _borrow_learned(folder, [_folder(other, pool) for other in group])
+            started = time.monotonic()
+            if processes:
+                processes.run(run, folder, gpu, lock)
+            else:
+                _run_here(run, folder)
+            seconds = time.monotonic() - started + (_record(folder) or {}).get("seconds", 0)
+            record = {"seconds": round(seconds, 1), "overrides": run.overrides, **asdict(code_version())}
+            (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    if _is_done(folder):
+        return Done(run, folder, None, _record(folder))
+    return Done(run, None, (read_status(folder) or {}).get("error") or f"interrupted; see {folder / LOG}")
+
+
+def _run_here(run: Run, folder: Path) -> None:
+    write_status(folder, "running", list(run.overrides))
+    try:
+        settings = settings_of(compose("run", [*run.overrides, f"paths.output='{folder}'"]))
+        check(settings)
+        run_here(settings)
+    except Exception as error:
+        write_status(folder, "failed", list(run.overrides), f"{type(error).__name__}: {error}")
+    else:
+        write_status(folder, "ok", list(run.overrides))
+
+
+def _borrow_learned(folder: Path, others: Sequence[Path]) -> None:
+    """Take over what a run with the same learning has learned, as hard links."""
+    source = next((other / "learned" for other in others if (other / "learned").is_dir()), None)
+    if source is None or (folder / "learned").exists():
+        return
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".learned") as unfinished:
+        copied = Path(unfinished) / "learned"
+        shutil.copytree(source, copied, copy_function=os.link)
+        copied.rename(folder / "learned")
+
+
+def _folder(run: Run, pool: Path) -> Path:
+    return pool.absolute() / f"{run.key}-{code_version().digest}"
+
+
+def _is_done(folder: Path) -> bool:
+    return (read_status(folder) or {}).get("status") == "ok" and (folder / SCORES).is_file()
+
+
+def _record(folder: Path) -> dict | None:
+    path = folder / RECORD
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[int]:
+    """Wait until no other process works in `folder`; yields the file descriptor that holds the lock."""
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()
+
+
+@contextmanager
+def _stopping(processes: _Processes | None) -> Iterator[None]:
+    """A request to end this process ends its runs too."""
+    if processes is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _gpus() -> list[str]:
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not torch.cuda.is_available():
+        return []
+    return chosen.split(",") if chosen else [str(number) for number in range(torch.cuda.device_count())]

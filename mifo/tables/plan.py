@@ -1,0 +1,132 @@
+"""Which runs a table needs, and what each of them is known by."""
+
+import hashlib
+import json
+import re
+import subprocess
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatch
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+import mifo
+from mifo.config.checks import check
+from mifo.config.compose import REFUSALS, compose, explain, settings_of
+from mifo.config.location import conf_folder
+from mifo.config.schema import RunSettings
+from mifo.errors import MifoError
+from mifo.tables.settings import TableSettings
+
+# says where a run goes and who is told about it, not what it computes
+_NOT_IDENTITY = {"task", "paths", "resume", "logger", "callbacks", "group", "tags"}
+# what comes after learning: runs that differ in these alone learn the same
+_AFTER_LEARNING = {"layout", "guidance", "synthesis", "metrics"}
+
+
+@dataclass(frozen=True)
+class CodeVersion:
+    """`digest` of the package's files; `commit` and `dirty` (changes not committed) where git knows them."""
+
+    digest: str
+    commit: str | None
+    dirty: bool
+
+    def __str__(self) -> str:
+        return f"{(self.commit or self.digest)[:8]}{' (dirty)' if self.dirty else ''}"
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run of a table. `settings` is None, and `error` says why, if its configuration is refused."""
+
+    row: str
+    scenes: str
+    instances: str
+    seed: int
+    overrides: tuple[str, ...]
+    settings: RunSettings | None
+    error: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Hash of the resolved configuration."""
+        return _hash(self.settings, _NOT_IDENTITY)
+
+    @property
+    def learning_key(self) -> str:
+        """Runs of one such key have the same `learned/`."""
+        return _hash(self.settings, _NOT_IDENTITY | _AFTER_LEARNING)
+
+    def __str__(self) -> str:
+        return f"{self.row}, {self.instances}, seed {self.seed}"
+
+
+def plan(name: str, settings: TableSettings, overrides: list[str]) -> list[Run]:
+    """Every run of the table `name`, composed and checked; a refused one spoils no other."""
+    runs = []
+    cells = list(product(_rows(settings), _scenes(settings)))
+    for (row, deltas), (scenes, instances) in track(cells, "plan", console=Console(stderr=True)):
+        group = re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{name}-{row}-{instances}")
+        given = [f"instances={instances}", f"group={group}", f"tags=[{name}]", *deltas, *overrides]
+        try:
+            # the folder of a run follows from its identity, so that it cannot be part of it
+            typed, refusal = settings_of(compose("run", [*given, "paths.output=unknown"])), None
+            check(typed)
+        except (MifoError, *REFUSALS) as error:
+            typed, refusal = None, explain(error, "run")
+        for seed in settings.seeds:
+            own = typed and replace(typed, seed=seed)
+            runs.append(Run(row, scenes, instances, seed, (*given, f"seed={seed}"), own, refusal))
+    return runs
+
+
+@cache
+def code_version() -> CodeVersion:
+    """The version of the package, but for `mifo/tables`, which computes nothing that is measured."""
+    package = Path(mifo.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*")):
+        inside = path.relative_to(package)
+        if path.is_file() and "__pycache__" not in inside.parts and inside.parts[0] != "tables":
+            digest.update(str(inside).encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    commit = _git(package, "rev-parse", "HEAD")
+    changed = _git(package, "status", "--porcelain", "--", str(package), str(conf_folder()))
+    return CodeVersion(digest.hexdigest()[:12], commit, bool(changed))
+
+
+def _rows(settings: TableSettings) -> list[tuple[str, list[str]]]:
+    rows = list(settings.rows.items())
+    for values in product(*settings.grid.values()) if settings.grid else ():
+        deltas = [f"{key}={value}" for key, value in zip(settings.grid, values, strict=True)]
+        rows.append((", ".join(delta.removeprefix("penalty.") for delta in deltas), deltas))
+    return rows
+
+
+def _scenes(settings: TableSettings) -> list[tuple[str, str]]:
+    known = sorted(path.stem for path in (conf_folder() / "instances").glob("*.yaml"))
+    found = []
+    for name, patterns in settings.scenes.items():
+        for pattern in patterns:
+            matching = [option for option in known if fnmatch(option, pattern)]
+            if not matching:
+                raise MifoError(f"table.scenes.{name}: no option of conf/instances is called {pattern}")
+            found += [(name, option) for option in matching]
+    return found
+
+
+def _hash(settings: RunSettings, without: set[str]) -> str:
+    kept = {key: value for key, value in asdict(settings).items() if key not in without}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,153 @@
+"""A table as a picture, every mean with its interval."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mifo.metrics.evaluation import METRICS
+from mifo.report.palette import hexadecimal, instance_colour
+from mifo.tables.collect import Estimate, pareto_front
+
+Cells = Mapping[tuple[str, str], Mapping[str, Estimate]]
+
+
+def draw_table(cells: Cells, columns: Sequence[str], kind: str, title: str) -> Figure:
+    """Draw `cells` as dots (a panel per metric), lines over the sets of scenes, or a Pareto plot."""
+    figure = _DRAW[kind](cells, columns)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def name(metric: str) -> str:
+    """A metric's name with the direction in which it is better."""
+    return f"{metric.replace('_', ' ')} {'↑' if METRICS[metric].higher_is_better else '↓'}"
+
+
+def _dots(cells: Cells, columns: Sequence[str]) -> Figure:
+    rows, sets = _names(cells)
+    figure, panels = _panels(len(columns), 2.5, 1.0 + 0.24 * len(rows) * (1 + 0.5 * (len(sets) - 1)))
+    for axes, metric in zip(panels, columns, strict=True):
+        for place, scenes in enumerate(sets):
+            shift = 0.6 * (place - (len(sets) - 1) / 2) / len(sets)
+            at = [
+                (i + shift, cells[row, scenes][metric])
+                for i, row in enumerate(rows)
+                if metric in cells.get((row, scenes), {})
+            ]
+            _errorbars(
+                axes,
+                [each.mean for _, each in at],
+                [y for y, _ in at],
+                place,
+                scenes,
+                x=[each for _, each in at],
+            )
+        axes.set_yticks(range(len(rows)), rows if axes is panels[0] else [""] * len(rows))
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_title(name(metric), fontsize=9)
+        axes.grid(axis="y", visible=False)
+    if len(sets) > 1:
+        panels[-1].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def _lines(cells: Cells, columns: Sequence[str]) -> Figure:
+    rows, sets = _names(cells)
+    figure, panels = _panels(len(columns), 2.7, 2.6)
+    for axes, metric in zip(panels, columns, strict=True):
+        for index, row in enumerate(rows):
+            at = [
+                (i, cells[row, scenes][metric])
+                for i, scenes in enumerate(sets)
+                if metric in cells.get((row, scenes), {})
+            ]
+            shift = 0.06 * (index - (len(rows) - 1) / 2)
+            places = [i + shift for i, _ in at]
+            _errorbars(
+                axes, places, [each.mean for _, each in at], index, row, y=[each for _, each in at], line="-"
+            )
+        axes.set_xticks(range(len(sets)), sets)
+        axes.set_title(name(metric), fontsize=9)
+    panels[-1].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def _pareto(cells: Cells, columns: Sequence[str]) -> Figure:
+    across, up = "editability", "instance_consistency"
+    rows, sets = _names(cells)
+    figure, panels = _panels(len(sets), 4.6, 4.2)
+    for axes, scenes in zip(panels, sets, strict=True):
+        found = {
+            row: cells[row, scenes] for row in rows if {across, up} <= cells.get((row, scenes), {}).keys()
+        }
+        points = [(each[across].mean, each[up].mean) for each in found.values()]
+        front = pareto_front(points)
+        axes.plot(
+            *zip(*[points[index] for index in front], strict=True),
+            "-",
+            color="#9ca3af",
+            zorder=1,
+            label="Pareto front",
+        )
+        for index, (row, each) in enumerate(found.items()):
+            best = index in front
+            _errorbars(
+                axes,
+                [each[across].mean],
+                [each[up].mean],
+                0 if best else 7,
+                None,
+                x=[each[across]],
+                y=[each[up]],
+            )
+            if best or len(found) <= 12:
+                axes.annotate(row, points[index], xytext=(4, 4), textcoords="offset points", fontsize=6)
+        axes.set(xlabel=name(across), ylabel=name(up))
+        axes.set_title(scenes, fontsize=9)
+    panels[0].legend(fontsize=7, frameon=False)
+    return figure
+
+
+_DRAW: dict[str, Callable[[Cells, Sequence[str]], Figure]] = {
+    "dots": _dots,
+    "lines": _lines,
+    "pareto": _pareto,
+}
+
+
+def _names(cells: Cells) -> tuple[list[str], list[str]]:
+    return list(dict.fromkeys(row for row, _ in cells)), list(dict.fromkeys(scenes for _, scenes in cells))
+
+
+def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width * count + 1.2, height + 0.4), dpi=160, layout="constrained")
+    panels = list(figure.subplots(1, count, squeeze=False)[0])
+    for axes in panels:
+        axes.grid(color="#e5e7eb", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8, length=2)
+    return figure, panels
+
+
+def _errorbars(
+    axes: Axes,
+    across: Sequence[float],
+    up: Sequence[float],
+    colour: int,
+    label: str | None,
+    x: Sequence[Estimate] | None = None,
+    y: Sequence[Estimate] | None = None,
+    line: str = "",
+) -> None:
+    """Points with the intervals of `x`, of `y`, or of both; a missing interval is drawn as none."""
+    errors = {
+        side: [each.half or 0 for each in estimates]
+        for side, estimates in (("xerr", x), ("yerr", y))
+        if estimates is not None
+    }
+    style = {"color": hexadecimal(instance_colour(colour)), "linestyle": line, "label": label}
+    axes.errorbar(
+        across, up, fmt="o", markersize=4, linewidth=1, elinewidth=1.2, capsize=2, **style, **errors
+    )

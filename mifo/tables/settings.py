@@ -1,0 +1,88 @@
+"""What a table asks: `table.yaml` in a folder of `experiments/`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mifo.errors import MifoError
+from mifo.metrics.evaluation import METRICS
+
+FILE = "table.yaml"
+PLOTS = ("dots", "lines", "pareto")
+
+
+@dataclass
+class TableSettings:
+    """A table: every row is run on every scene with every seed by `mifo run`.
+
+    `rows` and `scenes` are the two ways in which runs differ; what they share stands in `overrides`. All
+    overrides are those of `mifo run`, so that a row is a line one could type.
+    """
+
+    title: str = MISSING
+    rows: dict[str, list[str]] = field(default_factory=dict)  # label → overrides
+    grid: dict[str, list[Any]] = field(
+        default_factory=dict
+    )  # key → values; every combination is one more row
+    scenes: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # set → names in conf/instances, * for any text
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    overrides: list[str] = field(default_factory=list)  # of every run
+    columns: list[str] = field(
+        default_factory=lambda: ["editability", "instance_consistency", "identification", "leakage"]
+    )
+    plot: str = "dots"  # dots | lines (over the sets of scenes) | pareto (editability against consistency)
+    # how, not what
+    workers: int | None = None  # runs at once; 0: one by one in this process; None: one per GPU, or one
+    code: str = "current"  # current: runs of other code are made again; any: they count
+    runs: str = "outputs/runs"  # all tables share their runs
+    results: str | None = None  # where the table goes; None: outputs/tables/NAME-…
+
+
+def read_table(folder: Path, arguments: list[str]) -> tuple[TableSettings, list[str]]:
+    """Read `folder/table.yaml` with the command line on top of it.
+
+    Args:
+        folder: a folder of `experiments/`.
+        arguments: `table.KEY=VALUE` changes the table; everything else is an override of every run.
+
+    Returns:
+        The table's settings, and the overrides of every run in the order in which they win.
+
+    Raises:
+        MifoError: no such table, an unknown key or a value that it does not take.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        raise MifoError(f"{folder} holds no {FILE}; name a table, such as mifo table experiments/methods")
+    own = [text.removeprefix("table.") for text in arguments if text.startswith("table.")]
+    others = [text for text in arguments if not text.startswith("table.")]
+    try:
+        given = OmegaConf.load(file)
+        changed = OmegaConf.from_dotlist(own)
+        for key in ("rows", "grid", "scenes"):  # replaced as a whole: a subset of them is what one wants
+            if key in changed:
+                given.pop(key, None)
+        merged = OmegaConf.merge(OmegaConf.structured(TableSettings), given, changed)
+        # interpolations in overrides are for the runs to resolve
+        settings = TableSettings(**OmegaConf.to_container(merged, throw_on_missing=True))
+    except OmegaConfBaseException as error:
+        raise MifoError(f"{file}: {(error.msg or str(error)).splitlines()[0]}") from error
+    _check(settings, file)
+    return settings, [*settings.overrides, *others]
+
+
+def _check(settings: TableSettings, file: Path) -> None:
+    if not (settings.rows or settings.grid) or not settings.scenes or not settings.seeds:
+        raise MifoError(f"{file}: a table needs rows or a grid, scenes and seeds")
+    for key, value, known in (
+        ("plot", settings.plot, PLOTS),
+        ("code", settings.code, ("current", "any")),
+        *(("columns", column, METRICS) for column in settings.columns),
+    ):
+        if value not in known:
+            raise MifoError(f"table.{key}: {value} is not known; take one of {', '.join(known)}")

@@ -1,0 +1,48 @@
+"""`mifo table experiments/NAME`: make the runs of a table that are missing, and the table."""
+
+import hashlib
+from dataclasses import fields
+from pathlib import Path
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from mifo.tables.execute import execute
+from mifo.tables.plan import plan
+from mifo.tables.settings import TableSettings, read_table
+from mifo.tables.write import claim_results, write_table
+
+HELP = f"""usage: mifo table FOLDER [table.KEY=VALUE ...] [override of every run ...]
+
+  mifo table experiments/methods                                   on the embedded miniature
+  mifo table experiments/methods model=sd21 trainer=gpu            the same on Stable Diffusion 2.1
+  mifo table experiments/methods debug=default 'table.seeds=[0]'   a few steps of everything
+  mifo table experiments/methods table.workers=8                   eight runs at once
+
+FOLDER/table.yaml says what is asked; table.KEY=VALUE changes one of its keys, which are
+{", ".join(field.name for field in fields(TableSettings))}.
+Run it again after an interruption: what is done is not done again, what failed is tried again."""
+
+
+def table(arguments: list[str]) -> int:
+    """Run the command; returns how many runs have no result.
+
+    Raises:
+        MifoError: the table cannot be read, or its runs cannot be compared.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP)
+        return 0
+    given, *changes = arguments
+    folder = Path(given)
+    name = folder.resolve().name
+    settings, overrides = read_table(folder, changes)
+    runs = plan(name, settings, overrides)
+    asked = hashlib.sha256(repr(changes).encode()).hexdigest()[:6]
+    target = Path(settings.results or f"outputs/tables/{name}-{asked}")
+    claim_results(target, settings, overrides)
+    ended = execute(runs, Path(settings.runs), settings.workers, settings.code == "any")
+    command = f"mifo table {' '.join(arguments)}"
+    Console().print(Markdown(write_table(target, command, settings, ended)))
+    print(f"table: {target / 'table.md'}")
+    return sum(done.folder is None for done in ended)

@@ -1,0 +1,273 @@
+"""Tables: what is run, what is not run again, and what the runs say together."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+from tiny import tiny_pipeline
+
+from mifo.config import settings_of
+from mifo.config.compose import compose
+from mifo.errors import MifoError
+from mifo.metrics.evaluation import Evaluation
+from mifo.metrics.scores import Evaluator, Score
+from mifo.tables import execute, plan
+from mifo.tables.collect import Measured, cells, differences, estimate, estimate_runs, pareto_front
+from mifo.tables.plan import CodeVersion
+from mifo.tables.plot import draw_table
+from mifo.tables.settings import read_table
+from mifo.tasks.table import table
+
+ROOT = Path(__file__).parents[1]
+TABLES = sorted(path.parent for path in (ROOT / "experiments").glob("*/table.yaml"))
+
+SMALL = """
+# A small table
+title: Small
+rows:
+  MIFO: [method=mifo]
+  none: [method=no_attention_loss]
+scenes:
+  cars: [three_cars]
+seeds: [0, 1]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working folder with a table of two rows and two seeds."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "table.yaml").write_text(SMALL)
+    return tmp_path
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Runs that take no time: their scores follow from their settings; the list of what was made."""
+    seen = []
+
+    def run(settings):
+        seen.append((settings.method, settings.seed))
+        folder = Path(settings.paths.output)
+        if not (folder / "learned").exists():
+            (folder / "learned").mkdir()
+            (folder / "learned" / "tokens").write_text(settings.method)
+            seen[-1] += ("learned",)
+        value = settings.seed / 10 + (settings.method == "mifo") / 2
+        evaluator = Evaluator("colour", "0" * 12)
+        scores = [Score(m, value, m != "leakage", evaluator, "test") for m in ("editability", "leakage")]
+        Evaluation(tuple(scores), ()).save(folder / "scores.json")
+
+    monkeypatch.setattr(execute, "run_here", run)
+    return seen
+
+
+def results(folder):
+    (found,) = (folder / "outputs" / "tables").iterdir()
+    return found
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.name)
+@pytest.mark.parametrize("model", ["miniature", "sd21"])
+def test_every_row_of_every_table_composes(path, model):
+    settings, overrides = read_table(path, [f"model={model}", "table.seeds=[0]"])
+    settings.scenes = {name: options[:1] for name, options in list(settings.scenes.items())[:1]}
+    runs = plan.plan(path.name, settings, overrides)
+    assert runs and not [run.error for run in runs if run.error]
+    assert len({run.key for run in runs}) == len({(run.row, run.instances) for run in runs})
+    assert (path / "README.md").is_file()
+
+
+def test_rows_that_differ_after_learning_alone_learn_the_same():
+    settings, overrides = read_table(ROOT / "experiments" / "synthesis_ablation", ["table.seeds=[0]"])
+    settings.scenes = {"one": ["three_cars"]}
+    runs = plan.plan("synthesis_ablation", settings, overrides)
+    assert len({run.key for run in runs}) == 4 and len({run.learning_key for run in runs}) == 1
+
+
+def test_a_grid_makes_a_row_of_every_combination(folder):
+    (folder / "small" / "table.yaml").write_text(
+        "title: Grid\nscenes: {cars: [three_cars]}\nseeds: [0]\n"
+        "grid: {penalty.warmup.weight: [0, 1], penalty.semantic.weight: [2, 3]}\n"
+        "overrides: ['penalty.finetuning.weight=${penalty.semantic.weight}']\n"
+    )
+    runs = plan.plan("small", *read_table(folder / "small", []))
+    weights = [(run.settings.penalty.warmup.weight, run.settings.penalty.finetuning.weight) for run in runs]
+    assert weights == [(0, 2), (0, 3), (1, 2), (1, 3)]
+    assert runs[0].row == "warmup.weight=0, semantic.weight=2"
+
+
+def test_a_run_is_composed_as_its_process_will_compose_it(folder):
+    settings, overrides = read_table(folder / "small", ["debug=default"])
+    for run in plan.plan("small", settings, overrides):
+        again = settings_of(compose("run", [*run.overrides, "paths.output=unknown"]))
+        assert again.seed == run.seed and again.method == run.settings.method
+        assert again.learning == run.settings.learning
+
+
+def test_what_is_done_is_not_done_again_and_other_settings_are(folder, made, capsys):
+    assert table(["small", "table.workers=0"]) == 0
+    assert len(made) == 4
+    text = (results(folder) / "table.md").read_text()
+    assert "4 of 4 runs" in text and "colour@000000000000 (test)" in text
+    assert table(["small", "table.workers=0"]) == 0
+    assert len(made) == 4
+    assert table(["small", "table.workers=0", "learning.semantic.steps=7"]) == 0
+    assert len(made) == 8
+
+
+def test_other_code_makes_runs_again_unless_any_counts(folder, made, monkeypatch):
+    table(["small", "table.workers=0"])
+    changed = CodeVersion("f" * 12, "c" * 40, True)
+    for module in (plan, execute):
+        monkeypatch.setattr(module, "code_version", lambda: changed)
+    table(["small", "table.workers=0", "table.code=any", "table.results=any"])
+    assert len(made) == 4
+    table(["small", "table.workers=0", "table.results=new"])
+    assert len(made) == 8
+    assert "cccccccc (dirty) × 4" in Path("new/table.md").read_text()
+
+
+def test_runs_that_learn_the_same_learn_once(folder, made):
+    rows = "table.rows={a: [guidance=mifo], b: [guidance=none]}"
+    table(["small", "table.workers=0", rows, "table.seeds=[3]"])
+    assert made == [("mifo", 3, "learned"), ("mifo", 3)]
+
+
+def test_a_bad_row_and_a_failing_run_spoil_nothing_else_and_are_named(folder, made, monkeypatch):
+    whole = execute.run_here
+    monkeypatch.setattr(execute, "run_here", lambda s: 1 / 0 if s.seed == 1 else whole(s))
+    rows = "table.rows={MIFO: [method=mifo], bad: [learning.semantic.steps=ten]}"
+    assert table(["small", "table.workers=0", rows]) == 3
+    text = (results(folder) / "table.md").read_text()
+    assert "1 of 4 runs" in text
+    assert "learning.semantic.steps: Value 'ten'" in text and "ZeroDivisionError" in text
+    monkeypatch.setattr(execute, "run_here", whole)
+    assert table(["small", "table.workers=0", rows]) == 2  # what failed is tried again
+    assert made == [("mifo", 0, "learned"), ("mifo", 1, "learned")]
+
+
+def test_figures_of_different_evaluators_are_refused(folder, made):
+    table(["small", "table.workers=0"])
+    path = next((folder / "outputs" / "runs").glob("*/scores.json"))
+    path.write_text(path.read_text().replace("colour", "other"))
+    with pytest.raises(MifoError, match="was measured by"):
+        table(["small", "table.workers=0"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], "nowhere"),
+        (["small", "table.plto=dots"], "plto"),
+        (["small", "table.plot=pie"], "pie"),
+        (["small", "table.columns=[beauty]"], "beauty"),
+        (["small", "table.scenes={a: [nothing]}"], "nothing"),
+        (["small", "table.seeds=[]"], "seeds"),
+    ],
+)
+def test_refusals_name_what_is_wrong(folder, arguments, words):
+    with pytest.raises(MifoError, match=words):
+        table(arguments)
+
+
+def test_a_folder_of_results_holds_one_table_ever(folder, made):
+    table(["small", "table.workers=0", "table.results=here"])
+    with pytest.raises(MifoError, match="another folder"):
+        table(["small", "table.workers=0", "table.results=here", "table.seeds=[5]"])
+
+
+def test_the_written_forms_agree(folder, made):
+    table(["small", "table.workers=0"])
+    found = results(folder)
+    with open(found / "runs.csv") as file:
+        raw = list(csv.DictReader(file))
+    mean = np.mean([float(row["editability"]) for row in raw if row["row"] == "MIFO"])
+    with open(found / "table.csv") as file:
+        (row,) = [r for r in csv.DictReader(file) if (r["row"], r["metric"]) == ("MIFO", "editability")]
+    assert float(row["mean"]) == pytest.approx(mean) == 0.55
+    assert "**0.550 ±" in (found / "table.md").read_text()
+    assert r"$\mathbf{0.550} \pm" in (found / "table.tex").read_text()
+    assert (found / "table.png").stat().st_size > 5000 and (found / "table.pdf").is_file()
+    # the difference is the same for both seeds, so that its interval is empty
+    assert "| none | cars | -0.500 ± 0.000 |" in (found / "table.md").read_text()
+
+
+def test_an_interval_is_that_of_students_t():
+    values = [0.3, 0.5, 0.4, 0.9]
+    low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
+    found = estimate(values)
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
+    assert estimate([1.0]).half is None
+
+
+def test_seeds_of_a_scene_count_as_one_value_where_there_are_several_scenes():
+    values = {("a", 0): 0.0, ("a", 1): 0.2, ("b", 0): 0.4, ("b", 1): 0.6}
+    assert estimate_runs(values) == estimate([0.1, 0.5])
+    assert estimate_runs({key: value for key, value in values.items() if key[0] == "a"}).count == 2
+
+
+def test_differences_are_paired():
+    runs = [
+        Measured(row, "s", scene, 0, {"leakage": value})
+        for row, values in {"A": {"x": 0.1, "y": 0.7, "z": 0.2}, "B": {"x": 0.2, "y": 0.8}}.items()
+        for scene, value in values.items()
+    ]
+    found = differences(runs, ["leakage"], "A")["B", "s"]["leakage"]
+    assert found.mean == pytest.approx(0.1) and found.half == pytest.approx(0) and found.count == 2
+    assert cells(runs, ["leakage"])["A", "s"]["leakage"].mean == pytest.approx(1 / 3)
+
+
+def test_the_pareto_front_holds_what_nothing_beats():
+    points = [(0.1, 0.9), (0.5, 0.5), (0.4, 0.4), (0.9, 0.1), (0.5, 0.2), (0.1, 0.8)]
+    assert pareto_front(points) == [0, 1, 3]
+    assert pareto_front([(0.2, 0.2), (0.2, 0.2)]) in ([0], [1])
+
+
+@pytest.mark.parametrize("kind", ["dots", "lines", "pareto"])
+def test_a_plot_shows_every_mean(kind):
+    found = {
+        (row, scenes): {
+            metric: estimate([0.1 * i, 0.1 * i + 0.05]) for metric in ("editability", "instance_consistency")
+        }
+        for i, (row, scenes) in enumerate([("A", "2"), ("B", "2"), ("A", "3"), ("B", "3")])
+    }
+    figure = draw_table(found, ["editability", "instance_consistency"], kind, "Title")
+    means = {round(each["editability"].mean, 6) for each in found.values()}
+    shown = {
+        round(float(value), 6)
+        for axes in figure.axes
+        for line in axes.lines
+        for value in [*line.get_xdata(), *line.get_ydata()]
+    }
+    assert means <= shown
+
+
+@pytest.mark.slow
+def test_a_killed_table_is_continued(folder):
+    """Real processes: the command is killed while its first run works, and continued to the end."""
+    source = tiny_pipeline(folder / "pipeline")
+    command = [
+        *(sys.executable, "-m", "mifo", "table", "small", "debug=fast_dev_run", "device=cpu", "logger=none"),
+        *("model=local", f"model.source={source}", "metrics=miniature", "metrics.windows=2"),
+        "table.seeds=[0]",
+    ]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not list(folder.glob("outputs/runs/*/status.json")) and time.monotonic() < until:
+        time.sleep(0.1)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 runs" in (results(folder) / "table.md").read_text()
+    records = [path.read_text() for path in folder.glob("outputs/runs/*/status.json")]
+    assert [json.loads(record)["status"] for record in records] == ["ok", "ok"]
