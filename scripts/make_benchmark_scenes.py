@@ -127,7 +127,8 @@ def described(spec: SceneSpec, kind: str) -> str:
 
 
 def as_yaml(name: str, spec: SceneSpec, kind: str) -> str:
-    lines = [f"# Benchmark, {kind}. {described(spec, kind)}", f"name: {name}", "scene:"]
+    lines = [f"# Benchmark, {kind}. {described(spec, kind)}", f"name: {name}"]
+    lines += [f"initializers: [{', '.join(thing.thing for thing in spec.things)}]", "scene:"]
     lines += [f"  background: {spec.background}", f"  seed: {spec.seed}", "  things:"]
     for thing in spec.things:
         colour = f"hue: {thing.hue:g}" if thing.hue is not None else f"colour: {thing.colour}"
