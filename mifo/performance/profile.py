@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from diffusers.models.attention import FeedForward
 from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
 
 from mifo.errors import MifoError
 from mifo.models.loading import DiffusionModel
@@ -76,9 +77,8 @@ def ready_for_synthesis(model: DiffusionModel, settings: PerformanceSettings) ->
     In float16 the VAE stays in float32, since its activations leave that range.
     """
     dtype = getattr(torch, settings.synthesis_precision)
-    model.unet.to(dtype)
-    if dtype is not torch.float16:
-        model.vae.to(dtype)
+    for part in (model.unet,) if dtype is torch.float16 else (model.unet, model.vae):
+        nn.Module.to(part, dtype)  # diffusers' own `to` warns about modules that it does not have
     _lay_out(model, settings)
 
 

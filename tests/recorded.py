@@ -1,0 +1,95 @@
+"""A stand-in for CUDA graphs without a GPU: operations recorded once and replayed without their Python."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+# what a capture on a GPU would refuse: values that travel to the processor or from it
+FORBIDDEN = ("lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "equal.default")
+
+
+class Tape(TorchDispatchMode):
+    """Records every operation of `function` on `inputs`, and replays them on others."""
+
+    def __init__(self, function: Callable[..., Sequence[Tensor | None]], *inputs: Tensor) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, ...]] = []
+        self.inputs = inputs
+        with self:
+            self.outputs = function(*inputs)
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert not any(name in str(operation) for name in FORBIDDEN), f"{operation} in a captured function"
+        result = operation(*args, **(kwargs or {}))
+        self.operations.append((operation, args, kwargs or {}, result))
+        return result
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor | None]:
+        values = {id(old): new for old, new in zip(self.inputs, inputs, strict=True)}
+
+        def now(tree: Any) -> Any:
+            return tree_map_only(Tensor, lambda each: values.get(id(each), each), tree)
+
+        for operation, args, kwargs, before in self.operations:
+            after = operation(*now(args), **now(kwargs))
+            values |= {
+                id(old): new
+                for old, new in zip(tree_flatten(before)[0], tree_flatten(after)[0], strict=True)
+                if isinstance(old, Tensor)
+            }
+        return list(now(self.outputs))
+
+
+class Recordings:
+    """Takes the place of `torch.cuda.make_graphed_callables`; `count` says how many it has made."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(
+        self,
+        function: Callable[..., Any],
+        sample_args: tuple[Tensor, ...],
+        num_warmup_iters: int = 3,
+        allow_unused_input: bool = False,
+    ) -> Callable[..., Any]:
+        self.count += 1
+        module = isinstance(function, nn.Module)
+        parameters = [each for each in function.parameters() if each.requires_grad] if module else []
+        for _ in range(num_warmup_iters):
+            function(*sample_args)
+        samples, structure = tree_flatten(function(*sample_args))
+        differentiable = [i for i, each in enumerate(samples) if each.requires_grad]
+        buffers = [each.detach().clone() for each in samples]
+        number = len(sample_args)
+
+        def gradients(*inputs: Tensor) -> Sequence[Tensor | None]:
+            outputs, _ = tree_flatten(function(*inputs[:number]))
+            sources = [each for each in (*inputs[:number], *parameters) if each.requires_grad]
+            chosen = [outputs[i] for i in differentiable]
+            return torch.autograd.grad(chosen, sources, inputs[number:], allow_unused=allow_unused_input)
+
+        forward = Tape(lambda *inputs: tree_flatten(function(*inputs))[0], *sample_args)
+        if differentiable:
+            backward = Tape(gradients, *sample_args, *(torch.ones_like(samples[i]) for i in differentiable))
+
+        class Replay(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+                ctx.inputs = inputs
+                with torch.no_grad():
+                    for buffer, value in zip(buffers, forward(*inputs[:number]), strict=True):
+                        buffer.copy_(value)
+                return tuple(each.detach() for each in buffers)
+
+            @staticmethod
+            def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+                with torch.no_grad():
+                    found = iter(backward(*ctx.inputs[:number], *(incoming[i] for i in differentiable)))
+                return tuple(next(found) if each.requires_grad else None for each in ctx.inputs)
+
+        return lambda *inputs: tree_unflatten(Replay.apply(*inputs, *parameters), structure)

@@ -1,0 +1,220 @@
+"""Profiles: what each does, and that graphs, layouts and checkpointing leave the results alone."""
+
+import copy
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from recorded import Recordings
+from test_learning import TRAINER, Watch
+from test_synthesis import QUICK, run, subjects_of
+from tiny import tiny_pipeline
+from torch import nn
+
+from mifo.attention.masking import MaskedAttention
+from mifo.config import compose, settings_of
+from mifo.data.instances import InstanceSet
+from mifo.errors import MifoError
+from mifo.learning.learn import learn
+from mifo.learning.settings import LearningSettings, PriorSettings, StageSettings
+from mifo.models.images import decode_latents
+from mifo.models.loading import load_model
+from mifo.models.settings import ModelSettings
+from mifo.penalty.settings import PenaltySettings
+from mifo.performance.graphs import GraphedFunction
+from mifo.performance.profile import available, check_performance, ready_for_synthesis
+from mifo.performance.settings import PerformanceSettings
+
+PLAIN = PerformanceSettings(learning_precision="float32", synthesis_precision="float32")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return str(tiny_pipeline(tmp_path_factory.mktemp("pipeline")))
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    recordings = Recordings()
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", recordings)
+    return recordings
+
+
+@pytest.fixture
+def losses(source, tmp_path_factory):
+    """A function that learns a few steps of both stages by a profile and gives the loss of each step."""
+    masks = torch.zeros(2, 32, 32)
+    masks[0, 4:20, 2:14] = 1
+    masks[1, 10:30, 16:30] = 1
+    image = torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    instances = InstanceSet("two", image, masks, ("car", "cat"), ("car", None), ("<asset0>", "<asset1>"))
+    settings = LearningSettings(
+        semantic=StageSettings(steps=4, checkpoint_every=0),
+        finetuning=StageSettings(steps=3, learn="full", learning_rate=1e-3, checkpoint_every=0),
+        prior=PriorSettings(pictures=2, steps=2, cache=str(tmp_path_factory.getbasetemp() / "prior")),
+    )
+    penalty = PenaltySettings(warmup_steps=2, timestep_limit=1000)
+
+    def learnt(performance, learning=settings, trainer=TRAINER, dtype="float32"):
+        watch, folder = Watch(), tmp_path_factory.mktemp("run")
+        model = load_model(ModelSettings("tiny", source, dtype=dtype))
+        options = {"trainer": trainer, "callbacks": [watch], "performance": performance}
+        learn(model, instances, copy.deepcopy(learning), penalty, folder, **options)
+        return [loss for _, _, loss in watch.losses]
+
+    learnt.settings = settings
+    return learnt
+
+
+def test_learning_replayed_from_graphs_is_the_same(losses, recordings, monkeypatch):
+    plain = losses(PLAIN)
+    monkeypatch.setattr("mifo.learning.learn.available", lambda settings, device: settings)
+    assert losses(replace(PLAIN, cuda_graphs=True)) == pytest.approx(plain, rel=1e-5)
+    assert recordings.count == 3  # reward, penalty, fine-tuning
+    accumulated = losses(PLAIN, trainer=TRAINER | {"accumulate_grad_batches": 2})
+    graphs = replace(PLAIN, cuda_graphs=True)
+    assert losses(graphs, trainer=TRAINER | {"accumulate_grad_batches": 2}) == accumulated
+    assert recordings.count == 3
+
+
+def test_layout_and_checkpointing_leave_learning_alone(losses):
+    plain = losses(PLAIN)
+    for key in ("channels_last", "gradient_checkpointing"):
+        assert losses(replace(PLAIN, **{key: True})) == pytest.approx(plain, rel=1e-4), key
+
+
+def test_half_precision_stays_near_full_precision(losses):
+    half = losses(replace(PLAIN, learning_precision="bfloat16"))
+    assert half == pytest.approx(losses(PLAIN), rel=0.05)
+    assert half != losses(PLAIN)
+
+
+def test_frozen_weights_rounded_once_give_what_autocast_gives(losses, monkeypatch):
+    bfloat16 = replace(PLAIN, learning_precision="bfloat16")
+    rounded = losses(bfloat16)
+    monkeypatch.setattr("mifo.learning.stages._with_rounded_frozen_weights", lambda unet: unet)
+    assert losses(bfloat16) == rounded
+
+
+@pytest.mark.parametrize("boxes", ["one_box", "two_boxes"])
+@pytest.mark.parametrize("subjects", ["boxes", "plain"])
+def test_synthesis_replayed_from_graphs_is_the_same(vectors, vector_unet, recordings, boxes, subjects):
+    v = vectors(f"synthesis_{boxes}")
+    chosen = subjects_of(v) if subjects == "boxes" else []
+    plain = run(vector_unet, v, chosen)
+    assert recordings.count == 0
+    replayed = run(vector_unet, v, chosen, graphs=True)
+    torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-4)
+    # with boxes a guidance and a denoising pass; two samples get shapes each, so masks of another form
+    samples = len(v["initial_latents"])
+    assert recordings.count == (1 if subjects == "plain" else 2 if samples == 1 else 3)
+
+
+def test_replayed_masks_follow_the_shapes(vectors, vector_unet, recordings):
+    v = vectors("synthesis_two_boxes")
+    predictions = {}
+    for graphs in (False, True):
+        attention = MaskedAttention(
+            vector_unet,
+            v["encoder_hidden_states"],
+            [subject.token_indices for subject in subjects_of(v)],
+            v["filter_indices"].tolist(),
+            v["eos_index"].item(),
+            [12],
+            [14, 15],
+            graphs=graphs,
+        )
+        time = torch.tensor(500)
+        with torch.no_grad(), attention:
+            for half in ("left", "right"):
+
+                def shapes(side, half=half):
+                    mask = torch.zeros(1, 2, side, side, dtype=torch.bool)
+                    mask[:, 0, :, : side // 2] = half == "left"
+                    mask[:, 1, :, side // 2 :] = half == "right"
+                    return mask
+
+                attention.bound(shapes)
+                predictions[graphs, half] = attention.denoising_pass(v["initial_latents"], time).clone()
+    for half in ("left", "right"):
+        torch.testing.assert_close(predictions[True, half], predictions[False, half], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(predictions[True, "left"], predictions[True, "right"])
+    assert recordings.count == 1
+
+
+def test_a_graph_that_cannot_be_captured_is_an_ordinary_call_told_once(monkeypatch, caplog):
+    def broken(*args, **options):
+        raise RuntimeError("capture failed\nlong story")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", broken)
+    layer = nn.Linear(2, 2)
+    graphed = GraphedFunction(layer, wanted=True)
+    x = torch.ones(1, 2)
+    assert torch.equal(graphed(x), layer(x)) and torch.equal(graphed(2 * x), layer(2 * x))
+    (record,) = caplog.records
+    assert "capture failed" in record.message and "long story" not in record.message
+
+
+def test_what_the_machine_lacks_is_left_out_in_one_line(monkeypatch, caplog):
+    monkeypatch.setattr("mifo.performance.profile._compiles", lambda device: False)
+    wanted = PerformanceSettings(name="mine", cuda_graphs=True, compile=True, learning_precision="float16")
+    with caplog.at_level(logging.WARNING):
+        resolved = available(wanted, "cpu")
+    assert not resolved.cuda_graphs and not resolved.compile
+    assert resolved.learning_precision == resolved.synthesis_precision == "float32"
+    (record,) = caplog.records
+    assert "performance=mine goes on without CUDA graphs and compiled blocks" in record.message
+
+
+def test_synthesis_in_half_precision_stays_near_full_precision(source, vectors, vector_unet):
+    v = vectors("synthesis_two_boxes")
+    # without guidance, whose descent on random weights lets the least difference grow
+    masks_only = replace(QUICK, guided_steps=0, shapes_every=0)
+    plain = run(vector_unet, v, subjects_of(v), masks_only)
+    states = v["encoder_hidden_states"].bfloat16()
+    half = run(vector_unet.to(torch.bfloat16), v, subjects_of(v), masks_only, text_states=states)
+    assert half.dtype == torch.float32
+    assert (half - plain).abs().mean() < 0.05 * plain.abs().mean()
+    model = load_model(ModelSettings("tiny", source))
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    image = decode_latents(model, latents)
+    ready_for_synthesis(model, replace(PLAIN, synthesis_precision="bfloat16", channels_last=True))
+    assert model.dtype == model.vae.dtype == torch.bfloat16 and model.text_encoder.dtype == torch.float32
+    rounded = decode_latents(model, latents)
+    assert rounded.dtype == torch.float32 and (rounded - image).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"learning_precision": "fp16"}, "performance.learning_precision=fp16"),
+        ({"synthesis_precision": "half"}, "performance.synthesis_precision=half"),
+        ({"matmul_precision": "low"}, "performance.matmul_precision=low"),
+        ({"gradient_checkpointing": True, "cuda_graphs": True}, "excludes performance.cuda_graphs"),
+    ],
+)
+def test_impossible_profiles_are_refused(change, sentence):
+    with pytest.raises(MifoError, match=sentence):
+        check_performance(PerformanceSettings(**change))
+
+
+@pytest.mark.parametrize("task", ["learn", "run", "synthesize"])
+@pytest.mark.parametrize("name", ["default", "max_speed", "low_vram", "reference"])
+def test_every_profile_serves_every_task(task, name):
+    given = ["learned=folder"] if task == "synthesize" else []
+    settings = settings_of(compose(task, ["paths.output=here", f"performance={name}", *given]))
+    check_performance(settings.performance)
+    assert settings.performance.name == name
+    assert (settings.model.dtype == "bfloat16") == (name == "low_vram")
+    if task != "synthesize":
+        assert (settings.learning.finetuning.learn == "lora") == (name == "low_vram")
+
+
+def test_low_vram_learns(losses):
+    pytest.importorskip("peft")
+    small = copy.deepcopy(losses.settings)
+    small.finetuning.learn = "lora"
+    low = replace(PLAIN, learning_precision="bfloat16", gradient_checkpointing=True)
+    whole = losses(PLAIN, small)
+    assert losses(low, small, dtype="bfloat16") == pytest.approx(whole, rel=0.05)
