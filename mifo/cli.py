@@ -30,6 +30,7 @@ TASKS = {
     "pretrain": "make the miniature's weights again, on one GPU",
     "calibrate": "score drawn pictures whose leakage is known",
     "quality": "measure the miniature's models on scenes they never saw",
+    "quality": "measure the miniature's models on scenes they never saw",
 }
 
 HELP = f"""mifo: learn several, even look-alike, instances from one image and put them, unmixed, into boxes

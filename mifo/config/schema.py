@@ -120,6 +120,23 @@ class CalibrateSettings(TaskSettings):
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
 
 
+@dataclass
+class QualitySettings(TaskSettings):
+    """`mifo quality`."""
+
+    parts: list[str] = field(
+        default_factory=lambda: ["reconstruction", "evaluators", "text_to_image", "box_control"]
+    )
+    weights: str | None = None  # a folder weights/ of `mifo pretrain`; None: the embedded ones
+    reconstructions: int = 512  # scenes
+    scenes: int = 4096  # for the image-text evaluator
+    per_category: int = 100  # instances among which the image evaluator finds each one
+    pictures: int = 960  # of one thing; half as many of two
+    box_prompts: int = 200
+    synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
+    guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
+
+
 SCHEMAS: dict[str, type[TaskSettings]] = {
     "learn": LearnSettings,
     "synthesize": SynthesizeSettings,
@@ -128,4 +145,5 @@ SCHEMAS: dict[str, type[TaskSettings]] = {
     "layout": LayoutTaskSettings,
     "pretrain": PretrainTaskSettings,
     "calibrate": CalibrateSettings,
+    "quality": QualitySettings,
 }
