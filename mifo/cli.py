@@ -28,8 +28,8 @@ TASKS = {
     "layout": "draw the boxes of a layout, without loading a model",
     "table": "make the runs of a table in experiments/ that are missing, and the table",
     "pretrain": "make the miniature's weights again, on one GPU",
+    "benchmark": "time and memory of learning and synthesis on this machine, row by row",
     "calibrate": "score drawn pictures whose leakage is known",
-    "quality": "measure the miniature's models on scenes they never saw",
     "quality": "measure the miniature's models on scenes they never saw",
 }
 

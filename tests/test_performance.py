@@ -175,7 +175,7 @@ def test_synthesis_in_half_precision_stays_near_full_precision(source, vectors, 
     states = v["encoder_hidden_states"].bfloat16()
     half = run(vector_unet.to(torch.bfloat16), v, subjects_of(v), masks_only, text_states=states)
     assert half.dtype == torch.float32
-    assert (half - plain).abs().mean() < 0.05 * plain.abs().mean()
+    assert (half - plain).abs().mean() < 0.1 * plain.abs().mean()
     model = load_model(ModelSettings("tiny", source))
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     image = decode_latents(model, latents)

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from mifo.benchmark.settings import BenchmarkSettings
 from mifo.config.layouts import LayoutSettings
 from mifo.data.settings import InstancesSettings
 from mifo.guidance.settings import GuidanceSettings
@@ -137,6 +138,15 @@ class QualitySettings(TaskSettings):
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
 
 
+@dataclass
+class BenchmarkTaskSettings(ModelTaskSettings):
+    """`mifo benchmark`; of `model` it reads the dtype, of `learning` all but the steps."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    learning: LearningSettings = field(default_factory=LearningSettings)
+    benchmark: BenchmarkSettings = field(default_factory=BenchmarkSettings)
+
+
 SCHEMAS: dict[str, type[TaskSettings]] = {
     "learn": LearnSettings,
     "synthesize": SynthesizeSettings,
@@ -144,6 +154,7 @@ SCHEMAS: dict[str, type[TaskSettings]] = {
     "run": RunSettings,
     "layout": LayoutTaskSettings,
     "pretrain": PretrainTaskSettings,
+    "benchmark": BenchmarkTaskSettings,
     "calibrate": CalibrateSettings,
     "quality": QualitySettings,
 }

@@ -95,13 +95,20 @@ class LearningStage(lightning.LightningModule):
             # with several passes to a step, gradients would add up in the buffers that a replay overwrites
             graphs = self._graphs and self.trainer.accumulate_grad_batches == 1
             self._steps = {repr(term): GraphedFunction(_Step(self, term), graphs)}
-        total, parts, maps = self._steps[repr(term)](*(getattr(batch, each.name) for each in fields(batch)))
+        total, parts, maps = self._steps[repr(term)](*_tensors(batch))
         self.last = LossParts(total, **{name: each.detach() for name, each in parts.items()}, maps=maps)
         # values are read, which waits for the device, only at the steps that are logged
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
             parts = {"total": total.detach(), **parts}
             self.log_dict({f"{self.stage}/loss/{name}": value.detach() for name, value in parts.items()})
         return self.last.total
+
+    def eager_step(self, batch: LearningBatch) -> Tensor:
+        """The loss of the first step's kind without a graph, for counting its operations."""
+        self._record(self._layers_at(0))
+        term = active_term(self.penalty, self.stage, 0)
+        with self.trainer.precision_plugin.forward_context():
+            return _Step(self, term)(*_tensors(batch))[0]
 
     def on_fit_start(self) -> None:
         self._schedule = NoiseSchedule.from_scheduler(self.model.noise_scheduler, self.device)
@@ -206,6 +213,10 @@ class _Step(nn.Module):
         loss = self._loss(inputs)
         parts = {name: getattr(loss, name).detach() for name in ("denoising", "prior", "attention")}
         return loss.total, parts, {layer: each.detach() for layer, each in loss.maps.items()}
+
+
+def _tensors(batch: LearningBatch) -> list[Tensor]:
+    return [getattr(batch, each.name) for each in fields(batch)]
 
 
 def _with_rounded_frozen_weights(unet: nn.Module) -> Callable[..., Any]:

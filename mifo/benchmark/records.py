@@ -1,0 +1,120 @@
+"""Records of the benchmark as JSON, and one Markdown table of all that lie in a folder."""
+
+import json
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from platform import processor, python_version
+from subprocess import run
+
+import torch
+
+from mifo.benchmark.measuring import Measurement
+
+PACKAGES = ("torch", "diffusers", "transformers", "lightning")
+# what the published implementation needs on one H100, and the marks to reach: seconds, GiB (None: no figure)
+MARKS = {
+    "stage1_step": ("220 ms, 11.5 GiB", "18 ms"),
+    "stage2_step": ("219 ms, 25.8 GiB", "45 ms, 14 GiB"),
+    "both_stages": ("220 s", "30 s"),
+    "picture": ("13.5 s, 13.2 GiB", "1.5 s, 5 GiB"),
+    "three_pictures": ("27.3 s, 29.7 GiB", "3.5 s"),
+    "demo": ("–", "120 s on two processor cores"),
+    "throughput": ("–", "5 s a run"),
+}
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """Where, when and of what a record was taken."""
+
+    device: str
+    profile: str
+    shapes: str
+    date: str
+    commit: str
+    versions: dict[str, str]
+
+    @classmethod
+    def now(cls, device: torch.device, profile: str, shapes: str) -> "Circumstances":
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+        described = run(
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        versions = {"python": python_version(), **{package: version(package) for package in PACKAGES}}
+        if device.type == "cuda":
+            versions["cuda"] = str(torch.version.cuda)
+        date = datetime.now().astimezone().isoformat(timespec="seconds")
+        return cls(name, profile, shapes, date, described.stdout.strip() or "unknown", versions)
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{named[0] if named else processor() or 'processor'}, {torch.get_num_threads()} threads"
+
+
+def write_record(file: Path, circumstances: Circumstances, rows: dict[str, Measurement]) -> None:
+    """Write what is measured so far; a row that failed holds its reason in `notes`."""
+    record = asdict(circumstances) | {"rows": {name: asdict(row) for name, row in rows.items()}}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_table(folder: Path) -> Path:
+    """Write `folder/README.md`: of each machine, shapes and profile the newest measurement of each row."""
+    records = sorted(
+        (json.loads(file.read_text()) for file in folder.glob("*.json")), key=lambda r: r["date"]
+    )
+    newest = {
+        (record["device"], record["shapes"], record["profile"], name): (record, Measurement(**row))
+        for record in records
+        for name, row in record["rows"].items()
+    }
+    lines = ["# Benchmark", "", "Written by `mifo benchmark`; docs/performance.md says how to read it.", ""]
+    for machine in dict.fromkeys(key[:2] for key in newest):
+        lines += [
+            f"## {machine[0]}, shapes of {machine[1]}",
+            "",
+            "| row | profile | median | spread | samples | peak memory | TFLOP | share of peak "
+            "| reference on an H100 | mark | commit, date |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        notes = []
+        for (*where, profile, name), (record, row) in sorted(newest.items(), key=lambda item: item[0][3]):
+            if tuple(where) != machine:
+                continue
+            reference, mark = MARKS.get(name, ("–", "–"))
+            cells = [
+                *(name, profile, _seconds(row.seconds)),
+                "–" if row.seconds is None else f"{_seconds(row.fastest)} – {_seconds(row.slowest)}",
+                *(str(row.samples or "–"), _number(row.peak_gib, "{:.1f} GiB")),
+                *(_number(row.tflop, "{:.3g}"), _number(row.share_of_peak, "{:.1%}")),
+                *(reference, mark, f"{record['commit']}, {record['date'][:10]}"),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+            notes += [f"- {name}, {profile}: {key} = {_note(value)}" for key, value in row.notes.items()]
+        versions = ", ".join(f"{name} {number}" for name, number in records[-1]["versions"].items())
+        lines += ["", *notes, "", f"Newest record taken with {versions}.", ""]
+    table = folder / "README.md"
+    table.write_text("\n".join(lines))
+    return table
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value * 1000:.1f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def _note(value: float | int | bool | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,291 @@
+"""The rows of the benchmark: each measures one thing and needs nothing of the others."""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from lightning import Callback
+from torchvision.transforms.functional import to_pil_image
+
+from mifo.benchmark.measuring import (
+    LearningTime,
+    Losses,
+    Measurement,
+    Memory,
+    StepTimes,
+    measured,
+    peak_tera_operations,
+    stopwatch,
+    tera_operations,
+)
+from mifo.benchmark.settings import BenchmarkSettings
+from mifo.benchmark.shapes import random_instances, random_model, row_of_boxes
+from mifo.config.layouts import Layout
+from mifo.errors import MifoError
+from mifo.guidance.settings import GuidanceSettings
+from mifo.learning.learn import learn
+from mifo.learning.settings import LearningSettings, StageSettings
+from mifo.models.tokens import add_instance_tokens
+from mifo.penalty.settings import PenaltySettings
+from mifo.performance.profile import available, ready_for_synthesis
+from mifo.performance.settings import PerformanceSettings
+from mifo.synthesis.settings import SynthesisSettings
+from mifo.tasks.synthesize import make_pictures
+
+MINIATURE_STEPS = (300, 120)  # of both stages, where the shapes are the miniature's
+
+
+@dataclass
+class Bench:
+    """What a row may ask for.
+
+    Attributes:
+        dtype: of U-Net and text encoder when they are loaded.
+        learning: how it is learned; its numbers of steps are set by the rows.
+        peak: 10¹² operations a second of this machine, once it is measured.
+    """
+
+    settings: BenchmarkSettings
+    performance: PerformanceSettings
+    device: torch.device
+    dtype: str
+    learning: LearningSettings
+    peak: dict[str, float] = field(default_factory=dict)
+
+    def learn(
+        self,
+        steps: tuple[int, int],
+        callbacks: Sequence[Callback],
+        performance: PerformanceSettings | None = None,
+        seed: int = 0,
+        instances: int | None = None,
+        side: int | None = None,
+    ) -> None:
+        """Learn random instances for so many steps of both stages, and throw the result away."""
+        count = instances or self.settings.instances
+        model = random_model(self.settings.shapes, self.device, self.dtype, side)
+        learning = replace(
+            self.learning,
+            semantic=_stage(self.learning.semantic, steps[0]),
+            finetuning=_stage(self.learning.finetuning, steps[1]),
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            _noise_pictures(Path(folder) / "prior", self.learning.prior.pictures, model.image_size)
+            learning.prior = replace(learning.prior, folder=f"{folder}/prior")
+            learn(
+                model,
+                random_instances(count, model.image_size),
+                learning,
+                PenaltySettings(warmup_steps=min(200, steps[0] // 3)),
+                folder,
+                seed=seed,
+                trainer={"accelerator": self.device.type, "devices": 1, "enable_progress_bar": False},
+                callbacks=callbacks,
+                performance=performance or self.performance,
+            )
+
+    def pictures(self, samples: int, boxes: int, repeats: int, side: int | None = None) -> Measurement:
+        """Pictures of one prompt with boxes, from the prompt to the image on the processor."""
+        performance = available(self.performance, self.device)
+        model = random_model(self.settings.shapes, self.device, self.dtype, side)
+        tokens = [f"<asset{i}>" for i in range(boxes)]
+        add_instance_tokens(model, tokens)
+        ready_for_synthesis(model, performance)
+        layout = Layout(
+            f"a photo of {' and '.join(tokens)}", dict(zip(tokens, row_of_boxes(boxes), strict=True))
+        )
+        settings = SynthesisSettings(samples=samples)
+
+        def make() -> None:
+            make_pictures(model, [layout], settings, GuidanceSettings(), 0, performance.cuda_graphs)
+
+        stopwatch(self.device, make)
+        memory = Memory(self.device)
+        row = measured([stopwatch(self.device, make) for _ in range(repeats)], memory.peak_gib())
+        row.tflop = tera_operations(
+            lambda: make_pictures(model, [layout], settings, GuidanceSettings(), 0, graphs=False)
+        )
+        row.share_of_peak = self.share(row, performance.synthesis_precision)
+        row.notes["guidance"] = "random weights rarely fall below its threshold: all 75 iterations"
+        return row
+
+    def share(self, row: Measurement, precision: str) -> float:
+        """The row's operations a second, of those that a large matrix product reaches here."""
+        if precision not in self.peak:
+            self.peak[precision] = peak_tera_operations(self.device, getattr(torch, precision))
+        return row.tflop / row.seconds / self.peak[precision]
+
+
+def _stage(settings: StageSettings, steps: int) -> StageSettings:
+    return replace(settings, steps=steps, checkpoint_every=0)
+
+
+def _noise_pictures(folder: Path, count: int, side: int) -> None:
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(count):
+        to_pil_image(torch.rand(3, side, side, generator=generator)).save(folder / f"{i}.png")
+
+
+class _Operations(Callback):
+    """Operations of a forward and backward pass on the batch of the first step."""
+
+    def __init__(self) -> None:
+        self.tflop = 0.0
+
+    def on_train_batch_start(self, trainer: object, module: object, batch: object, index: int) -> None:
+        if trainer.global_step == 0:
+            with torch.random.fork_rng():
+                self.tflop = tera_operations(lambda: module.eager_step(batch).backward())
+            module.zero_grad()
+
+
+def _step(bench: Bench, stage: int, **options: int) -> Measurement:
+    """A step of one stage within the trainer."""
+    steps = bench.settings.warmup + bench.settings.steps
+    counted, times, memory = _Operations(), StepTimes(bench.settings.warmup), Memory(bench.device)
+    both = (steps, 0) if stage == 1 else (0, steps)
+    bench.learn(both, [times], **options)
+    row = measured(times.seconds, memory.peak_gib())
+    bench.learn(tuple(min(each, 1) for each in both), [counted], **options)
+    row.tflop = counted.tflop
+    row.share_of_peak = bench.share(row, available(bench.performance, bench.device).learning_precision)
+    return row
+
+
+def matrix_product(bench: Bench) -> Measurement:
+    """What the machine can do: a large matrix product in the precision of learning."""
+    precision = available(bench.performance, bench.device).learning_precision
+    bench.peak[precision] = peak_tera_operations(bench.device, getattr(torch, precision))
+    return Measurement(notes={"precision": precision, "tflop_per_second": bench.peak[precision]})
+
+
+def stage1_step(bench: Bench) -> Measurement:
+    """One step of semantic learning."""
+    return _step(bench, 1)
+
+
+def stage2_step(bench: Bench) -> Measurement:
+    """One step of fine-tuning, one class picture and one instance picture."""
+    return _step(bench, 2)
+
+
+def both_stages(bench: Bench) -> Measurement:
+    """Both stages from first to last, with the encoding of pictures, without loading and saving."""
+    steps = (600, 400) if bench.settings.shapes == "sd21" else MINIATURE_STEPS
+    # made before the model, so that its time counts too
+    memory, time = Memory(bench.device), LearningTime()
+    bench.learn(steps, [time])
+    row = measured([time.seconds], memory.peak_gib())
+    row.notes = {"steps": f"{steps[0]} + {steps[1]}"}
+    return row
+
+
+def picture(bench: Bench) -> Measurement:
+    """One picture, two boxes, 50 steps."""
+    return bench.pictures(1, 2, bench.settings.repeats)
+
+
+def three_pictures(bench: Bench) -> Measurement:
+    """Three pictures at once, two boxes, 50 steps."""
+    return bench.pictures(3, 2, bench.settings.repeats)
+
+
+def equivalence(bench: Bench) -> Measurement:
+    """The profile's mean loss against float32 without graphs, beside what another seed changes."""
+    plain = PerformanceSettings("plain", "highest", learning_precision="float32")
+    steps = (bench.settings.steps, bench.settings.steps)
+
+    def curve(performance: PerformanceSettings, seed: int) -> torch.Tensor:
+        losses = Losses()
+        bench.learn(steps, [losses], performance, seed)
+        return losses.values()
+
+    exact = torch.stack([curve(plain, seed) for seed in range(3)])
+    here = curve(bench.performance, 0)
+    moved = (here.mean() - exact[0].mean()).abs().item()
+    noise = exact.mean(1).std().item()
+    notes = {
+        "mean_loss_float32": exact[0].mean().item(),
+        "mean_loss": here.mean().item(),
+        "difference": moved,
+        "deviation_between_seeds": noise,
+        "largest_relative_difference_of_a_step": ((here - exact[0]).abs() / exact[0]).max().item(),
+        "within_noise": moved < noise,
+    }
+    return Measurement(samples=len(here), notes=notes)
+
+
+def by_instances(bench: Bench) -> Measurement:
+    """Seconds of a stage-1 step and of a picture with 1 to 8 instances."""
+    notes = {}
+    for count in (1, 2, 4, 8):
+        notes[f"step, {count} instances"] = _step(bench, 1, instances=count).seconds
+        notes[f"picture, {count} boxes"] = bench.pictures(1, count, 1).seconds
+    return Measurement(notes=notes)
+
+
+def by_resolution(bench: Bench) -> Measurement:
+    """Seconds of a stage-1 step and of a picture with two boxes, half to twice as wide as usual."""
+    usual = 512 if bench.settings.shapes == "sd21" else 128
+    notes = {}
+    for side in (usual // 2, usual, usual * 2):
+        notes[f"step, {side}²"] = _step(bench, 1, side=side).seconds
+        notes[f"picture, {side}²"] = bench.pictures(1, 2, 1, side).seconds
+    return Measurement(notes=notes)
+
+
+def demo(bench: Bench) -> Measurement:
+    """`make demo` without its scores, in a process of its own: start, class pictures, learning, synthesis."""
+    return measured([_demos(bench, 1, "metrics=none")], Memory(bench.device).peak_gib())
+
+
+def throughput(bench: Bench) -> Measurement:
+    """Seconds a whole demo run takes when several run at once on this machine."""
+    count = bench.settings.processes
+    row = measured([_demos(bench, count) / count], Memory(bench.device).peak_gib())
+    row.notes = {"processes": count, "runs_per_hour": round(3600 / row.seconds)}
+    return row
+
+
+def _demos(bench: Bench, count: int, *overrides: str) -> float:
+    """Seconds until `count` demo runs of different seeds, started at once, have ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        start, running = perf_counter(), []
+        for i in range(count):
+            command = [
+                *(sys.executable, "-m", "mifo", "run", "experiment=demo", "logger=none", f"seed={i}"),
+                *(f"device={bench.device.type}", f"performance={bench.performance.name}"),
+                *(f"hydra.run.dir={folder}/{i}", f"learning.prior.cache={folder}/prior", *overrides),
+            ]
+            told = Path(folder) / f"{i}.log"
+            with told.open("w") as log:
+                running.append((subprocess.Popen(command, stdout=log, stderr=log), told))
+        for process, told in running:
+            if process.wait():
+                reason = (told.read_text().strip().splitlines() or ["nothing was said"])[-1]
+                raise MifoError(f"a demo run failed in the benchmark: {reason}")
+        return perf_counter() - start
+
+
+ROWS: dict[str, Callable[[Bench], Measurement]] = {
+    row.__name__: row
+    for row in (
+        matrix_product,
+        stage1_step,
+        stage2_step,
+        both_stages,
+        picture,
+        three_pictures,
+        equivalence,
+        demo,
+        throughput,
+        by_instances,
+        by_resolution,
+    )
+}

@@ -1,0 +1,19 @@
+"""What is measured."""
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+
+@dataclass
+class BenchmarkSettings:
+    """One record: some rows, of one profile, on this machine."""
+
+    shapes: str = "sd21"  # sd21 (Stable Diffusion 2.1's shapes) | miniature, both with random weights
+    rows: list[str] = field(default_factory=list)  # names of rows, see conf/benchmark.yaml; empty: all
+    folder: str = MISSING  # records, and the table of all records that lie there
+    repeats: int = 5  # of a picture; a step is timed `steps` times
+    steps: int = 50  # timed steps of a stage, after `warmup`
+    warmup: int = 10
+    instances: int = 3
+    processes: int = 4  # at once, in the row "throughput"

@@ -1,0 +1,89 @@
+"""The benchmark: rows on the miniature's shapes, records that survive a cut, the table of all records."""
+
+import json
+
+import pytest
+import torch
+
+from mifo.benchmark.measuring import Measurement, measured, tera_operations
+from mifo.benchmark.records import Circumstances, write_record, write_table
+from mifo.benchmark.rows import ROWS
+from mifo.benchmark.shapes import random_instances, random_model, row_of_boxes, stable_diffusion
+from mifo.config import compose, settings_of
+from mifo.errors import MifoError
+from mifo.shapes.boxes import check_boxes
+from mifo.tasks.benchmark import benchmark
+
+CPU = torch.device("cpu")
+
+
+def settings(folder, *rows):
+    return settings_of(
+        compose(
+            "benchmark",
+            [
+                f"paths.output={folder}",
+                *("device=cpu", "benchmark.shapes=miniature", f"benchmark.rows=[{','.join(rows)}]"),
+                *("benchmark.steps=2", "benchmark.warmup=1", "benchmark.repeats=1", "benchmark.instances=2"),
+                "learning.prior.pictures=1",
+            ],
+        )
+    )
+
+
+def test_steps_are_timed_and_a_row_that_fails_stops_nothing(tmp_path, monkeypatch):
+    seen = []
+
+    def broken(bench):
+        # what was measured before is on disk already
+        (file,) = (tmp_path / "benchmark").glob("*.json")
+        seen.append(list(json.loads(file.read_text())["rows"]))
+        raise RuntimeError("out of memory\nlong story")
+
+    monkeypatch.setitem(ROWS, "picture", broken)
+    record = json.loads(benchmark(settings(tmp_path, "stage2_step", "picture")).read_text())
+    assert seen == [["stage2_step"]]
+    step = record["rows"]["stage2_step"]
+    assert 0 < step["fastest"] <= step["seconds"] <= step["slowest"] and step["samples"] == 2
+    assert step["tflop"] > 0 and step["peak_gib"] > 0 and step["share_of_peak"] > 0
+    assert record["rows"]["picture"]["notes"] == {"failed": "out of memory"}
+    assert record["profile"] == "default" and record["versions"]["torch"] == torch.__version__
+    assert "| stage2_step | default |" in (tmp_path / "benchmark" / "README.md").read_text()
+
+
+def test_an_unknown_row_is_refused(tmp_path):
+    with pytest.raises(MifoError, match="benchmark.rows names pictures"):
+        benchmark(settings(tmp_path, "pictures"))
+
+
+def test_the_table_keeps_the_newest_of_each_row(tmp_path):
+    for date, seconds, rows in (("2026-11-01", 1.0, "ab"), ("2026-11-02", 0.02, "b")):
+        taken = Circumstances("GPU", "default", "sd21", date, "c0ffee", {"torch": "2"})
+        write_record(tmp_path / f"{date}.json", taken, {name: measured([seconds], 1.0) for name in rows})
+    table = write_table(tmp_path).read_text()
+    assert "| a | default | 1.00 s |" in table and "| b | default | 20.0 ms |" in table
+    assert "| b | default | 1.00 s |" not in table
+
+
+def test_median_spread_and_operations():
+    row = measured([3.0, 1.0, 2.0], 0.5)
+    assert row == Measurement(2.0, 1.0, 3.0, 3, 0.5)
+    a = torch.ones(10, 20)
+    assert tera_operations(lambda: a @ a.T) == pytest.approx(2 * 10 * 10 * 20 / 1e12)
+
+
+def test_stable_diffusion_has_the_published_sizes():
+    with torch.device("meta"):
+        unet, vae, text = stable_diffusion()
+    millions = [round(sum(each.numel() for each in part.parameters()) / 1e6) for part in (unet, vae, text)]
+    assert millions == [866, 84, 340]
+
+
+def test_miniature_shapes_and_instances():
+    model = random_model("miniature", CPU, "float32", side=64)
+    assert model.image_size == 64 and model.latent_size == 16
+    instances = random_instances(3, 64)
+    assert torch.equal(instances.masks.sum(0), torch.ones(64, 64))
+    check_boxes({str(i): box for i, box in enumerate(row_of_boxes(8))}, 16)
+    with pytest.raises(MifoError, match="benchmark.shapes=sdxl"):
+        random_model("sdxl", CPU, "float32")
