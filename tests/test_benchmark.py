@@ -52,7 +52,7 @@ def test_steps_are_timed_and_a_row_that_fails_stops_nothing(tmp_path, monkeypatc
 
 
 def test_an_unknown_row_is_refused(tmp_path):
-    with pytest.raises(MifoError, match="benchmark.rows names pictures"):
+    with pytest.raises(MifoError, match=r"benchmark\.rows names pictures"):
         benchmark(settings(tmp_path, "pictures"))
 
 
@@ -85,5 +85,5 @@ def test_miniature_shapes_and_instances():
     instances = random_instances(3, 64)
     assert torch.equal(instances.masks.sum(0), torch.ones(64, 64))
     check_boxes({str(i): box for i, box in enumerate(row_of_boxes(8))}, 16)
-    with pytest.raises(MifoError, match="benchmark.shapes=sdxl"):
+    with pytest.raises(MifoError, match=r"benchmark\.shapes=sdxl"):
         random_model("sdxl", CPU, "float32")

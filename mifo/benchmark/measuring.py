@@ -120,16 +120,12 @@ class Losses(Callback):
         return torch.stack(self._losses).cpu()
 
 
-class LearningTime(Callback):
-    """Seconds until the last stage ends, from when this was made: all of learning but loading and saving."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self.seconds = 0.0
+class LearningEnd(Callback):
+    """When the last stage ended, by `time.perf_counter`."""
 
     def on_train_end(self, trainer: Trainer, *args: object) -> None:
         _wait(trainer.strategy.root_device)
-        self.seconds = time.perf_counter() - self._start
+        self.time = time.perf_counter()
 
 
 def _wait(device: torch.device) -> None:

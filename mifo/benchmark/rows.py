@@ -13,7 +13,7 @@ from lightning import Callback
 from torchvision.transforms.functional import to_pil_image
 
 from mifo.benchmark.measuring import (
-    LearningTime,
+    LearningEnd,
     Losses,
     Measurement,
     Memory,
@@ -62,11 +62,16 @@ class Bench:
         steps: tuple[int, int],
         callbacks: Sequence[Callback],
         performance: PerformanceSettings | None = None,
+        penalty: PenaltySettings | None = None,
         seed: int = 0,
         instances: int | None = None,
         side: int | None = None,
-    ) -> None:
-        """Learn random instances for so many steps of both stages, and throw the result away."""
+    ) -> float:
+        """Learn random instances for so many steps of both stages, and throw the result away.
+
+        Returns:
+            When learning began, by `time.perf_counter`: the model and the class pictures are there already.
+        """
         count = instances or self.settings.instances
         model = random_model(self.settings.shapes, self.device, self.dtype, side)
         learning = replace(
@@ -77,17 +82,19 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             _noise_pictures(Path(folder) / "prior", self.learning.prior.pictures, model.image_size)
             learning.prior = replace(learning.prior, folder=f"{folder}/prior")
+            start = perf_counter()
             learn(
                 model,
                 random_instances(count, model.image_size),
                 learning,
-                PenaltySettings(warmup_steps=min(200, steps[0] // 3)),
+                penalty or PenaltySettings(),
                 folder,
                 seed=seed,
                 trainer={"accelerator": self.device.type, "devices": 1, "enable_progress_bar": False},
                 callbacks=callbacks,
                 performance=performance or self.performance,
             )
+        return start
 
     def pictures(self, samples: int, boxes: int, repeats: int, side: int | None = None) -> Measurement:
         """Pictures of one prompt with boxes, from the prompt to the image on the processor."""
@@ -178,10 +185,9 @@ def stage2_step(bench: Bench) -> Measurement:
 def both_stages(bench: Bench) -> Measurement:
     """Both stages from first to last, with the encoding of pictures, without loading and saving."""
     steps = (600, 400) if bench.settings.shapes == "sd21" else MINIATURE_STEPS
-    # made before the model, so that its time counts too
-    memory, time = Memory(bench.device), LearningTime()
-    bench.learn(steps, [time])
-    row = measured([time.seconds], memory.peak_gib())
+    memory, end = Memory(bench.device), LearningEnd()
+    start = bench.learn(steps, [end])
+    row = measured([end.time - start], memory.peak_gib())
     row.notes = {"steps": f"{steps[0]} + {steps[1]}"}
     return row
 
@@ -203,7 +209,7 @@ def equivalence(bench: Bench) -> Measurement:
 
     def curve(performance: PerformanceSettings, seed: int) -> torch.Tensor:
         losses = Losses()
-        bench.learn(steps, [losses], performance, seed)
+        bench.learn(steps, [losses], performance, PenaltySettings(warmup_steps=steps[0] // 3), seed)
         return losses.values()
 
     exact = torch.stack([curve(plain, seed) for seed in range(3)])
