@@ -12,7 +12,7 @@ import torch
 
 from mifo.benchmark.measuring import Measurement
 
-PACKAGES = ("torch", "diffusers", "transformers", "lightning")
+PACKAGES = ("diffusers", "transformers", "lightning")
 # what the published implementation needs on one H100, and the marks to reach: seconds, GiB (None: no figure)
 MARKS = {
     "stage1_step": ("220 ms, 11.5 GiB", "18 ms"),
@@ -45,7 +45,8 @@ class Circumstances:
             text=True,
             check=False,
         )
-        versions = {"python": python_version(), **{package: version(package) for package in PACKAGES}}
+        versions = {"python": python_version(), "torch": torch.__version__}
+        versions |= {package: version(package) for package in PACKAGES}
         if device.type == "cuda":
             versions["cuda"] = str(torch.version.cuda)
         date = datetime.now().astimezone().isoformat(timespec="seconds")
