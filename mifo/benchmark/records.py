@@ -90,7 +90,8 @@ def write_table(folder: Path) -> Path:
         for (*where, profile, name), (record, row) in sorted(newest.items(), key=lambda item: item[0][3]):
             if tuple(where) != machine:
                 continue
-            reference, mark = MARKS.get(name, ("–", "–"))
+            comparable = record["shapes"] == "sd21" or name in ("demo", "throughput")
+            reference, mark = MARKS.get(name, ("–", "–")) if comparable else ("–", "–")
             cells = [
                 *(name, profile, _seconds(row.seconds)),
                 "–" if row.seconds is None else f"{_seconds(row.fastest)} – {_seconds(row.slowest)}",
