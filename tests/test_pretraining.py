@@ -1,0 +1,135 @@
+"""Every part of the pretraining steps, continues from its checkpoint and is exported as it will be used."""
+
+import json
+
+import open_clip
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from transformers import AutoTokenizer, ViTImageProcessor, ViTModel
+
+from mifo.errors import MifoError
+from mifo.miniature.pretraining.corpus import Corpus, crop, draw_corpus, jitter
+from mifo.miniature.pretraining.run import PARTS, pretrain
+from mifo.miniature.pretraining.segmenter import BACKGROUND, class_maps, draw_class_maps, load_segmenter
+from mifo.miniature.pretraining.settings import PartSettings, PretrainSettings
+from mifo.miniature.pretraining.text_encoder import TextEncoderPretraining
+from mifo.miniature.pretraining.training import fit
+from mifo.miniature.tokenizer import build_tokenizer
+from mifo.miniature.vocabulary import THINGS
+
+
+def tiny(parts, steps):
+    few = {part: PartSettings(steps, 4, 1e-3) for part in PARTS}
+    return PretrainSettings(parts=list(parts), scenes=12, compile=False, **few)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """All parts after one step, then taken to the second from their checkpoints."""
+    work = tmp_path_factory.mktemp("work")
+    folder = tmp_path_factory.mktemp("weights")
+    assert pretrain(tiny(PARTS, 1), work, folder, logger=False) == dict.fromkeys(PARTS, True)
+    first = {part: torch.load(work / f"{part}.pt", weights_only=True) for part in PARTS}
+    assert pretrain(tiny(PARTS, 2), work, folder, logger=False) == dict.fromkeys(PARTS, True)
+    return work, folder, first
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_goes_on_from_its_checkpoint(part, made):
+    work, _, first = made
+    checkpoint = torch.load(work / part / "last.ckpt", weights_only=False)
+    assert checkpoint["global_step"] == 2
+    now = torch.load(work / f"{part}.pt", weights_only=True)
+    assert now.keys() == first[part].keys()
+    assert any(not torch.equal(now[name], first[part][name]) for name in now)
+    assert all(value.isfinite().all() for value in now.values() if value.is_floating_point())
+
+
+def test_stopping_and_going_on_changes_nothing(tmp_path):
+    """While the rate still warms up, it does not depend on the number of steps."""
+    tokenizer = build_tokenizer(tmp_path / "tokenizer")
+    corpus = draw_corpus(8, 0, torch.device("cpu"), tokenizer)
+
+    def learned(folder, *stops):
+        for steps in stops:
+            torch.manual_seed(0)
+            module = TextEncoderPretraining(corpus, tokenizer, tiny(["text_encoder"], steps))
+            fit(module, tmp_path / folder, logger=False)
+        return module
+
+    whole, parted = learned("whole", 3), learned("parted", 1, 3)
+    for one, other in zip(whole.average.parameters(), parted.average.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_generator_is_an_ordinary_pipeline(made):
+    pipeline = StableDiffusionPipeline.from_pretrained(made[1] / "pipeline", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    (picture,) = pipeline("a photo of a red car", num_inference_steps=2, output_type="pt").images
+    assert picture.shape == (3, 128, 128)
+
+
+def test_the_clip_is_an_open_clip_folder(made):
+    folder = made[1] / "clip"
+    model = open_clip.create_model(f"local-dir:{folder}")
+    ids = open_clip.get_tokenizer(f"local-dir:{folder}")(["a photo of a red car at the beach"])
+    assert torch.equal(
+        ids[0, :9],
+        torch.tensor(
+            AutoTokenizer.from_pretrained(folder)("a photo of a red car at the beach").input_ids[:9]
+        ),
+    )
+    assert model.encode_text(ids).shape == model.encode_image(torch.zeros(1, 3, 128, 128)).shape == (1, 128)
+    assert json.loads((folder / "open_clip_config.json").read_text())["preprocess_cfg"]["mean"] == [0.5] * 3
+
+
+def test_the_vit_is_a_transformers_folder(made):
+    model = ViTModel.from_pretrained(made[1] / "vit", add_pooling_layer=False, dtype=torch.float32)
+    processor = ViTImageProcessor.from_pretrained(made[1] / "vit")
+    pixels = processor(torch.zeros(3, 100, 90), return_tensors="pt", do_rescale=False).pixel_values
+    assert model(pixels).last_hidden_state.shape == (1, 65, 192)
+
+
+def test_the_segmenter_maps_every_pixel_to_a_class(made):
+    maps = class_maps(load_segmenter(made[1] / "segmenter"), torch.rand(2, 3, 128, 128))
+    assert maps.shape == (2, 64, 64) and maps.min() >= 0 and maps.max() <= BACKGROUND
+    with pytest.raises(MifoError, match=r"parts=\[segmenter\]"):
+        load_segmenter(made[0])
+
+
+def test_class_maps_agree_with_the_drawings():
+    pictures, maps = draw_class_maps(24, torch.Generator().manual_seed(3))
+    assert pictures.shape == (24, 3, 64, 64) and maps.shape == (24, 64, 64)
+    share = (maps != BACKGROUND).float().mean((1, 2))
+    assert (share > 0.02).all() and (share < 0.7).all()
+
+
+def test_parts_are_refused_by_name(tmp_path):
+    with pytest.raises(MifoError, match="'unet' is no part"):
+        pretrain(tiny(["unet"], 1), tmp_path, tmp_path)
+    with pytest.raises(MifoError, match="needs 'autoencoder' first"):
+        pretrain(tiny(["denoiser"], 1), tmp_path / "work", tmp_path / "weights", logger=False)
+
+
+def test_boxes_are_cut_out_and_stretched():
+    picture = torch.zeros(1, 3, 32, 32)
+    picture[:, 0, 8:16, 4:28] = 1
+    whole = crop(picture, torch.tensor([[5 / 32, 9 / 32, 27 / 32, 15 / 32]]), size=16)
+    assert whole[0, 0].min() > 0.99 and whole[0, 1:].max() == 0
+    half = crop(picture, torch.tensor([[5 / 32, 1 / 32, 27 / 32, 15 / 32]]), size=16)[0, 0]
+    assert half[:7].max() < 0.01 and half[9:].min() > 0.99
+    boxes = torch.tensor([[0.3, 0.3, 0.7, 0.6]]).repeat(500, 1)
+    moved = jitter(boxes, 0.2, torch.Generator().manual_seed(0)) - boxes
+    limits = torch.tensor([0.4, 0.3, 0.4, 0.3]) * 0.2
+    assert (moved.abs() <= limits + 1e-6).all()
+    assert (moved[:, :2].mean(0) < 0).all() and (moved[:, 2:].mean(0) > 0).all()
+
+
+def test_the_corpus_holds_each_scene_with_its_words(tmp_path):
+    tokenizer = build_tokenizer(tmp_path)
+    corpus = draw_corpus(16, 1, torch.device("cpu"), tokenizer)
+    assert isinstance(corpus, Corpus) and len(corpus) == 16 and corpus.captions.shape[:2] == (16, 2)
+    for row in range(16):
+        named = set(tokenizer.decode(corpus.captions[row, 0], skip_special_tokens=True).split())
+        assert {THINGS[i] for i in corpus.thing[row, : corpus.count[row]].tolist()} <= named
