@@ -13,6 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from mifo.config.compose import REFUSALS, explain, register_schemas, settings_of
+from mifo.config.gpus import claim_gpu
 from mifo.config.jobs import recorded_overrides, report_sweep, write_status
 from mifo.config.location import conf_folder
 from mifo.errors import MifoError
@@ -27,6 +28,7 @@ TASKS = {
     "evaluate": "score pictures against their prompts and the learned instances",
     "layout": "draw the boxes of a layout, without loading a model",
     "table": "make the runs of a table in experiments/ that are missing, and the table",
+    "dashboard": "write the workspace that compares ablations on Weights & Biases",
     "pretrain": "make the miniature's weights again, on one GPU",
     "benchmark": "time and memory of learning and synthesis on this machine, row by row",
     "calibrate": "score drawn pictures whose leakage is known",
@@ -87,8 +89,12 @@ def run_job(config: DictConfig) -> Any:
     write_status(folder, "running", overrides)
     try:
         settings = settings_of(config)
+        if settings.exclusive_gpu:
+            claim_gpu()
         check(settings)
         result = getattr(import_module(f"mifo.tasks.{config.task}"), config.task)(settings)
+        if wanted := getattr(settings, "objectives", None):
+            result = import_module("mifo.tasks.evaluate").objective_values(folder, wanted)
     except BaseException as error:
         reason = str(error) if isinstance(error, MifoError) else f"{type(error).__name__}: {error}"
         write_status(folder, "failed", overrides, reason)

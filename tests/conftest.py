@@ -1,5 +1,6 @@
-"""Fixtures shared by the tests: the reference vectors and the small U-Net they were computed on."""
+"""Fixtures shared by the tests: the command line, the reference vectors and the U-Net they came from."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
+from tiny import MeanColour
+
+from mifo import cli
+from mifo.metrics.evaluation import PictureEvaluator
 
 VECTORS = Path(__file__).parent / "vectors"
 
@@ -23,3 +28,25 @@ def vector_unet() -> UNet2DConditionModel:
 def vectors() -> Vectors:
     """`vectors("penalty")` gives the tensors of `tests/vectors/penalty.safetensors` by name."""
     return lambda name: load_file(VECTORS / f"{name}.safetensors")
+
+
+@pytest.fixture
+def mifo(tmp_path, monkeypatch):
+    """Run a command in an empty folder; returns its exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(
+        PictureEvaluator,
+        "from_settings",
+        lambda settings, device: PictureEvaluator(MeanColour(), MeanColour()),
+    )
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mifo", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    return call

@@ -1,7 +1,6 @@
 """The command line: every task on a tiny pipeline, one sentence for each refusal, sweeps, resuming."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -13,46 +12,11 @@ from tiny import tiny_pipeline
 from mifo import cli
 from mifo.errors import MifoError
 from mifo.metrics.evaluation import Evaluation, PictureEvaluator
-from mifo.metrics.scores import Evaluator
-
-
-class MeanColour:
-    """A stand-in evaluator: a picture's mean colour; all texts are grey."""
-
-    evaluator = Evaluator("colour", "0" * 12)
-
-    def encode_images(self, images):
-        return torch.stack([image.mean(dim=(1, 2)) for image in images])
-
-    def encode_texts(self, texts):
-        return torch.ones(len(texts), 3)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return [f"model.source={tiny_pipeline(tmp_path_factory.mktemp('pipeline'))}", "model=local"]
-
-
-@pytest.fixture
-def mifo(tmp_path, monkeypatch):
-    """Run a command in an empty folder; returns its exit code."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.setattr(
-        PictureEvaluator,
-        "from_settings",
-        lambda settings, device: PictureEvaluator(MeanColour(), MeanColour()),
-    )
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mifo", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as stop:
-            return stop.code
-        return 0
-
-    return call
 
 
 def only(folder):

@@ -52,7 +52,9 @@ def test_every_logger_serves_every_task(task, logger):
 
 
 def test_seeds_share_a_group():
-    assert settings("learn", "seed=1").group == settings("learn", "seed=2").group == "miniature-three_cars-mifo"
+    assert (
+        settings("learn", "seed=1").group == settings("learn", "seed=2").group == "miniature-three_cars-mifo"
+    )
 
 
 def test_learning_follows_the_model_unless_it_is_chosen():

@@ -1,10 +1,12 @@
-"""A random diffusers pipeline, small enough for every test and saved the way Stable Diffusion is."""
+"""A random diffusers pipeline, saved the way Stable Diffusion is, and an evaluator: small for every test."""
 
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from mifo.metrics.scores import Evaluator
 
 WORDS = """
     a an the photo picture of and or in on at with to left right top bottom red green blue striped car cat mug
@@ -83,3 +85,15 @@ def tiny_pipeline(folder: Path | str, seed: int = 0) -> Path:
     )
     pipeline.save_pretrained(folder)
     return Path(folder)
+
+
+class MeanColour:
+    """A stand-in evaluator: a picture's mean colour; all texts are grey."""
+
+    evaluator = Evaluator("colour", "0" * 12)
+
+    def encode_images(self, images):
+        return torch.stack([image.mean(dim=(1, 2)) for image in images])
+
+    def encode_texts(self, texts):
+        return torch.ones(len(texts), 3)

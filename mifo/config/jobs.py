@@ -17,7 +17,19 @@ from mifo.errors import MifoError
 STATUS = "status.json"
 CONFIG = "config.yaml"
 # what may differ when a run is continued, since it changes where and how fast, not what
-_FREE = {"resume", "paths", "device", "performance", "trainer", "logger", "callbacks", "tags", "group"}
+_FREE = {
+    "resume",
+    "paths",
+    "device",
+    "performance",
+    "trainer",
+    "logger",
+    "callbacks",
+    "tags",
+    "group",
+    "exclusive_gpu",
+    "objectives",
+}
 
 _sweep_folder: Path | None = None
 

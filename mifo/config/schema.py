@@ -37,6 +37,9 @@ class TaskSettings:
     task: str = MISSING
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda
+    exclusive_gpu: bool = (
+        False  # take a GPU that no other job of this host has taken; for hydra/launcher=gpus
+    )
     group: str | None = None  # for the logger: runs that differ by their seed alone share it
     tags: list[str] = field(default_factory=list)  # for the logger, and for finding runs again
     resume: str | None = None  # the folder of an interrupted run to continue, with that run's configuration
@@ -93,6 +96,16 @@ class RunSettings(LearnSettings):
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
     synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
     metrics: MetricsSettings | None = field(default_factory=MetricsSettings)
+    objectives: list[str] = field(default_factory=list)  # scores that a search (hparams_search) reads
+
+
+@dataclass
+class DashboardSettings(TaskSettings):
+    """`mifo dashboard`."""
+
+    entity: str = MISSING  # the user or team on Weights & Biases
+    project: str = "mifo"
+    group_by: str = "method"  # the setting whose values are compared
 
 
 @dataclass
@@ -152,6 +165,7 @@ SCHEMAS: dict[str, type[TaskSettings]] = {
     "synthesize": SynthesizeSettings,
     "evaluate": EvaluateSettings,
     "run": RunSettings,
+    "dashboard": DashboardSettings,
     "layout": LayoutTaskSettings,
     "pretrain": PretrainTaskSettings,
     "benchmark": BenchmarkTaskSettings,

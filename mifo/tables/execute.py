@@ -17,12 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mifo.config.checks import check
 from mifo.config.compose import compose, settings_of
+from mifo.config.gpus import visible_gpus
 from mifo.config.jobs import read_status, write_status
 from mifo.tables.plan import Run, code_version
 from mifo.tasks.evaluate import SCORES
@@ -56,7 +56,7 @@ def execute(runs: Sequence[Run], pool: Path, workers: int | None, any_code: bool
     for run in runs:
         if run.settings is not None:
             groups.setdefault(run.learning_key, []).append(run)
-    gpus = _gpus()
+    gpus = visible_gpus()
     slots: SimpleQueue[str | None] = SimpleQueue()
     count = max(1, len(gpus)) if workers is None else workers
     for number in range(max(1, count)):
@@ -206,10 +206,3 @@ def _stopping(processes: _Processes | None) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _gpus() -> list[str]:
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not torch.cuda.is_available():
-        return []
-    return chosen.split(",") if chosen else [str(number) for number in range(torch.cuda.device_count())]

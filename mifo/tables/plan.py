@@ -22,7 +22,17 @@ from mifo.errors import MifoError
 from mifo.tables.settings import TableSettings
 
 # says where a run goes and who is told about it, not what it computes
-_NOT_IDENTITY = {"task", "paths", "resume", "logger", "callbacks", "group", "tags"}
+_NOT_IDENTITY = {
+    "task",
+    "paths",
+    "resume",
+    "logger",
+    "callbacks",
+    "group",
+    "tags",
+    "exclusive_gpu",
+    "objectives",
+}
 # what comes after learning: runs that differ in these alone learn the same
 _AFTER_LEARNING = {"layout", "guidance", "synthesis", "metrics"}
 

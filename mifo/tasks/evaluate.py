@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import track
@@ -20,6 +19,7 @@ from mifo.metrics.pictures import Picture, read_pictures
 from mifo.metrics.scores import Score
 from mifo.metrics.settings import MetricsSettings
 from mifo.tasks.setup import open_loggers, prepare
+from mifo.tasks.tracking import log_evaluation
 
 SCORES = "scores.json"
 
@@ -37,7 +37,7 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     folder = claim_folder(settings)
     with open_loggers(settings) as loggers:
         evaluation = scored(settings.metrics, pictures, instances, folder, device)
-        log_scores(loggers, evaluation.scores)
+        log_evaluation(loggers, evaluation, pictures, instances)
     print_scores(evaluation.scores)
     print(f"scores: {folder / SCORES}")
     return evaluation
@@ -85,15 +85,22 @@ def recorded_instances(pictures: Path) -> InstancesSettings:
     )
 
 
+def objective_values(folder: Path, wanted: Sequence[str]) -> float | list[float]:
+    """The `wanted` scores of a run as a search reads them: one alone as a number.
+
+    Raises:
+        MifoError: one of them was not measured.
+    """
+    found = {score.metric: score.value for score in Evaluation.read(folder / SCORES).scores}
+    if missing := [name for name in wanted if name not in found]:
+        raise MifoError(f"objectives: {missing[0]} was not measured; take of {', '.join(found)}")
+    values = [found[name] for name in wanted]
+    return values[0] if len(values) == 1 else values
+
+
 def class_names(instances: InstanceSet) -> tuple[str | None, ...]:
     """One class name, or None, for each instance."""
     return instances.class_names or (None,) * len(instances.tokens)
-
-
-def log_scores(loggers: list[Logger], scores: tuple[Score, ...]) -> None:
-    """Send the means to every logger."""
-    for logger in loggers:
-        logger.log_metrics({f"evaluation/{score.metric}": score.value for score in scores})
 
 
 def print_scores(scores: tuple[Score, ...]) -> None:

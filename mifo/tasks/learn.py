@@ -14,6 +14,7 @@ from mifo.learning.learn import learn as fit
 from mifo.models.learned import load_learned
 from mifo.models.loading import DiffusionModel, load_model
 from mifo.tasks.setup import open_loggers, prepare
+from mifo.tasks.tracking import log_learned
 
 
 def learn(settings: LearnSettings) -> Path:
@@ -52,4 +53,5 @@ def learned_model(
         config=(folder / CONFIG).read_text(),
         performance=settings.performance,
     )
+    log_learned(loggers, folder / "learned", settings.group or settings.method, settings.seed)
     return model.to(device)

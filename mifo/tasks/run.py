@@ -10,10 +10,11 @@ from mifo.metrics.evaluation import PictureEvaluator
 from mifo.metrics.pictures import read_pictures, save_pictures
 from mifo.performance.profile import available, ready_for_synthesis
 from mifo.report.sheet import Sheet, write_sheet
-from mifo.tasks.evaluate import class_names, log_scores, print_scores, scored
+from mifo.tasks.evaluate import class_names, print_scores, scored
 from mifo.tasks.learn import learned_model
 from mifo.tasks.setup import open_loggers, prepare
 from mifo.tasks.synthesize import make_pictures, record_instances
+from mifo.tasks.tracking import log_evaluation
 
 
 def run(settings: RunSettings) -> Path:
@@ -38,7 +39,7 @@ def run(settings: RunSettings) -> Path:
         evaluation = None
         if settings.metrics is not None:
             evaluation = scored(settings.metrics, pictures, instances, folder, device)
-            log_scores(loggers, evaluation.scores)
+            log_evaluation(loggers, evaluation, pictures, instances)
     if not (folder / "contact_sheet.html").is_file():
         sheet = Sheet(
             title=instances.name.replace("_", " "),

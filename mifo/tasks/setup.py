@@ -11,11 +11,12 @@ import torch
 import wandb
 from hydra.utils import instantiate
 from lightning import seed_everything
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import OmegaConf
 from transformers.utils.logging import disable_progress_bar
 
 from mifo.config.schema import EvaluateSettings, ModelTaskSettings, TaskSettings
+from mifo.tasks.tracking import define_metrics
 
 
 def prepare(settings: TaskSettings) -> torch.device:
@@ -38,13 +39,15 @@ def prepare(settings: TaskSettings) -> torch.device:
 @contextmanager
 def open_loggers(settings: ModelTaskSettings | EvaluateSettings) -> Iterator[list[Logger]]:
     """The loggers of the configuration; a Weights & Biases run is closed with the exit code of the block."""
-    if not _has_wandb_key():
+    if not has_wandb_key():
         os.environ.setdefault("WANDB_MODE", "offline")
     active = [instantiate(logger) for logger in settings.logger.values()]
     failed = True
     try:
         for logger in active:
             logger.log_hyperparams(OmegaConf.to_container(OmegaConf.structured(settings), enum_to_str=True))
+            if isinstance(logger, WandbLogger):
+                define_metrics(logger)
         yield active
         failed = False
     finally:
@@ -55,7 +58,7 @@ def open_loggers(settings: ModelTaskSettings | EvaluateSettings) -> Iterator[lis
             wandb.finish(exit_code=int(failed))
 
 
-def _has_wandb_key() -> bool:
+def has_wandb_key() -> bool:
     """Looked up here, because wandb settles its mode for the whole process once it is asked."""
     try:
         hosts = netrc().hosts
