@@ -29,11 +29,10 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def class_prompts(instances: InstanceSet, settings: PriorSettings) -> list[str]:
-    """The prompts of the class pictures: those of the settings, else "a photo of a car" for each class."""
-    if settings.prompts:
-        return list(settings.prompts)
+    """The prompts of the class pictures: those of the settings, each once for every class of the instances."""
     names = dict.fromkeys(instances.class_names or [UNKNOWN_CLASS])
-    return [f"a photo of {'an' if name[0].lower() in 'aeiou' else 'a'} {name}" for name in names]
+    classes = [f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}" for name in names]
+    return list(dict.fromkeys(prompt.replace("{class}", each) for prompt in settings.prompts for each in classes))
 
 
 def class_pictures(

@@ -40,7 +40,8 @@ class PriorSettings:
 
     weight: float = 1.0  # of the loss on the class pictures; 0 leaves them out
     pictures: int = 100  # in all, shared out among the class prompts
-    prompts: list[str] | None = None  # None: "a photo of a {class name}" for each class of the instances
+    # {class} becomes "a car", "an apple": the class of each instance in turn
+    prompts: list[str] = field(default_factory=lambda: ["a photo of {class}"])
     folder: str | None = None  # pictures of one's own, used instead of pictures made by the base model
     cache: str | None = None  # where made pictures are kept; None: the user's cache folder
     steps: int = 50  # DDIM steps of a made picture

@@ -18,6 +18,9 @@ from mifo.miniature.scenes import SIZE
 EMPTY_PROMPTS = 0.1
 """Share of prompts that are emptied, for classifier-free guidance (Ho & Salimans, arXiv 2207.12598)."""
 
+TEXT_RATE = 0.3
+"""Learning rate of the text encoder as a share of the U-Net's."""
+
 SNR_CAP = 5.0
 """γ of min-SNR weighting (Hang et al., arXiv 2303.09556)."""
 
@@ -94,6 +97,14 @@ class DenoiserPretraining(Pretraining):
         half = {name: weight.bfloat16() for name, weight in self.network.named_parameters()}
         with torch.autocast("cuda", enabled=False):
             return torch.func.functional_call(self.network, half, (latents.bfloat16(), timesteps, ids))
+
+    def parameter_groups(self) -> list[dict]:
+        """The text encoder, which already reads, learns at a lower rate than the U-Net."""
+        rate = self.settings.learning_rate
+        return [
+            {"params": list(self.network.unet.parameters())},
+            {"params": list(self.network.text_encoder.parameters()), "lr": TEXT_RATE * rate},
+        ]
 
     def loss(self, generator: torch.Generator) -> dict[str, Tensor]:
         device, n = self.device, self.settings.batch_size

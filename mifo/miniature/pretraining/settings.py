@@ -23,13 +23,13 @@ class PretrainSettings:
     parts: list[str] = field(
         default_factory=lambda: ["autoencoder", "text_encoder", "denoiser", "clip", "vit", "segmenter"]
     )
-    scenes: int = 160_000
+    scenes: int = 100_000
     seed: int = 0
     minutes: float | None = None
     compile: bool = True
     autoencoder: PartSettings = field(default_factory=lambda: PartSettings(4000, 96, 6e-4))
-    text_encoder: PartSettings = field(default_factory=lambda: PartSettings(1500, 1024, 1e-3))
-    denoiser: PartSettings = field(default_factory=lambda: PartSettings(9000, 384, 5e-4, 500, 0.9995))
+    text_encoder: PartSettings = field(default_factory=lambda: PartSettings(400, 768, 1.2e-3, 40, 0.99))
+    denoiser: PartSettings = field(default_factory=lambda: PartSettings(3935, 384, 7e-4, 300))
     clip: PartSettings = field(default_factory=lambda: PartSettings(2500, 512, 6e-4))
     vit: PartSettings = field(default_factory=lambda: PartSettings(3000, 512, 6e-4))
     segmenter: PartSettings = field(default_factory=lambda: PartSettings(3000, 128, 2e-3))

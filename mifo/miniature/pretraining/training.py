@@ -53,13 +53,15 @@ class Pretraining(L.LightningModule):
     def on_train_batch_end(self, outputs, batch, batch_index: int) -> None:
         self.average.update_parameters(self.network)
 
-    def configure_optimizers(self):
+    def parameter_groups(self) -> list[dict]:
+        """Weights decay, biases and norms do not."""
         decayed = [p for p in self.network.parameters() if p.requires_grad and p.ndim > 1]
         plain = [p for p in self.network.parameters() if p.requires_grad and p.ndim <= 1]
+        return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+
+    def configure_optimizers(self):
         optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": 1e-2}, {"params": plain, "weight_decay": 0.0}],
-            lr=self.settings.learning_rate,
-            betas=(0.9, 0.99),
+            self.parameter_groups(), lr=self.settings.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2
         )
         warmup, steps = self.settings.warmup_steps, self.settings.steps
 
