@@ -29,7 +29,7 @@ def sweep(source, folder, *extra):
         *("performance.threads=1", f"hydra.sweep.dir={folder}"),
     ]
     done = subprocess.run([*command, *extra], cwd=folder.parent, capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == 1, done.stdout + done.stderr
     assert "failed" in done.stdout and "Value 'ten'" in done.stdout
     return [load_file(folder / job / "learned" / "tokens.safetensors")["rows"] for job in ("0", "2")]
 

@@ -48,7 +48,7 @@ def _dots(cells: Cells, columns: Sequence[str]) -> Figure:
         axes.set_title(name(metric), fontsize=9)
         axes.grid(axis="y", visible=False)
     if len(sets) > 1:
-        panels[-1].legend(fontsize=7, frameon=False)
+        _legend(figure, panels[-1])
     return figure
 
 
@@ -69,7 +69,7 @@ def _lines(cells: Cells, columns: Sequence[str]) -> Figure:
             )
         axes.set_xticks(range(len(sets)), sets)
         axes.set_title(name(metric), fontsize=9)
-    panels[-1].legend(fontsize=7, frameon=False)
+    _legend(figure, panels[-1])
     return figure
 
 
@@ -129,6 +129,11 @@ def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8, length=2)
     return figure, panels
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=7, frameon=False)
 
 
 def _errorbars(
