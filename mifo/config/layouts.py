@@ -13,9 +13,9 @@ from mifo.shapes.boxes import check_boxes
 class LayoutSettings:
     """A prompt, its boxes, and the endings that make several prompts of it.
 
-    `{instances}` in the prompt stands for "<asset0> and <asset1> and …", as in learning, and `{ending}` for each
-    ending in turn. A box [x0, y0, x1, y1] has edges in [0, 1], x from the left and y from the top; its key is an
-    instance token (`<asset0>`, or `asset0` on the command line) or words of the prompt.
+    `{instances}` in the prompt stands for "<asset0> and <asset1> and …", as in learning, and `{ending}`
+    for each ending in turn. A box [x0, y0, x1, y1] has edges in [0, 1], x from the left and y from the top;
+    its key is an instance token (`<asset0>`, or `asset0` on the command line) or words of the prompt.
     """
 
     prompt: str = "a photo of {instances} {ending}"

@@ -29,10 +29,11 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def class_prompts(instances: InstanceSet, settings: PriorSettings) -> list[str]:
-    """The prompts of the class pictures: those of the settings, each once for every class of the instances."""
+    """The prompts of the class pictures: those of the settings, once for every class of the instances."""
     names = dict.fromkeys(instances.class_names or [UNKNOWN_CLASS])
     classes = [f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}" for name in names]
-    return list(dict.fromkeys(prompt.replace("{class}", each) for prompt in settings.prompts for each in classes))
+    told = (prompt.replace("{class}", each) for prompt in settings.prompts for each in classes)
+    return list(dict.fromkeys(told))
 
 
 def class_pictures(
