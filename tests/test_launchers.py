@@ -1,5 +1,6 @@
 """A small sweep by each launcher, for real: what the jobs make is what a serial sweep makes."""
 
+import os
 import subprocess
 import sys
 
@@ -21,6 +22,10 @@ def source(tmp_path_factory):
     return tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
+# The summary's table wraps at the terminal's width.
+WIDE = {**os.environ, "COLUMNS": "200"}
+
+
 def sweep(source, folder, *extra):
     """Two good jobs and a bad one; returns what each good job learned."""
     command = [
@@ -28,7 +33,9 @@ def sweep(source, folder, *extra):
         *("callbacks=none", "model=local", f"model.source={source}", "learning.semantic.steps=1,ten,2"),
         *("performance.threads=1", f"hydra.sweep.dir={folder}"),
     ]
-    done = subprocess.run([*command, *extra], cwd=folder.parent, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, *extra], cwd=folder.parent, env=WIDE, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "failed" in done.stdout and "Value 'ten'" in done.stdout
     return [load_file(folder / job / "learned" / "tokens.safetensors")["rows"] for job in ("0", "2")]
