@@ -21,6 +21,7 @@ from mifo.learning.settings import PriorSettings
 from mifo.models.images import decode_latents
 from mifo.models.loading import DiffusionModel
 from mifo.models.text import encode_prompts
+from mifo.prompts.articles import article
 from mifo.synthesis.sampler import synthesize
 from mifo.synthesis.settings import SynthesisSettings
 
@@ -31,7 +32,7 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 def class_prompts(instances: InstanceSet, settings: PriorSettings) -> list[str]:
     """The prompts of the class pictures: those of the settings, once for every class of the instances."""
     names = dict.fromkeys(instances.class_names or [UNKNOWN_CLASS])
-    classes = [f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}" for name in names]
+    classes = [f"{article(name)} {name}" for name in names]
     told = (prompt.replace("{class}", each) for prompt in settings.prompts for each in classes)
     return list(dict.fromkeys(told))
 

@@ -25,8 +25,8 @@ from mifo.miniature.vocabulary import (
     PATTERNS,
     PROMPT_START,
     THINGS,
-    article,
 )
+from mifo.prompts.articles import article
 
 SIZE = 128
 """Side of a scene in pixels."""

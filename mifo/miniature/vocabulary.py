@@ -47,11 +47,6 @@ BACKGROUNDS = ENDINGS
 PROMPT_START = "a photo of"
 
 
-def article(word: str) -> str:
-    """The indefinite article in front of ``word``."""
-    return "an" if word[0] in "aeiou" else "a"
-
-
 def words() -> list[str]:
     """Every word that a caption or an ordinary prompt may hold, in a fixed order."""
     text = " ".join(

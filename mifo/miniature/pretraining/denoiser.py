@@ -80,8 +80,8 @@ class DenoiserPretraining(Pretraining):
         super().__init__(Painter(text_encoder, build_unet()), settings.denoiser, settings.seed)
         self.corpus = corpus
         self.latents = latents
-        self.empty = empty
-        self.alphas = build_scheduler().alphas_cumprod
+        self.register_buffer("empty", empty, persistent=False)
+        self.register_buffer("alphas", build_scheduler().alphas_cumprod, persistent=False)
         self.network.unet.to(memory_format=torch.channels_last)
         if settings.compile:
             # Block by block: the same speed as the whole network, in a third of the compilation time.
@@ -112,11 +112,11 @@ class DenoiserPretraining(Pretraining):
         variant = torch.randint(self.corpus.captions.shape[1], (n,), generator=generator, device=device)
         ids = self.corpus.captions[rows, variant]
         dropped = torch.rand(n, 1, generator=generator, device=device) < EMPTY_PROMPTS
-        ids = torch.where(dropped, self.empty.to(device), ids)
+        ids = torch.where(dropped, self.empty, ids)
         clean = self.latents[rows].float()
         noise = torch.randn(clean.shape, generator=generator, device=device)
         timesteps = torch.randint(1000, (n,), generator=generator, device=device)
-        alpha = self.alphas.to(device)[timesteps].view(-1, 1, 1, 1)
+        alpha = self.alphas[timesteps].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         predicted = self.predict(noisy.contiguous(memory_format=torch.channels_last), timesteps, ids)
         squared = (predicted.float() - noise).pow(2).mean((1, 2, 3))

@@ -68,9 +68,9 @@ class TextEncoderPretraining(Pretraining):
         super().__init__(Reader(tokenizer), settings.text_encoder, settings.seed)
         self.corpus = corpus
         self.eos = tokenizer.eos_token_id
-        self.things = _ids(tokenizer, THINGS)
-        self.colours = _ids(tokenizer, COLOURS)
-        self.patterns = _ids(tokenizer, PATTERNS)
+        self.register_buffer("things", _ids(tokenizer, THINGS), persistent=False)
+        self.register_buffer("colours", _ids(tokenizer, COLOURS), persistent=False)
+        self.register_buffer("patterns", _ids(tokenizer, PATTERNS), persistent=False)
         # One word tells each background: its last noun ("fabric", "beach", …) or, for the endings that share
         # their last word, the noun that differs.
         telling = [
@@ -85,7 +85,7 @@ class TextEncoderPretraining(Pretraining):
             "eiffel",
             "water",
         ]
-        self.endings = _ids(tokenizer, telling)
+        self.register_buffer("endings", _ids(tokenizer, telling), persistent=False)
 
     def loss(self, generator: torch.Generator) -> dict[str, Tensor]:
         device = self.device
@@ -95,12 +95,12 @@ class TextEncoderPretraining(Pretraining):
         variant = torch.randint(self.corpus.captions.shape[1], rows.shape, generator=generator, device=device)
         ids = self.corpus.captions[rows, variant]
         hidden = self.network.text_encoder(ids).last_hidden_state
-        thing = _which(ids, self.things.to(device))
+        thing = _which(ids, self.things)
         row, position = torch.nonzero(thing < len(THINGS), as_tuple=True)
         before, earlier = ids[row, position - 1], ids[row, position - 2]
-        pattern = _which(before, self.patterns.to(device))
+        pattern = _which(before, self.patterns)
         named = pattern < len(PATTERNS)
-        colour = _which(torch.where(named, earlier, before), self.colours.to(device))
+        colour = _which(torch.where(named, earlier, before), self.colours)
         at_thing = hidden[row, position]
         binding = F.cross_entropy(self.network.colour(at_thing), colour)
         binding = binding + F.cross_entropy(self.network.pattern(at_thing), pattern)
@@ -108,7 +108,7 @@ class TextEncoderPretraining(Pretraining):
         end = hidden[torch.arange(len(ids), device=device), (ids == self.eos).int().argmax(1)]
         present = torch.zeros(len(ids), len(THINGS), device=device)
         present[row, thing[row, position]] = 1.0
-        ending = _which(ids, self.endings.to(device)).amin(1)
+        ending = _which(ids, self.endings).amin(1)
         summary = F.binary_cross_entropy_with_logits(self.network.thing(end), present)
         summary = summary + F.cross_entropy(self.network.background(end), ending)
         return {"loss": binding + summary, "binding": binding, "summary": summary}
