@@ -1,6 +1,7 @@
 """Every part of the pretraining steps, continues from its checkpoint and is exported as it will be used."""
 
 import json
+from dataclasses import replace
 
 import open_clip
 import pytest
@@ -133,3 +134,16 @@ def test_the_corpus_holds_each_scene_with_its_words(tmp_path):
     for row in range(16):
         named = set(tokenizer.decode(corpus.captions[row, 0], skip_special_tokens=True).split())
         assert {THINGS[i] for i in corpus.thing[row, : corpus.count[row]].tolist()} <= named
+
+
+def test_finished_parts_are_taken_over_from_another_run(tmp_path):
+    run, work = tmp_path / "run", tmp_path / "work"
+    with pytest.raises(MifoError, match=r"pretraining\.after"):
+        pretrain(replace(tiny([], 1), after=str(run)), work, tmp_path / "weights", logger=False)
+    (run / "checkpoints").mkdir(parents=True)
+    pretrain(tiny(["segmenter"], 1), run / "checkpoints", tmp_path / "first", logger=False)
+    pretrain(replace(tiny([], 1), after=str(run)), work, tmp_path / "weights", logger=False)
+    taken, made = (
+        load_segmenter(tmp_path / name / "segmenter").state_dict() for name in ("weights", "first")
+    )
+    assert all(torch.equal(taken[name], made[name]) for name in made)

@@ -5,7 +5,6 @@ Every figure comes with its 95 % interval: the normal approximation for means, W
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 from torchvision.ops import box_iou
 from transformers import AutoTokenizer, ViTModel
 
-from mifo.miniature.pretraining.clip import normalise
+from mifo.miniature.pretraining.clip import PAIRS, normalise
 from mifo.miniature.pretraining.corpus import crop, crowd, draw_corpus, draw_views, jitter, tokenise
 from mifo.miniature.pretraining.segmenter import Segmenter, class_maps
 from mifo.miniature.scenes import SceneBatch, caption, describe, draw, mask_boxes, sample_scenes
@@ -96,6 +95,12 @@ class Judge:
         scores = torch.einsum("nd,nbd->nb", features, texts.view(len(THINGS), len(BACKGROUNDS), -1)[thing])
         return scores.argmax(1)
 
+    def which_pair(self, features: Tensor) -> Tensor:
+        """The best two different things for each picture, as indices (n, 2)."""
+        texts = self.texts([caption([THINGS[a], THINGS[b]], None) for a, b in PAIRS])
+        best = (features @ texts.T).argmax(1)
+        return torch.tensor(PAIRS, device=features.device)[best]
+
 
 @torch.no_grad()
 def evaluators(weights: Path, device: torch.device, scenes: int = 4096, per_category: int = 100) -> dict:
@@ -112,7 +117,12 @@ def evaluators(weights: Path, device: torch.device, scenes: int = 4096, per_cate
         "clip colour": share(judge.which_colour(features, thing) == corpus.colour[single, 0]),
         "clip background": share(judge.which_background(whole, thing) == corpus.background[single]),
         "clip thing, whole picture": share(judge.which_thing(whole) == thing),
+        "clip colour, whole picture": share(judge.which_colour(whole, thing) == corpus.colour[single, 0]),
     }
+    double = torch.nonzero((corpus.count == 2) & (corpus.thing[:, 0] != corpus.thing[:, 1])).squeeze(1)
+    pairs = judge.which_pair(judge.pictures(corpus.images[double])).sort(1).values
+    both = corpus.thing[double, :2].sort(1).values
+    out["clip both things, whole picture"] = share((pairs == both).all(1))
     vit = (
         ViTModel.from_pretrained(weights / "vit", add_pooling_layer=False, dtype=torch.float32)
         .to(device)
@@ -201,15 +211,10 @@ def text_to_image(
         "one thing: colour": share(judge.which_colour(features, thing) == colour),
         "one thing: background": share(judge.which_background(features, thing) == place),
     }
-    pairs = list(itertools.combinations(range(len(THINGS)), 2))
-    chosen = [pairs[int(i)] for i in torch.randint(len(pairs), (pictures // 2,), generator=generator)]
+    chosen = [PAIRS[int(i)] for i in torch.randint(len(PAIRS), (pictures // 2,), generator=generator)]
     prompts = [caption([THINGS[a], THINGS[b]], None) for a, b in chosen]
-    features = judge.pictures(generate(pipeline, prompts, HELD_OUT_SEED + 7, steps, scale))
-    texts = judge.texts([caption([THINGS[a], THINGS[b]], None) for a, b in pairs])
-    best = (features @ texts.T).argmax(1).tolist()
-    out["two things: both present"] = share(
-        torch.tensor([pairs[i] == c for i, c in zip(best, chosen, strict=True)])
-    )
+    found = judge.which_pair(judge.pictures(generate(pipeline, prompts, HELD_OUT_SEED + 7, steps, scale)))
+    out["two things: both present"] = share((found.cpu() == torch.tensor(chosen)).all(1))
     return out
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from mifo.config.jobs import claim_folder
 from mifo.config.schema import PretrainTaskSettings
+from mifo.miniature.pretraining.run import CHECKPOINTS
 from mifo.miniature.pretraining.run import pretrain as make_weights
 from mifo.tasks.setup import open_loggers, prepare
 
@@ -14,7 +15,7 @@ def pretrain(settings: PretrainTaskSettings) -> Path:
     folder = claim_folder(settings)
     weights = folder / "weights"
     with open_loggers(settings) as loggers:
-        finished = make_weights(settings.pretraining, folder / "checkpoints", weights, loggers)
+        finished = make_weights(settings.pretraining, folder / CHECKPOINTS, weights, loggers)
     for part, done in finished.items():
         print(f"{part}: {'finished' if done else 'stopped early; go on with resume=' + str(folder)}")
     print(f"weights: {weights}")

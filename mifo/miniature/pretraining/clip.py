@@ -1,11 +1,13 @@
 """The miniature's CLIP, the judge of words: an open_clip model trained on scenes, crops and captions.
 
 It shares no weight with the generator. Besides the contrastive loss over captions it is asked, in every
-batch, the very questions it will judge by: which thing, which colour, which background.
+batch, the very questions it will judge by: which thing and which colour, of crops and of whole pictures,
+which background, and which two things.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -25,6 +27,9 @@ from mifo.miniature.vocabulary import BACKGROUNDS, COLOURS, PATTERNS, THINGS
 
 MEAN = (0.5, 0.5, 0.5)
 STD = (0.5, 0.5, 0.5)
+
+PAIRS = tuple(itertools.combinations(range(len(THINGS)), 2))
+"""Every two different things, as indices into THINGS."""
 
 
 def model_config(tokenizer) -> dict:
@@ -58,7 +63,12 @@ class ClipPretraining(Pretraining):
                 tokenizer, [caption([describe(t, c, None)], None) for t in THINGS for c in COLOURS]
             ),
             "background": tokenise(tokenizer, [caption([t], b) for b in BACKGROUNDS for t in THINGS]),
+            "pair": tokenise(tokenizer, [caption([THINGS[a], THINGS[b]], None) for a, b in PAIRS]),
         }
+        pair_of = torch.full((len(THINGS), len(THINGS)), -1)
+        for number, (a, b) in enumerate(PAIRS):
+            pair_of[a, b] = pair_of[b, a] = number
+        self.register_buffer("pair_of", pair_of, persistent=False)
         # Caption of each crop's words, by (thing, colour, pattern).
         self.crop_captions = tokenise(
             tokenizer, [caption([describe(t, c, p)], None) for t in THINGS for c in COLOURS for p in PATTERNS]
@@ -91,27 +101,33 @@ class ClipPretraining(Pretraining):
         same = (ids.unsqueeze(1) == ids.unsqueeze(0)).all(-1).float()
         target = same / same.sum(1, keepdim=True)
         contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        by_thing = scale * seen[whole:] @ self.encode_text(self.questions["thing"]).T
-        by_colour = scale * seen[whole:] @ self.encode_text(self.questions["colour"]).T
-        by_colour = by_colour.view(len(near), len(THINGS), len(COLOURS))[
-            torch.arange(len(near), device=device), thing
-        ]
+        # Whole pictures of one thing are asked the questions of crops too; others have no single answer.
+        count, things, colours = (part[rows[:whole]] for part in (corpus.count, corpus.thing, corpus.colour))
+        lonely = count == 1
+        asked = torch.cat([lonely, torch.ones_like(thing, dtype=torch.bool)])
+        thing, colour = torch.cat([things[:, 0], thing]), torch.cat([colours[:, 0], colour])
+        every = torch.arange(n, device=device)
+        by_thing = scale * seen @ self.encode_text(self.questions["thing"]).T
+        by_colour = scale * seen @ self.encode_text(self.questions["colour"]).T
+        by_colour = by_colour.view(n, len(THINGS), len(COLOURS))[every, thing]
         by_place = scale * seen[:whole] @ self.encode_text(self.questions["background"]).T
         by_place = by_place.view(whole, len(BACKGROUNDS), len(THINGS))
         # The thing of the question is one that stands in the scene, so that only the background can tell.
-        first = corpus.thing[rows[:whole], 0]
-        by_place = by_place[torch.arange(whole, device=device), :, first]
-        thing_loss = F.cross_entropy(by_thing, thing)
-        colour_loss = F.cross_entropy(by_colour, colour)
-        place_loss = F.cross_entropy(by_place, corpus.background[rows[:whole]])
-        loss = contrast + 0.5 * (thing_loss + colour_loss + place_loss)
-        return {
-            "loss": loss,
-            "contrast": contrast,
-            "thing": thing_loss,
-            "colour": colour_loss,
-            "place": place_loss,
+        by_place = by_place[every[:whole], :, things[:, 0]]
+        by_pair = scale * seen[:whole] @ self.encode_text(self.questions["pair"]).T
+        pair = torch.where(count == 2, self.pair_of[things[:, 0], things[:, 1]], -1)
+        questions = {
+            "thing": _mean(F.cross_entropy(by_thing, thing, reduction="none"), asked),
+            "colour": _mean(F.cross_entropy(by_colour, colour, reduction="none"), asked),
+            "place": F.cross_entropy(by_place, corpus.background[rows[:whole]]),
+            "pair": _mean(F.cross_entropy(by_pair, pair.clamp(min=0), reduction="none"), pair >= 0),
         }
+        return {"loss": contrast + 0.5 * sum(questions.values()), "contrast": contrast, **questions}
+
+
+def _mean(values: Tensor, counted: Tensor) -> Tensor:
+    """The mean of the entries that count; 0 where none does."""
+    return (values * counted).sum() / counted.sum().clamp(min=1)
 
 
 def save_clip(model: open_clip.CLIP, tokenizer_folder: Path, folder: Path, tokenizer) -> None:

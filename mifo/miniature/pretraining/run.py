@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -24,6 +25,9 @@ from mifo.miniature.tokenizer import build_tokenizer
 
 PARTS = ("autoencoder", "text_encoder", "denoiser", "clip", "vit", "segmenter")
 
+CHECKPOINTS = "checkpoints"
+"""Folder in a run's own folder of what training goes on from, and of each part's averaged weights."""
+
 SHARD = "12MB"
 """Largest file of a saved model, so that the weights travel in small pieces."""
 
@@ -38,7 +42,9 @@ def pretrain(settings: PretrainSettings, work: Path, weights: Path, logger=True)
     """
     unknown = [part for part in settings.parts if part not in PARTS]
     if unknown:
-        raise MifoError(f"pretrain.parts: '{unknown[0]}' is no part; choose from {', '.join(PARTS)}.")
+        raise MifoError(f"pretraining.parts: '{unknown[0]}' is no part; choose from {', '.join(PARTS)}.")
+    if settings.after:
+        _take_over(Path(settings.after), work)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     tokenizer = build_tokenizer(work / "tokenizer")
@@ -75,11 +81,26 @@ def pretrain(settings: PretrainSettings, work: Path, weights: Path, logger=True)
     return finished
 
 
+def _take_over(run: Path, work: Path) -> None:
+    """Copy the finished parts of another run to `work`, which keeps what it has."""
+    finished = sorted((run / CHECKPOINTS).glob("*.pt"))
+    if not finished:
+        raise MifoError(
+            f"pretraining.after={run}: no finished part lies in {run / CHECKPOINTS}; name a run's folder."
+        )
+    work.mkdir(parents=True, exist_ok=True)
+    for file in finished:
+        if not (work / file.name).exists():
+            shutil.copy2(file, work)
+
+
 def _made(work: Path, part: str, build):
     """The averaged weights of a part that has been trained."""
     file = work / f"{part}.pt"
     if not file.exists():
-        raise MifoError(f"pretrain.parts: the denoiser needs '{part}' first; add it to pretrain.parts.")
+        raise MifoError(
+            f"pretraining.parts: the denoiser needs '{part}' first; add it, or name the run that made it as pretraining.after."
+        )
     model = build()
     model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     return model.eval()
