@@ -17,7 +17,7 @@ from mifo.tasks.benchmark import benchmark
 CPU = torch.device("cpu")
 
 
-def settings(folder, *rows):
+def settings(folder, *rows, profile="default"):
     return settings_of(
         compose(
             "benchmark",
@@ -25,7 +25,7 @@ def settings(folder, *rows):
                 f"paths.output={folder}",
                 *("device=cpu", "benchmark.shapes=miniature", f"benchmark.rows=[{','.join(rows)}]"),
                 *("benchmark.steps=2", "benchmark.warmup=1", "benchmark.repeats=1", "benchmark.instances=2"),
-                "learning.prior.pictures=1",
+                *("learning.prior.pictures=1", f"performance={profile}"),
             ],
         )
     )
@@ -63,6 +63,32 @@ def test_the_table_keeps_the_newest_of_each_row(tmp_path):
     table = write_table(tmp_path).read_text()
     assert "| a | default | 1.00 s |" in table and "| b | default | 20.0 ms |" in table
     assert "| b | default | 1.00 s |" not in table
+
+
+def test_the_largest_peak_of_low_vram_stands_against_its_mark(tmp_path):
+    taken = Circumstances("GPU", "low_vram", "sd21", "2026-11-01", "c0ffee", {"torch": "2"})
+    peaks = {"stage1_step": 4.0, "stage2_step": 7.5, "picture": 5.0, "three_pictures": 9.0}
+    write_record(tmp_path / "a.json", taken, {row: measured([1.0], peak) for row, peak in peaks.items()})
+    table = write_table(tmp_path).read_text()
+    assert "largest peak of low_vram: 7.5 GiB, mark 8 GiB" in table
+    assert table.count("| 8 GiB |") == 3
+
+
+def test_fine_tuning_with_8_bit_states_checkpoints_and_captures_nothing(tmp_path, monkeypatch):
+    seen = []
+
+    def learn(model, instances, learning, *args, performance, callbacks, **options):
+        stage = learning.finetuning
+        seen.append((model.dtype, stage.learn, stage.optimizer, performance.gradient_checkpointing))
+        assert not performance.cuda_graphs
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr("mifo.benchmark.rows.learn", learn)
+    for profile in ("max_speed", "low_vram"):
+        bench = settings(tmp_path / profile, "stage2_8bit", profile=profile)
+        with pytest.raises(MifoError, match="no row could be measured"):
+            benchmark(bench)
+    assert seen == [(torch.float32, "full", "adamw_8bit", True)] * 2
 
 
 def test_median_spread_and_operations():

@@ -126,8 +126,18 @@ def test_same_seed_repeats_and_another_seed_differs(source, instances, settings,
     assert [entry[2] for entry in runs[0]] == pytest.approx(GOLDEN, rel=1e-3)
 
 
-@pytest.mark.parametrize("kill", [("semantic", 3), ("finetuning", 1), ("finetuning", 3)])
-def test_a_killed_run_goes_on_to_the_same_result(source, instances, settings, tmp_path, kill):
+@pytest.mark.parametrize(
+    ("kill", "optimizer"),
+    [
+        (("semantic", 3), "adamw"),
+        (("finetuning", 1), "adamw"),
+        (("finetuning", 3), "adamw"),
+        (("finetuning", 3), "adamw_8bit"),
+    ],
+)
+def test_a_killed_run_goes_on_to_the_same_result(source, instances, settings, tmp_path, kill, optimizer):
+    settings.finetuning.optimizer = optimizer
+
     def run(folder, watch):
         model = load_model(ModelSettings("tiny", source))
         options = {"seed": 1, "trainer": TRAINER, "callbacks": [watch]}

@@ -22,6 +22,7 @@ from mifo.models.images import decode_latents
 from mifo.models.loading import load_model
 from mifo.models.settings import ModelSettings
 from mifo.penalty.settings import PenaltySettings
+from mifo.performance.adamw_8bit import AdamW8bit, _levels
 from mifo.performance.graphs import GraphedFunction
 from mifo.performance.profile import available, check_performance, ready_for_synthesis
 from mifo.performance.settings import PerformanceSettings
@@ -209,6 +210,70 @@ def test_every_profile_serves_every_task(task, name):
     assert (settings.model.dtype == "bfloat16") == (name == "low_vram")
     if task != "synthesize":
         assert (settings.learning.finetuning.learn == "lora") == (name == "low_vram")
+
+
+def regressed(optimizer_class, steps=120):
+    """Losses of a small network under an optimiser, and the optimiser."""
+    torch.manual_seed(0)
+    x, network = torch.randn(256, 64), nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+    y = x @ torch.randn(64, 64)
+    optimizer = optimizer_class(network.parameters(), lr=3e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=1e-2)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = (network(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, optimizer
+
+
+def test_8_bit_states_learn_as_32_bit_states_do():
+    exact, _ = regressed(torch.optim.AdamW)
+    losses, optimizer = regressed(AdamW8bit)
+    assert losses == pytest.approx(exact, rel=0.05) and losses[-1] < 0.2 * losses[0]
+    assert losses[:2] == pytest.approx(exact[:2], rel=1e-6) and losses != exact
+    # two moments of one byte each and a scale of four bytes for 256 numbers
+    for parameter, state in optimizer.state.items():
+        kept = sum(each.nbytes for each in state.values() if isinstance(each, torch.Tensor))
+        number = parameter.numel()
+        assert kept == (8 * number if number < 4096 else 2 * (number + 4 * number // 256))
+
+
+def test_8_bit_states_round_to_a_small_part_of_their_block():
+    weight = nn.Parameter(torch.zeros(64, 256))
+    optimizer = AdamW8bit([weight], lr=0.0, betas=(0.0, 0.0), eps=1e-8, weight_decay=0.0)
+    # from a block's largest number down to a hundredth of it
+    weight.grad = torch.logspace(0, -2, 256).repeat(64, 1) * torch.randn(64, 1)
+    optimizer.step()
+    state = optimizer.state[weight]
+    for name, moment in (("exp_avg", weight.grad), ("exp_avg_sq", weight.grad.square())):
+        levels = _levels(name, torch.device("cpu"))[0]
+        read = levels[state[name].long()] * state[f"{name}_scale"]
+        assert len(levels.unique()) == 256 and levels.max() == 1
+        distances = (levels - (moment / state[f"{name}_scale"])[..., None]).abs()
+        torch.testing.assert_close((read - moment).abs() / state[f"{name}_scale"], distances.amin(-1))
+        assert ((read - moment).abs() <= 0.13 * moment.abs()).float().mean() > 0.97
+
+
+def test_8_bit_states_go_on_from_a_checkpoint(tmp_path):
+    def step(parameter, optimizer):
+        parameter.grad = parameter.detach().cos()
+        optimizer.step()
+
+    options = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
+    weight = nn.Parameter(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
+    optimizer = AdamW8bit([weight], **options)
+    for _ in range(3):
+        step(weight, optimizer)
+    torch.save(optimizer.state_dict(), tmp_path / "states.pt")
+    again = nn.Parameter(weight.detach().clone())
+    resumed = AdamW8bit([again], **options)
+    resumed.load_state_dict(torch.load(tmp_path / "states.pt", weights_only=True))
+    assert resumed.state[again]["exp_avg"].dtype == torch.uint8
+    for parameter, each in ((weight, optimizer), (again, resumed)):
+        step(parameter, each)
+    assert torch.equal(weight, again)
 
 
 def test_low_vram_learns(losses):

@@ -182,6 +182,14 @@ def stage2_step(bench: Bench) -> Measurement:
     return _step(bench, 2)
 
 
+def stage2_8bit(bench: Bench) -> Measurement:
+    """One step of fine-tuning all weights with 8-bit states, activations computed twice, without graphs."""
+    finetuning = replace(bench.learning.finetuning, learn="full", optimizer="adamw_8bit")
+    performance = replace(bench.performance, gradient_checkpointing=True, cuda_graphs=False)
+    learning = replace(bench.learning, finetuning=finetuning)
+    return _step(replace(bench, dtype="float32", learning=learning, performance=performance), 2)
+
+
 def both_stages(bench: Bench) -> Measurement:
     """Both stages from first to last, with the encoding of pictures, without loading and saving."""
     steps = (600, 400) if bench.settings.shapes == "sd21" else MINIATURE_STEPS
@@ -285,6 +293,7 @@ ROWS: dict[str, Callable[[Bench], Measurement]] = {
         matrix_product,
         stage1_step,
         stage2_step,
+        stage2_8bit,
         both_stages,
         picture,
         three_pictures,

@@ -1,10 +1,10 @@
 """The two stages of learning as LightningModules: what learns, with which optimiser, on which loss."""
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import lightning
@@ -29,8 +29,6 @@ from mifo.performance.graphs import GraphedFunction
 
 OPTIMIZERS = ("adamw", "adamw_8bit")
 SCHEDULES = tuple(schedule.value for schedule in SchedulerType)
-
-log = logging.getLogger(__name__)
 
 
 class LearningStage(lightning.LightningModule):
@@ -238,14 +236,11 @@ def _with_rounded_frozen_weights(unet: nn.Module) -> Callable[..., Any]:
 
 
 def _optimizer_class(name: str, device: torch.device) -> type[torch.optim.Optimizer]:
-    """AdamW; with 8-bit states where bitsandbytes and a GPU are at hand, else the same with 32-bit states."""
-    if name == "adamw_8bit" and device.type == "cuda":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError:
-            log.info(
-                "bitsandbytes is not installed: AdamW keeps 32-bit states (more memory, the same method)."
-            )
-        else:
-            return AdamW8bit
-    return torch.optim.AdamW
+    """AdamW, with 8-bit states that of bitsandbytes where it and a GPU are at hand, else our own."""
+    if name == "adamw":
+        return torch.optim.AdamW
+    if device.type == "cuda" and find_spec("bitsandbytes"):
+        from bitsandbytes.optim import AdamW8bit
+    else:
+        from mifo.performance.adamw_8bit import AdamW8bit
+    return AdamW8bit
