@@ -109,7 +109,7 @@ def test_class_maps_agree_with_the_drawings():
 def test_parts_are_refused_by_name(tmp_path):
     with pytest.raises(MifoError, match="'unet' is no part"):
         pretrain(tiny(["unet"], 1), tmp_path, tmp_path)
-    with pytest.raises(MifoError, match="needs 'autoencoder' first"):
+    with pytest.raises(MifoError, match="'autoencoder' must be made first"):
         pretrain(tiny(["denoiser"], 1), tmp_path / "work", tmp_path / "weights", logger=False)
 
 
@@ -147,3 +147,9 @@ def test_finished_parts_are_taken_over_from_another_run(tmp_path):
         load_segmenter(tmp_path / name / "segmenter").state_dict() for name in ("weights", "first")
     )
     assert all(torch.equal(taken[name], made[name]) for name in made)
+
+
+def test_the_decoder_learns_and_the_latents_stay(made):
+    before, after = (made[2][part] for part in ("autoencoder", "decoder"))
+    moved = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
+    assert moved and moved <= {"decoder", "post_quant_conv"}

@@ -15,6 +15,9 @@ from mifo.miniature.scenes import SIZE
 KL_WEIGHT = 1e-5
 """Weight of the KL term per latent element: it only keeps the latents near unit size."""
 
+ABSOLUTE_WEIGHT = 0.02
+"""Weight of the absolute error beside the squared one, for crisp edges."""
+
 
 def build_autoencoder() -> AutoencoderKL:
     return AutoencoderKL(
@@ -52,9 +55,38 @@ class AutoencoderPretraining(Pretraining):
         noise = torch.randn(n, 4, SIZE // 4, SIZE // 4, generator=generator, device=self.device)
         decoded, kl = self.run(images, noise)
         squared = F.mse_loss(decoded, images)
-        loss = squared + 0.02 * F.l1_loss(decoded, images) + KL_WEIGHT * kl
+        loss = squared + ABSOLUTE_WEIGHT * F.l1_loss(decoded, images) + KL_WEIGHT * kl
         # Pixels lie in [-1, 1], so the peak is 2.
         return {"loss": loss, "psnr": 10 * torch.log10(4 / squared), "kl": kl}
+
+
+class DecoderPretraining(Pretraining):
+    """The finished autoencoder's decoder alone, on the latents as they are used: means, without noise.
+
+    The encoder stays, and with it the latents, so that the denoiser can be trained at the same time.
+    """
+
+    def __init__(self, corpus: Corpus, autoencoder: AutoencoderKL, settings: PretrainSettings) -> None:
+        autoencoder.encoder.requires_grad_(False)
+        autoencoder.quant_conv.requires_grad_(False)
+        super().__init__(autoencoder, settings.decoder, settings.seed)
+        self.corpus = corpus
+        self.run = torch.compile(self.decode) if settings.compile else self.decode
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.network.decode(latents).sample.float()
+
+    def loss(self, generator: torch.Generator) -> dict[str, Tensor]:
+        n = self.settings.batch_size
+        rows = torch.randint(len(self.corpus), (n,), generator=generator, device=self.device)
+        images = self.corpus.images[rows].float() / 127.5 - 1
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            latents = self.network.encode(images).latent_dist.mean
+        decoded = self.run(latents)
+        squared = F.mse_loss(decoded, images)
+        loss = squared + ABSOLUTE_WEIGHT * F.l1_loss(decoded, images)
+        return {"loss": loss, "psnr": 10 * torch.log10(4 / squared)}
 
 
 @torch.no_grad()

@@ -11,7 +11,12 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from transformers import CLIPTextModel, ViTImageProcessor
 
 from mifo.errors import MifoError
-from mifo.miniature.pretraining.autoencoder import AutoencoderPretraining, build_autoencoder, encode_corpus
+from mifo.miniature.pretraining.autoencoder import (
+    AutoencoderPretraining,
+    DecoderPretraining,
+    build_autoencoder,
+    encode_corpus,
+)
 from mifo.miniature.pretraining.clip import MEAN, STD, ClipPretraining, save_clip
 from mifo.miniature.pretraining.corpus import draw_corpus
 from mifo.miniature.pretraining.denoiser import DenoiserPretraining, build_scheduler, build_unet
@@ -23,7 +28,7 @@ from mifo.miniature.pretraining.vit import VitPretraining, build_vit
 from mifo.miniature.scenes import SIZE
 from mifo.miniature.tokenizer import build_tokenizer
 
-PARTS = ("autoencoder", "text_encoder", "denoiser", "clip", "vit", "segmenter")
+PARTS = ("autoencoder", "decoder", "text_encoder", "denoiser", "clip", "vit", "segmenter")
 
 CHECKPOINTS = "checkpoints"
 """Folder in a run's own folder of what training goes on from, and of each part's averaged weights."""
@@ -56,6 +61,8 @@ def pretrain(settings: PretrainSettings, work: Path, weights: Path, logger=True)
         began = time.perf_counter()
         if part == "autoencoder":
             module: Pretraining = AutoencoderPretraining(corpus, settings)
+        elif part == "decoder":
+            module = DecoderPretraining(corpus, _made(work, "autoencoder", build_autoencoder), settings)
         elif part == "text_encoder":
             module = TextEncoderPretraining(corpus, tokenizer, settings)
         elif part == "clip":
@@ -99,7 +106,8 @@ def _made(work: Path, part: str, build):
     file = work / f"{part}.pt"
     if not file.exists():
         raise MifoError(
-            f"pretraining.parts: the denoiser needs '{part}' first; add it, or name the run that made it as pretraining.after."
+            f"pretraining.parts: '{part}' must be made first; "
+            "add it, or name the run that made it as pretraining.after."
         )
     model = build()
     model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
@@ -117,7 +125,8 @@ def export(work: Path, weights: Path, tokenizer) -> None:
         text: CLIPTextModel = build_text_encoder(tokenizer)
         prefix = "text_encoder."
         text.load_state_dict({k.removeprefix(prefix): v for k, v in painter.items() if k.startswith(prefix)})
-        vae: AutoencoderKL = _made(work, "autoencoder", build_autoencoder)
+        decoded = "decoder" if (work / "decoder.pt").exists() else "autoencoder"
+        vae: AutoencoderKL = _made(work, decoded, build_autoencoder)
         vae.register_to_config(scaling_factor=torch.load(work / "scaling_factor.pt", weights_only=True))
         pipeline = StableDiffusionPipeline(
             vae=vae,

@@ -18,21 +18,31 @@ class PartSettings:
 
 @dataclass
 class PretrainSettings:
-    """The scenes and the six parts; those in ``parts`` are made in order, each from its checkpoint on.
+    """The scenes and the seven parts; those in ``parts`` are made in order, each from its checkpoint on.
 
     ``after`` is the folder of an earlier run whose finished parts are taken over: parts can be made in runs
-    of their own, on several GPUs at once. Only the denoiser needs others, autoencoder and text encoder.
+    of their own, on several GPUs at once. The decoder needs the autoencoder, the denoiser the text encoder
+    too.
     """
 
     parts: list[str] = field(
-        default_factory=lambda: ["autoencoder", "text_encoder", "denoiser", "clip", "vit", "segmenter"]
+        default_factory=lambda: [
+            "autoencoder",
+            "decoder",
+            "text_encoder",
+            "denoiser",
+            "clip",
+            "vit",
+            "segmenter",
+        ]
     )
     scenes: int = 100_000
     seed: int = 0
     after: str | None = None
     minutes: float | None = None
     compile: bool = True
-    autoencoder: PartSettings = field(default_factory=lambda: PartSettings(6000, 96, 6e-4))
+    autoencoder: PartSettings = field(default_factory=lambda: PartSettings(4000, 96, 6e-4))
+    decoder: PartSettings = field(default_factory=lambda: PartSettings(4000, 96, 4e-4))
     text_encoder: PartSettings = field(default_factory=lambda: PartSettings(400, 768, 1.2e-3, 40, 0.99))
     denoiser: PartSettings = field(default_factory=lambda: PartSettings(9000, 384, 7e-4, 300))
     clip: PartSettings = field(default_factory=lambda: PartSettings(3000, 512, 6e-4))
