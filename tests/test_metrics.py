@@ -1,11 +1,15 @@
 """Metrics on pictures whose truth is known: squares of plain colours, seen by one that knows colour only."""
 
+import inspect
 import json
+import sys
+from types import SimpleNamespace
 
 import open_clip
 import pytest
 import torch
 from tiny import tiny_tokenizer
+from torch import nn
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
@@ -284,6 +288,69 @@ def test_vit_folder_is_loaded_with_the_same_hash_each_time(tmp_path):
     torch.testing.assert_close(first.encode_images(images), expected)
     larger = load_image_encoder(ImageSettings(str(tmp_path), image_size=32))
     assert larger.encode_images(images).shape == (2, 8) and larger.evaluator != first.evaluator
+
+
+class Distance(nn.Module):
+    """Stands in for DreamSim's model: `embed` takes (B, 3, 224, 224) in [0, 1], a call compares two of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3 * 8 * 8, 5)
+
+    def embed(self, img):
+        assert img.shape[1:] == (3, 224, 224) and 0 <= img.min() and img.max() <= 1
+        return self.layer(F.adaptive_avg_pool2d(img, 8).flatten(1))
+
+    def forward(self, img_a, img_b):
+        return 1 - F.cosine_similarity(self.embed(img_a), self.embed(img_b), dim=-1)
+
+
+def dreamsim(
+    pretrained=True,
+    device="cuda",
+    cache_dir="./models",
+    normalize_embeds=True,
+    dreamsim_type="ensemble",
+    use_patch_model=False,
+):
+    """Stands in for the package's own function, whose weights are fetched from the network."""
+    if dreamsim_type not in ("ensemble", "dino_vitb16"):
+        raise KeyError(dreamsim_type)
+    torch.hub.set_dir(cache_dir)
+    torch.manual_seed(0)
+    return Distance().to(device), None
+
+
+def test_the_stand_in_for_dreamsim_is_called_as_the_package_is():
+    package = pytest.importorskip("dreamsim")
+    real, stand_in = (inspect.signature(each).parameters.values() for each in (package.dreamsim, dreamsim))
+    assert [(each.name, each.default) for each in real] == [(each.name, each.default) for each in stand_in]
+
+
+def test_dreamsims_similarity_is_one_minus_its_distance(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "dreamsim", SimpleNamespace(dreamsim=dreamsim))
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    encoder = load_image_encoder(ImageSettings("dreamsim"), batch_size=2)
+    assert torch.hub.get_dir() == str(tmp_path) and (tmp_path / "dreamsim").is_dir()
+    assert encoder.evaluator.name == "dreamsim-ensemble"
+    crops = torch.rand(3, 3, 224, 224)
+    references = torch.rand(3, 3, 224, 224)
+    metric = InstanceConsistency()
+    metric.update(encoder.encode_images(crops), encoder.encode_images(references), torch.arange(3))
+    expected = 1 - encoder.model(crops, references)
+    assert metric.compute() == pytest.approx(expected.mean().item(), abs=1e-4)
+    single = load_image_encoder(ImageSettings("dreamsim:dino_vitb16"))
+    assert single.evaluator.name == "dreamsim-dino_vitb16"
+    with pytest.raises(MifoError, match="cannot be loaded"):
+        load_image_encoder(ImageSettings("dreamsim:nothing"))
+    with pytest.raises(MifoError, match="image_size null"):
+        load_image_encoder(ImageSettings("dreamsim", image_size=448))
+
+
+def test_without_the_package_dreamsim_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dreamsim", None)
+    with pytest.raises(MifoError, match="standard_metrics"):
+        load_image_encoder(ImageSettings("dreamsim"))
 
 
 @pytest.mark.parametrize("name", ["local-dir:/nowhere", "NoSuchModel"])

@@ -85,7 +85,7 @@ class PictureEvaluator:
         """Load the evaluators. Raises MifoError when weights are missing."""
         return cls(
             load_image_text_encoder(settings.image_text, settings.batch_size, settings.fit).to(device),
-            load_image_encoder(settings.image, settings.batch_size, settings.fit).to(device),
+            load_image_encoder(settings.image, settings.batch_size, settings.fit, device),
             settings.protocol,
             settings.windows,
         )

@@ -1,4 +1,4 @@
-"""The models that judge pictures: an open_clip image–text model and a transformers ViT.
+"""The models that judge pictures: an open_clip image–text model, and a transformers ViT or DreamSim.
 
 Each knows its name and the hash of its weights, so that figures of different evaluators are never mixed.
 """
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Protocol
+from zipfile import BadZipFile
 
 import open_clip
 import torch
@@ -21,6 +22,9 @@ from mifo.errors import MifoError
 from mifo.metrics.crops import FITS, pad_square
 from mifo.metrics.scores import Evaluator
 from mifo.metrics.settings import ImageSettings, ImageTextSettings
+
+DREAMSIM_SIZE = 224
+"""Side of the pictures that DreamSim was trained on."""
 
 
 class ImageEncoder(Protocol):
@@ -128,6 +132,20 @@ class ViTEncoder(_BatchedEncoder):
         return self.model(pixel_values=batch, **options).last_hidden_state[:, 0]
 
 
+class DreamSimEncoder(_BatchedEncoder):
+    """DreamSim (arXiv 2306.09344): its distance, [0, 2], is 1 − the cosine of the features given here.
+
+    So what a metric measures with it is a similarity as with every encoder, [−1, 1], higher is more alike.
+    """
+
+    def __init__(self, model: nn.Module, name: str, batch_size: int = 32, fit: str = "pad"):
+        # DreamSim normalises by itself, for each of its backbones in another way
+        super().__init__(model, name, DREAMSIM_SIZE, (0.0,) * 3, (1.0,) * 3, batch_size, fit)
+
+    def _features(self, batch: Tensor) -> Tensor:
+        return self.model.embed(batch)
+
+
 def load_image_text_encoder(
     settings: ImageTextSettings, batch_size: int = 32, fit: str = "pad"
 ) -> OpenClipEncoder:
@@ -149,8 +167,13 @@ def load_image_text_encoder(
     return OpenClipEncoder(model, tokenizer, label, batch_size, fit)
 
 
-def load_image_encoder(settings: ImageSettings, batch_size: int = 32, fit: str = "pad") -> ViTEncoder:
-    """Load the ViT of `settings`, on the CPU in fp32. Raises MifoError without its weights."""
+def load_image_encoder(
+    settings: ImageSettings, batch_size: int = 32, fit: str = "pad", device: torch.device | str = "cpu"
+) -> ViTEncoder | DreamSimEncoder:
+    """Load the ViT or the DreamSim of `settings` in fp32. Raises MifoError without its weights."""
+    name, _, variant = settings.source.partition(":")
+    if name == "dreamsim":
+        return _load_dreamsim(settings, variant or "ensemble", batch_size, fit, device)
     source = str(_embedded("vit")) if settings.source == "embedded" else settings.source
     revision = settings.revision or "main"
     try:
@@ -164,7 +187,40 @@ def load_image_encoder(settings: ImageSettings, batch_size: int = 32, fit: str =
         ) from error
     image_size = settings.image_size or model.config.image_size
     label = f"{_label(settings.source, 'miniature-vit')}-{image_size}"
-    return ViTEncoder(model, label, image_size, processor.image_mean, processor.image_std, batch_size, fit)
+    encoder = ViTEncoder(model, label, image_size, processor.image_mean, processor.image_std, batch_size, fit)
+    return encoder.to(device)
+
+
+def _load_dreamsim(
+    settings: ImageSettings, variant: str, batch_size: int, fit: str, device: torch.device | str
+) -> DreamSimEncoder:
+    """Load DreamSim where it stays: some of its tensors follow the device that it was loaded on, not `to`."""
+    try:
+        from dreamsim import dreamsim
+    except ImportError as error:
+        raise MifoError(
+            f"metrics.image.source={settings.source} needs the package dreamsim; install it with: "
+            "pip install 'mifo[standard_metrics]'."
+        ) from error
+    if settings.revision or settings.image_size not in (None, DREAMSIM_SIZE):
+        raise MifoError(
+            f"DreamSim has one revision and sees {DREAMSIM_SIZE} pixels: leave metrics.image.revision and "
+            "metrics.image.image_size null."
+        )
+    hub = torch.hub.get_dir()
+    cache = Path(hub) / "dreamsim"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _quiet():
+            model, _ = dreamsim(device=str(device), cache_dir=str(cache), dreamsim_type=variant)
+    except (OSError, RuntimeError, ValueError, KeyError, BadZipFile) as error:
+        raise MifoError(
+            f"The image evaluator {settings.source} cannot be loaded: check metrics.image.source (dreamsim, "
+            "dreamsim:dino_vitb16, …), or connect once to fetch its weights."
+        ) from error
+    finally:
+        torch.hub.set_dir(hub)  # which DreamSim points to its own folder, for the whole process
+    return DreamSimEncoder(model, f"dreamsim-{variant}", batch_size, fit).to(device)
 
 
 def _label(source: str, embedded: str) -> str:

@@ -17,10 +17,11 @@ class ImageTextSettings:
 
 @dataclass
 class ImageSettings:
-    """The image evaluator, a transformers ViT whose CLS feature is compared.
+    """The image evaluator, a transformers ViT whose CLS feature is compared, or DreamSim.
 
-    `source` is `embedded` (the miniature's own), a hub id (`facebook/dino-vitb16`) or a folder;
-    `image_size` is the side in pixels that crops are resized to, null for the model's own.
+    `source` is `embedded` (the miniature's own), a hub id (`facebook/dino-vitb16`), a folder, or `dreamsim`
+    (the ensemble; `dreamsim:dino_vitb16` and the like for its single models); `image_size` is the side in
+    pixels that crops are resized to, null for the model's own.
     """
 
     source: str = "embedded"
