@@ -291,14 +291,14 @@ def test_vit_folder_is_loaded_with_the_same_hash_each_time(tmp_path):
 
 
 class Distance(nn.Module):
-    """Stands in for DreamSim's model: `embed` takes (B, 3, 224, 224) in [0, 1], a call compares two of them."""
+    """Stands in for DreamSim's model: `embed` takes (B, 3, 224, 224) in [0, 1], a call compares two."""
 
     def __init__(self):
         super().__init__()
         self.layer = nn.Linear(3 * 8 * 8, 5)
 
     def embed(self, img):
-        assert img.shape[1:] == (3, 224, 224) and 0 <= img.min() and img.max() <= 1
+        assert img.shape[1:] == (3, 224, 224) and img.min() >= 0 and img.max() <= 1
         return self.layer(F.adaptive_avg_pool2d(img, 8).flatten(1))
 
     def forward(self, img_a, img_b):
