@@ -36,6 +36,8 @@ def build_autoencoder() -> AutoencoderKL:
 class AutoencoderPretraining(Pretraining):
     """Squared error with a little absolute error for crisp edges, and a weak KL term."""
 
+    part = "autoencoder"
+
     def __init__(self, corpus: Corpus, settings: PretrainSettings) -> None:
         super().__init__(build_autoencoder(), settings.autoencoder, settings.seed)
         self.corpus = corpus
@@ -65,6 +67,8 @@ class DecoderPretraining(Pretraining):
 
     The encoder stays, and with it the latents, so that the denoiser can be trained at the same time.
     """
+
+    part = "decoder"
 
     def __init__(self, corpus: Corpus, autoencoder: AutoencoderKL, settings: PretrainSettings) -> None:
         autoencoder.encoder.requires_grad_(False)

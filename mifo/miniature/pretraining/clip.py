@@ -54,6 +54,8 @@ def normalise(images: Tensor) -> Tensor:
 class ClipPretraining(Pretraining):
     """InfoNCE over captions, equal captions counted as positives, plus the zero-shot questions themselves."""
 
+    part = "clip"
+
     def __init__(self, corpus: Corpus, tokenizer, settings: PretrainSettings) -> None:
         super().__init__(open_clip.CLIP(**model_config(tokenizer)), settings.clip, settings.seed)
         self.corpus = corpus

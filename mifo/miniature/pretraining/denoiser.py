@@ -69,6 +69,8 @@ class Painter(nn.Module):
 class DenoiserPretraining(Pretraining):
     """ε-prediction with min-SNR weights."""
 
+    part = "denoiser"
+
     def __init__(
         self,
         corpus: Corpus,

@@ -73,6 +73,8 @@ def draw_class_maps(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]
 class SegmenterPretraining(Pretraining):
     """Cross-entropy of every pixel's class."""
 
+    part = "segmenter"
+
     def __init__(self, settings: PretrainSettings, device: torch.device) -> None:
         super().__init__(Segmenter(), settings.segmenter, settings.seed)
         generator = torch.Generator(device).manual_seed(settings.seed + 29)

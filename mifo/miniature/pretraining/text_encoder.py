@@ -64,6 +64,8 @@ class Reader(nn.Module):
 class TextEncoderPretraining(Pretraining):
     """Cross-entropy of the words read back at each thing's token and at the end of the text."""
 
+    part = "text_encoder"
+
     def __init__(self, corpus: Corpus, tokenizer, settings: PretrainSettings) -> None:
         super().__init__(Reader(tokenizer), settings.text_encoder, settings.seed)
         self.corpus = corpus

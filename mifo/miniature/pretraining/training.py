@@ -30,7 +30,12 @@ class Steps(Dataset):
 
 
 class Pretraining(L.LightningModule):
-    """One part: ``network`` learns by ``loss(generator)``; ``average`` holds its exponential average."""
+    """One part: ``network`` learns by ``loss(generator)``; ``average`` holds its exponential average.
+
+    ``part`` is its name, also the prefix of what is logged.
+    """
+
+    part: str
 
     def __init__(self, network: nn.Module, settings: PartSettings, seed: int) -> None:
         super().__init__()
@@ -47,7 +52,7 @@ class Pretraining(L.LightningModule):
     def training_step(self, batch: Tensor, batch_index: int) -> Tensor:
         step_seed = self.seed * 1_000_003 + self.global_step
         parts = self.loss(torch.Generator(self.device).manual_seed(step_seed))
-        self.log_dict({f"pretrain/{name}": value.detach() for name, value in parts.items()}, prog_bar=True)
+        self.log_dict({f"{self.part}/{name}": value.detach() for name, value in parts.items()}, prog_bar=True)
         return parts["loss"]
 
     def on_train_batch_end(self, outputs, batch, batch_index: int) -> None:

@@ -44,6 +44,8 @@ def build_vit() -> ViTModel:
 class VitPretraining(Pretraining):
     """InfoNCE between two views, over a batch of look-alikes."""
 
+    part = "vit"
+
     def __init__(self, settings: PretrainSettings, device: torch.device) -> None:
         super().__init__(build_vit(), settings.vit, settings.seed)
         generator = torch.Generator(device).manual_seed(settings.seed + 17)
