@@ -15,6 +15,7 @@ from torch import nn
 from mifo.attention.masking import MaskedAttention
 from mifo.config import compose, settings_of
 from mifo.data.instances import InstanceSet
+from mifo.data.prior import class_pictures
 from mifo.errors import MifoError
 from mifo.learning.learn import learn
 from mifo.learning.settings import LearningSettings, PriorSettings, StageSettings
@@ -26,6 +27,7 @@ from mifo.performance.adamw_8bit import AdamW8bit, _levels
 from mifo.performance.graphs import GraphedFunction
 from mifo.performance.profile import available, check_performance, ready_for_synthesis
 from mifo.performance.settings import PerformanceSettings
+from mifo.synthesis.sampler import KeptPasses
 
 PLAIN = PerformanceSettings(learning_precision="float32", synthesis_precision="float32")
 
@@ -107,9 +109,44 @@ def test_synthesis_replayed_from_graphs_is_the_same(vectors, vector_unet, record
     assert recordings.count == 0
     replayed = run(vector_unet, v, chosen, graphs=True)
     torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-4)
-    # with boxes a guidance and a denoising pass; two samples get shapes each, so masks of another form
-    samples = len(v["initial_latents"])
-    assert recordings.count == (1 if subjects == "plain" else 2 if samples == 1 else 3)
+    # with boxes a guidance and a denoising pass
+    assert recordings.count == (1 if subjects == "plain" else 2)
+
+
+@pytest.mark.parametrize("subjects", ["boxes", "plain"])
+def test_graphs_go_on_from_one_prompt_to_the_next(vectors, vector_unet, recordings, subjects):
+    v = vectors("synthesis_one_box")  # two samples
+    first = subjects_of(v) if subjects == "boxes" else []
+    moved = [
+        replace(each, token_indices=tuple(i + 3 for i in each.token_indices), box=(0.1, 0.4, 0.6, 0.9))
+        for each in first
+    ]
+    other = v | {
+        "encoder_hidden_states": v["encoder_hidden_states"].roll(5, 2),
+        "filter_indices": v["filter_indices"][:1] + 2,
+        "eos_index": v["eos_index"] + 2,
+    }
+    states = v["encoder_hidden_states"].clone()
+    wanted, guidance = [(v, first), (other, moved)], replace(QUICK, guided_steps=2)
+    apart = [run(vector_unet, *each, guidance) for each in wanted]
+    assert not torch.allclose(apart[0], apart[1], atol=1e-2)
+    kept = KeptPasses()
+    for each, alone in zip(wanted, apart, strict=True):
+        together = run(vector_unet, *each, guidance, graphs=True, kept=kept)
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    assert recordings.count == (2 if first else 1)
+    assert torch.equal(v["encoder_hidden_states"], states)
+    # one sample after two is another form
+    run(
+        vector_unet,
+        v,
+        [],
+        text_states=states[::2].contiguous(),
+        latents=v["initial_latents"][:1],
+        graphs=True,
+        kept=kept,
+    )
+    assert recordings.count == (3 if first else 2)
 
 
 def test_replayed_masks_follow_the_shapes(vectors, vector_unet, recordings):
@@ -142,6 +179,22 @@ def test_replayed_masks_follow_the_shapes(vectors, vector_unet, recordings):
         torch.testing.assert_close(predictions[True, half], predictions[False, half], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(predictions[True, "left"], predictions[True, "right"])
     assert recordings.count == 1
+
+
+def test_class_pictures_are_replayed_from_one_graph_and_rounded_as_learning_is(source, tmp_path, recordings):
+    model = load_model(ModelSettings("tiny", source))
+    prompts = ["a photo of a car", "a photo of a cat"]
+
+    def made(name, **changes):
+        settings = PriorSettings(pictures=3, steps=2, cache=str(tmp_path / name), batch_size=2)
+        return class_pictures(model, prompts, settings, 0, replace(PLAIN, **changes))[0]
+
+    plain = made("plain")
+    assert (made("graphs", cuda_graphs=True) - plain).abs().max() <= 1 / 255 + 1e-6
+    assert recordings.count == 1  # batches of two pictures and of one, two prompts
+    rounded = (made("rounded", learning_precision="bfloat16") - plain).abs()
+    assert 0 < rounded.mean() < 0.01
+    assert (made("both", cuda_graphs=True, learning_precision="bfloat16") - plain).abs().mean() < 0.01
 
 
 def test_a_graph_that_cannot_be_captured_is_an_ordinary_call_told_once(monkeypatch, caplog):

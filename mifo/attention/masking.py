@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -77,8 +77,8 @@ class MaskedAttention:
     """Runs a U-Net, within a `with` block, with attention bounded by the pixels of each subject.
 
     Layers whose probabilities are read compute them in the open and in 32 bits, all others use fused
-    attention. Masks are made once for each set of shapes, kind of pass and resolution, keys and values of the
-    prompt once for all. The processors found before are put back on leaving, also after an exception.
+    attention. Masks are made once for each set of shapes, kind of pass and resolution, keys and values once
+    for each prompt. The processors found before are put back on leaving, also after an exception.
 
     Attributes:
         self_map: (B, n, n) mean over the recorded denoising passes, the shape layers and heads; conditional
@@ -107,24 +107,12 @@ class MaskedAttention:
             masked: bound attention; else it is only read.
             graphs: replay both kinds of pass as CUDA graphs.
         """
-        device, tokens = text_states.device, text_states.shape[1]
         self.unet = unet
-        self.text_states = text_states
         self.masked = masked
         self._layers = {layer.index: layer for layer in attention_layers(unet)}
         self._guidance_layers = frozenset(guidance_layers)
         self._shape_layers = frozenset(shape_layers)
-        self._subject_tokens = torch.zeros(len(subject_tokens), tokens, dtype=torch.bool)
-        for row, positions in zip(self._subject_tokens, subject_tokens, strict=True):
-            row[list(positions)] = True
-        self._subject_tokens = self._subject_tokens.to(device)
-        self._filter_tokens = torch.zeros(tokens, dtype=torch.bool)
-        self._filter_tokens[list(filter_indices)] = True
-        self._filter_tokens = self._filter_tokens.to(device)
-        # the context that the loss reads, bool (1, S, L): a subject's tokens and the first end-of-text token
-        self._subject_context = self._subject_tokens.clone()[None]
-        self._subject_context[..., eos_index] = True
-        self._leading = torch.tensor([positions[-1] for positions in subject_tokens], device=device)
+        self._prompt = _Prompt.of(text_states, subject_tokens, filter_indices, eos_index)
         self._eos_index = eos_index
         self._reading: frozenset[int] = frozenset()
         self._guiding = False
@@ -140,6 +128,28 @@ class MaskedAttention:
             for record in (False, True)
         }
         self._installed: AbstractContextManager[None] | None = None
+
+    def turn_to(
+        self,
+        text_states: Tensor,
+        subject_tokens: Sequence[Sequence[int]],
+        filter_indices: Sequence[int],
+        eos_index: int,
+    ) -> None:
+        """Take another prompt of as many rows, tokens and subjects, and begin new means; call `bound` next.
+
+        What a captured pass reads is overwritten where it lies.
+        """
+        new = _Prompt.of(text_states, subject_tokens, filter_indices, eos_index)
+        for old, value in zip(self._prompt, new, strict=True):
+            old.copy_(value)
+        self._eos_index = eos_index
+        for index, heads in self._text.items():
+            attn = self.unet.get_submodule(self._layers[index].name)
+            with torch.no_grad():
+                for old, value in zip(heads, project_context(attn, text_states), strict=True):
+                    old.copy_(value)
+        self._totals, self._passes = {"self": 0.0, "cross": 0.0}, 0
 
     def bound(self, shapes_at: Callable[[int], Tensor]) -> None:
         """Bound attention by shapes from now on.
@@ -192,7 +202,7 @@ class MaskedAttention:
     def _guidance_sums(self, latents: Tensor, timestep: Tensor) -> dict[int, Tensor]:
         """The sums (2, B, S) by layer."""
         self._guiding, self._reading, self._read = True, self._guidance_layers, {}
-        conditional = self.text_states.chunk(2)[1]
+        conditional = self._prompt.text_states.chunk(2)[1]
         with suppress(_LastLayerRead):
             self.unet(latents.to(conditional.dtype), timestep, encoder_hidden_states=conditional)
         sums, self._read = self._read, {}
@@ -203,8 +213,9 @@ class MaskedAttention:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The prediction, and the mean of the maps of each kind if they are recorded."""
         self._guiding, self._reading, self._read = False, self._shape_layers if record else frozenset(), {}
-        both = torch.cat([latents, latents]).to(self.text_states.dtype)
-        prediction = self.unet(both, timestep, encoder_hidden_states=self.text_states).sample
+        text_states = self._prompt.text_states
+        both = torch.cat([latents, latents]).to(text_states.dtype)
+        prediction = self.unet(both, timestep, encoder_hidden_states=text_states).sample
         maps, self._read = self._read, {}
         means = {}
         for kind in ("self", "cross") if record else ():
@@ -246,13 +257,13 @@ class MaskedAttention:
         probabilities = attention_probabilities(attn, query, key, bias)
         if self._guiding:
             shapes = self._mask((query.shape[2], None))
-            context = self._subject_context if layer.kind == "cross" else shapes
+            context = self._prompt.subject_context if layer.kind == "cross" else shapes
             self._read[layer.index] = attention_sums(probabilities, shapes, context)
             if layer.index == max(self._reading):
                 raise _LastLayerRead
         else:
             conditional = probabilities.chunk(2)[1].mean(dim=1)
-            kept = conditional if layer.kind == "self" else conditional[..., self._leading]
+            kept = conditional if layer.kind == "self" else conditional[..., self._prompt.leading]
             self._read[layer.index] = kept
         return probabilities.to(value.dtype) @ value
 
@@ -260,7 +271,7 @@ class MaskedAttention:
     def _text_heads(self, attn: nn.Module, layer: AttentionLayer) -> tuple[Tensor, Tensor]:
         """Keys and values of the prompt, which stays the same; of its conditional half in guidance passes."""
         if layer.index not in self._text:
-            self._text[layer.index] = project_context(attn, self.text_states)
+            self._text[layer.index] = project_context(attn, self._prompt.text_states)
         key, value = self._text[layer.index]
         return (key.chunk(2)[1], value.chunk(2)[1]) if self._guiding else (key, value)
 
@@ -281,7 +292,7 @@ class MaskedAttention:
                 mask = torch.cat([mask, mask])
         else:
             mask = cross_attention_mask(
-                shapes, self._subject_tokens, self._filter_tokens, self._eos_index, guiding
+                shapes, self._prompt.subject_tokens, self._prompt.filter_tokens, self._eos_index, guiding
             )
             if not guiding:  # the unconditional half sees every token
                 mask = mask.expand(rows // 2, -1, -1)
@@ -293,6 +304,43 @@ class MaskedAttention:
 
 # pixels of the layer; then None for the shapes, or of a bias: guiding, kind, rows of the batch, precision
 _MaskName = tuple[int, tuple[bool, str, int, torch.dtype] | None]
+
+
+class _Prompt(NamedTuple):
+    """What the passes read of a prompt.
+
+    Attributes:
+        text_states: (2B, L, width), unconditional rows first.
+        subject_tokens: bool (S, L). filter_tokens: bool (L,).
+        subject_context: bool (1, S, L), what the loss reads: a subject's tokens and the first end-of-text.
+        leading: (S,) position of each subject's leading token.
+    """
+
+    text_states: Tensor
+    subject_tokens: Tensor
+    filter_tokens: Tensor
+    subject_context: Tensor
+    leading: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        text_states: Tensor,
+        subject_tokens: Sequence[Sequence[int]],
+        filter_indices: Sequence[int],
+        eos_index: int,
+    ) -> Self:
+        tokens, device = text_states.shape[1], text_states.device
+        own = torch.zeros(len(subject_tokens), tokens, dtype=torch.bool)
+        for row, positions in zip(own, subject_tokens, strict=True):
+            row[list(positions)] = True
+        filtered = torch.zeros(tokens, dtype=torch.bool)
+        filtered[list(filter_indices)] = True
+        context = own.clone()[None]
+        context[..., eos_index] = True
+        leading = torch.tensor([positions[-1] for positions in subject_tokens])
+        # a copy, since the next prompt's states will overwrite it
+        return cls(text_states.clone(), *(each.to(device) for each in (own, filtered, context, leading)))
 
 
 class _LastLayerRead(Exception):

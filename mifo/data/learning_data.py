@@ -22,6 +22,7 @@ from mifo.learning.settings import LearningSettings, StageSettings
 from mifo.models.images import encode_images
 from mifo.models.loading import DiffusionModel
 from mifo.models.text import tokenize
+from mifo.performance.settings import PerformanceSettings
 
 
 @dataclass
@@ -55,6 +56,7 @@ class LearningData(lightning.LightningDataModule):
     Args:
         prior: whether class samples are drawn too.
         stream: tells the random draws of the stages apart.
+        performance: how class pictures are made; None: in float32, without CUDA graphs.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class LearningData(lightning.LightningDataModule):
         seed: int,
         stream: int = 0,
         prior: bool = False,
+        performance: PerformanceSettings | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -74,13 +77,14 @@ class LearningData(lightning.LightningDataModule):
         self.batch_size = stage.batch_size
         self.seed = seed
         self.stream = stream
+        self.performance = performance
         self.prompts = class_prompts(instances, settings.prior) if prior else []
         self._prompt = cache(self._tokenized)
 
     def prepare_data(self) -> None:
         """Make the class pictures that are missing, in one process only."""
         if self.prompts:
-            class_pictures(self.model, self.prompts, self.settings.prior, self.seed)
+            self._class_pictures()
 
     def setup(self, stage: str) -> None:
         """Encode the image, its mirror image and the class pictures, each once."""
@@ -91,8 +95,10 @@ class LearningData(lightning.LightningDataModule):
         # row N stands for no instance
         self.masks = torch.cat([self.masks, torch.zeros_like(self.masks[:, :1])], 1)
         if self.prompts:
-            pictures, told = class_pictures(self.model, self.prompts, self.settings.prior, self.seed)
-            plain, mirrored = (encode_images(self.model, each) for each in (pictures, pictures.flip(-1)))
+            pictures, told = self._class_pictures()
+            plain, mirrored = (
+                encode_images(self.model, each, batch_size=2) for each in (pictures, pictures.flip(-1))
+            )
             self.class_latents = [torch.stack(pair) for pair in zip(plain, mirrored, strict=True)]
             self.class_ids = tokenize(self.model.tokenizer, told)
 
@@ -142,6 +148,9 @@ class LearningData(lightning.LightningDataModule):
             ),
             valid=torch.tensor([[float(i < len(chosen)) for i in range(number)] for chosen in selections]),
         )
+
+    def _class_pictures(self) -> tuple[Tensor, list[str]]:
+        return class_pictures(self.model, self.prompts, self.settings.prior, self.seed, self.performance)
 
     def _selection(self, generator: torch.Generator) -> tuple[int, ...]:
         """k ~ U{1…N} distinct instances in random order."""

@@ -21,8 +21,9 @@ from mifo.learning.settings import PriorSettings
 from mifo.models.images import decode_latents
 from mifo.models.loading import DiffusionModel
 from mifo.models.text import encode_prompts
+from mifo.performance.settings import PerformanceSettings
 from mifo.prompts.articles import article
-from mifo.synthesis.sampler import synthesize
+from mifo.synthesis.sampler import KeptPasses, synthesize
 from mifo.synthesis.settings import SynthesisSettings
 
 UNKNOWN_CLASS = "thing"
@@ -38,12 +39,20 @@ def class_prompts(instances: InstanceSet, settings: PriorSettings) -> list[str]:
 
 
 def class_pictures(
-    model: DiffusionModel, prompts: list[str], settings: PriorSettings, seed: int
+    model: DiffusionModel,
+    prompts: list[str],
+    settings: PriorSettings,
+    seed: int,
+    performance: PerformanceSettings | None = None,
 ) -> tuple[Tensor, list[str]]:
     """Class pictures (M, 3, H, W) in [0, 1] at the model's size, and the prompt of each.
 
     They are read from `settings.folder`, or made by plain DDIM sampling, once for each model, prompt, size,
-    seed and number of steps: picture i of a prompt is the same however many are asked for.
+    seed and number of steps: picture i of a prompt is the same, up to rounding, however many are asked for
+    and in whichever precision.
+
+    Args:
+        performance: precision of learning and CUDA graphs are taken from it; None: float32, no graphs.
 
     Raises:
         MifoError: the folder holds no readable picture.
@@ -53,11 +62,17 @@ def class_pictures(
         return torch.stack([_read(file, model.image_size) for file in files]), [
             prompts[i % len(prompts)] for i in range(len(files))
         ]
-    files, told = [], []
+    files, told, missing = [], [], []
     for i, prompt in enumerate(prompts):
         share = (settings.pictures + len(prompts) - 1 - i) // len(prompts)
-        files += _made_pictures(model, prompt, share, settings, seed)
+        wanted = [(_folder(model, prompt, settings, seed) / f"{j:04}.png", prompt, j) for j in range(share)]
+        files += [file for file, _, _ in wanted]
         told += [prompt] * share
+        missing += [each for each in wanted if not each[0].exists()]
+    if missing:
+        _make(
+            model, missing, settings, seed, performance or PerformanceSettings(learning_precision="float32")
+        )
     return torch.stack([_read(file, model.image_size) for file in files]), told
 
 
@@ -81,45 +96,59 @@ def _read(file: Path, side: int) -> Tensor:
     return center_crop(resize(image, [side], antialias=True), [side, side]).clamp(0, 1)
 
 
-def _made_pictures(
-    model: DiffusionModel, prompt: str, count: int, settings: PriorSettings, seed: int
-) -> list[Path]:
-    """Files of `count` pictures of `prompt`; those that are not yet in the cache are made now."""
+def _folder(model: DiffusionModel, prompt: str, settings: PriorSettings, seed: int) -> Path:
+    """Where pictures of a prompt are kept."""
     identity = (model.fingerprint, prompt, model.image_size, seed, settings.steps, settings.guidance_scale)
     key = hashlib.sha256(repr(identity).encode()).hexdigest()[:12]
-    folder = _cache(settings) / f"{re.sub(r'[^a-z0-9]+', '_', prompt.lower()).strip('_')[:40]}-{key}"
-    files = [folder / f"{i:04}.png" for i in range(count)]
-    missing = [i for i, file in enumerate(files) if not file.exists()]
-    if not missing:
-        return files
-    folder.mkdir(parents=True, exist_ok=True)
-    text = encode_prompts(model, ["", prompt])
+    return _cache(settings) / f"{re.sub(r'[^a-z0-9]+', '_', prompt.lower()).strip('_')[:40]}-{key}"
+
+
+def _make(
+    model: DiffusionModel,
+    missing: list[tuple[Path, str, int]],
+    settings: PriorSettings,
+    seed: int,
+    performance: PerformanceSettings,
+) -> None:
+    """Make pictures, each given by its file, its prompt and its number among those of the prompt."""
+    dtype = getattr(torch, performance.learning_precision)
+    # a cache of rounded weights would stay in memory, and no graph can be captured with it
+    autocast = torch.autocast(
+        model.device.type, dtype, enabled=dtype is not torch.float32, cache_enabled=False
+    )
     schedule = NoiseSchedule.from_scheduler(model.noise_scheduler, model.device)
     sampling = SynthesisSettings(steps=settings.steps, guidance_scale=settings.guidance_scale)
+    size = min(settings.batch_size or (16 if model.device.type == "cuda" else 4), len(missing))
+    kept = KeptPasses()
     with Progress(transient=True) as progress:
-        bar = progress.add_task(f"class pictures: {prompt}", total=len(missing) * settings.steps)
-        for start in range(0, len(missing), settings.batch_size):
-            chosen = missing[start : start + settings.batch_size]
-            noise = torch.stack([_initial_noise(model, seed, i) for i in chosen]).to(model.device)
+        bar = progress.add_task("class pictures", total=len(missing) * settings.steps)
+        for start in range(0, len(missing), size):
+            chosen = missing[start : start + size]
+            # graphs want the last batch as large as the others
+            padded = chosen + chosen[-1:] * (size - len(chosen) if performance.cuda_graphs else 0)
             step = partial(progress.advance, bar, len(chosen))
-            latents = synthesize(
-                model.unet,
-                schedule,
-                text.repeat_interleave(len(chosen), 0),
-                noise,
-                [],
-                [],
-                0,
-                sampling,
-                GuidanceSettings(),
-                on_step=lambda _, advance=step: advance(),
-            )
-            for i, image in zip(chosen, decode_latents(model, latents).cpu(), strict=True):
+            with autocast:
+                latents = synthesize(
+                    model.unet,
+                    schedule,
+                    encode_prompts(model, [""] * len(padded) + [prompt for _, prompt, _ in padded]),
+                    torch.stack([_initial_noise(model, seed, i) for *_, i in padded]).to(model.device),
+                    [],
+                    [],
+                    0,
+                    sampling,
+                    GuidanceSettings(),
+                    on_step=lambda _, advance=step: advance(),
+                    graphs=performance.cuda_graphs,
+                    kept=kept,
+                )
+            images = decode_latents(model, latents[: len(chosen)], batch_size=2)
+            for (file, *_), image in zip(chosen, images.cpu(), strict=True):
                 # renamed when whole, so that a killed run or one beside this one leaves no half picture
-                unfinished = files[i].with_suffix(f".{os.getpid()}.png")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                unfinished = file.with_suffix(f".{os.getpid()}.png")
                 to_pil_image(image).save(unfinished)
-                unfinished.replace(files[i])
-    return files
+                unfinished.replace(file)
 
 
 def _initial_noise(model: DiffusionModel, seed: int, picture: int) -> Tensor:

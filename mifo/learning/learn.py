@@ -117,7 +117,7 @@ def learn(
         model.to(runner.strategy.root_device)
         if stage.learn == "lora":
             add_lora(model, stage.lora_rank)
-        data = LearningData(model, instances, settings, stage, seed, stream, prior=prior_weight > 0)
+        data = LearningData(model, instances, settings, stage, seed, stream, prior_weight > 0, performance)
         module = stage_class(model, instances, stage, penalty, prior_weight, graphs)
         last = checkpoints / stage_class.stage / "last.ckpt"
         with module.recording():

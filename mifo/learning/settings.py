@@ -46,7 +46,7 @@ class PriorSettings:
     cache: str | None = None  # where made pictures are kept; None: the user's cache folder
     steps: int = 50  # DDIM steps of a made picture
     guidance_scale: float = 7.5
-    batch_size: int = 4  # pictures made at once
+    batch_size: int | None = None  # pictures made at once; None: what suits the device
 
 
 @dataclass

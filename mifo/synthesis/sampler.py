@@ -5,8 +5,9 @@ MIFO (arXiv 2511.00542), which builds on Bounded Attention (arXiv 2403.16990).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,7 @@ class BoxSampler:
         guidance: GuidanceSettings,
         seed: int = 0,
         graphs: bool = False,
+        kept: "KeptPasses | None" = None,
     ) -> None:
         """Arguments as for `synthesize`; `latent_size` is the side of the latents."""
         chosen = choose_layers(unet)
@@ -102,18 +104,21 @@ class BoxSampler:
         self.boxes = rasterise_boxes(boxes, side, device)
         self.shapes = self.boxes[None]
         self._centres: Tensor | None = None
-        self._attention = MaskedAttention(
-            unet,
+        prompt = (
             encoder_hidden_states,
             [subject.token_indices for subject in subjects],
             filter_indices,
             eos_index,
-            guidance_layers,
-            shape_layers,
-            guidance.masked,
-            graphs,
         )
-        self._attention.bound(lambda side: rasterise_boxes(boxes, side, device)[None])
+        form = (encoder_hidden_states.shape, latent_size, len(subjects), guidance_layers, shape_layers)
+        self._attention = (kept or KeptPasses()).of_form(
+            (*form, guidance.masked),
+            lambda: MaskedAttention(unet, *prompt, guidance_layers, shape_layers, guidance.masked, graphs),
+        )
+        self._attention.turn_to(*prompt)
+        # masks of a captured pass keep their form when each sample gets shapes of its own
+        samples = len(encoder_hidden_states) // 2 if graphs and self._records else 1
+        self._attention.bound(lambda side: rasterise_boxes(boxes, side, device).repeat(samples, 1, 1, 1))
         self._times = torch.tensor(self.timesteps, device=device)
 
     def guide(self, latents: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -166,6 +171,24 @@ class BoxSampler:
         self._attention.__exit__(kind, error, trace)
 
 
+class KeptPasses:
+    """The U-Net's passes of the last synthesis, so that one of the same form goes on with their CUDA graphs.
+
+    It serves one U-Net, with or without graphs throughout.
+    """
+
+    def __init__(self) -> None:
+        self._form: tuple[Any, ...] | None = None
+        self._passes: Any = None
+
+    def of_form(self, form: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """What was kept of this form, else what `make` makes."""
+        if form != self._form:
+            self._passes = None  # the memory of old graphs goes before new ones are captured
+            self._form, self._passes = form, make()
+        return self._passes
+
+
 def _check_layers(
     layers: Sequence[AttentionLayer], guidance_layers: Sequence[int], shape_layers: Sequence[int]
 ) -> int:
@@ -200,6 +223,7 @@ def synthesize(
     seed: int = 0,
     on_step: Callable[[StepReport], None] | None = None,
     graphs: bool = False,
+    kept: KeptPasses | None = None,
 ) -> Tensor:
     """Sample latents in which each subject stands in its box; without subjects this is plain DDIM sampling.
 
@@ -213,6 +237,7 @@ def synthesize(
         seed: seeds k-means.
         on_step: called after every step, for progress bars and pictures.
         graphs: replay the U-Net's passes as CUDA graphs; that needs a GPU of NVIDIA.
+        kept: given to one synthesis after the other, it saves those of the same form the capture.
 
     Returns:
         (B, 4, H, W) clean latents.
@@ -227,7 +252,11 @@ def synthesize(
             f"but there are {len(encoder_hidden_states)}."
         )
     if not subjects:
-        return _sample_plainly(unet, schedule, encoder_hidden_states, latents, settings, on_step, graphs)
+        predict = (kept or KeptPasses()).of_form(
+            (latents.shape, encoder_hidden_states.shape),
+            lambda: GraphedFunction(partial(_prediction, unet), graphs),
+        )
+        return _sample_plainly(predict, schedule, encoder_hidden_states, latents, settings, on_step)
     if latents.shape[-1] != latents.shape[-2]:
         raise MifoError("Box control needs square pictures: give latents of equal height and width.")
     sampler = BoxSampler(
@@ -242,6 +271,7 @@ def synthesize(
         guidance,
         seed,
         graphs,
+        kept,
     )
     with sampler:
         for step, timestep in enumerate(sampler.timesteps):
@@ -254,26 +284,25 @@ def synthesize(
     return latents
 
 
+def _prediction(unet: nn.Module, latents: Tensor, time: Tensor, text_states: Tensor) -> Tensor:
+    """Both halves (2B, 4, H, W) in the latents' precision."""
+    both = torch.cat([latents, latents]).to(text_states.dtype)
+    return unet(both, time, encoder_hidden_states=text_states).sample.to(latents.dtype)
+
+
 def _sample_plainly(
-    unet: nn.Module,
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor],
     schedule: NoiseSchedule,
     encoder_hidden_states: Tensor,
     latents: Tensor,
     settings: SynthesisSettings,
     on_step: Callable[[StepReport], None] | None,
-    graphs: bool,
 ) -> Tensor:
     """DDIM with the U-Net's own attention."""
-
-    def predict(latents: Tensor, time: Tensor) -> Tensor:
-        both = torch.cat([latents, latents]).to(encoder_hidden_states.dtype)
-        return unet(both, time, encoder_hidden_states=encoder_hidden_states).sample.to(latents.dtype)
-
-    predict = GraphedFunction(predict, graphs)
     timesteps = ddim_timesteps(settings.steps, schedule)
     times = torch.tensor(timesteps, device=latents.device)
     for step, timestep in enumerate(timesteps):
-        prediction = predict(latents, times[step])
+        prediction = predict(latents, times[step], encoder_hidden_states)
         latents = _ddim(schedule, settings, latents, prediction, timestep)
         if on_step:
             on_step(StepReport(step, settings.steps, timestep, latents, None, latents.new_zeros(0)))

@@ -19,7 +19,7 @@ from mifo.models.loading import DiffusionModel, load_model
 from mifo.models.text import encode_prompts
 from mifo.performance.profile import available, ready_for_synthesis
 from mifo.prompts.instances import find_instances
-from mifo.synthesis.sampler import Subject
+from mifo.synthesis.sampler import KeptPasses, Subject
 from mifo.synthesis.sampler import synthesize as sample_latents
 from mifo.synthesis.settings import SynthesisSettings
 from mifo.tasks.setup import prepare
@@ -71,7 +71,7 @@ def make_pictures(
     shape = (4, model.latent_size, model.latent_size)
     seeds = range(seed, seed + settings.samples)
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(each)) for each in seeds])
-    pictures = []
+    pictures, kept = [], KeptPasses()
     with Progress() as progress:
         bar = progress.add_task("synthesis", total=len(wanted) * settings.steps)
         for layout in wanted:
@@ -90,6 +90,7 @@ def make_pictures(
                 seed,
                 on_step=lambda report: progress.advance(bar),
                 graphs=graphs,
+                kept=kept,
             )
             images = decode_latents(model, latents)
             pictures += [
