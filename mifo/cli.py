@@ -81,17 +81,15 @@ def main() -> None:
 
 def run_job(config: DictConfig) -> Any:
     """Run the task of one composed configuration, here or in a launcher's process, and record how it ends."""
-    # imported here, so that --help and refusals need not wait for it
-    from mifo.config.checks import check
-
     job = HydraConfig.get()
     folder, overrides = Path(job.runtime.output_dir), list(job.overrides.task)
     write_status(folder, "running", overrides)
     try:
-        settings = settings_of(config)
-        if settings.exclusive_gpu:
+        # before everything that imports diffusers or lightning, whose import makes CUDA list the GPUs for good
+        if config.exclusive_gpu or job.runtime.choices["hydra/launcher"] == "gpus":
             claim_gpu()
-        check(settings)
+        settings = settings_of(config)
+        import_module("mifo.config.checks").check(settings)
         result = getattr(import_module(f"mifo.tasks.{config.task}"), config.task)(settings)
         if wanted := getattr(settings, "objectives", None):
             result = import_module("mifo.tasks.evaluate").objective_values(folder, wanted)

@@ -1,10 +1,12 @@
-"""A small sweep by each launcher, for real: what the jobs make is what a serial sweep makes."""
+"""Small sweeps and searches for real: a launcher makes what a serial sweep makes, a search names the best."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 from tiny import tiny_pipeline
 
@@ -26,7 +28,7 @@ def source(tmp_path_factory):
 WIDE = {**os.environ, "COLUMNS": "200"}
 
 
-def sweep(source, folder, *extra):
+def sweep(source, folder, *extra, **environment):
     """Two good jobs and a bad one; returns what each good job learned."""
     command = [
         *(sys.executable, "-m", "mifo", "learn", "-m", "debug=fast_dev_run", "device=cpu", "logger=none"),
@@ -34,7 +36,12 @@ def sweep(source, folder, *extra):
         *("performance.threads=1", f"hydra.sweep.dir={folder}"),
     ]
     done = subprocess.run(
-        [*command, *extra], cwd=folder.parent, env=WIDE, capture_output=True, text=True, check=False
+        [*command, *extra],
+        cwd=folder.parent,
+        env={**WIDE, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "failed" in done.stdout and "Value 'ten'" in done.stdout
@@ -54,18 +61,74 @@ def test_a_launcher_makes_what_a_serial_sweep_makes(launcher, source, serial, tm
     assert all(rows.equal(expected) for rows, expected in zip(made, serial, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("search", "trials"), [("loss_weights", "best_value"), ("editability_and_consistency", "solutions")]
-)
-def test_optuna_searches(search, trials, source, tmp_path):
+def test_jobs_on_a_ray_cluster_that_runs_already(source, serial, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher")
+    import ray
+
+    cluster = ray.init(num_cpus=2, include_dashboard=False, object_store_memory=2**27)
+    address = cluster.address_info["gcs_address"]
+    try:
+        chosen = ["hydra/launcher=ray_cluster", f"hydra.launcher.ray.init.address={address}"]
+        # Ray turns on its tokens here and, given an address, does not look whether the cluster wants one
+        mode = {"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled")}
+        made = sweep(source, tmp_path / "sweep", *chosen, **mode)
+    finally:
+        ray.shutdown()
+    assert all(rows.equal(expected) for rows, expected in zip(made, serial, strict=True))
+
+
+def test_the_launcher_of_gpus_gives_each_process_one_of_its_own(source, serial, tmp_path):
+    """Two GPUs that are not there: what counts is which ones are claimed before CUDA would start."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    chosen = ["hydra/launcher=gpus", "hydra.launcher.n_jobs=2"]
+    environment = {"CUDA_VISIBLE_DEVICES": "0,1", "TMPDIR": str(tmp_path)}
+    made = sweep(source, tmp_path / "sweep", *chosen, **environment)
+    assert all(rows.equal(expected) for rows, expected in zip(made, serial, strict=True))
+    assert {path.name.split("-")[-1] for path in tmp_path.glob("mifo-*.lock")} == {"0.lock", "1.lock"}
+
+
+SEARCHES = {
+    "loss_weights": {"leakage": -1},
+    "editability_and_consistency": {"editability": 1, "instance_consistency": 1},
+}
+"""The objectives of each search: 1 for the larger the better."""
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_search_names_the_trials_that_no_other_beats(search, source, tmp_path):
     pytest.importorskip("optuna")
     command = [
-        *(sys.executable, "-m", "mifo", "run", "-m", f"hparams_search={search}", "debug=fast_dev_run"),
+        *(sys.executable, "-m", "mifo", "run", "-m", f"hparams_search={search}", "debug=default"),
         *("device=cpu", "logger=none", "callbacks=none", "model=local", f"model.source={source}"),
-        *("metrics=miniature", "metrics.windows=2", "hydra.sweeper.n_trials=2", "hydra.sweep.dir=sweep"),
+        *("metrics=miniature", "metrics.windows=2", "hydra.sweeper.n_trials=3", "hydra.sweep.dir=sweep"),
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = (tmp_path / "sweep" / "optimization_results.yaml").read_text()
-    assert trials in found and "penalty.semantic.weight" in found
-    assert (tmp_path / "sweep" / "1" / "scores.json").is_file()
+    found = yaml.safe_load((tmp_path / "sweep" / "optimization_results.yaml").read_text())
+    named = found.get("solutions") or [{"params": found["best_params"], "values": [found["best_value"]]}]
+    trials = [read_trial(tmp_path / "sweep" / str(job), list(SEARCHES[search])) for job in range(3)]
+    assert len({tuple(trial["params"].values()) for trial in trials}) == 3
+    front = [trial for trial in trials if not any(beats(other, trial, search) for other in trials)]
+    assert all(trial in front for trial in named)
+    assert len(named) == (len(front) if "solutions" in found else 1)
+
+
+def beats(one, other, search):
+    """Whether one trial is nowhere worse than another, and somewhere better."""
+    signs = SEARCHES[search].values()
+    gains = [
+        sign * (mine - theirs)
+        for sign, mine, theirs in zip(signs, one["values"], other["values"], strict=True)
+    ]
+    return min(gains) >= 0 and max(gains) > 0
+
+
+def read_trial(folder, objectives):
+    """The parameters of a job and its scores by those objectives."""
+    penalty = yaml.safe_load((folder / "config.yaml").read_text())["penalty"]
+    assert penalty["finetuning"]["weight"] == penalty["semantic"]["weight"]
+    params = {f"penalty.{name}.weight": penalty[name]["weight"] for name in ("warmup", "semantic")}
+    scores = {
+        each["metric"]: each["value"] for each in json.loads((folder / "scores.json").read_text())["scores"]
+    }
+    return {"params": params, "values": [scores[name] for name in objectives]}
