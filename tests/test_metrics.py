@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
+from mifo.config import compose, conf_folder, settings_of
 from mifo.errors import MifoError
 from mifo.metrics.box_adherence import BoxAdherence, find_instance
 from mifo.metrics.crops import crop_box, mask_box, pad_square, reference_crops
@@ -345,6 +346,16 @@ def test_dreamsims_similarity_is_one_minus_its_distance(monkeypatch, tmp_path):
         load_image_encoder(ImageSettings("dreamsim:nothing"))
     with pytest.raises(MifoError, match="image_size null"):
         load_image_encoder(ImageSettings("dreamsim", image_size=448))
+
+
+@pytest.mark.parametrize("option", sorted(path.stem for path in (conf_folder() / "metrics").glob("*.yaml")))
+def test_every_choice_of_metrics_composes(option):
+    settings = settings_of(compose("run", [f"metrics={option}", "paths.output=here"])).metrics
+    if option == "none":
+        assert settings is None
+    else:
+        assert settings.protocol == ("miniature" if option == "miniature" else "standard")
+        assert ("dreamsim" in settings.image.source) == (option == "dreamsim")
 
 
 def test_without_the_package_dreamsim_names_the_extra(monkeypatch):
