@@ -1,11 +1,37 @@
-"""Every experiment and every method composes, and each method runs dry."""
+"""Every experiment and method composes and runs dry; so does what the pages on sweeps tell one to type."""
 
+import re
+import shlex
+from pathlib import Path
+
+import hydra
 import pytest
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 from tiny import tiny_pipeline
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args, load_sweep_config
 
 from mifo.config import compose, conf_folder, settings_of
 from mifo.config.checks import check
+from mifo.metrics.evaluation import METRICS
+from mifo.tables.settings import read_table
 from mifo.tasks.run import run
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = [
+    line.partition("#")[0].strip()
+    for line in (ROOT / "docs/sweeps.md").read_text().splitlines()
+    if line.startswith("mifo ")
+]
+PLUGINS = {
+    "hydra/launcher=joblib": "joblib_launcher",
+    "hydra/launcher=gpus": "joblib_launcher",
+    "hydra/launcher=ray": "ray_launcher",
+    "hydra/launcher=submitit": "submitit_launcher",
+    "hparams_search=": "optuna_sweeper",
+}
+"""What an override needs to be composed."""
 
 
 def options(group):
@@ -32,3 +58,102 @@ def test_it_runs_dry(override, source, tmp_path):
     settings = settings_of(compose("run", [override, *tiny, f"paths.output={tmp_path / 'run'}"]))
     check(settings)
     assert (run(settings) / "contact_sheet.png").is_file()
+
+
+def need_plugins(text):
+    for part, plugin in PLUGINS.items():
+        if part in text:
+            pytest.importorskip(f"hydra_plugins.hydra_{plugin}")
+
+
+def composed(task, overrides):
+    """The settings of a job, and Hydra's own part of its configuration."""
+    overrides = [*overrides, "paths.output=here"]
+    settings = settings_of(compose(task, overrides))
+    check(settings)
+    with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return settings, hydra.compose(task, overrides, return_hydra_config=True).hydra
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_the_page_on_sweeps_says_composes(command):
+    need_plugins(command)
+    _, task, *typed = shlex.split(command)
+    if task == "table":
+        read_table(ROOT / typed[0], typed[1:])
+        return
+    overrides = OverridesParser.create().parse_overrides([each for each in typed if each != "-m"])
+    jobs = BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
+    for job in (jobs[0], jobs[-1]):
+        _, own = composed(task, job)
+        OmegaConf.to_container(own.launcher, throw_on_missing=True)
+
+
+@pytest.mark.parametrize("search", options("hparams_search"))
+def test_a_search_varies_keys_that_exist_and_knows_which_way_is_better(search):
+    need_plugins("hparams_search=")
+    settings, own = composed("run", [f"hparams_search={search}"])
+    varied = [f"{key}=0.0123" for key in own.sweeper.params]
+    changed, _ = composed("run", [f"hparams_search={search}", *varied])
+    assert varied and changed.penalty.finetuning.weight == 0.0123 != settings.penalty.finetuning.weight
+    direction = own.sweeper.direction
+    directions = [direction] if isinstance(direction, str) else list(direction)
+    better = ["maximize" if METRICS[name].higher_is_better else "minimize" for name in settings.objectives]
+    assert directions == better
+
+
+def test_the_weights_and_biases_sweep_starts_runs_of_keys_that_exist():
+    path = ROOT / "experiments/loss_weights/wandb_sweep.yaml"
+    asked = load_sweep_config(str(path))
+    ends = [
+        {name: {"value": each[end]} for name, each in asked["parameters"].items()} for end in ("min", "max")
+    ]
+    for values in ends:
+        typed = create_sweep_command_args({"args": values})["args_no_hyphens"]
+        given = [part for part in asked["command"] if not re.fullmatch(r"\$\{\w+\}", part)]
+        assert given[:2] == ["mifo", "run"] and asked["command"][-1] == "${args_no_hyphens}"
+        penalty = composed("run", [*given[2:], *typed])[0].penalty
+        assert penalty.warmup.weight == values["penalty.warmup.weight"]["value"]
+        weight = values["penalty.semantic.weight"]["value"]
+        assert penalty.semantic.weight == penalty.finetuning.weight == weight
+    metric, summary = asked["metric"]["name"].removeprefix("evaluation/").split(".")
+    goal = "maximize" if METRICS[metric].higher_is_better else "minimize"
+    assert (asked["metric"]["goal"], summary) == (goal, goal.removesuffix("imize"))
+
+
+METHODS = ["mifo", "break_a_scene", "custom_diffusion", "masked_dreambooth", "masked_textual_inversion"]
+
+
+def stages(settings):
+    learning = settings.learning
+    return [stage for stage in (learning.semantic, learning.finetuning) if stage.steps]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_on_the_miniature_every_method_takes_as_many_steps(method):
+    mine, other = (
+        settings_of(compose("run", [f"method={name}", "paths.output=here"])) for name in ("mifo", method)
+    )
+    assert sum(stage.steps for stage in stages(mine)) == sum(stage.steps for stage in stages(other))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model", ["sd21", "local"])
+def test_the_page_on_methods_says_what_is_set(method, model):
+    given = [f"method={method}", f"model={model}", "model.source=folder", "paths.output=here"]
+    settings = settings_of(compose("run", given))
+    row = next(
+        line for line in (ROOT / "docs/methods.md").read_text().splitlines() if f"| `{method}`" in line
+    )
+    steps, rates, prior = (row.split("|")[column].strip() for column in (3, 4, 6))
+    said, batch = steps.split(", ")
+    assert [int(each) for each in said.split(" + ")] == [stage.steps for stage in stages(settings)]
+    assert {int(batch)} == {stage.batch_size for stage in stages(settings)}
+    assert [float(each.split(",")[0]) for each in rates.split("; ")] == [
+        stage.learning_rate for stage in stages(settings)
+    ]
+    if prior != "none":
+        assert (
+            int(prior.split()[0]) == settings.learning.prior.pictures and settings.learning.prior.weight == 1
+        )
+    assert (settings.penalty.timestep_limit == 1000) == (method == "break_a_scene")
