@@ -85,7 +85,7 @@ def run_job(config: DictConfig) -> Any:
     folder, overrides = Path(job.runtime.output_dir), list(job.overrides.task)
     write_status(folder, "running", overrides)
     try:
-        # before everything that imports diffusers or lightning, whose import makes CUDA list the GPUs for good
+        # before diffusers or lightning are imported, which makes CUDA list the GPUs for good
         if config.exclusive_gpu or job.runtime.choices["hydra/launcher"] == "gpus":
             claim_gpu()
         settings = settings_of(config)
