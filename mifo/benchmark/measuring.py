@@ -1,5 +1,6 @@
 """Stopwatches, memory and operations, on a GPU and without one."""
 
+import gc
 import resource
 import statistics
 import sys
@@ -44,6 +45,7 @@ class Memory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        gc.collect()  # Lightning's objects refer to each other, so that an earlier row's weights may linger
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)

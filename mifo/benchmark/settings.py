@@ -17,3 +17,4 @@ class BenchmarkSettings:
     warmup: int = 10
     instances: int = 3
     processes: int = 4  # at once, in the row "throughput"
+    operations: bool = True  # count floating-point operations too, by an ordinary pass beside the timed ones

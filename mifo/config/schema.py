@@ -147,6 +147,9 @@ class QualitySettings(TaskSettings):
     per_category: int = 100  # instances among which the image evaluator finds each one
     pictures: int = 960  # of one thing; half as many of two
     box_prompts: int = 200
+    performance: PerformanceSettings = field(
+        default_factory=PerformanceSettings
+    )  # of box control: CUDA graphs
     synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
 
