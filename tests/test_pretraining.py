@@ -10,6 +10,7 @@ from diffusers import StableDiffusionPipeline
 from transformers import AutoTokenizer, ViTImageProcessor, ViTModel
 
 from mifo.errors import MifoError
+from mifo.miniature.pretraining.augmentation import repaint, soften, warp
 from mifo.miniature.pretraining.corpus import Corpus, crop, draw_corpus, jitter
 from mifo.miniature.pretraining.run import PARTS, pretrain
 from mifo.miniature.pretraining.segmenter import BACKGROUND, class_maps, draw_class_maps, load_segmenter
@@ -153,3 +154,18 @@ def test_the_decoder_learns_and_the_latents_stay(made):
     before, after = (made[2][part] for part in ("autoencoder", "decoder"))
     moved = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
     assert moved and moved <= {"decoder", "post_quant_conv"}
+
+
+def test_augmented_pictures_stay_pictures_and_repeat_by_seed():
+    pictures = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for change in (warp, repaint, soften):
+        once, again, other = (change(pictures, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+        assert once.shape == pictures.shape and torch.equal(once, again) and not torch.equal(once, other)
+        assert once.min() > -0.3 and once.max() < 1.4
+    ramp = torch.linspace(0, 1, 32).expand(64, 3, 32, 32)
+    rising = (warp(ramp, torch.Generator().manual_seed(0))[..., -1] > 0.5).float().mean((1, 2)).round()
+    assert 16 < rising.sum() < 48  # about half are mirrored
+    still = warp(torch.full((2, 3, 32, 32), 0.3), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(still, torch.full((2, 3, 32, 32), 0.3))
+    grey = repaint(torch.full((2, 3, 8, 8), 0.3), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(grey, torch.full((2, 3, 8, 8), 0.3))

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from mifo.miniature.pretraining.augmentation import soften, warp
 from mifo.miniature.pretraining.corpus import Corpus, crop, jitter, tokenise
 from mifo.miniature.pretraining.settings import PretrainSettings
 from mifo.miniature.pretraining.training import Pretraining
@@ -92,9 +93,8 @@ class ClipPretraining(Pretraining):
         slot = (draw * corpus.count[near]).long()
         thing, colour, pattern = (part[near, slot] for part in (corpus.thing, corpus.colour, corpus.pattern))
         boxes = jitter(corpus.boxes[near, slot], 0.3, generator)
-        images = (
-            torch.cat([corpus.images[rows[:whole]].float(), crop(corpus.images[near].float(), boxes)]) / 255
-        )
+        images = torch.cat([corpus.images[rows[:whole]].float(), crop(corpus.images[near].float(), boxes)])
+        images = soften(warp(images / 255, generator), generator)
         words = (thing * len(COLOURS) + colour) * len(PATTERNS) + pattern
         ids = torch.cat([corpus.captions[rows[:whole], variant], self.crop_captions.to(device)[words]])
         scale = self.network.logit_scale.exp().clamp(max=100)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mifo.errors import MifoError
+from mifo.miniature.pretraining.augmentation import soften
 from mifo.miniature.pretraining.corpus import CHUNK
 from mifo.miniature.pretraining.settings import PretrainSettings
 from mifo.miniature.pretraining.training import Pretraining
@@ -84,13 +85,7 @@ class SegmenterPretraining(Pretraining):
         device, n = self.device, self.settings.batch_size
         rows = torch.randint(len(self.pictures), (n,), generator=generator, device=device)
         images, target = self.pictures[rows].float() / 255, self.maps[rows].long()
-
-        def uniform(*shape: int) -> Tensor:
-            return torch.rand(n, *shape, 1, 1, generator=generator, device=device)
-
-        images = torch.lerp(images, F.avg_pool2d(images, 3, 1, 1, count_include_pad=False), uniform(1))
-        noise = torch.randn(images.shape, generator=generator, device=device)
-        images = images * (0.9 + 0.2 * uniform(3)) + 0.05 * uniform(1) * noise
+        images = soften(images, generator)
         loss = F.cross_entropy(self.network(images).float(), target)
         return {"loss": loss}
 

@@ -3,7 +3,8 @@ apart.
 
 Instance discrimination with InfoNCE (van den Oord et al., arXiv 1807.03748). A batch holds many instances of
 few categories, so that the negatives are look-alikes; one view stands on black, as references do, the others
-are box crops of new scenes. It shares no weight with the generator or with the CLIP.
+are box crops of new scenes. Views are mirrored, bent, repainted and softened a little, as made pictures are.
+It shares no weight with the generator or with the CLIP.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTModel
 
+from mifo.miniature.pretraining.augmentation import repaint, soften, warp
 from mifo.miniature.pretraining.clip import normalise
 from mifo.miniature.pretraining.corpus import crowd, draw_views
 from mifo.miniature.pretraining.settings import PretrainSettings
@@ -60,6 +62,9 @@ class VitPretraining(Pretraining):
             1,
         )
 
+    def disturb(self, views: Tensor, generator: torch.Generator) -> Tensor:
+        return soften(repaint(warp(views, generator), generator), generator)
+
     def loss(self, generator: torch.Generator) -> dict[str, Tensor]:
         device, n = self.device, self.settings.batch_size
         # The crowd is sorted by category, so a short window of it holds look-alikes; four windows a batch.
@@ -67,7 +72,9 @@ class VitPretraining(Pretraining):
         starts = torch.randint(self.instances - window, (4, 1), generator=generator, device=device)
         rows = (starts + torch.arange(window, device=device)).flatten()
         order = torch.rand(n, VIEWS, generator=generator, device=device).argsort(1)[:, :2]
-        first, second = (normalise(self.views[rows, order[:, i]]) for i in range(2))
+        first, second = (
+            normalise(self.disturb(self.views[rows, order[:, i]].float() / 255, generator)) for i in range(2)
+        )
         features = self.network(pixel_values=torch.cat([first, second])).last_hidden_state[:, 0].float()
         a, b = F.normalize(features, dim=-1).chunk(2)
         logits = a @ b.T / TEMPERATURE
