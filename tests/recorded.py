@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
@@ -50,6 +50,24 @@ class Recordings:
     def __init__(self) -> None:
         self.count = 0
 
+    def capture(self, function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        """Takes the place of `mifo.performance.graphs.capture`."""
+        self.count += 1
+        samples = [each.detach().clone() for each in inputs]
+        buffers, structure = tree_flatten(function(*samples))
+        buffers = [each if each is None else each.clone() for each in buffers]
+        tape = Tape(lambda *inputs: tree_flatten(function(*inputs))[0], *samples)
+
+        @torch.no_grad()
+        @torch.autocast("cpu", enabled=False)  # what was recorded has been through it
+        def replay(*inputs: Tensor) -> Any:
+            for buffer, value in zip(buffers, tape(*inputs), strict=True):
+                if buffer is not None:
+                    buffer.copy_(value)
+            return tree_unflatten(buffers, structure)
+
+        return replay
+
     def __call__(
         self,
         function: Callable[..., Any],
@@ -58,8 +76,6 @@ class Recordings:
         allow_unused_input: bool = False,
     ) -> Callable[..., Any]:
         self.count += 1
-        module = isinstance(function, nn.Module)
-        parameters = [each for each in function.parameters() if each.requires_grad] if module else []
         for _ in range(num_warmup_iters):
             function(*sample_args)
         samples, structure = tree_flatten(function(*sample_args))
@@ -69,7 +85,7 @@ class Recordings:
 
         def gradients(*inputs: Tensor) -> Sequence[Tensor | None]:
             outputs, _ = tree_flatten(function(*inputs[:number]))
-            sources = [each for each in (*inputs[:number], *parameters) if each.requires_grad]
+            sources = [each for each in inputs[:number] if each.requires_grad]
             chosen = [outputs[i] for i in differentiable]
             return torch.autograd.grad(chosen, sources, inputs[number:], allow_unused=allow_unused_input)
 
@@ -92,4 +108,4 @@ class Recordings:
                     found = iter(backward(*ctx.inputs[:number], *(incoming[i] for i in differentiable)))
                 return tuple(next(found) if each.requires_grad else None for each in ctx.inputs)
 
-        return lambda *inputs: tree_unflatten(Replay.apply(*inputs, *parameters), structure)
+        return lambda *inputs: tree_unflatten(Replay.apply(*inputs), structure)

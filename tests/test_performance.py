@@ -1,7 +1,9 @@
 """Profiles: what each does, and that graphs, layouts and checkpointing leave the results alone."""
 
 import copy
+import gc
 import logging
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -19,12 +21,13 @@ from mifo.data.prior import class_pictures
 from mifo.errors import MifoError
 from mifo.learning.learn import learn
 from mifo.learning.settings import LearningSettings, PriorSettings, StageSettings
+from mifo.learning.stages import LearningStage, _with_rounded_frozen_weights
 from mifo.models.images import decode_latents
 from mifo.models.loading import load_model
 from mifo.models.settings import ModelSettings
 from mifo.penalty.settings import PenaltySettings
 from mifo.performance.adamw_8bit import AdamW8bit, _levels
-from mifo.performance.graphs import GraphedFunction
+from mifo.performance.graphs import GraphedFunction, GraphedStep
 from mifo.performance.profile import available, check_performance, ready_for_synthesis
 from mifo.performance.settings import PerformanceSettings
 from mifo.synthesis.sampler import KeptPasses
@@ -41,6 +44,8 @@ def source(tmp_path_factory):
 def recordings(monkeypatch):
     recordings = Recordings()
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", recordings)
+    monkeypatch.setattr("mifo.performance.graphs.capture", recordings.capture)
+    monkeypatch.setattr("mifo.learning.learn.available", lambda settings, device: settings)
     return recordings
 
 
@@ -66,19 +71,85 @@ def losses(source, tmp_path_factory):
         learn(model, instances, copy.deepcopy(learning), penalty, folder, **options)
         return [loss for _, _, loss in watch.losses]
 
-    learnt.settings = settings
+    learnt.settings, learnt.instances, learnt.penalty = settings, instances, penalty
     return learnt
 
 
-def test_learning_replayed_from_graphs_is_the_same(losses, recordings, monkeypatch):
-    plain = losses(PLAIN)
-    monkeypatch.setattr("mifo.learning.learn.available", lambda settings, device: settings)
-    assert losses(replace(PLAIN, cuda_graphs=True)) == pytest.approx(plain, rel=1e-5)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_learning_replayed_from_graphs_is_the_same(losses, recordings, precision):
+    settings = replace(PLAIN, learning_precision=precision)
+    plain = losses(settings)
+    assert recordings.count == 0
+    assert losses(replace(settings, cuda_graphs=True)) == pytest.approx(plain, rel=1e-5)
     assert recordings.count == 3  # reward, penalty, fine-tuning
-    accumulated = losses(PLAIN, trainer=TRAINER | {"accumulate_grad_batches": 2})
-    graphs = replace(PLAIN, cuda_graphs=True)
-    assert losses(graphs, trainer=TRAINER | {"accumulate_grad_batches": 2}) == accumulated
-    assert recordings.count == 3
+    assert not [each for each in gc.get_objects() if isinstance(each, GraphedStep)]
+
+
+def test_gradients_that_add_up_are_not_graphed(losses, recordings, caplog):
+    accumulated = TRAINER | {"accumulate_grad_batches": 2}
+    graphed = losses(replace(PLAIN, cuda_graphs=True), trainer=accumulated)
+    assert graphed == losses(PLAIN, trainer=accumulated)
+    assert recordings.count == 0
+    assert [record.message for record in caplog.records].count(
+        "Learning goes on without CUDA graphs, since gradients add up over several batches."
+    ) == 2  # stages
+
+
+def test_a_killed_run_goes_on_from_graphs_to_the_same_result(source, losses, recordings, tmp_path):
+    settings = copy.deepcopy(losses.settings)
+    settings.semantic.checkpoint_every = settings.finetuning.checkpoint_every = 2
+
+    def run(folder, kill=None, graphs=True):
+        model = load_model(ModelSettings("tiny", source))
+        options = {"trainer": TRAINER, "performance": replace(PLAIN, cuda_graphs=graphs)}
+        options["callbacks"] = [Watch(kill)]
+        learn(model, losses.instances, copy.deepcopy(settings), losses.penalty, folder, **options)
+        parts = (model.unet, model.text_encoder)
+        assert all(each.grad is None for part in parts for each in part.parameters())
+        return [value for part in parts for value in part.state_dict().values()]
+
+    whole = run(tmp_path / "whole")
+    torch.testing.assert_close(run(tmp_path / "plain", graphs=False), whole, rtol=1e-4, atol=1e-5)
+    for kill in (("semantic", 3), ("finetuning", 3)):
+        folder = tmp_path / kill[0]
+        with pytest.raises(RuntimeError, match="killed"):
+            run(folder, kill)
+        assert all(torch.equal(*pair) for pair in zip(run(folder), whole, strict=True))
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_nothing_of_a_run_stays_in_memory(source, losses, recordings, tmp_path, graphs):
+    model = load_model(ModelSettings("tiny", source))
+    settings = copy.deepcopy(losses.settings)
+    performance = replace(PLAIN, cuda_graphs=graphs)
+    learn(
+        model, losses.instances, settings, losses.penalty, tmp_path, trainer=TRAINER, performance=performance
+    )
+    held, parameters = weakref.ref(model.unet), weakref.ref(model.unet.conv_in.weight)
+    gc.collect()
+    assert not [each for each in gc.get_objects() if isinstance(each, LearningStage)]
+    del model
+    gc.collect()
+    assert held() is None and parameters() is None
+
+
+def test_gradients_of_a_step_are_laid_out_as_the_weights_and_apart(monkeypatch):
+    monkeypatch.setattr("mifo.performance.graphs.capture", lambda function, inputs: function)
+    weights = [nn.Parameter(torch.randn(3, 4)) for _ in range(3)] + [nn.Parameter(torch.ones(2))]
+    weights[1] = nn.Parameter(torch.randn(4, 3).t())  # another layout; the first two get the same gradient
+
+    def loss(x):
+        return ((weights[0] + weights[1]) * x).sum() + weights[2].sum(), x.sum()
+
+    x = torch.randn(3, 4)
+    step = GraphedStep(loss, weights, wanted=True)
+    total, beside = step(x)
+    step.backward(total)
+    assert not total.requires_grad and beside == x.sum()
+    for weight, gradient in zip(weights[:3], (x, x, torch.ones(3, 4)), strict=True):
+        assert torch.equal(weight.grad, gradient) and weight.grad.stride() == weight.stride()
+    assert weights[3].grad is None
+    assert len({each.grad.untyped_storage().data_ptr() for each in weights[:3]}) == 3
 
 
 def test_layout_and_checkpointing_leave_learning_alone(losses):
@@ -94,9 +165,19 @@ def test_half_precision_stays_near_full_precision(losses):
 
 
 def test_frozen_weights_rounded_once_give_what_autocast_gives(losses, monkeypatch):
+    wrapped = []
+
+    def spied(part):
+        wrapped.append((type(part).__name__, (found := _with_rounded_frozen_weights(part)) is not part))
+        return found
+
     bfloat16 = replace(PLAIN, learning_precision="bfloat16")
+    monkeypatch.setattr("mifo.learning.stages._with_rounded_frozen_weights", spied)
     rounded = losses(bfloat16)
-    monkeypatch.setattr("mifo.learning.stages._with_rounded_frozen_weights", lambda unet: unet)
+    # reward and penalty of the first stage; in the second everything learns
+    both = [("CLIPTextModel", True), ("UNet2DConditionModel", True)]
+    assert wrapped == both * 2 + [(name, False) for name, _ in both]
+    monkeypatch.setattr("mifo.learning.stages._with_rounded_frozen_weights", lambda part: part)
     assert losses(bfloat16) == rounded
 
 
@@ -202,12 +283,19 @@ def test_a_graph_that_cannot_be_captured_is_an_ordinary_call_told_once(monkeypat
         raise RuntimeError("capture failed\nlong story")
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", broken)
+    monkeypatch.setattr("mifo.performance.graphs.capture", broken)
     layer = nn.Linear(2, 2)
     graphed = GraphedFunction(layer, wanted=True)
     x = torch.ones(1, 2)
     assert torch.equal(graphed(x), layer(x)) and torch.equal(graphed(2 * x), layer(2 * x))
-    (record,) = caplog.records
-    assert "capture failed" in record.message and "long story" not in record.message
+    step = GraphedStep(lambda x: (layer(x).sum(), None), list(layer.parameters()), wanted=True)
+    for scale in (1, 2):
+        layer.zero_grad()
+        step.backward(step(scale * x)[0])
+        assert torch.equal(layer.weight.grad, torch.full((2, 2), float(scale)))
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == 2 and all("capture failed" in each for each in messages)
+    assert not any("long story" in each for each in messages)
 
 
 def test_what_the_machine_lacks_is_left_out_in_one_line(monkeypatch, caplog):

@@ -1,5 +1,6 @@
 """The two stages of learning as LightningModules: what learns, with which optimiser, on which loss."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -25,10 +26,12 @@ from mifo.models.text import encode_ids
 from mifo.models.trainable import new_rows, set_trainable
 from mifo.penalty.active import Stage, active_term, layers_read
 from mifo.penalty.settings import PenaltySettings, TermSettings
-from mifo.performance.graphs import GraphedFunction
+from mifo.performance.graphs import GraphedStep
 
 OPTIMIZERS = ("adamw", "adamw_8bit")
 SCHEDULES = tuple(schedule.value for schedule in SchedulerType)
+
+log = logging.getLogger(__name__)
 
 
 class LearningStage(lightning.LightningModule):
@@ -62,8 +65,7 @@ class LearningStage(lightning.LightningModule):
         self.prior_weight = prior_weight
         self.last: LossParts | None = None
         self._graphs = graphs
-        # by the active loss; a dict, so that the weights in it do not count as a submodule's again
-        self._steps: dict[str, GraphedFunction] = {}
+        self._steps: dict[str, GraphedStep] = {}  # that of the active loss
         self._choice = choose_layers(model.unet)
         self._recorder = AttentionRecorder(model.unet, self._layers_at(0))
         set_trainable(model, settings.learn)
@@ -79,27 +81,38 @@ class LearningStage(lightning.LightningModule):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Attention is recorded in this block, in which the trainer must run, and put back after it."""
+        """Attention is recorded in this block, in which the trainer must run, and put back after it.
+
+        Graphs and gradients end with the block too.
+        """
         self._recorder.__enter__()
         try:
             yield
         finally:
             self._recorder.__exit__(None, None, None)
+            self._steps.clear()
+            self.zero_grad()
 
     def training_step(self, batch: LearningBatch, batch_index: int) -> Tensor:
         term = active_term(self.penalty, self.stage, self.global_step)
         self._record(self._layers_at(self.global_step))
         if repr(term) not in self._steps:
-            # with several passes to a step, gradients would add up in the buffers that a replay overwrites
-            graphs = self._graphs and self.trainer.accumulate_grad_batches == 1
-            self._steps = {repr(term): GraphedFunction(_Step(self, term), graphs)}
-        total, parts, maps = self._steps[repr(term)](*_tensors(batch))
-        self.last = LossParts(total, **{name: each.detach() for name, each in parts.items()}, maps=maps)
+            # the old one goes first, with the memory of its graph
+            self._steps.clear()
+            parameters = [each for each in self.parameters() if each.requires_grad]
+            self._steps[repr(term)] = GraphedStep(_Step(self, term), parameters, self._graphs)
+        total, (parts, maps) = self._steps[repr(term)](*_tensors(batch))
+        self.last = LossParts(total.detach(), **parts, maps=maps)
         # values are read, which waits for the device, only at the steps that are logged
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
-            parts = {"total": total.detach(), **parts}
-            self.log_dict({f"{self.stage}/loss/{name}": value.detach() for name, value in parts.items()})
-        return self.last.total
+            parts = {"total": self.last.total, **parts}
+            self.log_dict({f"{self.stage}/loss/{name}": value for name, value in parts.items()})
+        return total
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """As of any module, but a graphed step has its gradients already."""
+        (step,) = self._steps.values()
+        step.backward(loss)
 
     def eager_step(self, batch: LearningBatch) -> Tensor:
         """The loss of the first step's kind without a graph, for counting its operations."""
@@ -110,6 +123,15 @@ class LearningStage(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         self._schedule = NoiseSchedule.from_scheduler(self.model.noise_scheduler, self.device)
+        # what Lightning or PyTorch does to gradients on their way would be left out of a graph
+        reasons = {
+            "float16 scales the gradients": self.trainer.precision == "16-mixed",
+            "gradients add up over several batches": self.trainer.accumulate_grad_batches > 1,
+            "several processes share their gradients": self.trainer.world_size > 1,
+        }
+        if self._graphs and any(reasons.values()):
+            self._graphs = False
+            log.warning("Learning goes on without CUDA graphs, since %s.", max(reasons, key=reasons.get))
 
     def configure_optimizers(self) -> dict[str, Any]:
         settings = self.settings
@@ -185,19 +207,18 @@ class Finetuning(LearningStage):
         return finetuning_loss(unet, recorder, schedule, inputs, term, limit, self.prior_weight)
 
 
-class _Step(nn.Module):
+class _Step:
     """The loss of a step as a function of tensors alone, the fields of `LearningBatch`, to be graphed.
 
-    Returns the total, the detached parts by name and the maps by layer.
+    Returns the total, and beside it the detached parts by name and maps by layer.
     """
 
     def __init__(self, stage: LearningStage, term: TermSettings) -> None:
-        super().__init__()
-        self.unet, self.text_encoder = stage.unet, stage.text_encoder  # whose parameters get gradients
-        self._encode = partial(encode_ids, stage.model)
+        text_encoder = _with_rounded_frozen_weights(stage.text_encoder)
+        self._encode = partial(encode_ids, stage.model, text_encoder=text_encoder)
         self._loss = partial(stage.loss, _with_rounded_frozen_weights(stage.unet), term=term)
 
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[int, Tensor]]:
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, tuple[dict[str, Tensor], dict[int, Tensor]]]:
         batch = LearningBatch(*tensors)
         inputs = StepInputs(
             latents=batch.latents,
@@ -210,29 +231,29 @@ class _Step(nn.Module):
         )
         loss = self._loss(inputs)
         parts = {name: getattr(loss, name).detach() for name in ("denoising", "prior", "attention")}
-        return loss.total, parts, {layer: each.detach() for layer, each in loss.maps.items()}
+        return loss.total, (parts, loss.maps)
 
 
 def _tensors(batch: LearningBatch) -> list[Tensor]:
     return [getattr(batch, each.name) for each in fields(batch)]
 
 
-def _with_rounded_frozen_weights(unet: nn.Module) -> Callable[..., Any]:
-    """The U-Net with its frozen weights in autocast's precision, to which each step would round them anew."""
-    device = unet.device.type
-    if not torch.is_autocast_enabled(device) or unet.is_gradient_checkpointing:
-        return unet
+def _with_rounded_frozen_weights(part: nn.Module) -> Callable[..., Any]:
+    """U-Net or text encoder with frozen weights in autocast's precision, not rounded anew at each step."""
+    device = part.device.type
+    if not torch.is_autocast_enabled(device) or part.is_gradient_checkpointing:
+        return part
     dtype = torch.get_autocast_dtype(device)
     rounded = {
         f"{name}.{own}": parameter.to(dtype)
-        for name, module in unet.named_modules()
+        for name, module in part.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
         for own, parameter in module.named_parameters(recurse=False)
         if not parameter.requires_grad and parameter.dtype == torch.float32
     }
     if not rounded:
-        return unet
-    return lambda *inputs, **options: functional_call(unet, rounded, inputs, options)
+        return part
+    return lambda *inputs, **options: functional_call(part, rounded, inputs, options)
 
 
 def _optimizer_class(name: str, device: torch.device) -> type[torch.optim.Optimizer]:

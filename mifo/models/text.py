@@ -1,6 +1,7 @@
 """Prompts to token ids to what the U-Net's cross-attention reads."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +27,15 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
     return torch.tensor(ids)
 
 
-def encode_ids(model: DiffusionModel, ids: Tensor) -> Tensor:
-    """Hidden states (B, L, width) of token ids (B, L) after the final norm, as Stable Diffusion has it."""
-    return model.text_encoder(ids.to(model.device)).last_hidden_state
+def encode_ids(
+    model: DiffusionModel, ids: Tensor, text_encoder: Callable[[Tensor], Any] | None = None
+) -> Tensor:
+    """Hidden states (B, L, width) of token ids (B, L) after the final norm, as Stable Diffusion has it.
+
+    Args:
+        text_encoder: the model's own or what wraps it; None: the model's own.
+    """
+    return (text_encoder or model.text_encoder)(ids.to(model.device)).last_hidden_state
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Functions of tensors replayed as CUDA graphs, so that the GPU need not wait for Python."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,15 +15,15 @@ class GraphedFunction:
 
     What it returns is overwritten by the next call. Tensors it closes over are read anew at each replay, so
     they may change in place; Python values are fixed at the capture: call `forget` when one has changed.
-    Gradients flow to the inputs and, of a module, to its parameters. If `wanted` is false or the capture
-    fails, which one line tells, it is an ordinary call.
+    Gradients flow to the inputs. If `wanted` is false or the capture fails, which one line tells, it is an
+    ordinary call.
 
     Args:
         function: of tensors only, of one shape each, to a tree of tensors; it must not wait for the device.
         wanted: whether to capture at all; that needs a GPU of NVIDIA.
     """
 
-    def __init__(self, function: Callable[..., Any] | nn.Module, wanted: bool) -> None:
+    def __init__(self, function: Callable[..., Any], wanted: bool) -> None:
         self._function = function
         self._wanted = wanted
         self._replay: Callable[..., Any] | None = None
@@ -41,27 +41,103 @@ class GraphedFunction:
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
         buffers = tuple(each.detach().clone().requires_grad_(each.requires_grad) for each in inputs)
-        # capturing a module replaces its `forward`, which is wanted back if it fails
-        function = self._function
-        captured = _Bound(function) if isinstance(function, nn.Module) else function
         try:
             # one round beforehand, in which libraries set themselves up and what is kept gets computed
             return torch.cuda.make_graphed_callables(
-                captured, buffers, num_warmup_iters=1, allow_unused_input=True
+                self._function, buffers, num_warmup_iters=1, allow_unused_input=True
             )
         except RuntimeError as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            log.warning("No CUDA graph could be captured (%s): going on without.", reason)
-            return function
+            _tell(error)
+            return self._function
 
 
-class _Bound(nn.Module):
-    """A module to capture in the place of another, with its parameters."""
+class GraphedStep:
+    """A loss and its gradients as one graph, captured at the first call and replayed from then on.
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self.train(module.training)
+    `.grad` of the parameters points to where the graph writes, so that no gradient is copied; the next call
+    overwrites it, so gradients can not add up over several calls. Otherwise as `GraphedFunction`.
 
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.module(*inputs)
+    Args:
+        function: of tensors only, of one shape each, to the loss and any tree of detached tensors beside it.
+        parameters: what the loss is differentiated by.
+        wanted: whether to capture at all; that needs a GPU of NVIDIA.
+    """
+
+    def __init__(
+        self, function: Callable[..., tuple[Tensor, Any]], parameters: Sequence[nn.Parameter], wanted: bool
+    ) -> None:
+        self._function = function
+        self._parameters = parameters
+        self._wanted = wanted
+        self._replay: Callable[..., Any] | None = None
+        self._gradients: Sequence[Tensor | None] | None = None
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, Any]:
+        """The loss and what comes with it; call `backward` on the loss next."""
+        if self._wanted and self._replay is None:
+            try:
+                self._replay = capture(self._loss_and_gradients, inputs)
+            except RuntimeError as error:
+                _tell(error)
+                self._wanted = False
+        if self._replay is None:
+            return self._function(*inputs)
+        loss, rest, self._gradients = self._replay(*inputs)
+        return loss, rest
+
+    def backward(self, loss: Tensor) -> None:
+        """Give the parameters the gradients of the last call's loss; those of before must be gone."""
+        if self._gradients is None:
+            loss.backward()
+            return
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+
+    def _loss_and_gradients(self, *inputs: Tensor) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
+        loss, rest = self._function(*inputs)
+        # the engine would take autocast over to the products of the backward pass, which knows its precisions
+        with torch.autocast(loss.device.type, enabled=False):
+            gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        return loss.detach(), rest, _laid_out(gradients, self._parameters)
+
+
+def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """A function as a CUDA graph: what it returns is overwritten at each call, and passes no gradients on.
+
+    Raises:
+        RuntimeError: it can not be captured, or there is no GPU.
+    """
+    buffers = [each.detach().clone() for each in inputs]
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function(*buffers)  # libraries set themselves up, and what is kept gets computed
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph, stream=stream):
+        outputs = function(*buffers)
+
+    def replay(*inputs: Tensor) -> Any:
+        for buffer, each in zip(buffers, inputs, strict=True):
+            buffer.copy_(each)
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+def _laid_out(gradients: Sequence[Tensor | None], parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    """Gradients in memory of their own each and laid out as the parameters, as fused optimisers want them."""
+    found, own = set(), []
+    for gradient, parameter in zip(gradients, parameters, strict=True):
+        if gradient is not None:
+            memory = gradient.untyped_storage().data_ptr()
+            if memory in found or gradient.stride() != parameter.stride():
+                gradient = torch.empty_like(parameter).copy_(gradient)
+            found.add(memory)
+        own.append(gradient)
+    return own
+
+
+def _tell(error: RuntimeError) -> None:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    log.warning("No CUDA graph could be captured (%s): going on without.", reason)
