@@ -38,7 +38,7 @@ from mifo.performance.settings import PerformanceSettings
 from mifo.synthesis.settings import SynthesisSettings
 from mifo.tasks.synthesize import make_pictures
 
-MINIATURE_STEPS = (300, 120)  # of both stages, where the shapes are the miniature's
+MINIATURE_STEPS = (200, 80)  # of both stages, where the shapes are the miniature's
 
 
 @dataclass
