@@ -248,6 +248,31 @@ def test_a_frozen_base_model_may_be_in_half_precision(source, instances, setting
     assert new_rows(model).dtype == torch.float32
 
 
+class LargestGradient(Callback):
+    """Keeps the norm of the gradients that the optimiser sees, after each step."""
+
+    def __init__(self):
+        self.norms = []
+
+    def on_train_batch_end(self, trainer, module, *args):
+        self.norms.append(torch.nn.utils.get_total_norm([new_rows(module.model).grad]).item())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_gradients_are_clipped_to_their_norm(source, instances, settings, tmp_path, optimizer):
+    settings.finetuning.steps, settings.semantic.optimizer = 0, optimizer
+    norms, rows = {}, {}
+    for limit in (0.0, 1e-3, 1e3):
+        settings.semantic.gradient_clip = limit
+        model, watch = load_model(ModelSettings("tiny", source)), LargestGradient()
+        options = {"trainer": TRAINER, "callbacks": [watch]}
+        learn(model, instances, copy.deepcopy(settings), PenaltySettings(), tmp_path / str(limit), **options)
+        norms[limit], rows[limit] = watch.norms, new_rows(model).detach().clone()
+    assert min(norms[0.0]) > 2e-3 and norms[1e3] == norms[0.0]
+    assert norms[1e-3] == pytest.approx([1e-3] * 4, rel=2e-3)
+    assert torch.equal(rows[1e3], rows[0.0]) and not torch.equal(rows[1e-3], rows[0.0])
+
+
 def test_losses_reach_the_logger_at_its_interval(model, instances, settings, tmp_path):
     logger = CSVLogger(tmp_path / "log", name="", version="")
     options = {"trainer": TRAINER | {"log_every_n_steps": 2}, "loggers": [logger]}

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from mifo.data.instances import InstanceSet
-from mifo.data.prior import class_pictures, class_prompts
+from mifo.data.prior import class_picture_files, class_pictures, class_prompts
 from mifo.errors import MifoError
 from mifo.learning.settings import LearningSettings, StageSettings
 from mifo.models.images import encode_images
@@ -56,7 +56,7 @@ class LearningData(lightning.LightningDataModule):
     Args:
         prior: whether class samples are drawn too.
         stream: tells the random draws of the stages apart.
-        performance: how class pictures are made; None: in float32, without CUDA graphs.
+        performance: how class pictures are made and encoded; None: in float32, without CUDA graphs.
     """
 
     def __init__(
@@ -79,12 +79,13 @@ class LearningData(lightning.LightningDataModule):
         self.stream = stream
         self.performance = performance
         self.prompts = class_prompts(instances, settings.prior) if prior else []
+        self._class_pictures = (model, self.prompts, settings.prior, seed, performance)
         self._prompt = cache(self._tokenized)
 
     def prepare_data(self) -> None:
         """Make the class pictures that are missing, in one process only."""
         if self.prompts:
-            self._class_pictures()
+            class_picture_files(*self._class_pictures)
 
     def setup(self, stage: str) -> None:
         """Encode the image, its mirror image and the class pictures, each once."""
@@ -95,11 +96,13 @@ class LearningData(lightning.LightningDataModule):
         # row N stands for no instance
         self.masks = torch.cat([self.masks, torch.zeros_like(self.masks[:, :1])], 1)
         if self.prompts:
-            pictures, told = self._class_pictures()
-            plain, mirrored = (
-                encode_images(self.model, each, batch_size=2) for each in (pictures, pictures.flip(-1))
-            )
-            self.class_latents = [torch.stack(pair) for pair in zip(plain, mirrored, strict=True)]
+            pictures, told = class_pictures(*self._class_pictures)
+            rounded = self.performance is not None and self.performance.learning_precision == "bfloat16"
+            with torch.autocast(self.model.device.type, torch.bfloat16, enabled=rounded):
+                plain, mirrored = (
+                    encode_images(self.model, each, batch_size=4) for each in (pictures, pictures.flip(-1))
+                )
+            self.class_latents = [torch.stack(pair).float() for pair in zip(plain, mirrored, strict=True)]
             self.class_ids = tokenize(self.model.tokenizer, told)
 
     def train_dataloader(self) -> DataLoader:
@@ -148,9 +151,6 @@ class LearningData(lightning.LightningDataModule):
             ),
             valid=torch.tensor([[float(i < len(chosen)) for i in range(number)] for chosen in selections]),
         )
-
-    def _class_pictures(self) -> tuple[Tensor, list[str]]:
-        return class_pictures(self.model, self.prompts, self.settings.prior, self.seed, self.performance)
 
     def _selection(self, generator: torch.Generator) -> tuple[int, ...]:
         """k ~ U{1…N} distinct instances in random order."""

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +48,24 @@ def class_pictures(
 ) -> tuple[Tensor, list[str]]:
     """Class pictures (M, 3, H, W) in [0, 1] at the model's size, and the prompt of each.
 
-    They are read from `settings.folder`, or made by plain DDIM sampling, once for each model, prompt, size,
+    Raises:
+        MifoError: a picture can not be read, or see `class_picture_files`.
+    """
+    files, told = class_picture_files(model, prompts, settings, seed, performance)
+    with ThreadPoolExecutor() as pool:
+        return torch.stack(list(pool.map(partial(_read, side=model.image_size), files))), told
+
+
+def class_picture_files(
+    model: DiffusionModel,
+    prompts: list[str],
+    settings: PriorSettings,
+    seed: int,
+    performance: PerformanceSettings | None = None,
+) -> tuple[list[Path], list[str]]:
+    """The files of the class pictures, made where they are missing, and the prompt of each.
+
+    They lie in `settings.folder`, or made by plain DDIM sampling, once for each model, prompt, size,
     seed and number of steps: picture i of a prompt is the same, up to rounding, however many are asked for
     and in whichever precision.
 
@@ -55,13 +73,11 @@ def class_pictures(
         performance: precision of learning and CUDA graphs are taken from it; None: float32, no graphs.
 
     Raises:
-        MifoError: the folder holds no readable picture.
+        MifoError: the folder holds no picture.
     """
     if settings.folder is not None:
         files = _picture_files(Path(settings.folder).expanduser())
-        return torch.stack([_read(file, model.image_size) for file in files]), [
-            prompts[i % len(prompts)] for i in range(len(files))
-        ]
+        return files, [prompts[i % len(prompts)] for i in range(len(files))]
     files, told, missing = [], [], []
     for i, prompt in enumerate(prompts):
         share = (settings.pictures + len(prompts) - 1 - i) // len(prompts)
@@ -73,7 +89,7 @@ def class_pictures(
         _make(
             model, missing, settings, seed, performance or PerformanceSettings(learning_precision="float32")
         )
-    return torch.stack([_read(file, model.image_size) for file in files]), told
+    return files, told
 
 
 def _picture_files(folder: Path) -> list[Path]:

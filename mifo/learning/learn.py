@@ -123,8 +123,6 @@ def learn(
         with module.recording():
             runner.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
         steps[stage_class.stage] = runner.global_step
-        # Lightning leaves the module on the CPU
-        model.to(runner.strategy.root_device)
     save_learned(
         target,
         model,

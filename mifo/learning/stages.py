@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Self
 
 import lightning
 import torch
@@ -138,7 +138,7 @@ class LearningStage(lightning.LightningModule):
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer_class = _optimizer_class(settings.optimizer, self.device)
         # one kernel for all parameters, which would have to unscale the gradients of float16 by itself
-        fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
+        fused = self.device.type in ("cuda", "cpu") and self.trainer.precision != "16-mixed"
         optimizer = optimizer_class(
             parameters,
             **({"fused": True} if fused and optimizer_class is torch.optim.AdamW else {}),
@@ -163,9 +163,23 @@ class LearningStage(lightning.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """By the norm; Lightning itself refuses fused optimisers, also where no gradient is scaled."""
-        if gradient_clip_val:
-            parameters = [each for group in optimizer.param_groups for each in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        if not gradient_clip_val:
+            return
+        parameters = [each for group in optimizer.param_groups for each in group["params"]]
+        norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+        if optimizer.defaults.get("fused"):
+            # divides the gradients as it reads them, which spares a pass over them; also GradScaler's way
+            optimizer.grad_scale = ((norm + 1e-6) / gradient_clip_val).clamp(min=1)
+        else:
+            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+
+    def on_train_end(self) -> None:
+        # after which Lightning would carry the optimiser's states to the processor
+        self.trainer.strategy.optimizers = []
+
+    def cpu(self) -> Self:
+        """Stay where it is, as Lightning calls this at the end: the model is used on its device next."""
+        return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Only what learns."""

@@ -7,6 +7,7 @@ import torch
 from diffusers.models.attention import FeedForward
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from mifo.errors import MifoError
 from mifo.models.loading import DiffusionModel
@@ -87,10 +88,10 @@ def _lay_out(model: DiffusionModel, settings: PerformanceSettings) -> None:
         for part in (model.unet, model.vae):
             part.to(memory_format=torch.channels_last)
     if settings.compile:
-        # blocks without attention, whose processors keep maps and differ from layer to layer
+        # of the U-Net, blocks without attention, whose processors keep maps and differ from layer to layer
         torch._dynamo.config.recompile_limit = 64
-        for block in model.unet.modules():
-            if isinstance(block, ResnetBlock2D | FeedForward):
+        for block in (*model.unet.modules(), *model.text_encoder.modules()):
+            if isinstance(block, ResnetBlock2D | FeedForward | CLIPEncoderLayer):
                 block.compile(dynamic=False)
 
 
