@@ -87,8 +87,8 @@ def test_learning_replayed_from_graphs_is_the_same(losses, recordings, precision
 
 def test_gradients_that_add_up_are_not_graphed(losses, recordings, caplog):
     accumulated = TRAINER | {"accumulate_grad_batches": 2}
-    graphed = losses(replace(PLAIN, cuda_graphs=True), trainer=accumulated)
-    assert graphed == losses(PLAIN, trainer=accumulated)
+    plain = losses(PLAIN, trainer=accumulated)  # which also makes the class pictures
+    assert losses(replace(PLAIN, cuda_graphs=True), trainer=accumulated) == plain
     assert recordings.count == 0
     assert [record.message for record in caplog.records].count(
         "Learning goes on without CUDA graphs, since gradients add up over several batches."
@@ -156,6 +156,27 @@ def test_layout_and_checkpointing_leave_learning_alone(losses):
     plain = losses(PLAIN)
     for key in ("channels_last", "gradient_checkpointing"):
         assert losses(replace(PLAIN, **{key: True})) == pytest.approx(plain, rel=1e-4), key
+
+
+def test_compiled_blocks_leave_learning_alone(losses, recordings, monkeypatch):
+    pytest.importorskip("peft")
+    compiled = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda *args, **options: compiled(*args, backend="eager", **options)
+    )
+    count = torch._dynamo.utils.counters["stats"]
+    adapted = copy.deepcopy(losses.settings)
+    adapted.finetuning.learn = "lora"
+    for options, settings in (
+        ({"gradient_checkpointing": True}, adapted),
+        ({"learning_precision": "bfloat16"}, losses.settings),
+    ):
+        plain = losses(replace(PLAIN, **options), settings)
+        torch._dynamo.reset()
+        count.clear()
+        compiled_too = losses(replace(PLAIN, compile=True, **options), settings)
+        assert compiled_too == pytest.approx(plain, rel=1e-4), options
+        assert count["unique_graphs"] >= 3  # kinds of blocks
 
 
 def test_half_precision_stays_near_full_precision(losses):
