@@ -22,9 +22,10 @@ def main(run: Path, target: Path) -> None:
     instances = read_instances(InstancesSettings(**OmegaConf.load(run / "config.yaml").instances))
     pictures = read_pictures(run / "pictures")
     source = dict(zip(instances.tokens, mask_boxes(instances.masks).tolist(), strict=True))
+    last = {each.prompt: each for each in pictures}
     panels = [
         (source, instances.image / 255),
-        *((each.boxes, each.image) for each in (pictures[0], pictures[-1])),
+        *((each.boxes, each.image) for each in last.values()),
     ]
     canvas = Image.new("RGB", (len(panels) * (SIDE + GAP) - GAP, SIDE), "white")
     for column, (boxes, image) in enumerate(panels):
