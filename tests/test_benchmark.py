@@ -65,6 +65,15 @@ def test_the_table_keeps_the_newest_of_each_row(tmp_path):
     assert "| b | default | 1.00 s |" not in table
 
 
+def test_each_machine_tells_its_own_versions(tmp_path):
+    for machine, date, version in (("GPU", "2026-11-01", "2.11"), ("CPU", "2026-11-02", "2.14")):
+        taken = Circumstances(machine, "default", "sd21", date, "c0ffee", {"torch": version})
+        write_record(tmp_path / f"{machine}.json", taken, {"a": measured([1.0], 1.0)})
+    sections = {text[:3]: text for text in write_table(tmp_path).read_text().split("## ")}
+    assert "torch 2.11" in sections["GPU"] and "torch 2.14" not in sections["GPU"]
+    assert "torch 2.14" in sections["CPU"]
+
+
 def test_the_largest_peak_of_low_vram_stands_against_its_mark(tmp_path):
     taken = Circumstances("GPU", "low_vram", "sd21", "2026-11-01", "c0ffee", {"torch": "2"})
     peaks = {"stage1_step": 4.0, "stage2_step": 7.5, "picture": 5.0, "three_pictures": 9.0}

@@ -109,7 +109,8 @@ def write_table(folder: Path) -> Path:
             notes += [f"- {name}, {profile}: {key} = {_note(value)}" for key, value in row.notes.items()]
         if low_vram and None not in low_vram:
             notes.append(f"- largest peak of low_vram: {max(low_vram):.1f} GiB, mark {LOW_VRAM_MARK}")
-        versions = ", ".join(f"{name} {number}" for name, number in records[-1]["versions"].items())
+        last = [record for record in records if (record["device"], record["shapes"]) == machine][-1]
+        versions = ", ".join(f"{name} {number}" for name, number in last["versions"].items())
         lines += ["", *notes, "", f"Newest record taken with {versions}.", ""]
     table = folder / "README.md"
     table.write_text("\n".join(lines))

@@ -90,7 +90,7 @@ def _pareto(cells: Cells, columns: Sequence[str]) -> Figure:
             zorder=1,
             label="Pareto front",
         )
-        for index, (row, each) in enumerate(found.items()):
+        for index, each in enumerate(found.values()):
             best = index in front
             _errorbars(
                 axes,
@@ -101,8 +101,12 @@ def _pareto(cells: Cells, columns: Sequence[str]) -> Figure:
                 x=[each[across]],
                 y=[each[up]],
             )
-            if best or len(found) <= 12:
-                axes.annotate(row, points[index], xytext=(4, 4), textcoords="offset points", fontsize=6)
+        # towards the middle, so that none leaves the panel
+        middle = sum(axes.get_xlim()) / 2
+        for index, (row, point) in enumerate(zip(found, points, strict=True)):
+            if index in front or len(found) <= 12:
+                side, offset = ("right", -4) if point[0] > middle else ("left", 4)
+                axes.annotate(row, point, (offset, 4), textcoords="offset points", fontsize=6, ha=side)
         axes.set(xlabel=name(across), ylabel=name(up))
         axes.set_title(scenes, fontsize=9)
     panels[0].legend(fontsize=7, frameon=False)
