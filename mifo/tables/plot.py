@@ -101,12 +101,12 @@ def _pareto(cells: Cells, columns: Sequence[str]) -> Figure:
                 x=[each[across]],
                 y=[each[up]],
             )
-        # towards the middle, so that none leaves the panel
+        # towards the middle, so that none leaves the panel, and beside the front
         middle = sum(axes.get_xlim()) / 2
         for index, (row, point) in enumerate(zip(found, points, strict=True)):
             if index in front or len(found) <= 12:
-                side, offset = ("right", -4) if point[0] > middle else ("left", 4)
-                axes.annotate(row, point, (offset, 4), textcoords="offset points", fontsize=6, ha=side)
+                side, offset = ("right", (-4, -9)) if point[0] > middle else ("left", (4, 4))
+                axes.annotate(row, point, offset, textcoords="offset points", fontsize=6, ha=side)
         axes.set(xlabel=name(across), ylabel=name(up))
         axes.set_title(scenes, fontsize=9)
     panels[0].legend(fontsize=7, frameon=False)
