@@ -9,7 +9,7 @@ import wandb
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
-from tiny import tiny_pipeline
+from tiny import MeanColour, tiny_pipeline, two_instances
 
 from mifo.callbacks.announce import Announce, ranges
 from mifo.callbacks.attention_maps import AttentionMaps, attention_in_mask
@@ -19,30 +19,16 @@ from mifo.callbacks.samples import SamplePictures
 from mifo.callbacks.statistics import LearningStatistics
 from mifo.callbacks.tokens import TokenStatistics
 from mifo.config.layouts import LayoutSettings
-from mifo.data.instances import InstanceSet
 from mifo.learning.learn import learn
 from mifo.learning.settings import LearningSettings, PriorSettings, StageSettings
 from mifo.metrics.evaluation import PictureEvaluator
 from mifo.metrics.pictures import Picture
-from mifo.metrics.scores import Evaluator
 from mifo.metrics.settings import MetricsSettings
 from mifo.models.loading import load_model
 from mifo.models.settings import ModelSettings
 from mifo.penalty.settings import PenaltySettings
 
 BOXES = LayoutSettings(arrange="row")
-
-
-class MeanColour:
-    """A stand-in evaluator."""
-
-    evaluator = Evaluator("colour", "0" * 12)
-
-    def encode_images(self, images):
-        return torch.stack([image.mean(dim=(1, 2)) for image in images])
-
-    def encode_texts(self, texts):
-        return torch.ones(len(texts), 3)
 
 
 def paint(model, wanted):
@@ -60,11 +46,7 @@ def source(tmp_path_factory):
 @pytest.fixture
 def run(source, tmp_path):
     """Learn for a few steps; returns the folder and the new rows."""
-    masks = torch.zeros(2, 32, 32)
-    masks[0, 4:20, 2:14] = 1
-    masks[1, 10:30, 16:30] = 1
-    image = torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    instances = InstanceSet("two", image, masks, ("car", "cat"), ("car", None), ("<asset0>", "<asset1>"))
+    instances = two_instances()
     settings = LearningSettings(
         semantic=StageSettings(steps=4, checkpoint_every=0),
         finetuning=StageSettings(steps=2, learn="full", schedule="constant", checkpoint_every=0),

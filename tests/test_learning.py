@@ -8,9 +8,8 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
-from tiny import tiny_pipeline
+from tiny import tiny_pipeline, two_instances
 
-from mifo.data.instances import InstanceSet
 from mifo.errors import MifoError
 from mifo.learning.learn import check_learning, learn
 from mifo.learning.settings import LearningSettings, PriorSettings, StageSettings
@@ -37,11 +36,7 @@ def model(source):
 
 @pytest.fixture
 def instances():
-    masks = torch.zeros(2, 32, 32)
-    masks[0, 4:20, 2:14] = 1
-    masks[1, 10:30, 16:30] = 1
-    image = torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return InstanceSet("two", image, masks, ("car", "cat"), ("car", None), ("<asset0>", "<asset1>"))
+    return two_instances()
 
 
 @pytest.fixture

@@ -11,12 +11,11 @@ import torch
 from recorded import Recordings
 from test_learning import TRAINER, Watch
 from test_synthesis import QUICK, run, subjects_of
-from tiny import tiny_pipeline
+from tiny import tiny_pipeline, two_instances
 from torch import nn
 
 from mifo.attention.masking import MaskedAttention
 from mifo.config import compose, settings_of
-from mifo.data.instances import InstanceSet
 from mifo.data.prior import class_pictures
 from mifo.errors import MifoError
 from mifo.learning.learn import learn
@@ -52,11 +51,7 @@ def recordings(monkeypatch):
 @pytest.fixture
 def losses(source, tmp_path_factory):
     """A function that learns a few steps of both stages by a profile and gives the loss of each step."""
-    masks = torch.zeros(2, 32, 32)
-    masks[0, 4:20, 2:14] = 1
-    masks[1, 10:30, 16:30] = 1
-    image = torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    instances = InstanceSet("two", image, masks, ("car", "cat"), ("car", None), ("<asset0>", "<asset1>"))
+    instances = two_instances()
     settings = LearningSettings(
         semantic=StageSettings(steps=4, checkpoint_every=0),
         finetuning=StageSettings(steps=3, learn="full", learning_rate=1e-3, checkpoint_every=0),

@@ -6,6 +6,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from mifo.data.instances import InstanceSet
 from mifo.metrics.scores import Evaluator
 
 WORDS = """
@@ -85,6 +86,15 @@ def tiny_pipeline(folder: Path | str, seed: int = 0) -> Path:
     )
     pipeline.save_pretrained(folder)
     return Path(folder)
+
+
+def two_instances() -> InstanceSet:
+    """A car and a cat in an image of noise, 32 pixels wide and high; the cat has no initializer word."""
+    masks = torch.zeros(2, 32, 32)
+    masks[0, 4:20, 2:14] = 1
+    masks[1, 10:30, 16:30] = 1
+    image = torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return InstanceSet("two", image, masks, ("car", "cat"), ("car", None), ("<asset0>", "<asset1>"))
 
 
 class MeanColour:

@@ -10,6 +10,7 @@ from time import perf_counter
 
 import torch
 from lightning import Callback
+from omegaconf import OmegaConf
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
@@ -27,6 +28,7 @@ from mifo.benchmark.measuring import (
 from mifo.benchmark.settings import BenchmarkSettings
 from mifo.benchmark.shapes import random_instances, random_model, row_of_boxes
 from mifo.config.layouts import Layout
+from mifo.config.location import conf_folder
 from mifo.errors import MifoError
 from mifo.guidance.settings import GuidanceSettings
 from mifo.learning.learn import learn
@@ -37,8 +39,6 @@ from mifo.performance.profile import available, ready_for_synthesis
 from mifo.performance.settings import PerformanceSettings
 from mifo.synthesis.settings import SynthesisSettings
 from mifo.tasks.synthesize import make_pictures
-
-MINIATURE_STEPS = (200, 80)  # of both stages, where the shapes are the miniature's
 
 
 @dataclass
@@ -98,11 +98,11 @@ class Bench:
         return start
 
     def pictures(
-        self, samples: int, boxes: int, repeats: int, side: int | None = None, count: bool = True
+        self, samples: int, boxes: int, repeats: int, side: int | None = None, operations: bool = True
     ) -> Measurement:
         """Pictures of one prompt with boxes, from the prompt to the image on the processor.
 
-        With `count` their operations are counted, where the settings want it.
+        With `operations` their floating-point operations are counted, where the settings want it.
         """
         performance = available(self.performance, self.device)
         model = random_model(self.settings.shapes, self.device, self.dtype, side)
@@ -120,7 +120,7 @@ class Bench:
         stopwatch(self.device, make)
         memory = Memory(self.device)
         row = measured([stopwatch(self.device, make) for _ in range(repeats)], memory.peak_gib())
-        if self.settings.operations and count:
+        if self.settings.operations and operations:
             # in float32 the latents reach the U-Net as a leaf, on which torch's counter fails
             nn.Module.to(model.unet, torch.bfloat16)
             row.tflop = tera_operations(
@@ -161,14 +161,14 @@ class _Operations(Callback):
             module.zero_grad()
 
 
-def _step(bench: Bench, stage: int, count: bool = True, **options: int) -> Measurement:
-    """A step of one stage within the trainer; with `count` its operations too, where the settings want it."""
+def _step(bench: Bench, stage: int, operations: bool = True, **options: int) -> Measurement:
+    """A step of one stage within the trainer; `operations` are counted where the settings want it too."""
     steps = bench.settings.warmup + bench.settings.steps
     counted, times, memory = _Operations(), StepTimes(bench.settings.warmup), Memory(bench.device)
     both = (steps, 0) if stage == 1 else (0, steps)
     bench.learn(both, [times], **options)
     row = measured(times.seconds, memory.peak_gib())
-    if bench.settings.operations and count:
+    if bench.settings.operations and operations:
         bench.learn(tuple(min(each, 1) for each in both), [counted], **options)
         row.tflop = counted.tflop
         row.share_of_peak = bench.share(row, available(bench.performance, bench.device).learning_precision)
@@ -200,9 +200,15 @@ def stage2_8bit(bench: Bench) -> Measurement:
     return _step(replace(bench, dtype="float32", learning=learning, performance=performance), 2)
 
 
+def _miniature_steps() -> tuple[int, int]:
+    """Steps of both stages as the miniature's own configuration has them."""
+    learning = OmegaConf.load(conf_folder() / "learning" / "miniature.yaml").learning
+    return learning.semantic.steps, learning.finetuning.steps
+
+
 def both_stages(bench: Bench) -> Measurement:
     """Both stages from first to last, with the encoding of pictures, without loading and saving."""
-    steps = (600, 400) if bench.settings.shapes == "sd21" else MINIATURE_STEPS
+    steps = (600, 400) if bench.settings.shapes == "sd21" else _miniature_steps()
     memory, end = Memory(bench.device), LearningEnd()
     start = bench.learn(steps, [end])
     row = measured([end.time - start], memory.peak_gib())
@@ -249,8 +255,8 @@ def by_instances(bench: Bench) -> Measurement:
     """Seconds of a stage-1 step and of a picture with 1 to 8 instances."""
     notes = {}
     for count in (1, 2, 4, 8):
-        notes[f"step, {count} instances"] = _step(bench, 1, count=False, instances=count).seconds
-        notes[f"picture, {count} boxes"] = bench.pictures(1, count, 1, count=False).seconds
+        notes[f"step, {count} instances"] = _step(bench, 1, operations=False, instances=count).seconds
+        notes[f"picture, {count} boxes"] = bench.pictures(1, count, 1, operations=False).seconds
     return Measurement(notes=notes)
 
 
@@ -259,8 +265,8 @@ def by_resolution(bench: Bench) -> Measurement:
     usual = 512 if bench.settings.shapes == "sd21" else 128
     notes = {}
     for side in (usual // 2, usual, usual * 2):
-        notes[f"step, {side}²"] = _step(bench, 1, count=False, side=side).seconds
-        notes[f"picture, {side}²"] = bench.pictures(1, 2, 1, side, count=False).seconds
+        notes[f"step, {side}²"] = _step(bench, 1, operations=False, side=side).seconds
+        notes[f"picture, {side}²"] = bench.pictures(1, 2, 1, side, operations=False).seconds
     return Measurement(notes=notes)
 
 

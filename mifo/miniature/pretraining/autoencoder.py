@@ -50,16 +50,11 @@ class AutoencoderPretraining(Pretraining):
         return decoded.float(), kl
 
     def loss(self, generator: torch.Generator) -> dict[str, Tensor]:
-        n = self.settings.batch_size
-        rows = torch.randint(len(self.corpus), (n,), generator=generator, device=self.device)
-        images = self.corpus.images[rows].float() / 127.5 - 1
-        images = images.contiguous(memory_format=torch.channels_last)
-        noise = torch.randn(n, 4, SIZE // 4, SIZE // 4, generator=generator, device=self.device)
+        images = _draw(self.corpus, self.settings.batch_size, generator)
+        noise = torch.randn(len(images), 4, SIZE // 4, SIZE // 4, generator=generator, device=self.device)
         decoded, kl = self.run(images, noise)
-        squared = F.mse_loss(decoded, images)
-        loss = squared + ABSOLUTE_WEIGHT * F.l1_loss(decoded, images) + KL_WEIGHT * kl
-        # Pixels lie in [-1, 1], so the peak is 2.
-        return {"loss": loss, "psnr": 10 * torch.log10(4 / squared), "kl": kl}
+        compared = _compare(decoded, images)
+        return {**compared, "loss": compared["loss"] + KL_WEIGHT * kl, "kl": kl}
 
 
 class DecoderPretraining(Pretraining):
@@ -81,16 +76,23 @@ class DecoderPretraining(Pretraining):
         return self.network.decode(latents).sample.float()
 
     def loss(self, generator: torch.Generator) -> dict[str, Tensor]:
-        n = self.settings.batch_size
-        rows = torch.randint(len(self.corpus), (n,), generator=generator, device=self.device)
-        images = self.corpus.images[rows].float() / 127.5 - 1
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = _draw(self.corpus, self.settings.batch_size, generator)
         with torch.no_grad():
             latents = self.network.encode(images).latent_dist.mean
-        decoded = self.run(latents)
-        squared = F.mse_loss(decoded, images)
-        loss = squared + ABSOLUTE_WEIGHT * F.l1_loss(decoded, images)
-        return {"loss": loss, "psnr": 10 * torch.log10(4 / squared)}
+        return _compare(self.run(latents), images)
+
+
+def _draw(corpus: Corpus, n: int, generator: torch.Generator) -> Tensor:
+    """n pictures (n, 3, H, W) of the corpus in [-1, 1], channels last."""
+    rows = torch.randint(len(corpus), (n,), generator=generator, device=generator.device)
+    return (corpus.images[rows].float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def _compare(decoded: Tensor, images: Tensor) -> dict[str, Tensor]:
+    """Squared error with a little absolute error; PSNR in dB, whose peak is 2 for pixels in [-1, 1]."""
+    squared = F.mse_loss(decoded, images)
+    loss = squared + ABSOLUTE_WEIGHT * F.l1_loss(decoded, images)
+    return {"loss": loss, "psnr": 10 * torch.log10(4 / squared)}
 
 
 @torch.no_grad()

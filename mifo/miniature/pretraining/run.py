@@ -21,14 +21,12 @@ from mifo.miniature.pretraining.clip import MEAN, STD, ClipPretraining, save_cli
 from mifo.miniature.pretraining.corpus import draw_corpus
 from mifo.miniature.pretraining.denoiser import DenoiserPretraining, build_scheduler, build_unet
 from mifo.miniature.pretraining.segmenter import Segmenter, SegmenterPretraining, save_segmenter
-from mifo.miniature.pretraining.settings import PretrainSettings
+from mifo.miniature.pretraining.settings import PARTS, PretrainSettings
 from mifo.miniature.pretraining.text_encoder import TextEncoderPretraining, build_text_encoder
 from mifo.miniature.pretraining.training import Pretraining, fit
 from mifo.miniature.pretraining.vit import VitPretraining, build_vit
 from mifo.miniature.scenes import SIZE
 from mifo.miniature.tokenizer import build_tokenizer
-
-PARTS = ("autoencoder", "decoder", "text_encoder", "denoiser", "clip", "vit", "segmenter")
 
 CHECKPOINTS = "checkpoints"
 """Folder in a run's own folder of what training goes on from, and of each part's averaged weights."""
@@ -40,7 +38,7 @@ SHARD = "12MB"
 def pretrain(settings: PretrainSettings, work: Path, weights: Path, logger=True) -> dict[str, bool]:
     """Train ``settings.parts`` in order, each going on from its checkpoint in ``work``, and write what is
     there as model folders into ``weights``: ``pipeline/`` (diffusers), ``clip/`` (open_clip), ``vit/``
-    (transformers).
+    (transformers), ``segmenter/``.
 
     Returns for each part whether it reached its number of steps; with ``settings.minutes`` a part may stop
     earlier. Raises MifoError for an unknown part or for one whose forerunner has not been made.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+PARTS = ("autoencoder", "decoder", "text_encoder", "denoiser", "clip", "vit", "segmenter")
+"""What is trained, in the order of need."""
+
 
 @dataclass
 class PartSettings:
@@ -18,24 +21,14 @@ class PartSettings:
 
 @dataclass
 class PretrainSettings:
-    """The scenes and the seven parts; those in ``parts`` are made in order, each from its checkpoint on.
+    """The scenes and the parts; those in ``parts`` are made in order, each from its checkpoint on.
 
     ``after`` is the folder of an earlier run whose finished parts are taken over: parts can be made in runs
     of their own, on several GPUs at once. The decoder needs the autoencoder, the denoiser the text encoder
     too.
     """
 
-    parts: list[str] = field(
-        default_factory=lambda: [
-            "autoencoder",
-            "decoder",
-            "text_encoder",
-            "denoiser",
-            "clip",
-            "vit",
-            "segmenter",
-        ]
-    )
+    parts: list[str] = field(default_factory=lambda: list(PARTS))
     scenes: int = 100_000
     seed: int = 0
     after: str | None = None
