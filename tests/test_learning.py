@@ -264,7 +264,8 @@ def test_gradients_are_clipped_to_their_norm(source, instances, settings, tmp_pa
         learn(model, instances, copy.deepcopy(settings), PenaltySettings(), tmp_path / str(limit), **options)
         norms[limit], rows[limit] = watch.norms, new_rows(model).detach().clone()
     assert min(norms[0.0]) > 2e-3 and norms[1e3] == norms[0.0]
-    assert norms[1e-3] == pytest.approx([1e-3] * 4, rel=2e-3)
+    if optimizer == "adamw":  # which writes the divided gradients back
+        assert norms[1e-3] == pytest.approx([1e-3] * 4, rel=2e-3)
     assert torch.equal(rows[1e3], rows[0.0]) and not torch.equal(rows[1e-3], rows[0.0])
 
 

@@ -3,6 +3,9 @@
 import copy
 import gc
 import logging
+import os
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
 
@@ -20,7 +23,7 @@ from mifo.data.prior import class_pictures
 from mifo.errors import MifoError
 from mifo.learning.learn import learn
 from mifo.learning.settings import LearningSettings, PriorSettings, StageSettings
-from mifo.learning.stages import LearningStage, _with_rounded_frozen_weights
+from mifo.learning.stages import LearningStage, _with_frozen_weights_rounded
 from mifo.models.images import decode_latents
 from mifo.models.loading import load_model
 from mifo.models.settings import ModelSettings
@@ -184,17 +187,56 @@ def test_frozen_weights_rounded_once_give_what_autocast_gives(losses, monkeypatc
     wrapped = []
 
     def spied(part):
-        wrapped.append((type(part).__name__, (found := _with_rounded_frozen_weights(part)) is not part))
+        wrapped.append((type(part).__name__, (found := _with_frozen_weights_rounded(part)) is not part))
         return found
 
     bfloat16 = replace(PLAIN, learning_precision="bfloat16")
-    monkeypatch.setattr("mifo.learning.stages._with_rounded_frozen_weights", spied)
+    monkeypatch.setattr("mifo.learning.stages._with_frozen_weights_rounded", spied)
     rounded = losses(bfloat16)
     # reward and penalty of the first stage; in the second everything learns
     both = [("CLIPTextModel", True), ("UNet2DConditionModel", True)]
     assert wrapped == both * 2 + [(name, False) for name, _ in both]
-    monkeypatch.setattr("mifo.learning.stages._with_rounded_frozen_weights", lambda part: part)
+    monkeypatch.setattr("mifo.learning.stages._with_frozen_weights_rounded", lambda part: part)
     assert losses(bfloat16) == rounded
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_passes_wholly_in_bfloat16_learn_the_same(losses, recordings, optimizer):
+    settings = copy.deepcopy(losses.settings)
+    settings.finetuning.optimizer = optimizer
+    whole = replace(PLAIN, learning_precision="bfloat16", autocast=False)
+    plain = losses(PLAIN, settings)
+    eager = losses(whole, settings)
+    assert eager == pytest.approx(plain, rel=0.05) and eager != plain
+    assert recordings.count == 0
+    assert losses(replace(whole, cuda_graphs=True), settings) == pytest.approx(eager, rel=1e-3)
+    assert recordings.count == 3  # reward, penalty, fine-tuning
+
+
+def test_copies_follow_the_weights_and_gradients_come_from_them(losses, source, tmp_path):
+    """Each step must read what the last one wrote, and the small steps must not be lost to rounding."""
+    model = load_model(ModelSettings("tiny", source))
+    before = model.unet.conv_in.weight.detach().clone()
+    seen = []
+
+    class Compare(Watch):
+        def on_train_batch_end(self, trainer, module, *args):
+            super().on_train_batch_end(trainer, module, *args)
+            if module.stage == "finetuning":
+                seen.append(
+                    all(torch.equal(copy, each.to(torch.bfloat16)) for each, copy in module._copies.items())
+                )
+                assert len(module._copies) > 100
+
+    settings = copy.deepcopy(losses.settings)
+    settings.finetuning.learning_rate = 1e-5
+    performance = replace(PLAIN, learning_precision="bfloat16", autocast=False)
+    options = {"trainer": TRAINER, "callbacks": [Compare()], "performance": performance}
+    learn(model, losses.instances, settings, losses.penalty, tmp_path, **options)
+    assert seen == [True] * 3
+    moved = (model.unet.conv_in.weight - before).abs()
+    assert model.unet.conv_in.weight.dtype == torch.float32
+    assert 0 < moved.max() < 4e-5 and (moved > 0).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("boxes", ["one_box", "two_boxes"])
@@ -350,6 +392,8 @@ def test_synthesis_in_half_precision_stays_near_full_precision(source, vectors, 
         ({"synthesis_precision": "half"}, "performance.synthesis_precision=half"),
         ({"matmul_precision": "low"}, "performance.matmul_precision=low"),
         ({"gradient_checkpointing": True, "cuda_graphs": True}, "excludes performance.cuda_graphs"),
+        ({"gradient_checkpointing": True, "autocast": False}, "excludes performance.autocast=false"),
+        ({"autocast": False, "learning_precision": "float16"}, "performance.autocast=false needs"),
     ],
 )
 def test_impossible_profiles_are_refused(change, sentence):
@@ -431,6 +475,83 @@ def test_8_bit_states_go_on_from_a_checkpoint(tmp_path):
     for parameter, each in ((weight, optimizer), (again, resumed)):
         step(parameter, each)
     assert torch.equal(weight, again)
+
+
+KERNEL = """
+import torch
+from torch import nn
+import mifo.performance.adamw_8bit as adamw
+
+def learnt(fused, dtype):
+    adamw.fuses = lambda device: fused
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(*shape) * 0.1) for shape in ((64, 256), (10,), (5000,))]
+    weights.append(nn.Parameter((torch.randn(8, 64, 4, 4) * 0.1).to(memory_format=torch.channels_last)))
+    optimizer = adamw.AdamW8bit(weights, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=1e-2)
+    if dtype != torch.float32:
+        optimizer.copies = {each: each.detach().to(dtype) for each in weights}
+        for each in weights:
+            each.grad_dtype = dtype
+    for step in range(4):
+        optimizer.grad_scale = torch.tensor(1.5) if step % 2 else None
+        for each in weights:
+            each.grad = (torch.randn(each.shape) * torch.randn(each.shape).exp() ** 3).to(dtype)
+        optimizer.step()
+    return weights, optimizer
+
+for dtype in (torch.float32, torch.bfloat16):
+    plain, fused = learnt(False, dtype), learnt(True, dtype)
+    for a, b in zip(plain[0], fused[0]):
+        print(a.shape, (a - b).abs().max())
+        # steps of 1e-2; a moment at the border of two levels may fall on either side
+        assert ((a - b).abs() < 1e-5).float().mean() > 0.99 and (a - b).abs().max() < 1e-2
+        assert plain[1].state[a].keys() == fused[1].state[b].keys()
+        for name, value in plain[1].state[a].items():
+            if torch.is_tensor(value):
+                other = fused[1].state[b][name]
+                assert value.dtype == other.dtype and value.stride() == other.stride()
+                near = torch.isclose(value.float(), other.float(), rtol=1e-4, atol=1e-6)
+                assert near.float().mean() > 0.99
+        if dtype != torch.float32:  # the interpreter cuts where a GPU rounds
+            torch.testing.assert_close(fused[1].copies[b], b.detach().to(dtype), rtol=1e-2, atol=0)
+"""
+
+
+def test_the_optimisers_kernel_does_what_plain_pytorch_does():
+    pytest.importorskip("triton")
+    if not hasattr(torch.nn.Parameter(torch.ones(1)), "grad_dtype"):
+        pytest.skip("gradients of another precision come with PyTorch 2.10")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", KERNEL], capture_output=True, text=True, env=environment)
+    assert not done.returncode, done.stderr + done.stdout
+
+
+@pytest.mark.gpu
+def test_the_optimisers_kernel_on_a_gpu():
+    torch.manual_seed(0)
+    plain = [
+        nn.Parameter(torch.randn(512, 256, device="cuda")),
+        nn.Parameter(torch.randn(3000, device="cuda")),
+    ]
+    fused = [nn.Parameter(each.detach().clone()) for each in plain]
+    options = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 1e-2}
+    one, other = AdamW8bit(plain, **options), AdamW8bit(fused, **options)
+    other.copies = {each: each.detach().bfloat16() for each in fused}
+    for _ in range(5):
+        for a, b in zip(plain, fused, strict=True):
+            a.grad = torch.randn_like(a).bfloat16().float()
+            b.grad_dtype = torch.bfloat16
+            b.grad = a.grad.bfloat16()
+        other.step()
+        one.grad_scale = torch.ones((), device="cuda")
+        for parameter in plain:
+            state = one.state[parameter]
+            state["step"] = state.get("step", 0) + 1
+            with torch.no_grad():
+                one._update(parameter, one.param_groups[0])
+    for a, b in zip(plain, fused, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        assert torch.equal(other.copies[b], b.detach().bfloat16())
 
 
 def test_low_vram_learns(losses):

@@ -97,6 +97,7 @@ class RunSettings(LearnSettings):
     synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
     metrics: MetricsSettings | None = field(default_factory=MetricsSettings)
     objectives: list[str] = field(default_factory=list)  # scores that a search (hparams_search) reads
+    sheet: bool = True  # end with a contact sheet; false spares a series of runs the time
 
 
 @dataclass

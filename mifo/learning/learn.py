@@ -94,11 +94,15 @@ def learn(
         MifoError: impossible settings, half-precision weights that can not learn, or `folder/learned` exists.
     """
     check_learning(settings)
-    trainer, graphs = dict(trainer or {}), False
+    trainer, graphs, passes_in = dict(trainer or {}), False, None
     if performance is not None:
         performance = available(performance, model.device)
         graphs = performance.cuda_graphs
-        trainer.setdefault("precision", PRECISIONS[performance.learning_precision])
+        if not performance.autocast and performance.learning_precision == "bfloat16":
+            passes_in = torch.bfloat16
+        trainer.setdefault(
+            "precision", PRECISIONS["float32" if passes_in else performance.learning_precision]
+        )
         ready_for_learning(model, performance)
     _check_precision(model, settings, trainer)
     target, checkpoints = Path(folder) / "learned", Path(folder) / "checkpoints"
@@ -118,7 +122,7 @@ def learn(
         if stage.learn == "lora":
             add_lora(model, stage.lora_rank)
         data = LearningData(model, instances, settings, stage, seed, stream, prior_weight > 0, performance)
-        module = stage_class(model, instances, stage, penalty, prior_weight, graphs)
+        module = stage_class(model, instances, stage, penalty, prior_weight, graphs, passes_in)
         last = checkpoints / stage_class.stage / "last.ckpt"
         with module.recording():
             runner.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)

@@ -1,18 +1,16 @@
 """The two stages of learning as LightningModules: what learns, with which optimiser, on which loss."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
-from importlib.util import find_spec
 from typing import Any, Self
 
 import lightning
 import torch
 from diffusers.optimization import SchedulerType, get_scheduler
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from mifo.attention.layers import choose_layers
 from mifo.attention.recording import AttentionRecorder
@@ -26,7 +24,9 @@ from mifo.models.text import encode_ids
 from mifo.models.trainable import new_rows, set_trainable
 from mifo.penalty.active import Stage, active_term, layers_read
 from mifo.penalty.settings import PenaltySettings, TermSettings
+from mifo.performance.adamw_8bit import AdamW8bit
 from mifo.performance.graphs import GraphedStep
+from mifo.performance.rounding import RoundedWeights, every_weight, frozen_products
 
 OPTIMIZERS = ("adamw", "adamw_8bit")
 SCHEDULES = tuple(schedule.value for schedule in SchedulerType)
@@ -55,8 +55,12 @@ class LearningStage(lightning.LightningModule):
         penalty: PenaltySettings,
         prior_weight: float = 0.0,
         graphs: bool = False,
+        passes_in: torch.dtype | None = None,
     ) -> None:
-        """With `graphs` a step is replayed as a CUDA graph; that needs a GPU of NVIDIA."""
+        """With `graphs` a step is replayed as a CUDA graph; that needs a GPU of NVIDIA.
+
+        With `passes_in` a step runs wholly in that precision, on copies of the weights, without autocast.
+        """
         super().__init__()
         self.strict_loading = False  # the base model is not in a checkpoint
         self.model = model
@@ -64,7 +68,9 @@ class LearningStage(lightning.LightningModule):
         self.instances, self.settings, self.penalty = instances, settings, penalty
         self.prior_weight = prior_weight
         self.last: LossParts | None = None
+        self.passes_in = passes_in
         self._graphs = graphs
+        self._copies: dict[nn.Parameter, Tensor] = {}  # of what learns, as the passes read it
         self._steps: dict[str, GraphedStep] = {}  # that of the active loss
         self._choice = choose_layers(model.unet)
         self._recorder = AttentionRecorder(model.unet, self._layers_at(0))
@@ -92,6 +98,10 @@ class LearningStage(lightning.LightningModule):
             self._recorder.__exit__(None, None, None)
             self._steps.clear()
             self.zero_grad()
+            for parameter in self._copies:
+                if hasattr(parameter, "grad_dtype"):
+                    parameter.grad_dtype = parameter.dtype
+            self._copies = {}
 
     def training_step(self, batch: LearningBatch, batch_index: int) -> Tensor:
         term = active_term(self.penalty, self.stage, self.global_step)
@@ -99,8 +109,10 @@ class LearningStage(lightning.LightningModule):
         if repr(term) not in self._steps:
             # the old one goes first, with the memory of its graph
             self._steps.clear()
+            step = _Step(self, term)
+            self._learn_on(step.copies)
             parameters = [each for each in self.parameters() if each.requires_grad]
-            self._steps[repr(term)] = GraphedStep(_Step(self, term), parameters, self._graphs)
+            self._steps[repr(term)] = GraphedStep(step, parameters, self._graphs, step.copies)
         total, (parts, maps) = self._steps[repr(term)](*_tensors(batch))
         self.last = LossParts(total.detach(), **parts, maps=maps)
         # values are read, which waits for the device, only at the steps that are logged
@@ -108,6 +120,22 @@ class LearningStage(lightning.LightningModule):
             parts = {"total": self.last.total, **parts}
             self.log_dict({f"{self.stage}/loss/{name}": value for name, value in parts.items()})
         return total
+
+    def _learn_on(self, copies: dict[nn.Parameter, Tensor]) -> None:
+        """Passes read these copies: each optimiser step brings them up to date."""
+        self._copies = copies
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        if isinstance(optimizer, AdamW8bit):
+            optimizer.copies = copies
+            for parameter, copy in copies.items():
+                if hasattr(parameter, "grad_dtype"):  # from PyTorch 2.10 on; before, gradients are converted
+                    parameter.grad_dtype = copy.dtype
+
+    def optimizer_step(self, epoch: int, batch_index: int, optimizer: Any, closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_index, optimizer, closure)
+        if self._copies and not isinstance(self.optimizers(use_pl_optimizer=False), AdamW8bit):
+            with torch.no_grad():
+                torch._foreach_copy_(list(self._copies.values()), list(self._copies))
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """As of any module, but a graphed step has its gradients already."""
@@ -136,7 +164,7 @@ class LearningStage(lightning.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         settings = self.settings
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer_class = _optimizer_class(settings.optimizer, self.device)
+        optimizer_class = _optimizer_class(settings.optimizer)
         # one kernel for all parameters, which would have to unscale the gradients of float16 by itself
         fused = self.device.type in ("cuda", "cpu") and self.trainer.precision != "16-mixed"
         optimizer = optimizer_class(
@@ -166,8 +194,8 @@ class LearningStage(lightning.LightningModule):
         if not gradient_clip_val:
             return
         parameters = [each for group in optimizer.param_groups for each in group["params"]]
-        norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
-        if optimizer.defaults.get("fused"):
+        norm = _total_norm([each.grad for each in parameters if each.grad is not None])
+        if optimizer.defaults.get("fused") or isinstance(optimizer, AdamW8bit):
             # divides the gradients as it reads them, which spares a pass over them; also GradScaler's way
             optimizer.grad_scale = ((norm + 1e-6) / gradient_clip_val).clamp(min=1)
         else:
@@ -225,12 +253,31 @@ class _Step:
     """The loss of a step as a function of tensors alone, the fields of `LearningBatch`, to be graphed.
 
     Returns the total, and beside it the detached parts by name and maps by layer.
+
+    Attributes:
+        copies: of weights that learn, in the precision of the passes; empty where autocast rounds them.
     """
 
     def __init__(self, stage: LearningStage, term: TermSettings) -> None:
-        text_encoder = _with_rounded_frozen_weights(stage.text_encoder)
+        self.copies: dict[nn.Parameter, Tensor] = {}
+        text_encoder, unet = stage.text_encoder, stage.unet
+        if (dtype := stage.passes_in) is not None:
+            text_encoder, rounded = (
+                RoundedWeights(part, every_weight(part), dtype) for part in (text_encoder, unet)
+            )
+            self.copies = {
+                parameter: copy
+                for parameter, copy in (text_encoder.copies | rounded.copies).items()
+                if parameter.requires_grad
+            }
+
+            def unet(noisy: Tensor, *inputs: Any, **options: Any) -> Any:
+                return rounded(noisy.to(dtype), *inputs, **options)
+
+        elif torch.is_autocast_enabled(stage.device.type):
+            text_encoder, unet = (_with_frozen_weights_rounded(part) for part in (text_encoder, unet))
         self._encode = partial(encode_ids, stage.model, text_encoder=text_encoder)
-        self._loss = partial(stage.loss, _with_rounded_frozen_weights(stage.unet), term=term)
+        self._loss = partial(stage.loss, unet, term=term)
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, tuple[dict[str, Tensor], dict[int, Tensor]]]:
         batch = LearningBatch(*tensors)
@@ -248,34 +295,29 @@ class _Step:
         return loss.total, (parts, loss.maps)
 
 
+def _with_frozen_weights_rounded(part: nn.Module) -> Callable[..., Any]:
+    """U-Net or text encoder with frozen weights in autocast's precision, not rounded anew at each step."""
+    chosen = {} if part.is_gradient_checkpointing else frozen_products(part)
+    if not chosen:
+        return part
+    return RoundedWeights(part, chosen, torch.get_autocast_dtype(part.device.type))
+
+
 def _tensors(batch: LearningBatch) -> list[Tensor]:
     return [getattr(batch, each.name) for each in fields(batch)]
 
 
-def _with_rounded_frozen_weights(part: nn.Module) -> Callable[..., Any]:
-    """U-Net or text encoder with frozen weights in autocast's precision, not rounded anew at each step."""
-    device = part.device.type
-    if not torch.is_autocast_enabled(device) or part.is_gradient_checkpointing:
-        return part
-    dtype = torch.get_autocast_dtype(device)
-    rounded = {
-        f"{name}.{own}": parameter.to(dtype)
-        for name, module in part.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-        for own, parameter in module.named_parameters(recurse=False)
-        if not parameter.requires_grad and parameter.dtype == torch.float32
-    }
-    if not rounded:
-        return part
-    return lambda *inputs, **options: functional_call(part, rounded, inputs, options)
+def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The norm of all numbers together, a scalar; summed up in 32 bits whatever the gradients' precision."""
+    norms = [
+        norm
+        for dtype in {each.dtype for each in gradients}
+        for norm in torch._foreach_norm(
+            [each for each in gradients if each.dtype == dtype], 2, dtype=torch.float32
+        )
+    ]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
-def _optimizer_class(name: str, device: torch.device) -> type[torch.optim.Optimizer]:
-    """AdamW, with 8-bit states that of bitsandbytes where it and a GPU are at hand, else our own."""
-    if name == "adamw":
-        return torch.optim.AdamW
-    if device.type == "cuda" and find_spec("bitsandbytes"):
-        from bitsandbytes.optim import AdamW8bit
-    else:
-        from mifo.performance.adamw_8bit import AdamW8bit
-    return AdamW8bit
+def _optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    return {"adamw": torch.optim.AdamW, "adamw_8bit": AdamW8bit}[name]

@@ -16,7 +16,7 @@ FITS = ("pad", "stretch")
 
 
 def pad_square(image: Tensor) -> Tensor:
-    """Centre `image` (C, H, W) on a black square of side max(H, W)."""
+    """Centre `image` (…, H, W) on a black square of side max(H, W)."""
     height, width = image.shape[-2:]
     down, right = max(width - height, 0), max(height - width, 0)
     return F.pad(image, (right // 2, right - right // 2, down // 2, down - down // 2))

@@ -5,6 +5,7 @@ Each knows its name and the hash of its weights, so that figures of different ev
 
 import hashlib
 import logging
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
@@ -79,18 +80,24 @@ class _BatchedEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
-    def _prepare(self, image: Tensor) -> Tensor:
-        image = image.to(self.mean)
-        square = pad_square(image) if self.fit == "pad" else image
-        size = (self.image_size, self.image_size)
-        resized = F.interpolate(square[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
-        return (resized - self.mean) / self.std
+    def _prepare(self, images: Sequence[Tensor] | Tensor) -> Tensor:
+        """The model's input, (B, 3, S, S); pictures of one size are brought there together."""
+        prepared = self.mean.new_empty(len(images), 3, self.image_size, self.image_size)
+        of_size: dict[torch.Size, list[int]] = defaultdict(list)
+        for index, image in enumerate(images):
+            of_size[image.shape].append(index)
+        for same in of_size.values():
+            batch = torch.stack([images[index] for index in same]).to(self.mean)
+            square = pad_square(batch) if self.fit == "pad" else batch
+            size = (self.image_size, self.image_size)
+            resized = F.interpolate(square, size, mode="bicubic", antialias=True).clamp(0, 1)
+            prepared[same] = (resized - self.mean) / self.std
+        return prepared
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[Tensor] | Tensor) -> Tensor:
         """Encode pictures (3, H, W) in [0, 1] into (B, D); each is made square by `fit` first."""
-        prepared = torch.stack([self._prepare(image) for image in images])
-        return torch.cat([self._features(batch) for batch in prepared.split(self.batch_size)])
+        return torch.cat([self._features(batch) for batch in self._prepare(images).split(self.batch_size)])
 
     def _features(self, batch: Tensor) -> Tensor:
         raise NotImplementedError

@@ -1,7 +1,7 @@
 """Functions of tensors replayed as CUDA graphs, so that the GPU need not wait for Python."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,13 +61,20 @@ class GraphedStep:
         function: of tensors only, of one shape each, to the loss and any tree of detached tensors beside it.
         parameters: what the loss is differentiated by.
         wanted: whether to capture at all; that needs a GPU of NVIDIA.
+        copies: what the function reads in place of some parameters, which get the gradients of their copies.
     """
 
     def __init__(
-        self, function: Callable[..., tuple[Tensor, Any]], parameters: Sequence[nn.Parameter], wanted: bool
+        self,
+        function: Callable[..., tuple[Tensor, Any]],
+        parameters: Sequence[nn.Parameter],
+        wanted: bool,
+        copies: Mapping[nn.Parameter, Tensor] | None = None,
     ) -> None:
         self._function = function
         self._parameters = parameters
+        copies = copies or {}
+        self._leaves = [copies.get(each, each) for each in parameters]
         self._wanted = wanted
         self._replay: Callable[..., Any] | None = None
         self._gradients: Sequence[Tensor | None] | None = None
@@ -89,6 +96,10 @@ class GraphedStep:
         """Give the parameters the gradients of the last call's loss; those of before must be gone."""
         if self._gradients is None:
             loss.backward()
+            for parameter, leaf in zip(self._parameters, self._leaves, strict=True):
+                if leaf is not parameter and leaf.grad is not None:
+                    parameter.grad = _laid_out([leaf.grad], [parameter])[0]
+                    leaf.grad = None
             return
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
@@ -97,7 +108,7 @@ class GraphedStep:
         loss, rest = self._function(*inputs)
         # the engine would take autocast over to the products of the backward pass, which knows its precisions
         with torch.autocast(loss.device.type, enabled=False):
-            gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+            gradients = torch.autograd.grad(loss, self._leaves, allow_unused=True)
         return loss.detach(), rest, _laid_out(gradients, self._parameters)
 
 
@@ -126,16 +137,21 @@ def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[
 
 
 def _laid_out(gradients: Sequence[Tensor | None], parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
-    """Gradients in memory of their own each and laid out as the parameters, as fused optimisers want them."""
+    """Gradients in memory of their own each, laid out as the parameters and in the precision they take."""
     found, own = set(), []
     for gradient, parameter in zip(gradients, parameters, strict=True):
         if gradient is not None:
-            memory = gradient.untyped_storage().data_ptr()
-            if memory in found or gradient.stride() != parameter.stride():
-                gradient = torch.empty_like(parameter).copy_(gradient)
+            memory, dtype = gradient.untyped_storage().data_ptr(), _gradients_dtype(parameter)
+            if memory in found or gradient.stride() != parameter.stride() or gradient.dtype != dtype:
+                gradient = torch.empty_like(parameter, dtype=dtype).copy_(gradient)
             found.add(memory)
         own.append(gradient)
     return own
+
+
+def _gradients_dtype(parameter: nn.Parameter) -> torch.dtype:
+    """That of the parameter, unless it takes another one, which it can from PyTorch 2.10 on."""
+    return getattr(parameter, "grad_dtype", None) or parameter.dtype
 
 
 def _tell(error: RuntimeError) -> None:

@@ -11,6 +11,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from mifo.errors import MifoError
 from mifo.models.loading import DiffusionModel
+from mifo.performance.channels_last import keep_channels_last
 from mifo.performance.settings import PerformanceSettings
 
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
@@ -34,6 +35,15 @@ def check_performance(settings: PerformanceSettings) -> None:
     if settings.gradient_checkpointing and settings.cuda_graphs:
         raise MifoError(
             "performance.gradient_checkpointing excludes performance.cuda_graphs; switch one of them off."
+        )
+    if settings.gradient_checkpointing and not settings.autocast:
+        raise MifoError(
+            "performance.gradient_checkpointing excludes performance.autocast=false; leave one of them out."
+        )
+    if not settings.autocast and settings.learning_precision not in ("auto", "bfloat16"):
+        raise MifoError(
+            "performance.autocast=false needs performance.learning_precision=bfloat16 (or auto): other "
+            "precisions have no passes of their own."
         )
 
 
@@ -87,6 +97,7 @@ def _lay_out(model: DiffusionModel, settings: PerformanceSettings) -> None:
     if settings.channels_last:
         for part in (model.unet, model.vae):
             part.to(memory_format=torch.channels_last)
+        keep_channels_last(model.unet)
     if settings.compile:
         # of the U-Net, blocks without attention, whose processors keep maps and differ from layer to layer
         torch._dynamo.config.recompile_limit = 64

@@ -32,6 +32,7 @@ _NOT_IDENTITY = {
     "tags",
     "exclusive_gpu",
     "objectives",
+    "sheet",
 }
 # what comes after learning: runs that differ in these alone learn the same
 _AFTER_LEARNING = {"layout", "guidance", "synthesis", "metrics"}

@@ -40,7 +40,7 @@ def run(settings: RunSettings) -> Path:
         if settings.metrics is not None:
             evaluation = scored(settings.metrics, pictures, instances, folder, device)
             log_evaluation(loggers, evaluation, pictures, instances)
-    if not (folder / "contact_sheet.html").is_file():
+    if settings.sheet and not (folder / "contact_sheet.html").is_file():
         sheet = Sheet(
             title=instances.name.replace("_", " "),
             source=instances.image,
@@ -54,6 +54,6 @@ def run(settings: RunSettings) -> Path:
         write_sheet(folder, sheet)
     if evaluation is not None:
         print_scores(evaluation.scores)
-    for form in ("png", "html"):
+    for form in ("png", "html") if settings.sheet else ():
         print(f"contact sheet: {folder / f'contact_sheet.{form}'}")
     return folder

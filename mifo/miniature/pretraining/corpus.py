@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from mifo.miniature.scenes import (
     SIZE,
     Identities,
+    Placements,
     SceneBatch,
     captions,
     draw,
@@ -136,3 +137,52 @@ def crowd(n: int, generator: torch.Generator, held_out: bool = False) -> Identit
     identities = sample_identities((n,), generator, held_out)
     identities.thing = identities.thing.sort().values
     return identities
+
+
+def with_siblings(identities: Identities, generator: torch.Generator) -> Identities:
+    """Every other identity (n,) is made a sibling of the one before it: the same thing, changed a little.
+
+    Each of its traits goes by a random share, mostly small, towards that of the identity it was; one sibling
+    in six wears another pattern.
+    """
+    device = identities.thing.device
+    younger = torch.arange(len(identities.thing), device=device) % 2 == 1
+    elder = identities[(torch.arange(len(younger), device=device) - 1).clamp(min=0)]
+
+    def uniform() -> Tensor:
+        return torch.rand(len(younger), generator=generator, device=device)
+
+    traits = {}
+    for field in dataclasses.fields(Identities):
+        own, inherited = getattr(identities, field.name), getattr(elder, field.name)
+        if own.is_floating_point():
+            share = (uniform() ** 3).view(-1, *[1] * (own.ndim - 1))
+            child = torch.lerp(inherited, own, share)
+        else:
+            changed = uniform() < (1 / 6 if field.name == "pattern" else 0)
+            child = torch.where(changed, own, inherited)
+        traits[field.name] = torch.where(younger.view(-1, *[1] * (own.ndim - 1)), child, own)
+    return Identities(**traits)
+
+
+def portraits(identities: Identities, size: int = 32) -> Tensor:
+    """Each identity (n,) by itself on black, all in the same pose: (n, 3, size, size) in [0, 1]."""
+    device = identities.thing.device
+    out = []
+    for rows in torch.arange(len(identities.thing), device=device).split(CHUNK):
+        n = len(rows)
+        pose = Placements(
+            centre=torch.full((n, 1, 2), 0.5, device=device),
+            size=torch.full((n, 1), 0.46, device=device),
+            turn=torch.zeros(n, 1, device=device),
+            mirror=torch.ones(n, 1, device=device),
+        )
+        alone = SceneBatch(
+            identities=identities[rows.unsqueeze(1)],
+            placements=pose,
+            count=torch.ones(n, dtype=torch.long, device=device),
+            background=torch.zeros(n, dtype=torch.long, device=device),
+            variation=torch.zeros(n, 5, device=device),
+        )
+        out.append(draw(alone, size, with_background=False)[0])
+    return torch.cat(out)
