@@ -4,7 +4,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from torchvision.ops import box_iou
 
 from mifo.config import compose, conf_folder, settings_of
 from mifo.config.checks import check
@@ -82,6 +84,19 @@ def test_a_row_gives_each_instance_a_box_of_its_own(number):
     boxes = list(layout.boxes.values())
     assert all(left[2] < right[0] for left, right in pairwise(boxes))
     assert layout.prompt == f"a photo of {' and '.join(tokens)}"
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_spread_boxes_stay_apart(number):
+    tokens = [f"<asset{i}>" for i in range(number)]
+    (layout,) = layouts(LayoutSettings(arrange="spread"), tokens)
+    assert list(layout.boxes) == tokens
+    check_boxes(layout.boxes, side=16)
+    edges = torch.tensor(list(layout.boxes.values()))
+    assert edges.min() >= 0.039 and edges.max() <= 0.961
+    sides = edges[:, 2:] - edges[:, :2]
+    assert torch.allclose(sides, sides[0, 0].expand_as(sides))
+    assert torch.equal(box_iou(edges, edges) > 0, torch.eye(number, dtype=torch.bool))
 
 
 def test_each_ending_makes_a_prompt():

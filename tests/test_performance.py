@@ -550,7 +550,8 @@ def test_the_optimisers_kernel_on_a_gpu():
             with torch.no_grad():
                 one._update(parameter, one.param_groups[0])
     for a, b in zip(plain, fused, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        # steps of 1e-2; a moment at the border of two levels may fall on either side
+        assert ((a - b).abs() < 1e-4).float().mean() > 0.99 and (a - b).abs().max() < 1e-2
         assert torch.equal(other.copies[b], b.detach().bfloat16())
 
 

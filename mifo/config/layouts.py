@@ -21,7 +21,7 @@ class LayoutSettings:
     prompt: str = "a photo of {instances} {ending}"
     endings: list[str] = field(default_factory=lambda: [""])
     boxes: dict[str, Any] = field(default_factory=dict)
-    arrange: str | None = None  # row: boxes side by side for all instances when `boxes` is empty
+    arrange: str | None = None  # boxes for all instances when `boxes` is empty: row | spread
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,15 @@ def layouts(settings: LayoutSettings, tokens: list[str]) -> list[Layout]:
     Raises:
         MifoError: a box is impossible, or a prompt lacks a box's key or names an unknown instance.
     """
-    if settings.arrange not in (None, "row"):
-        raise MifoError(f"layout.arrange: '{settings.arrange}' is unknown; use row or null")
+    if settings.arrange not in (None, *ARRANGEMENTS):
+        known = ", ".join(ARRANGEMENTS)
+        raise MifoError(f"layout.arrange: '{settings.arrange}' is unknown; use {known} or null")
     # Hydra's command line takes no "<" in a key, so that asset0 stands for <asset0> too
     boxes = {
         re.sub(r"^asset\d+$", r"<\g<0>>", name): _numbers(name, box) for name, box in settings.boxes.items()
     }
-    if not boxes and settings.arrange == "row":
-        boxes = _row(tokens)
+    if not boxes and settings.arrange:
+        boxes = ARRANGEMENTS[settings.arrange](tokens)
     check_boxes(boxes)
     if not settings.endings:
         raise MifoError('layout.endings is empty, so there is no prompt; give at least one, [""] for none')
@@ -73,3 +74,23 @@ def _row(tokens: list[str], margin: float = 0.04) -> dict[str, tuple[float, floa
         for i, token in enumerate(tokens)
         for left in [margin + i * width + (width - margin - side) / 2]
     }
+
+
+def _spread(tokens: list[str], margin: float = 0.04) -> dict[str, tuple[float, float, float, float]]:
+    """Squares of one size in two staggered columns, the first instance at the upper left, with air between."""
+    places = -(-len(tokens) // 2)
+    pitch = (1 - margin) / places
+    side = min(0.42, 0.72 * pitch)
+    boxes = {}
+    for i, token in enumerate(tokens):
+        right = i % 2
+        in_column = (len(tokens) + 1 - right) // 2
+        x = 0.73 if right else 0.27
+        y = 0.5 + (i // 2 - (in_column - 1) / 2) * pitch
+        if len(tokens) == 2:
+            y += 0.18 if right else -0.18
+        boxes[token] = (x - side / 2, y - side / 2, x + side / 2, y + side / 2)
+    return boxes
+
+
+ARRANGEMENTS = {"row": _row, "spread": _spread}

@@ -62,16 +62,18 @@ def make_pictures(
     guidance: GuidanceSettings,
     seed: int,
     graphs: bool = False,
+    kept: KeptPasses | None = None,
 ) -> list[Picture]:
     """Pictures of every layout; picture j of a prompt starts from the noise of seed + j on every device.
 
-    With `graphs` the U-Net's passes are replayed as CUDA graphs.
+    With `graphs` the U-Net's passes are replayed as CUDA graphs; `kept` hands them on to the next call with
+    this model.
     """
     schedule = NoiseSchedule.from_scheduler(model.noise_scheduler, model.device)
     shape = (4, model.latent_size, model.latent_size)
     seeds = range(seed, seed + settings.samples)
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(each)) for each in seeds])
-    pictures, kept = [], KeptPasses()
+    pictures, kept = [], kept or KeptPasses()
     with Progress() as progress:
         bar = progress.add_task("synthesis", total=len(wanted) * settings.steps)
         for layout in wanted:
