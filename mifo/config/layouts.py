@@ -77,7 +77,7 @@ def _row(tokens: list[str], margin: float = 0.04) -> dict[str, tuple[float, floa
 
 
 def _spread(tokens: list[str], margin: float = 0.04) -> dict[str, tuple[float, float, float, float]]:
-    """Squares of one size in two staggered columns, the first instance at the upper left, with air between."""
+    """Squares of one size with air between them in two staggered columns, the first at the upper left."""
     places = -(-len(tokens) // 2)
     pitch = (1 - margin) / places
     side = min(0.42, 0.72 * pitch)

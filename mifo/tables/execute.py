@@ -42,6 +42,16 @@ class Done:
     record: dict | None = None
 
 
+def finished(runs: Sequence[Run], pool: Path, any_code: bool) -> list[Done]:
+    """How each of `runs` ended so far; none is made. Arguments as of `execute`."""
+    ended = []
+    for run in runs:
+        folder = run.settings and next(filter(_is_done, _folders(run, pool, any_code)), None)
+        error = None if folder else run.error or "not made yet"
+        ended.append(Done(run, folder, error, _record(folder) if folder else None))
+    return ended
+
+
 def execute(runs: Sequence[Run], pool: Path, workers: int | None, any_code: bool) -> list[Done]:
     """Make what is missing of `runs` in folders of `pool`, and say how each of them ended.
 
@@ -130,8 +140,7 @@ def _make(
 ) -> Done:
     """One run, from its folder if it is done already."""
     folder = _folder(run, pool)
-    made = [folder, *sorted(pool.glob(f"{run.key}-*"))] if any_code else [folder]
-    for each in made:
+    for each in _folders(run, pool, any_code):
         if _is_done(each):
             return Done(run, each, None, _record(each))
     folder.mkdir(parents=True, exist_ok=True)
@@ -172,6 +181,12 @@ def _borrow_learned(folder: Path, others: Sequence[Path]) -> None:
         copied = Path(unfinished) / "learned"
         shutil.copytree(source, copied, copy_function=os.link)
         copied.rename(folder / "learned")
+
+
+def _folders(run: Run, pool: Path, any_code: bool) -> list[Path]:
+    """Where a run may lie finished, the present code's first."""
+    folder = _folder(run, pool)
+    return [folder, *sorted(pool.glob(f"{run.key}-*"))] if any_code else [folder]
 
 
 def _folder(run: Run, pool: Path) -> Path:

@@ -39,6 +39,7 @@ class TableSettings:
     # how, not what
     workers: int | None = None  # runs at once; 0: one by one in this process; None: one per GPU, or one
     code: str = "current"  # current: runs of other code are made again; any: they count
+    missing: str = "run"  # run: make what is missing; leave: the table of what is finished
     runs: str = "outputs/runs"  # all tables share their runs
     results: str | None = None  # where the table goes; None: outputs/tables/NAME-…
 
@@ -82,6 +83,7 @@ def _check(settings: TableSettings, file: Path) -> None:
     for key, value, known in (
         ("plot", settings.plot, PLOTS),
         ("code", settings.code, ("current", "any")),
+        ("missing", settings.missing, ("run", "leave")),
         *(("columns", column, METRICS) for column in settings.columns),
     ):
         if value not in known:

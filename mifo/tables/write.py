@@ -16,7 +16,8 @@ from mifo.tables.plot import draw_table, name
 from mifo.tables.settings import TableSettings
 from mifo.tasks.evaluate import SCORES
 
-_HOW = {"workers", "code", "runs", "results"}
+_HOW = {"workers", "code", "missing", "runs", "results"}
+MOST = 20  # runs without a result that a table names
 QUESTION = "question.json"
 
 
@@ -113,7 +114,8 @@ def _markdown(
     if paired := differences(runs, columns, first):
         lines += ["", f"Minus *{first}*, paired by scene and seed:", "", *_markdown_table(paired, columns)]
     if failed := [done for done in ended if not done.folder]:
-        lines += ["", "Without a result:", "", *(f"- {done.run}: {done.error}" for done in failed)]
+        lines += ["", "Without a result:", "", *(f"- {done.run}: {done.error}" for done in failed[:MOST])]
+        lines += [f"- and {len(failed) - MOST} more"] if len(failed) > MOST else []
     return "\n".join([*lines, "", "![The table as a plot](table.png)", ""])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
-from mifo.tables.execute import execute
+from mifo.tables.execute import execute, finished
 from mifo.tables.plan import plan
 from mifo.tables.settings import TableSettings, read_table
 from mifo.tables.write import claim_results, write_table
@@ -18,6 +18,7 @@ HELP = f"""usage: mifo table FOLDER [table.KEY=VALUE ...] [override of every run
   mifo table experiments/methods model=sd21 trainer=gpu            the same on Stable Diffusion 2.1
   mifo table experiments/methods debug=default 'table.seeds=[0]'   a few steps of everything
   mifo table experiments/methods table.workers=8                   eight runs at once
+  mifo table experiments/methods table.missing=leave               the table of what is finished so far
 
 FOLDER/table.yaml says what is asked; table.KEY=VALUE changes one of its keys, which are
 {", ".join(field.name for field in fields(TableSettings))}.
@@ -41,7 +42,11 @@ def table(arguments: list[str]) -> int:
     asked = hashlib.sha256(repr(changes).encode()).hexdigest()[:6]
     target = Path(settings.results or f"outputs/tables/{name}-{asked}")
     claim_results(target, settings, overrides)
-    ended = execute(runs, Path(settings.runs), settings.workers, settings.code == "any")
+    pool, any_code = Path(settings.runs), settings.code == "any"
+    if settings.missing == "leave":
+        ended = finished(runs, pool, any_code)
+    else:
+        ended = execute(runs, pool, settings.workers, any_code)
     command = f"mifo table {' '.join(arguments)}"
     Console().print(Markdown(write_table(target, command, settings, ended)))
     print(f"table: {target / 'table.md'}")
