@@ -98,6 +98,13 @@ def test_layout_draws_the_boxes_over_a_picture(mifo, tmp_path, capsys):
     assert "a photo of <asset0> and <asset1> and <asset2>" in capsys.readouterr().out
 
 
+def test_a_run_without_a_sheet_has_its_scores(mifo, model, tmp_path, capsys):
+    assert mifo("run", *model, "debug=default", "logger=none", "sheet=false") == 0
+    folder = only(tmp_path / "outputs" / "run")
+    assert (folder / "scores.json").is_file() and not list(folder.glob("contact_sheet*"))
+    assert "contact sheet" not in capsys.readouterr().out
+
+
 def test_run_makes_everything_and_resuming_it_makes_nothing_anew(mifo, model, tmp_path, capsys):
     assert mifo("run", *model, "debug=default", "logger=csv") == 0
     folder = only(tmp_path / "outputs" / "run")

@@ -249,6 +249,17 @@ def save_clip(folder, seed=0):
     return model
 
 
+def test_pictures_of_several_sizes_are_encoded_as_each_by_itself(tmp_path):
+    save_clip(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((16, 16), (9, 20), (16, 16), (20, 9), (9, 20))
+    images = [torch.rand(3, *size, generator=generator) for size in sizes]
+    for fit in ("pad", "stretch"):
+        encoder = load_image_text_encoder(ImageTextSettings(f"local-dir:{tmp_path}"), 2, fit)
+        alone = torch.cat([encoder.encode_images([image]) for image in images])
+        torch.testing.assert_close(encoder.encode_images(images), alone, rtol=1e-4, atol=1e-5)
+
+
 def test_open_clip_folder_is_loaded_with_its_tokenizer(tmp_path):
     model = save_clip(tmp_path).eval()
     encoder = load_image_text_encoder(ImageTextSettings(f"local-dir:{tmp_path}"), batch_size=2)

@@ -11,12 +11,21 @@ from transformers import AutoTokenizer, ViTImageProcessor, ViTModel
 
 from mifo.errors import MifoError
 from mifo.miniature.pretraining.augmentation import repaint, soften, warp
-from mifo.miniature.pretraining.corpus import Corpus, crop, draw_corpus, jitter
+from mifo.miniature.pretraining.corpus import (
+    Corpus,
+    crop,
+    crowd,
+    draw_corpus,
+    jitter,
+    portraits,
+    with_siblings,
+)
 from mifo.miniature.pretraining.run import PARTS, pretrain
 from mifo.miniature.pretraining.segmenter import BACKGROUND, class_maps, draw_class_maps, load_segmenter
 from mifo.miniature.pretraining.settings import PartSettings, PretrainSettings
 from mifo.miniature.pretraining.text_encoder import TextEncoderPretraining
 from mifo.miniature.pretraining.training import fit
+from mifo.miniature.pretraining.vit import likeness
 from mifo.miniature.tokenizer import build_tokenizer
 from mifo.miniature.vocabulary import THINGS
 
@@ -154,6 +163,25 @@ def test_the_decoder_learns_and_the_latents_stay(made):
     before, after = (made[2][part] for part in ("autoencoder", "decoder"))
     moved = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
     assert moved and moved <= {"decoder", "post_quant_conv"}
+
+
+def test_siblings_look_more_alike_than_strangers_and_a_thing_like_itself():
+    generator = torch.Generator().manual_seed(0)
+    strangers = crowd(240, generator)
+    family = with_siblings(strangers, generator)
+    assert torch.equal(family[::2].body, strangers[::2].body)
+    shown = portraits(family)
+    assert shown.shape == (240, 3, 32, 32) and shown.min() >= 0 and shown.max() <= 1
+    alike = likeness(shown)
+    torch.testing.assert_close(alike.diagonal(), torch.ones(240))
+    assert (alike - alike.T).abs().max() < 1e-4 and alike.min() >= 0
+    younger = torch.arange(1, 240, 2)
+    assert torch.equal(family.thing[younger], family.thing[younger - 1])
+    same = (family.thing[:, None] == family.thing) & ~torch.eye(240, dtype=torch.bool)
+    same[younger, younger - 1] = same[younger - 1, younger] = False
+    assert alike[younger, younger - 1].mean() > 0.4 > 2 * alike[same].mean()
+    other = family.thing[:, None] != family.thing
+    assert alike[other].mean() < 0.05
 
 
 def test_augmented_pictures_stay_pictures_and_repeat_by_seed():

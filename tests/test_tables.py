@@ -136,6 +136,14 @@ def test_other_code_makes_runs_again_unless_any_counts(folder, made, monkeypatch
     assert "cccccccc (dirty) × 4" in Path("new/table.md").read_text()
 
 
+def test_a_table_of_what_is_finished_makes_nothing(folder, made):
+    assert table(["small", "table.workers=0", "table.seeds=[0]", "table.results=first"]) == 0
+    before = list(made)
+    assert table(["small", "table.missing=leave", "table.results=all"]) == 2
+    text = (folder / "all" / "table.md").read_text()
+    assert made == before and "2 of 4 runs" in text and text.count("not made yet") == 2
+
+
 def test_runs_that_learn_the_same_learn_once(folder, made):
     rows = "table.rows={a: [guidance=mifo], b: [guidance=none]}"
     table(["small", "table.workers=0", rows, "table.seeds=[3]"])

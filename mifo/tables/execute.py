@@ -1,12 +1,10 @@
-"""Making the runs that are missing: several at once, each its own process, none twice."""
+"""Making the runs that are missing: several at once in processes of their own, none twice."""
 
 import fcntl
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -25,11 +23,11 @@ from mifo.config.compose import compose, settings_of
 from mifo.config.gpus import visible_gpus
 from mifo.config.jobs import read_status, write_status
 from mifo.tables.plan import Run, code_version
+from mifo.tables.worker import LOG, Worker
 from mifo.tasks.evaluate import SCORES
 from mifo.tasks.run import run as run_here
 
 RECORD = "table_run.json"
-LOG = "log.txt"
 
 
 @dataclass(frozen=True)
@@ -67,97 +65,77 @@ def execute(runs: Sequence[Run], pool: Path, workers: int | None, any_code: bool
         if run.settings is not None:
             groups.setdefault(run.learning_key, []).append(run)
     gpus = visible_gpus()
-    slots: SimpleQueue[str | None] = SimpleQueue()
     count = max(1, len(gpus)) if workers is None else workers
-    for number in range(max(1, count)):
-        slots.put(gpus[number % len(gpus)] if gpus else None)
-    processes = None if count == 0 else _Processes(max(1, (os.cpu_count() or 1) // count))
+    threads = max(1, (os.cpu_count() or 1) // max(1, count))
+    staff = [Worker(gpus[number % len(gpus)] if gpus else None, threads) for number in range(count)]
+    free: SimpleQueue[Worker | None] = SimpleQueue()
+    for worker in staff or [None]:
+        free.put(worker)
     ended = {run: Done(run, None, run.error) for run in runs}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("runs", total=sum(map(len, groups.values())))
 
         def make(group: list[Run]) -> None:
-            gpu = slots.get()
+            worker = free.get()
             try:
                 for run in group:
-                    ended[run] = _make(run, group, pool, processes, gpu, any_code)
+                    ended[run] = _make(run, group, pool, worker, any_code)
                     if ended[run].error:
                         progress.console.print(
                             f"failed: {run}: {ended[run].error}", style="red", markup=False
                         )
                     progress.advance(bar)
             finally:
-                slots.put(gpu)
+                free.put(worker)
 
-        with _stopping(processes), ThreadPoolExecutor(max(1, count)) as threads:
-            futures = [threads.submit(make, group) for group in groups.values()]
+        with _stopping(staff), ThreadPoolExecutor(max(1, count)) as pool_of_threads:
+            futures = [pool_of_threads.submit(make, group) for group in groups.values()]
             try:
                 for future in as_completed(futures):
                     future.result()
             except BaseException:
-                threads.shutdown(wait=False, cancel_futures=True)
-                if processes:
-                    processes.stop()
+                pool_of_threads.shutdown(wait=False, cancel_futures=True)
+                for worker in staff:
+                    worker.stop()
                 raise
+        for worker in staff:
+            worker.close()
     return [ended[run] for run in runs]
 
 
-class _Processes:
-    """Runs as processes of their own, which end with this one."""
-
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
-        self.running: set[subprocess.Popen] = set()
-        self.stopped = False
-        self._guard = threading.Lock()
-
-    def run(self, run: Run, folder: Path, gpu: str | None, lock: int) -> None:
-        """Run in `folder`, on `gpu` alone; the process holds the lock as long as it lives."""
-        command = [sys.executable, "-m", "mifo", "run", *run.overrides, f"hydra.run.dir='{folder}'"]
-        environment = {"OMP_NUM_THREADS": str(self.threads), **os.environ}
-        if gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = gpu
-        with open(folder / LOG, "ab") as log, self._guard:
-            if self.stopped:
-                return
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, pass_fds=[lock])
-            self.running.add(process)
-        if process.wait() and not self.stopped and (read_status(folder) or {}).get("status") != "failed":
-            reason = f"the process ended with {process.returncode}; see {folder / LOG}"
-            write_status(folder, "failed", list(run.overrides), reason)
-        self.running.discard(process)
-
-    def stop(self) -> None:
-        with self._guard:
-            self.stopped = True
-            for process in self.running:
-                process.terminate()
-
-
-def _make(
-    run: Run, group: list[Run], pool: Path, processes: _Processes | None, gpu: str | None, any_code: bool
-) -> Done:
+def _make(run: Run, group: list[Run], pool: Path, worker: Worker | None, any_code: bool) -> Done:
     """One run, from its folder if it is done already."""
     folder = _folder(run, pool)
     for each in _folders(run, pool, any_code):
         if _is_done(each):
             return Done(run, each, None, _record(each))
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder) as lock:
-        if not _is_done(folder):  # another process may have made it meanwhile
-            _borrow_learned(folder, [_folder(other, pool) for other in group])
-            started = time.monotonic()
-            if processes:
-                processes.run(run, folder, gpu, lock)
-            else:
-                _run_here(run, folder)
-            seconds = time.monotonic() - started + (_record(folder) or {}).get("seconds", 0)
-            record = {"seconds": round(seconds, 1), "overrides": run.overrides, **asdict(code_version())}
-            (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    job = (folder, run, [_folder(other, pool) for other in group])
+    code = worker.make(*job) if worker else make_here(*job)
+    if code is not None:
+        reason = f"the process ended with {code}; see {folder / LOG}"
+        write_status(folder, "failed", list(run.overrides), reason)
     if _is_done(folder):
         return Done(run, folder, None, _record(folder))
     return Done(run, None, (read_status(folder) or {}).get("error") or f"interrupted; see {folder / LOG}")
+
+
+def make_here(folder: Path, run: Run, others: Sequence[Path]) -> None:
+    """Make a run in this process, unless another one has made it meanwhile; see its `status.json`.
+
+    Args:
+        others: folders of runs that learn the same, whose result is taken over.
+    """
+    with _locked(folder):
+        if _is_done(folder):
+            return
+        _borrow_learned(folder, others)
+        started = time.monotonic()
+        _run_here(run, folder)
+        seconds = time.monotonic() - started + (_record(folder) or {}).get("seconds", 0)
+        record = {"seconds": round(seconds, 1), "overrides": run.overrides, **asdict(code_version())}
+        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _run_here(run: Run, folder: Path) -> None:
@@ -203,17 +181,17 @@ def _record(folder: Path) -> dict | None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[int]:
-    """Wait until no other process works in `folder`; yields the file descriptor that holds the lock."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Wait until no other process works in `folder`, and keep others out as long as this one lives."""
     with open(folder / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield file.fileno()
+        yield
 
 
 @contextmanager
-def _stopping(processes: _Processes | None) -> Iterator[None]:
+def _stopping(staff: Sequence[Worker]) -> Iterator[None]:
     """A request to end this process ends its runs too."""
-    if processes is None or threading.current_thread() is not threading.main_thread():
+    if not staff or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
