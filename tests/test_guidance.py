@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mifo.guidance.alpha import penalty_weight, step_size
-from mifo.guidance.descent import descend
+from mifo.guidance.alpha import penalty_weight, penalty_weights, step_size
+from mifo.guidance.descent import descend, loss_and_gradient
 from mifo.guidance.loss import attention_sums, guidance_loss, guidance_term
 from mifo.guidance.settings import GuidanceSettings
 
@@ -68,10 +68,11 @@ def test_loss_equals_a_derivation_by_loops():
                 expected += weight * ((1 - f / (f + b)) ** 2 + alpha * math.log(1 + b))
 
     assert penalty_weight(59) != penalty_weight(60)
-    loss, counter = guidance_loss(
+    alphas, counter = penalty_weights(59)
+    loss = guidance_loss(
         [attention_sums(cross[n], shapes[n], tokens[None]) for n in (9, 4)],
         [attention_sums(own[n], shapes[n], shapes[n]) for n in (9, 4)],
-        59,
+        alphas,
         GuidanceSettings(),
     )
     assert loss.item() == pytest.approx(expected, rel=1e-5)
@@ -80,7 +81,8 @@ def test_loss_equals_a_derivation_by_loops():
 
 def test_without_penalty_it_is_the_loss_of_bounded_attention():
     sums = torch.tensor([3.0, 1.0]).view(2, 1, 1)
-    loss, counter = guidance_loss([sums], [sums], 0, GuidanceSettings(penalty_scale=0.0))
+    alphas, counter = penalty_weights(0, scale=0.0)
+    loss = guidance_loss([sums], [sums], alphas, GuidanceSettings())
     assert loss.item() == pytest.approx(2.0 * 0.25**2)
     assert counter == 2
 
@@ -99,9 +101,14 @@ def _sums_of(latents):
     return [torch.stack([1 / z - 1, torch.ones_like(z)]).view(2, 1, 1)], []
 
 
+def by(read_sums, settings):
+    """What the descent asks for, out of sums."""
+    return lambda latents, alphas: loss_and_gradient(latents, read_sums, alphas, settings)
+
+
 def test_descent_stops_before_the_iteration_after_a_small_loss():
     settings = GuidanceSettings(penalty_scale=0.0, step_size_start=0.1, step_size_end=0.1, iterations=9)
-    latents, losses, counter = descend(torch.full((1, 1, 1, 1), 0.9), _sums_of, 0, 0, settings)
+    latents, losses, counter = descend(torch.full((1, 1, 1, 1), 0.9), by(_sums_of, settings), 0, 0, settings)
     # 1 − F/(F + 1) = z, so each iteration is z ← z − 0.1·3z = 0.7z
     assert losses.tolist() == pytest.approx([1.5 * (0.9 * 0.7**i) ** 2 for i in range(4)], rel=1e-4)
     assert losses[-2] >= settings.threshold > losses[-1]
@@ -112,11 +119,11 @@ def test_descent_stops_before_the_iteration_after_a_small_loss():
 
 def test_every_step_takes_at_least_one_iteration_and_at_most_those_allowed():
     below = GuidanceSettings(penalty_scale=0.0)
-    latents, losses, counter = descend(torch.full((1, 1, 1, 1), 0.1), _sums_of, 14, 30, below)
+    latents, losses, counter = descend(torch.full((1, 1, 1, 1), 0.1), by(_sums_of, below), 14, 30, below)
     assert (len(losses), counter) == (1, 32)
     assert latents.item() == pytest.approx(0.1 - 2.4 * 0.3, rel=1e-4)
     never = GuidanceSettings(threshold=0.0, step_size_start=0.01, step_size_end=0.01)
-    assert len(descend(torch.full((1, 1, 1, 1), 0.9), _sums_of, 0, 0, never)[1]) == 5
+    assert len(descend(torch.full((1, 1, 1, 1), 0.9), by(_sums_of, never), 0, 0, never)[1]) == 5
 
 
 def test_loss_is_counted_per_sample_and_subject():
@@ -127,5 +134,5 @@ def test_loss_is_counted_per_sample_and_subject():
         return [sums], [sums]
 
     settings = GuidanceSettings(penalty_scale=0.0, step_size_start=0.0, step_size_end=0.0)
-    _, losses, _ = descend(torch.ones(1, 1, 1, 1) * 3, read, 0, 0, settings)
+    _, losses, _ = descend(torch.ones(1, 1, 1, 1) * 3, by(read, settings), 0, 0, settings)
     assert losses.tolist() == pytest.approx([2.0 * 0.25**2])

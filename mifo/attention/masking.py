@@ -27,7 +27,9 @@ from mifo.attention.processors import (
     project_context,
     project_queries,
 )
+from mifo.guidance.descent import loss_and_gradient
 from mifo.guidance.loss import attention_sums
+from mifo.guidance.settings import GuidanceSettings
 from mifo.performance.graphs import GraphedFunction
 
 
@@ -122,7 +124,7 @@ class MaskedAttention:
         self._text: dict[int, tuple[Tensor, Tensor]] = {}
         self._masks: dict[_MaskName, Tensor] = {}
         self._graphs = graphs
-        self._guidance = GraphedFunction(self._guidance_sums, graphs)
+        self._guidance = GraphedFunction(self._guidance_iteration, graphs, differentiable=False)
         self._denoising = {
             record: GraphedFunction(partial(self._prediction_and_maps, record), graphs)
             for record in (False, True)
@@ -179,12 +181,30 @@ class MaskedAttention:
         Returns:
             One (2, B, S) for each layer, differentiable with respect to the latents.
         """
-        sums = self._guidance(latents, timestep)
+        sums = self._guidance_sums(latents, timestep)
         cross, own = (
             [each for index, each in sums.items() if self._layers[index].kind == kind]
             for kind in ("cross", "self")
         )
         return cross, own
+
+    def guidance_gradient(
+        self, latents: Tensor, timestep: Tensor, alphas: Sequence[float], settings: GuidanceSettings
+    ) -> tuple[Tensor, Tensor]:
+        """`loss_and_gradient` of the latents by one guidance pass; the next call overwrites what it returns.
+
+        Args:
+            latents: (B, 4, H, W). timestep: a scalar.
+            settings: the same at each call.
+        """
+        self._settings = settings
+        return self._guidance(latents, timestep, torch.tensor(alphas, device=latents.device))
+
+    def _guidance_iteration(self, latents: Tensor, timestep: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor]:
+        def read(z: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+            return self.guidance_pass(z, timestep)
+
+        return loss_and_gradient(latents, read, alphas, self._settings)
 
     def denoising_pass(self, latents: Tensor, timestep: Tensor, record: bool = False) -> Tensor:
         """The U-Net's prediction (2B, 4, H, W), unconditional half first, in the latents' precision.

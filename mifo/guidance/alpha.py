@@ -21,6 +21,11 @@ def penalty_weight(counter: int) -> float:
     return 0.01 + (0.1 - 0.01) * (1 + math.cos(math.pi * (tau - 3) / 12)) / 2
 
 
+def penalty_weights(counter: int, scale: float = 1.0) -> tuple[tuple[float, float], int]:
+    """α of an iteration's cross and self part, times `scale`, and the counter after both readings."""
+    return (scale * penalty_weight(counter), scale * penalty_weight(counter + 1)), counter + 2
+
+
 def step_size(step: int, guided_steps: int, start: float, end: float) -> float:
     """η of a denoising step counted from 0: start + (end − start)·step/guided_steps (arXiv 2403.16990)."""
     return start + (end - start) * step / guided_steps

@@ -5,15 +5,35 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mifo.guidance.alpha import step_size
+from mifo.guidance.alpha import penalty_weights, step_size
 from mifo.guidance.loss import guidance_loss
 from mifo.guidance.settings import GuidanceSettings
 
 ReadSums = Callable[[Tensor], tuple[Sequence[Tensor], Sequence[Tensor]]]
+Differentiate = Callable[[Tensor, tuple[float, float]], tuple[Tensor, Tensor]]
+
+
+def loss_and_gradient(
+    latents: Tensor, read_sums: ReadSums, alphas: Sequence[float] | Tensor, settings: GuidanceSettings
+) -> tuple[Tensor, Tensor]:
+    """The guidance loss per sample and subject, a scalar, and ∇_z L, (B, 4, H, W), both detached.
+
+    Args:
+        latents: (B, 4, H, W), detached.
+        read_sums: runs the U-Net on latents; gives the sums (2, B, S) of each cross and each self layer.
+        alphas: see `guidance_loss`.
+    """
+    latents = latents.detach().requires_grad_()
+    with torch.enable_grad():
+        cross_sums, self_sums = read_sums(latents)
+        loss = guidance_loss(cross_sums, self_sums, alphas, settings)
+    (gradient,) = torch.autograd.grad(loss, latents)
+    _, samples, subjects = (cross_sums or self_sums)[0].shape
+    return loss.detach() / (samples * subjects), gradient
 
 
 def descend(
-    latents: Tensor, read_sums: ReadSums, step: int, counter: int, settings: GuidanceSettings
+    latents: Tensor, differentiate: Differentiate, step: int, counter: int, settings: GuidanceSettings
 ) -> tuple[Tensor, Tensor, int]:
     """z ← z − η ∇L, up to `settings.iterations` times (Bounded Attention, arXiv 2403.16990).
 
@@ -22,7 +42,7 @@ def descend(
 
     Args:
         latents: (B, 4, H, W), detached.
-        read_sums: runs the U-Net on latents; gives the sums (2, B, S) of each cross and each self layer.
+        differentiate: `loss_and_gradient` of latents and both α.
         step: the denoising step, from 0.
         counter: readings of α in earlier steps.
 
@@ -35,12 +55,8 @@ def descend(
     for _ in range(settings.iterations):
         if losses and losses[-1].item() < settings.threshold:
             break
-        latents = latents.detach().requires_grad_()
-        with torch.enable_grad():
-            cross_sums, self_sums = read_sums(latents)
-            loss, counter = guidance_loss(cross_sums, self_sums, counter, settings)
-        (gradient,) = torch.autograd.grad(loss, latents)
-        latents = latents.detach() - eta * gradient
-        _, samples, subjects = (cross_sums or self_sums)[0].shape
-        losses.append(loss.detach() / (samples * subjects))
+        alphas, counter = penalty_weights(counter, settings.penalty_scale)
+        loss, gradient = differentiate(latents, alphas)
+        latents = latents - eta * gradient
+        losses.append(loss.clone())  # the next iteration may overwrite it
     return latents, torch.stack(losses) if losses else latents.new_zeros(0), counter

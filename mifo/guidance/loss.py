@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mifo.guidance.alpha import penalty_weight
 from mifo.guidance.settings import GuidanceSettings
 
 
@@ -28,7 +27,7 @@ def attention_sums(probabilities: Tensor, shapes: Tensor, context: Tensor) -> Te
     return torch.stack([(attention.mT * pixels).sum(dim=-1) for pixels in (shapes, background)])
 
 
-def guidance_term(sums: Sequence[Tensor], alpha: float) -> Tensor:
+def guidance_term(sums: Sequence[Tensor], alpha: float | Tensor) -> Tensor:
     """(1 − F/(F + B))² + α·log(1 + B), of shape (B, S).
 
     F and B are averaged over layers before the ratio: a small box can be empty at the smallest resolution.
@@ -42,18 +41,21 @@ def guidance_term(sums: Sequence[Tensor], alpha: float) -> Tensor:
 
 
 def guidance_loss(
-    cross_sums: Sequence[Tensor], self_sums: Sequence[Tensor], counter: int, settings: GuidanceSettings
-) -> tuple[Tensor, int]:
-    """L = Σ_B Σ_S (1.5·cross term + 0.5·self term), and the counter after its readings of α.
+    cross_sums: Sequence[Tensor],
+    self_sums: Sequence[Tensor],
+    alphas: Sequence[float] | Tensor,
+    settings: GuidanceSettings,
+) -> Tensor:
+    """L = Σ_B Σ_S (1.5·cross term + 0.5·self term).
 
     Args:
         cross_sums, self_sums: one (2, B, S) for each layer of the kind; a kind without layers adds nothing.
-        counter: readings of α so far, see `penalty_weight`.
+        alphas: of the cross term and of the self term, see `penalty_weights`.
     """
-    terms = []
-    for sums, weight in ((cross_sums, settings.cross_weight), (self_sums, settings.self_weight)):
-        if sums:
-            alpha = settings.penalty_scale * penalty_weight(counter)
-            terms.append(weight * guidance_term(sums, alpha))
-        counter += 1
-    return torch.stack(terms).sum(), counter
+    kinds = ((cross_sums, settings.cross_weight), (self_sums, settings.self_weight))
+    terms = [
+        weight * guidance_term(sums, alpha)
+        for (sums, weight), alpha in zip(kinds, alphas, strict=True)
+        if sums
+    ]
+    return torch.stack(terms).sum()

@@ -21,11 +21,13 @@ class GraphedFunction:
     Args:
         function: of tensors only, of one shape each, to a tree of tensors; it must not wait for the device.
         wanted: whether to capture at all; that needs a GPU of NVIDIA.
+        differentiable: whether gradients flow through; a function that takes them itself needs none.
     """
 
-    def __init__(self, function: Callable[..., Any], wanted: bool) -> None:
+    def __init__(self, function: Callable[..., Any], wanted: bool, differentiable: bool = True) -> None:
         self._function = function
         self._wanted = wanted
+        self._differentiable = differentiable
         self._replay: Callable[..., Any] | None = None
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -42,6 +44,8 @@ class GraphedFunction:
     def _capture(self, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
         buffers = tuple(each.detach().clone().requires_grad_(each.requires_grad) for each in inputs)
         try:
+            if not self._differentiable:
+                return capture(self._function, inputs)
             # one round beforehand, in which libraries set themselves up and what is kept gets computed
             return torch.cuda.make_graphed_callables(
                 self._function, buffers, num_warmup_iters=1, allow_unused_input=True

@@ -112,7 +112,7 @@ class BoxSampler:
         )
         form = (encoder_hidden_states.shape, latent_size, len(subjects), guidance_layers, shape_layers)
         self._attention = (kept or KeptPasses()).of_form(
-            (*form, guidance.masked),
+            (*form, guidance.masked, guidance.cross_weight, guidance.self_weight),
             lambda: MaskedAttention(unet, *prompt, guidance_layers, shape_layers, guidance.masked, graphs),
         )
         self._attention.turn_to(*prompt)
@@ -127,7 +127,7 @@ class BoxSampler:
             return latents, latents.new_zeros(0)
         latents, losses, self.counter = descend(
             latents,
-            lambda z: self._attention.guidance_pass(z, self._times[step]),
+            lambda z, alphas: self._attention.guidance_gradient(z, self._times[step], alphas, self.guidance),
             step,
             self.counter,
             self.guidance,
