@@ -239,9 +239,9 @@ def _label(source: str, embedded: str) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back the many lines that both libraries log about weights that load as they should."""
+    """Hold back the many lines that both libraries log, about weights that load as they should too."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)  # an error is told by the exception that follows
     try:
         yield
     finally:

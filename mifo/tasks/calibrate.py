@@ -37,7 +37,7 @@ def calibrate(settings: CalibrateSettings) -> Path:
     if (folder / "pictures.csv").exists():
         raise MifoError(f"{folder} holds a calibration; choose another folder by hydra.run.dir=FOLDER")
     evaluator = PictureEvaluator.from_settings(settings.metrics, device)
-    layout = LayoutSettings(endings=settings.endings, arrange="row")
+    layout = LayoutSettings(endings=settings.endings, arrange="spread")
     rows, sheet = [], []
     for given in track(scenes, "calibration"):
         instances = read_instances(given)
