@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mifo.performance.kernels import has_kernels
+
 BLOCK = 256  # numbers that share a scale
 SMALLEST = 4096  # numbers of a parameter below which its moments stay in 32 bits, as in bitsandbytes
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -51,7 +53,7 @@ class AdamW8bit(torch.optim.Optimizer):
             for parameter in with_gradients:
                 state = self.state[parameter]
                 state["step"] = state.get("step", 0) + 1
-            if with_gradients and fuses(with_gradients[0].device):
+            if with_gradients and has_kernels(with_gradients[0].device):
                 self._update_at_once(with_gradients, group)
             else:
                 for parameter in with_gradients:
@@ -114,18 +116,6 @@ class AdamW8bit(torch.optim.Optimizer):
             if kind not in self._tables or self._tables[kind].pointers != pointers:
                 self._tables[kind] = Tables(memory, pointers)
             launch(self._tables[kind], kind, group, step, self.grad_scale)
-
-
-@cache
-def fuses(device: torch.device) -> bool:
-    """Whether the step is one kernel there: on a GPU with Triton, which PyTorch brings along."""
-    if device.type != "cuda":
-        return False
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:

@@ -4,13 +4,14 @@ PyTorch's copies them to NCHW first, takes the moments of each group in one bloc
 to a kernel of its own.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from mifo.performance.kernels import has_kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # each tile adds up the statistics of all others of its image, which takes over in larger ones
@@ -45,23 +46,13 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
 
 def _has_kernels(x: Tensor) -> bool:
     return (
-        x.device.type == "cuda"
+        not torch.compiler.is_compiling()
+        and has_kernels(x.device)
         and x.dim() == 4
         and x.dtype in DTYPES
         and x.numel() > 0
         and x.shape[2] * x.shape[3] <= LARGEST
-        and not torch.compiler.is_compiling()
-        and _has_triton()
     )
-
-
-@cache
-def _has_triton() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 class _GroupNormSiLU(torch.autograd.Function):

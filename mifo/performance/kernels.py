@@ -1,0 +1,16 @@
+"""Whether kernels of our own can run: they need a GPU, and Triton, which PyTorch brings along on Linux."""
+
+from functools import cache
+
+import torch
+
+
+@cache
+def has_kernels(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
