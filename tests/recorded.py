@@ -45,7 +45,7 @@ class Tape(TorchDispatchMode):
 
 
 class Recordings:
-    """Takes the place of `torch.cuda.make_graphed_callables`; `count` says how many it has made."""
+    """Makes stand-ins for graphs; `count` says how many it has made."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -67,45 +67,3 @@ class Recordings:
             return tree_unflatten(buffers, structure)
 
         return replay
-
-    def __call__(
-        self,
-        function: Callable[..., Any],
-        sample_args: tuple[Tensor, ...],
-        num_warmup_iters: int = 3,
-        allow_unused_input: bool = False,
-    ) -> Callable[..., Any]:
-        self.count += 1
-        for _ in range(num_warmup_iters):
-            function(*sample_args)
-        samples, structure = tree_flatten(function(*sample_args))
-        differentiable = [i for i, each in enumerate(samples) if each.requires_grad]
-        buffers = [each.detach().clone() for each in samples]
-        number = len(sample_args)
-
-        def gradients(*inputs: Tensor) -> Sequence[Tensor | None]:
-            outputs, _ = tree_flatten(function(*inputs[:number]))
-            sources = [each for each in inputs[:number] if each.requires_grad]
-            chosen = [outputs[i] for i in differentiable]
-            return torch.autograd.grad(chosen, sources, inputs[number:], allow_unused=allow_unused_input)
-
-        forward = Tape(lambda *inputs: tree_flatten(function(*inputs))[0], *sample_args)
-        if differentiable:
-            backward = Tape(gradients, *sample_args, *(torch.ones_like(samples[i]) for i in differentiable))
-
-        class Replay(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
-                ctx.inputs = inputs
-                with torch.no_grad():
-                    for buffer, value in zip(buffers, forward(*inputs[:number]), strict=True):
-                        buffer.copy_(value)
-                return tuple(each.detach() for each in buffers)
-
-            @staticmethod
-            def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
-                with torch.no_grad():
-                    found = iter(backward(*ctx.inputs[:number], *(incoming[i] for i in differentiable)))
-                return tuple(next(found) if each.requires_grad else None for each in ctx.inputs)
-
-        return lambda *inputs: tree_unflatten(Replay.apply(*inputs), structure)

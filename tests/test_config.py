@@ -75,24 +75,24 @@ def test_an_experiment_written_for_run_serves_learn():
     assert settings("learn", "debug=default").learning.semantic.steps == 4
 
 
-@pytest.mark.parametrize("number", range(1, 9))
-def test_a_row_gives_each_instance_a_box_of_its_own(number):
+def arranged(arrange, number):
+    """The boxes of so many instances, one for each."""
     tokens = [f"<asset{i}>" for i in range(number)]
-    (layout,) = layouts(LayoutSettings(arrange="row"), tokens)
+    (layout,) = layouts(LayoutSettings(arrange=arrange), tokens)
     assert list(layout.boxes) == tokens
     check_boxes(layout.boxes, side=16)
-    boxes = list(layout.boxes.values())
-    assert all(left[2] < right[0] for left, right in pairwise(boxes))
     assert layout.prompt == f"a photo of {' and '.join(tokens)}"
+    return list(layout.boxes.values())
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_a_row_gives_each_instance_a_box_of_its_own(number):
+    assert all(left[2] < right[0] for left, right in pairwise(arranged("row", number)))
 
 
 @pytest.mark.parametrize("number", range(1, 9))
 def test_spread_boxes_stay_apart(number):
-    tokens = [f"<asset{i}>" for i in range(number)]
-    (layout,) = layouts(LayoutSettings(arrange="spread"), tokens)
-    assert list(layout.boxes) == tokens
-    check_boxes(layout.boxes, side=16)
-    edges = torch.tensor(list(layout.boxes.values()))
+    edges = torch.tensor(arranged("spread", number))
     assert edges.min() >= 0.039 and edges.max() <= 0.961
     sides = edges[:, 2:] - edges[:, :2]
     assert torch.allclose(sides, sides[0, 0].expand_as(sides))

@@ -215,7 +215,6 @@ def test_a_u_net_kept_channels_last_is_freed():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_on_a_gpu(dtype):
     assert group_norm._has_kernels(torch.ones(1, 32, 4, 4, device="cuda", dtype=dtype))
@@ -234,7 +233,6 @@ def test_kernels_on_a_gpu(dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_in_a_graph(dtype):
     torch.manual_seed(0)

@@ -45,7 +45,6 @@ def source(tmp_path_factory):
 @pytest.fixture
 def recordings(monkeypatch):
     recordings = Recordings()
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", recordings)
     monkeypatch.setattr("mifo.performance.graphs.capture", recordings.capture)
     monkeypatch.setattr("mifo.learning.learn.available", lambda settings, device: settings)
     return recordings
@@ -340,7 +339,6 @@ def test_a_graph_that_cannot_be_captured_is_an_ordinary_call_told_once(monkeypat
     def broken(*args, **options):
         raise RuntimeError("capture failed\nlong story")
 
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", broken)
     monkeypatch.setattr("mifo.performance.graphs.capture", broken)
     layer = nn.Linear(2, 2)
     graphed = GraphedFunction(layer, wanted=True)

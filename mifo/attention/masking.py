@@ -99,6 +99,7 @@ class MaskedAttention:
         shape_layers: Sequence[int],
         masked: bool = True,
         graphs: bool = False,
+        settings: GuidanceSettings | None = None,
     ) -> None:
         """Take the prompt and the layers to read.
 
@@ -108,8 +109,10 @@ class MaskedAttention:
             guidance_layers, shape_layers: `AttentionLayer.index`; the shape layers are of one resolution.
             masked: bound attention; else it is only read.
             graphs: replay both kinds of pass as CUDA graphs.
+            settings: the weights of the guidance loss; None: the published ones.
         """
         self.unet = unet
+        self._settings = settings or GuidanceSettings()
         self.masked = masked
         self._layers = {layer.index: layer for layer in attention_layers(unet)}
         self._guidance_layers = frozenset(guidance_layers)
@@ -124,7 +127,7 @@ class MaskedAttention:
         self._text: dict[int, tuple[Tensor, Tensor]] = {}
         self._masks: dict[_MaskName, Tensor] = {}
         self._graphs = graphs
-        self._guidance = GraphedFunction(self._guidance_iteration, graphs, differentiable=False)
+        self._guidance = GraphedFunction(self._guidance_iteration, graphs)
         self._denoising = {
             record: GraphedFunction(partial(self._prediction_and_maps, record), graphs)
             for record in (False, True)
@@ -189,15 +192,13 @@ class MaskedAttention:
         return cross, own
 
     def guidance_gradient(
-        self, latents: Tensor, timestep: Tensor, alphas: Sequence[float], settings: GuidanceSettings
+        self, latents: Tensor, timestep: Tensor, alphas: Sequence[float]
     ) -> tuple[Tensor, Tensor]:
         """`loss_and_gradient` of the latents by one guidance pass; the next call overwrites what it returns.
 
         Args:
             latents: (B, 4, H, W). timestep: a scalar.
-            settings: the same at each call.
         """
-        self._settings = settings
         return self._guidance(latents, timestep, torch.tensor(alphas, device=latents.device))
 
     def _guidance_iteration(self, latents: Tensor, timestep: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from lightning import Callback, Trainer
 from torch.optim import Optimizer
 
-from mifo.learning.stages import LearningStage
+from mifo.learning.stages import LearningStage, total_norm
 
 
 class LearningStatistics(Callback):
@@ -35,7 +35,7 @@ class LearningStatistics(Callback):
         now, (before, start) = perf_counter(), self._since
         self._since = now, step
         values = {
-            "gradient_norm": torch.nn.utils.get_total_norm(gradients),
+            "gradient_norm": total_norm(gradients),
             "learning_rate": optimizer.param_groups[0]["lr"],
             "steps_per_second": (step - start) / (now - before),
             "peak_gib": _peak_memory(pl_module.device) / 2**30,

@@ -25,7 +25,7 @@ from mifo.models.trainable import new_rows, set_trainable
 from mifo.penalty.active import Stage, active_term, layers_read
 from mifo.penalty.settings import PenaltySettings, TermSettings
 from mifo.performance.adamw_8bit import AdamW8bit
-from mifo.performance.graphs import GraphedStep
+from mifo.performance.graphs import GraphedStep, take_gradients_in
 from mifo.performance.rounding import RoundedWeights, every_weight, frozen_products
 
 OPTIMIZERS = ("adamw", "adamw_8bit")
@@ -99,8 +99,7 @@ class LearningStage(lightning.LightningModule):
             self._steps.clear()
             self.zero_grad()
             for parameter in self._copies:
-                if hasattr(parameter, "grad_dtype"):
-                    parameter.grad_dtype = parameter.dtype
+                take_gradients_in(parameter, parameter.dtype)
             self._copies = {}
 
     def training_step(self, batch: LearningBatch, batch_index: int) -> Tensor:
@@ -128,8 +127,7 @@ class LearningStage(lightning.LightningModule):
         if isinstance(optimizer, AdamW8bit):
             optimizer.copies = copies
             for parameter, copy in copies.items():
-                if hasattr(parameter, "grad_dtype"):  # from PyTorch 2.10 on; before, gradients are converted
-                    parameter.grad_dtype = copy.dtype
+                take_gradients_in(parameter, copy.dtype)
 
     def optimizer_step(self, epoch: int, batch_index: int, optimizer: Any, closure: Any = None) -> None:
         super().optimizer_step(epoch, batch_index, optimizer, closure)
@@ -194,7 +192,7 @@ class LearningStage(lightning.LightningModule):
         if not gradient_clip_val:
             return
         parameters = [each for group in optimizer.param_groups for each in group["params"]]
-        norm = _total_norm([each.grad for each in parameters if each.grad is not None])
+        norm = total_norm([each.grad for each in parameters if each.grad is not None])
         if optimizer.defaults.get("fused") or isinstance(optimizer, AdamW8bit):
             # divides the gradients as it reads them, which spares a pass over them; also GradScaler's way
             optimizer.grad_scale = ((norm + 1e-6) / gradient_clip_val).clamp(min=1)
@@ -307,7 +305,7 @@ def _tensors(batch: LearningBatch) -> list[Tensor]:
     return [getattr(batch, each.name) for each in fields(batch)]
 
 
-def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The norm of all numbers together, a scalar; summed up in 32 bits whatever the gradients' precision."""
     norms = [
         norm

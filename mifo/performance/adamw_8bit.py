@@ -98,12 +98,11 @@ class AdamW8bit(torch.optim.Optimizer):
         for parameter in parameters:
             parameter.grad = _laid_out(parameter.grad, parameter)
             _prepare(self.state[parameter], parameter)
-            copy = self.copies.get(parameter)
-            quantised = "exp_avg_scale" in self.state[parameter]
-            kinds[self.state[parameter]["step"], parameter.grad.dtype, copy is not None, quantised].append(
-                parameter
-            )
-        for (step, dtype, _, quantised), same in kinds.items():
+            state = self.state[parameter]
+            kind = (parameter.grad.dtype, "exp_avg_scale" in state, parameter in self.copies)
+            kinds[state["step"], kind].append(parameter)
+        for (step, kind), same in kinds.items():
+            _, quantised, _ = kind
             memory = [
                 [each, each.grad, self.copies.get(each, each)]
                 + [self.state[each][name] for name in MOMENTS]
@@ -112,7 +111,6 @@ class AdamW8bit(torch.optim.Optimizer):
             ]
             # pointers travel to the GPU only when one has changed
             pointers = tuple(tensor.data_ptr() for row in memory for tensor in row)
-            kind = (dtype, quantised, self.copies.get(same[0]) is not None)
             if kind not in self._tables or self._tables[kind].pointers != pointers:
                 self._tables[kind] = Tables(memory, pointers)
             launch(self._tables[kind], kind, group, step, self.grad_scale)

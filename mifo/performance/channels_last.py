@@ -60,13 +60,14 @@ def _is_affine(module: nn.Module | None) -> bool:
 
 
 class _GroupNorm(nn.GroupNorm):
+    silu = False
+
     def forward(self, input: Tensor) -> Tensor:
-        return group_norm_silu(input, self.weight, self.bias, self.num_groups, self.eps, silu=False)
+        return group_norm_silu(input, self.weight, self.bias, self.num_groups, self.eps, self.silu)
 
 
-class _GroupNormSiLU(nn.GroupNorm):
-    def forward(self, input: Tensor) -> Tensor:
-        return group_norm_silu(input, self.weight, self.bias, self.num_groups, self.eps, silu=True)
+class _GroupNormSiLU(_GroupNorm):
+    silu = True
 
 
 class _ResnetBlock2D(ResnetBlock2D):

@@ -15,19 +15,17 @@ class GraphedFunction:
 
     What it returns is overwritten by the next call. Tensors it closes over are read anew at each replay, so
     they may change in place; Python values are fixed at the capture: call `forget` when one has changed.
-    Gradients flow to the inputs. If `wanted` is false or the capture fails, which one line tells, it is an
+    No gradient flows through. If `wanted` is false or the capture fails, which one line tells, it is an
     ordinary call.
 
     Args:
         function: of tensors only, of one shape each, to a tree of tensors; it must not wait for the device.
         wanted: whether to capture at all; that needs a GPU of NVIDIA.
-        differentiable: whether gradients flow through; a function that takes them itself needs none.
     """
 
-    def __init__(self, function: Callable[..., Any], wanted: bool, differentiable: bool = True) -> None:
+    def __init__(self, function: Callable[..., Any], wanted: bool) -> None:
         self._function = function
         self._wanted = wanted
-        self._differentiable = differentiable
         self._replay: Callable[..., Any] | None = None
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -42,14 +40,8 @@ class GraphedFunction:
         self._replay = None
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
-        buffers = tuple(each.detach().clone().requires_grad_(each.requires_grad) for each in inputs)
         try:
-            if not self._differentiable:
-                return capture(self._function, inputs)
-            # one round beforehand, in which libraries set themselves up and what is kept gets computed
-            return torch.cuda.make_graphed_callables(
-                self._function, buffers, num_warmup_iters=1, allow_unused_input=True
-            )
+            return capture(self._function, inputs)
         except RuntimeError as error:
             _tell(error)
             return self._function
@@ -153,8 +145,14 @@ def _laid_out(gradients: Sequence[Tensor | None], parameters: Sequence[nn.Parame
     return own
 
 
+def take_gradients_in(parameter: nn.Parameter, dtype: torch.dtype) -> None:
+    """Let a parameter take gradients of another precision; before PyTorch 2.10 they are converted."""
+    if hasattr(parameter, "grad_dtype"):
+        parameter.grad_dtype = dtype
+
+
 def _gradients_dtype(parameter: nn.Parameter) -> torch.dtype:
-    """That of the parameter, unless it takes another one, which it can from PyTorch 2.10 on."""
+    """That of the parameter, unless it takes another one, see `take_gradients_in`."""
     return getattr(parameter, "grad_dtype", None) or parameter.dtype
 
 

@@ -1,6 +1,7 @@
 """Whether kernels of our own can run: they need a GPU, and Triton, which PyTorch brings along on Linux."""
 
 from functools import cache
+from importlib import import_module
 
 import torch
 
@@ -10,7 +11,7 @@ def has_kernels(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     try:
-        import triton  # noqa: F401
+        import_module("triton")
     except ImportError:
         return False
     return True

@@ -19,15 +19,15 @@ class RoundedWeights:
     """
 
     def __init__(self, module: nn.Module, chosen: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
-        self._module, self._chosen = module, chosen
+        self._module = module
         self.copies: dict[nn.Parameter, Tensor] = {
             parameter: parameter.detach().to(dtype).requires_grad_(parameter.requires_grad)
             for parameter in chosen.values()
         }
+        self._by_name = {name: self.copies[parameter] for name, parameter in chosen.items()}
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        copies = {name: self.copies[parameter] for name, parameter in self._chosen.items()}
-        return functional_call(self._module, copies, inputs, options)
+        return functional_call(self._module, self._by_name, inputs, options)
 
 
 def frozen_products(module: nn.Module) -> dict[str, nn.Parameter]:

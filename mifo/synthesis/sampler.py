@@ -113,7 +113,9 @@ class BoxSampler:
         form = (encoder_hidden_states.shape, latent_size, len(subjects), guidance_layers, shape_layers)
         self._attention = (kept or KeptPasses()).of_form(
             (*form, guidance.masked, guidance.cross_weight, guidance.self_weight),
-            lambda: MaskedAttention(unet, *prompt, guidance_layers, shape_layers, guidance.masked, graphs),
+            lambda: MaskedAttention(
+                unet, *prompt, guidance_layers, shape_layers, guidance.masked, graphs, guidance
+            ),
         )
         self._attention.turn_to(*prompt)
         # masks of a captured pass keep their form when each sample gets shapes of its own
@@ -127,7 +129,7 @@ class BoxSampler:
             return latents, latents.new_zeros(0)
         latents, losses, self.counter = descend(
             latents,
-            lambda z, alphas: self._attention.guidance_gradient(z, self._times[step], alphas, self.guidance),
+            lambda z, alphas: self._attention.guidance_gradient(z, self._times[step], alphas),
             step,
             self.counter,
             self.guidance,

@@ -44,7 +44,7 @@ def finished(runs: Sequence[Run], pool: Path, any_code: bool) -> list[Done]:
     """How each of `runs` ended so far; none is made. Arguments as of `execute`."""
     ended = []
     for run in runs:
-        folder = run.settings and next(filter(_is_done, _folders(run, pool, any_code)), None)
+        folder = run.settings and _finished_folder(run, pool, any_code)
         error = None if folder else run.error or "not made yet"
         ended.append(Done(run, folder, error, _record(folder) if folder else None))
     return ended
@@ -106,10 +106,9 @@ def execute(runs: Sequence[Run], pool: Path, workers: int | None, any_code: bool
 
 def _make(run: Run, group: list[Run], pool: Path, worker: Worker | None, any_code: bool) -> Done:
     """One run, from its folder if it is done already."""
+    if made := _finished_folder(run, pool, any_code):
+        return Done(run, made, None, _record(made))
     folder = _folder(run, pool)
-    for each in _folders(run, pool, any_code):
-        if _is_done(each):
-            return Done(run, each, None, _record(each))
     folder.mkdir(parents=True, exist_ok=True)
     job = (folder, run, [_folder(other, pool) for other in group])
     code = worker.make(*job) if worker else make_here(*job)
@@ -161,10 +160,10 @@ def _borrow_learned(folder: Path, others: Sequence[Path]) -> None:
         copied.rename(folder / "learned")
 
 
-def _folders(run: Run, pool: Path, any_code: bool) -> list[Path]:
-    """Where a run may lie finished, the present code's first."""
-    folder = _folder(run, pool)
-    return [folder, *sorted(pool.glob(f"{run.key}-*"))] if any_code else [folder]
+def _finished_folder(run: Run, pool: Path, any_code: bool) -> Path | None:
+    """Where a run lies finished, made by the present code if it did, or None."""
+    others = sorted(pool.glob(f"{run.key}-*")) if any_code else []
+    return next(filter(_is_done, [_folder(run, pool), *others]), None)
 
 
 def _folder(run: Run, pool: Path) -> Path:
