@@ -1,0 +1,111 @@
+"""What only a GPU can show: passes really captured, with kernels in them, give what plain code gives."""
+
+import copy
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from test_learning import Watch
+from test_synthesis import QUICK, run, subjects_of
+from tiny import tiny_pipeline, two_instances
+
+from mifo.data.prior import class_pictures
+from mifo.learning.learn import learn
+from mifo.learning.settings import LearningSettings, PriorSettings, StageSettings
+from mifo.models.loading import load_model
+from mifo.models.settings import ModelSettings
+from mifo.penalty.settings import PenaltySettings
+from mifo.performance.channels_last import keep_channels_last
+from mifo.performance.settings import PerformanceSettings
+from mifo.synthesis.sampler import KeptPasses
+
+pytestmark = pytest.mark.gpu
+
+FLOAT32 = PerformanceSettings(
+    matmul_precision="highest", learning_precision="float32", synthesis_precision="float32"
+)
+# the profile of conf/performance/max_speed.yaml
+FASTEST = PerformanceSettings("max_speed", autocast=False, channels_last=True, cuda_graphs=True)
+TRAINER = {"accelerator": "gpu", "devices": 1, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return str(tiny_pipeline(tmp_path_factory.mktemp("pipeline")))
+
+
+@pytest.fixture(autouse=True)
+def captured(caplog):
+    """No test passes by going on without a graph."""
+    caplog.set_level(logging.WARNING)
+    yield
+    assert "No CUDA graph could be captured" not in caplog.text
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """Products and convolutions in whole float32."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def learnt(source, tmp_path):
+    """A function that learns a few steps of both stages on the GPU and gives the loss of each step."""
+
+    def learnt(performance, optimizer):
+        settings = LearningSettings(
+            semantic=StageSettings(steps=6, checkpoint_every=0),
+            finetuning=StageSettings(
+                steps=6, learn="full", learning_rate=1e-3, optimizer=optimizer, checkpoint_every=0
+            ),
+            prior=PriorSettings(pictures=2, steps=2, cache=str(tmp_path / "prior")),
+        )
+        watch, folder = Watch(), tmp_path / f"{performance.name}-{performance.cuda_graphs}-{optimizer}"
+        model = load_model(ModelSettings("tiny", source), "cuda")
+        penalty = PenaltySettings(warmup_steps=3, timestep_limit=1000)
+        options = {"trainer": dict(TRAINER), "callbacks": [watch], "performance": copy.deepcopy(performance)}
+        learn(model, two_instances(), settings, penalty, folder, **options)
+        return [loss for _, _, loss in watch.losses]
+
+    return learnt
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_learning_from_graphs_is_the_same(learnt, exact, optimizer):
+    plain = learnt(FLOAT32, optimizer)
+    assert len(plain) == 12 and plain[-1] != plain[0]
+    assert learnt(replace(FLOAT32, cuda_graphs=True), optimizer) == pytest.approx(plain, rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_the_fastest_profile_stays_near_full_precision(learnt, optimizer):
+    assert learnt(FASTEST, optimizer) == pytest.approx(learnt(FLOAT32, optimizer), rel=0.1)
+
+
+@pytest.mark.parametrize("layout", ["usual", "channels_last"])
+@pytest.mark.parametrize("subjects", ["boxes", "plain"])
+def test_synthesis_from_graphs_is_the_same(vectors, vector_unet, exact, subjects, layout):
+    v = {name: value.cuda() for name, value in vectors("synthesis_two_boxes").items()}
+    unet, chosen = vector_unet.cuda(), subjects_of(v) if subjects == "boxes" else []
+    guidance = replace(QUICK, guided_steps=2)
+    plain = run(unet, v, chosen, guidance)
+    if layout == "channels_last":
+        unet.to(memory_format=torch.channels_last)
+        keep_channels_last(unet)
+    kept = KeptPasses()
+    for _ in range(2):
+        replayed = run(unet, v, chosen, guidance, graphs=True, kept=kept)
+        torch.testing.assert_close(replayed, plain, rtol=1e-3, atol=1e-3)
+
+
+def test_class_pictures_from_a_graph_are_the_same(source, tmp_path, exact):
+    model = load_model(ModelSettings("tiny", source), "cuda")
+
+    def made(graphs):
+        settings = PriorSettings(pictures=3, steps=2, cache=str(tmp_path / str(graphs)), batch_size=2)
+        performance = replace(FLOAT32, cuda_graphs=graphs)
+        return class_pictures(model, ["a photo of a car"], settings, 0, performance)[0]
+
+    assert (made(True) - made(False)).abs().max() <= 1 / 255 + 1e-6
