@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from scipy import stats
 from tiny import tiny_pipeline
 
@@ -17,7 +19,9 @@ from mifo.config import settings_of
 from mifo.config.compose import compose
 from mifo.errors import MifoError
 from mifo.metrics.evaluation import Evaluation
+from mifo.metrics.pictures import Picture, save_pictures
 from mifo.metrics.scores import Evaluator, Score
+from mifo.report.comparison import SIDE
 from mifo.tables import execute, plan
 from mifo.tables.collect import Measured, cells, differences, estimate, estimate_runs, pareto_front
 from mifo.tables.plan import CodeVersion
@@ -207,6 +211,34 @@ def test_the_written_forms_agree(folder, made):
     assert (found / "table.png").stat().st_size > 5000 and (found / "table.pdf").is_file()
     # the difference is the same for both seeds, so that its interval is empty
     assert "| none | cars | -0.500 ± 0.000 |" in (found / "table.md").read_text()
+
+
+def test_a_page_shows_each_row_on_one_scene_and_seed(folder, made, monkeypatch):
+    colours = {"mifo": (0.9, 0.1, 0.1), "no_attention_loss": (0.1, 0.1, 0.9)}
+    without_pictures = execute.run_here
+
+    def run(settings):
+        without_pictures(settings)
+        if (settings.method, settings.seed) != ("mifo", 0):  # so that seed 1 alone has all rows
+            image = torch.tensor(colours[settings.method])[:, None, None].expand(3, 32, 32)
+            pictures = [Picture(image, f"a photo of <asset0> in the {place}") for place in ("snow", "jungle")]
+            save_pictures(Path(settings.paths.output) / "pictures", pictures)
+
+    monkeypatch.setattr(execute, "run_here", run)
+    table(["small", "table.workers=0"])
+    assert "](pictures-cars.jpg)" in (results(folder) / "table.md").read_text()
+    page = np.asarray(Image.open(results(folder) / "pictures-cars.jpg").convert("RGB")) / 255.0
+    found = {}
+    for method, colour in colours.items():
+        rows, _ = np.where((np.abs(page - colour) < 0.1).all(-1))
+        assert len(rows) > 1.8 * SIDE**2  # two pictures
+        found[method] = rows.mean()
+    assert found["mifo"] + SIDE < found["no_attention_loss"]
+
+    table(["small", "table.workers=0", "table.results=none", "table.pages=[alike_two_cups]"])
+    assert (
+        not list((folder / "none").glob("*.jpg")) and "jpg" not in (folder / "none" / "table.md").read_text()
+    )
 
 
 def test_an_interval_is_that_of_students_t():

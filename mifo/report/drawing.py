@@ -57,6 +57,7 @@ def draw_layout(
     picture: Tensor | Image.Image | None = None,
     size: int = 768,
     pixel_ratio: float = 1,
+    labels: bool = True,
 ) -> Image.Image:
     """Draw named boxes [x0, y0, x1, y1] in [0, 1] over a picture, or over an empty square canvas.
 
@@ -65,6 +66,7 @@ def draw_layout(
         picture: what to draw over, resized to `size` on its longer side.
         size: longer side of the result in pixels.
         pixel_ratio: lines and labels are this many times as large; 2 for dense screens.
+        labels: whether each box bears its name.
     """
     image = _empty_canvas(size) if picture is None else fit(_rgb(picture), size, size).copy()
     colours = name_colours(boxes)
@@ -85,7 +87,7 @@ def draw_layout(
         draw.rectangle((left, top, right, bottom), outline=(255, 255, 255), width=halo)
         draw.rectangle((left, top, right, bottom), outline=colours[name], width=width)
     placed: list[tuple[int, int, int, int]] = []
-    for name, edge in edges.items():
+    for name, edge in edges.items() if labels else ():
         placed.append(_draw_label(draw, name, edge, colours[name], 17 * pixel_ratio, image.size, placed))
     return image
 

@@ -19,6 +19,7 @@ PALETTE: tuple[Colour, ...] = (
 )
 INK: Colour = (24, 24, 27)
 PAPER: Colour = (255, 255, 255)
+MUTED: Colour = (98, 98, 108)  # words of less weight
 
 
 def instance_colour(index: int) -> Colour:

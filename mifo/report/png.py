@@ -8,13 +8,12 @@ from mifo.metrics.crops import mask_box
 from mifo.metrics.pictures import Picture, as_image
 from mifo.report.content import EXPLANATIONS, LABELS, Sheet
 from mifo.report.drawing import draw_layout, draw_masks, fit, font_for
-from mifo.report.palette import INK, PAPER, Colour, instance_colour, text_colour
+from mifo.report.palette import INK, MUTED, PAPER, Colour, instance_colour, text_colour
 
 SCALE = 2
 WIDTH = 1200  # nominal pixels, as all lengths below
 MARGIN = 56
 GAP = 28
-MUTED: Colour = (98, 98, 108)
 RULE: Colour = (228, 228, 231)
 
 

@@ -37,6 +37,7 @@ class TableSettings:
     )
     plot: str = "dots"  # dots | lines (over the sets of scenes) | pareto (editability against consistency)
     # how, not what
+    pages: list[str] | None = None  # scenes of which a page of pictures may be drawn; None: any
     workers: int | None = None  # runs at once; 0: one by one in this process; None: one per GPU, or one
     code: str = "current"  # current: runs of other code are made again; any: they count
     missing: str = "run"  # run: make what is missing; leave: the table of what is finished

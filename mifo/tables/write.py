@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,11 +13,12 @@ from mifo.errors import MifoError
 from mifo.metrics.evaluation import METRICS, Evaluation
 from mifo.tables.collect import Estimate, Measured, cells, differences, measured
 from mifo.tables.execute import Done
+from mifo.tables.pages import draw_pages
 from mifo.tables.plot import draw_table, name
 from mifo.tables.settings import TableSettings
 from mifo.tasks.evaluate import SCORES
 
-_HOW = {"workers", "code", "missing", "runs", "results"}
+_HOW = {"workers", "code", "missing", "runs", "results", "pages"}
 MOST = 20  # runs without a result that a table names
 QUESTION = "question.json"
 
@@ -40,7 +42,7 @@ def claim_results(folder: Path, settings: TableSettings, overrides: Sequence[str
 
 
 def write_table(folder: Path, command: str, settings: TableSettings, ended: Sequence[Done]) -> str:
-    """Write `runs.csv` and `table.{csv,md,tex,png,pdf}`; returns the Markdown.
+    """Write `runs.csv`, `table.{csv,md,tex,png,pdf}` and `pictures-SET.jpg`; returns the Markdown.
 
     Raises:
         MifoError: no run is finished, or the runs were not measured in the same way.
@@ -52,7 +54,11 @@ def write_table(folder: Path, command: str, settings: TableSettings, ended: Sequ
     found = cells(runs, columns)
     _write_runs(folder / "runs.csv", ended, runs)
     _write_estimates(folder / "table.csv", found)
-    markdown = _markdown(command, settings, ended, runs, columns, found)
+    pages = {}
+    for scenes, page in draw_pages(ended, runs, columns, settings.pages, settings.title).items():
+        pages[scenes] = f"pictures-{re.sub(r'[^A-Za-z0-9]+', '-', scenes)}.jpg"
+        page.save(folder / pages[scenes], quality=90)
+    markdown = _markdown(command, settings, ended, runs, columns, found, pages)
     (folder / "table.md").write_text(markdown)
     (folder / "table.tex").write_text(_latex(settings.title, found, columns))
     figure = draw_table(found, columns, settings.plot, settings.title)
@@ -93,6 +99,7 @@ def _markdown(
     runs: Sequence[Measured],
     columns: Sequence[str],
     found: Mapping[tuple[str, str], Mapping[str, Estimate]],
+    pages: Mapping[str, str],
 ) -> str:
     finished = [done for done in ended if done.folder]
     codes = Counter(_code(done) for done in finished)
@@ -116,7 +123,12 @@ def _markdown(
     if failed := [done for done in ended if not done.folder]:
         lines += ["", "Without a result:", "", *(f"- {done.run}: {done.error}" for done in failed[:MOST])]
         lines += [f"- and {len(failed) - MOST} more"] if len(failed) > MOST else []
-    return "\n".join([*lines, "", "![The table as a plot](table.png)", ""])
+    lines += ["", "![The table as a plot](table.png)", ""]
+    lines += [
+        f"![Pictures of {scenes}, a row for each row of the table]({file})\n"
+        for scenes, file in pages.items()
+    ]
+    return "\n".join(lines)
 
 
 def _markdown_table(

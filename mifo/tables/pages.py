@@ -1,0 +1,56 @@
+"""Pages of pictures: what the rows of a table made of one scene with one seed."""
+
+from collections.abc import Mapping, Sequence
+
+from PIL import Image
+
+from mifo.data.instances import read_instances
+from mifo.metrics.pictures import read_pictures
+from mifo.report.comparison import ComparedRow, draw_comparison
+from mifo.tables.collect import Measured
+from mifo.tables.execute import Done
+
+PICTURES = 5  # of each row
+
+
+def draw_pages(
+    ended: Sequence[Done],
+    runs: Sequence[Measured],
+    columns: Sequence[str],
+    scenes: Sequence[str] | None,
+    title: str,
+) -> dict[str, Image.Image]:
+    """A page for each set of scenes: the scene and seed of which most rows have pictures, first of equals.
+
+    Args:
+        ended: runs of a table; those that have pictures no longer, or were made elsewhere, are left out.
+        runs: what was measured of those of `ended` that are finished.
+        columns: scores that stand beside the pictures.
+        scenes: names of instances that may be shown; None: any.
+
+    Returns:
+        Pages by name of the set, none for a set without pictures.
+    """
+    found: dict[str, dict[tuple[str, int], list[tuple[Done, Mapping[str, float]]]]] = {}
+    for done, measured in zip([done for done in ended if done.folder], runs, strict=True):
+        run = done.run
+        if (done.folder / "pictures").is_dir() and (scenes is None or run.instances in scenes):
+            same = found.setdefault(run.scenes, {}).setdefault((run.instances, run.seed), [])
+            same.append((done, measured.values))
+    pages = {}
+    for name, choices in found.items():
+        (scene, seed), chosen = max(choices.items(), key=lambda item: len(item[1]))
+        rows = [
+            ComparedRow(
+                done.run.row,
+                read_pictures(done.folder / "pictures")[:PICTURES],
+                {metric: values[metric] for metric in columns if metric in values},
+            )
+            for done, values in chosen
+        ]
+        prompts = [picture.prompt for picture in rows[0].pictures]
+        rows = [row for row in rows if [picture.prompt for picture in row.pictures] == prompts]
+        learned = read_instances(chosen[0][0].run.settings.instances)
+        told = f"{title}: {scene.replace('_', ' ')}, seed {seed}"
+        pages[name] = draw_comparison(told, learned.image, learned.masks, learned.tokens, rows)
+    return pages
