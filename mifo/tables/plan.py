@@ -2,12 +2,16 @@
 
 import hashlib
 import json
+import os
 import re
 import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
-from functools import cache
+from functools import cache, partial
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 from rich.console import Console
@@ -20,6 +24,8 @@ from mifo.config.location import conf_folder
 from mifo.config.schema import RunSettings
 from mifo.errors import MifoError
 from mifo.tables.settings import TableSettings
+
+CELLS_PER_PROCESS = 16  # Hydra composes one in 0.3 s; a process of its own starts in some seconds
 
 # says where a run goes and who is told about it, not what it computes
 _NOT_IDENTITY = {
@@ -78,21 +84,39 @@ class Run:
 
 def plan(name: str, settings: TableSettings, overrides: list[str]) -> list[Run]:
     """Every run of the table `name`, composed and checked; a refused one spoils no other."""
-    runs = []
-    cells = list(product(_rows(settings), _scenes(settings)))
-    for (row, deltas), (scenes, instances) in track(cells, "plan", console=Console(stderr=True)):
+    cells = []
+    for (row, deltas), (scenes, instances) in product(_rows(settings), _scenes(settings)):
         group = re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{name}-{row}-{instances}")
         given = [f"instances={instances}", f"group={group}", f"tags=[{name}]", *deltas, *overrides]
-        try:
-            # the folder of a run follows from its identity, so that it cannot be part of it
-            typed, refusal = settings_of(compose("run", [*given, "paths.output=unknown"])), None
-            check(typed)
-        except (MifoError, *REFUSALS) as error:
-            typed, refusal = None, explain(error, "run")
+        cells.append((row, scenes, instances, given))
+    runs = []
+    composed = _composed([given for *_, given in cells])
+    for (row, scenes, instances, given), (typed, refusal) in zip(cells, composed, strict=True):
         for seed in settings.seeds:
             own = typed and replace(typed, seed=seed)
             runs.append(Run(row, scenes, instances, seed, (*given, f"seed={seed}"), own, refusal))
     return runs
+
+
+def _composed(wanted: Sequence[list[str]]) -> list[tuple[RunSettings | None, str | None]]:
+    """The settings of each list of overrides, or why they are refused; many of them in several processes."""
+    processes = min(os.cpu_count() or 1, len(wanted) // CELLS_PER_PROCESS)
+    show = partial(track, description="plan", total=len(wanted), console=Console(stderr=True))
+    if processes < 2:
+        return list(show(map(_settings_or_refusal, wanted)))
+    # not forked: a copy of a process with threads may wait for a lock for ever
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        return list(show(pool.map(_settings_or_refusal, wanted)))
+
+
+def _settings_or_refusal(overrides: list[str]) -> tuple[RunSettings | None, str | None]:
+    try:
+        # the folder of a run follows from its identity, so that it cannot be part of it
+        typed = settings_of(compose("run", [*overrides, "paths.output=unknown"]))
+        check(typed)
+    except (MifoError, *REFUSALS) as error:
+        return None, explain(error, "run")
+    return typed, None
 
 
 @cache
