@@ -235,6 +235,11 @@ def test_a_page_shows_each_row_on_one_scene_and_seed(folder, made, monkeypatch):
         found[method] = rows.mean()
     assert found["mifo"] + SIDE < found["no_attention_loss"]
 
+    for picture in (folder / "outputs" / "runs").glob("*/pictures/000.png"):
+        picture.unlink()
+    assert not table(["small", "table.workers=0", "table.results=spoilt", "table.seeds=[1]"])
+    assert (folder / "spoilt" / "table.md").is_file() and not list((folder / "spoilt").glob("*.jpg"))
+
     table(["small", "table.workers=0", "table.results=none", "table.pages=[alike_two_cups]"])
     assert (
         not list((folder / "none").glob("*.jpg")) and "jpg" not in (folder / "none" / "table.md").read_text()

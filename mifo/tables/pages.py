@@ -1,16 +1,20 @@
 """Pages of pictures: what the rows of a table made of one scene with one seed."""
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
 from mifo.data.instances import read_instances
+from mifo.errors import MifoError
 from mifo.metrics.pictures import read_pictures
 from mifo.report.comparison import ComparedRow, draw_comparison
 from mifo.tables.collect import Measured
 from mifo.tables.execute import Done
 
 PICTURES = 5  # of each row
+
+log = logging.getLogger(__name__)
 
 
 def draw_pages(
@@ -40,17 +44,26 @@ def draw_pages(
     pages = {}
     for name, choices in found.items():
         (scene, seed), chosen = max(choices.items(), key=lambda item: len(item[1]))
-        rows = [
-            ComparedRow(
-                done.run.row,
-                read_pictures(done.folder / "pictures")[:PICTURES],
-                {metric: values[metric] for metric in columns if metric in values},
-            )
-            for done, values in chosen
-        ]
-        prompts = [picture.prompt for picture in rows[0].pictures]
-        rows = [row for row in rows if [picture.prompt for picture in row.pictures] == prompts]
-        learned = read_instances(chosen[0][0].run.settings.instances)
-        told = f"{title}: {scene.replace('_', ' ')}, seed {seed}"
-        pages[name] = draw_comparison(told, learned.image, learned.masks, learned.tokens, rows)
+        try:
+            pages[name] = _page(f"{title}: {scene.replace('_', ' ')}, seed {seed}", chosen, columns)
+        except MifoError as error:  # files of the user that are gone since; the table stands without
+            log.warning("No page of pictures of %s: %s", name, error)
     return pages
+
+
+def _page(
+    title: str, chosen: Sequence[tuple[Done, Mapping[str, float]]], columns: Sequence[str]
+) -> Image.Image:
+    """The pictures of runs of one scene and seed, of those with the first one's prompts."""
+    rows = [
+        ComparedRow(
+            done.run.row,
+            read_pictures(done.folder / "pictures")[:PICTURES],
+            {metric: values[metric] for metric in columns if metric in values},
+        )
+        for done, values in chosen
+    ]
+    prompts = [picture.prompt for picture in rows[0].pictures]
+    rows = [row for row in rows if [picture.prompt for picture in row.pictures] == prompts]
+    learned = read_instances(chosen[0][0].run.settings.instances)
+    return draw_comparison(title, learned.image, learned.masks, learned.tokens, rows)
