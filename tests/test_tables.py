@@ -117,6 +117,20 @@ def test_a_run_is_composed_as_its_process_will_compose_it(folder):
         assert again.learning == run.settings.learning
 
 
+def test_many_cells_are_composed_in_processes_of_their_own_as_they_are_here(folder, monkeypatch):
+    settings, _ = read_table(folder / "small", ["table.rows={MIFO: [method=mifo], bad: [method=nosuch]}"])
+    here = plan.plan("small", settings, [])
+    started = []
+    pool = plan.ProcessPoolExecutor
+    monkeypatch.setattr(plan, "ProcessPoolExecutor", lambda *given: started.append(given[0]) or pool(*given))
+    monkeypatch.setattr(plan, "CELLS_PER_PROCESS", 1)
+    monkeypatch.setattr(plan.os, "cpu_count", lambda: 2)
+    apart = plan.plan("small", settings, [])
+    assert started == [2]
+    assert [(run.settings, run.error) for run in apart] == [(run.settings, run.error) for run in here]
+    assert [run.error is None for run in apart] == [True, True, False, False]
+
+
 def test_what_is_done_is_not_done_again_and_other_settings_are(folder, made, capsys):
     assert table(["small", "table.workers=0"]) == 0
     assert len(made) == 4
