@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
-from tiny import MeanColour
+from tiny import MeanColour, tiny_pipeline
 
 from mifo import cli
 from mifo.metrics.evaluation import PictureEvaluator
@@ -28,6 +28,12 @@ def vector_unet() -> UNet2DConditionModel:
 def vectors() -> Vectors:
     """`vectors("penalty")` gives the tensors of `tests/vectors/penalty.safetensors` by name."""
     return lambda name: load_file(VECTORS / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> str:
+    """A pipeline folder of tiny models with random weights."""
+    return str(tiny_pipeline(tmp_path_factory.mktemp("pipeline")))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import wandb
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
-from tiny import MeanColour, tiny_pipeline, two_instances
+from tiny import MeanColour, two_instances
 
 from mifo.callbacks.announce import Announce, ranges
 from mifo.callbacks.attention_maps import AttentionMaps, attention_in_mask
@@ -36,11 +36,6 @@ def paint(model, wanted):
     assert not model.unet.training and not model.text_encoder.training
     torch.rand(7)
     return [Picture(torch.full((3, 32, 32), 0.5), each.prompt, each.boxes, 0) for each in wanted]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return str(tiny_pipeline(tmp_path_factory.mktemp("pipeline")))
 
 
 @pytest.fixture

@@ -1,15 +1,15 @@
 """What only a GPU can show: passes really captured, with kernels in them, give what plain code gives."""
 
-import copy
 import logging
 from dataclasses import replace
 
 import pytest
 import torch
-from test_learning import Watch
+from test_learning import TRAINER, Watch
 from test_synthesis import QUICK, run, subjects_of
-from tiny import tiny_pipeline, two_instances
+from tiny import two_instances
 
+from mifo.config import compose, settings_of
 from mifo.data.prior import class_pictures
 from mifo.learning.learn import learn
 from mifo.learning.settings import LearningSettings, PriorSettings, StageSettings
@@ -25,14 +25,7 @@ pytestmark = pytest.mark.gpu
 FLOAT32 = PerformanceSettings(
     matmul_precision="highest", learning_precision="float32", synthesis_precision="float32"
 )
-# the profile of conf/performance/max_speed.yaml
-FASTEST = PerformanceSettings("max_speed", autocast=False, channels_last=True, cuda_graphs=True)
-TRAINER = {"accelerator": "gpu", "devices": 1, "enable_progress_bar": False, "enable_model_summary": False}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return str(tiny_pipeline(tmp_path_factory.mktemp("pipeline")))
+FASTEST = settings_of(compose("benchmark", ["performance=max_speed", "paths.output=unused"])).performance
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +58,8 @@ def learnt(source, tmp_path):
         watch, folder = Watch(), tmp_path / f"{performance.name}-{performance.cuda_graphs}-{optimizer}"
         model = load_model(ModelSettings("tiny", source), "cuda")
         penalty = PenaltySettings(warmup_steps=3, timestep_limit=1000)
-        options = {"trainer": dict(TRAINER), "callbacks": [watch], "performance": copy.deepcopy(performance)}
+        trainer = TRAINER | {"accelerator": "gpu", "devices": 1}
+        options = {"trainer": trainer, "callbacks": [watch], "performance": performance}
         learn(model, two_instances(), settings, penalty, folder, **options)
         return [loss for _, _, loss in watch.losses]
 

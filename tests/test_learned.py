@@ -17,11 +17,6 @@ from mifo.models.trainable import add_lora, new_rows, trainable_parameters
 TOKENS = ["<asset0>", "<asset1>"]
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return str(tiny_pipeline(tmp_path_factory.mktemp("pipeline")))
-
-
 def learned_model(source, learn):
     """A model whose learned weights are moved at random, as learning would."""
     model = load_model(ModelSettings("tiny", source))

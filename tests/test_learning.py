@@ -24,11 +24,6 @@ GOLDEN = [0.25575, 0.51938, 0.36694, 0.3528, 1.60295, 1.58137, 1.38025]
 TRAINER = {"accelerator": "cpu", "enable_progress_bar": False}
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return str(tiny_pipeline(tmp_path_factory.mktemp("pipeline")))
-
-
 @pytest.fixture
 def model(source):
     return load_model(ModelSettings("tiny", source))

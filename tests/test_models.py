@@ -16,11 +16,6 @@ from mifo.models.tokens import add_instance_tokens
 from mifo.models.trainable import add_lora, new_rows, set_trainable, trainable_parameters
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return str(tiny_pipeline(tmp_path_factory.mktemp("pipeline")))
-
-
 @pytest.fixture
 def model(source):
     return load_model(ModelSettings("tiny", source))

@@ -14,7 +14,7 @@ import torch
 from recorded import Recordings
 from test_learning import TRAINER, Watch
 from test_synthesis import QUICK, run, subjects_of
-from tiny import tiny_pipeline, two_instances
+from tiny import two_instances
 from torch import nn
 
 from mifo.attention.masking import MaskedAttention
@@ -35,11 +35,6 @@ from mifo.performance.settings import PerformanceSettings
 from mifo.synthesis.sampler import KeptPasses
 
 PLAIN = PerformanceSettings(learning_precision="float32", synthesis_precision="float32")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return str(tiny_pipeline(tmp_path_factory.mktemp("pipeline")))
 
 
 @pytest.fixture

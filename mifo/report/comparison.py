@@ -45,7 +45,7 @@ def draw_comparison(
     boxes = {token: mask_box(mask) for token, mask in zip(tokens, masks, strict=True)}
     page.paste(draw_layout(boxes, source, SIDE, labels=False), (MARGIN, top))
     # what the prompts share is the instances, which the colours of the boxes tell
-    shared = _shared_words(prompts) if len(prompts) > 1 else 0
+    shared = _shared_words(prompts) if len(set(prompts)) > 1 else 0
     for column, prompt in enumerate(prompts, 1):
         lines = wrap(" ".join(prompt.split()[shared:]), 26)
         for place, line in enumerate(reversed(lines)):

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def draw_pages(
-    ended: Sequence[Done],
+    finished: Sequence[Done],
     runs: Sequence[Measured],
     columns: Sequence[str],
     scenes: Sequence[str] | None,
@@ -27,8 +27,8 @@ def draw_pages(
     """A page for each set of scenes: the scene and seed of which most rows have pictures, first of equals.
 
     Args:
-        ended: runs of a table; those that have pictures no longer, or were made elsewhere, are left out.
-        runs: what was measured of those of `ended` that are finished.
+        finished: runs of a table; those that have pictures no longer, or were made elsewhere, are left out.
+        runs: what was measured of each of them.
         columns: scores that stand beside the pictures.
         scenes: names of instances that may be shown; None: any.
 
@@ -36,7 +36,7 @@ def draw_pages(
         Pages by name of the set, none for a set without pictures.
     """
     found: dict[str, dict[tuple[str, int], list[tuple[Done, Mapping[str, float]]]]] = {}
-    for done, measured in zip([done for done in ended if done.folder], runs, strict=True):
+    for done, measured in zip(finished, runs, strict=True):
         run = done.run
         if (done.folder / "pictures").is_dir() and (scenes is None or run.instances in scenes):
             same = found.setdefault(run.scenes, {}).setdefault((run.instances, run.seed), [])

@@ -52,10 +52,11 @@ def write_table(folder: Path, command: str, settings: TableSettings, ended: Sequ
         raise MifoError("no run of the table is finished; the reasons stand above and in each run's log.txt")
     columns = [column for column in settings.columns if any(column in run.values for run in runs)]
     found = cells(runs, columns)
-    _write_runs(folder / "runs.csv", ended, runs)
+    finished = [done for done in ended if done.folder]
+    _write_runs(folder / "runs.csv", finished, runs)
     _write_estimates(folder / "table.csv", found)
     pages = {}
-    for scenes, page in draw_pages(ended, runs, columns, settings.pages, settings.title).items():
+    for scenes, page in draw_pages(finished, runs, columns, settings.pages, settings.title).items():
         pages[scenes] = f"pictures-{re.sub(r'[^A-Za-z0-9]+', '-', scenes)}.jpg"
         page.save(folder / pages[scenes], quality=90)
     markdown = _markdown(command, settings, ended, runs, columns, found, pages)
@@ -67,9 +68,8 @@ def write_table(folder: Path, command: str, settings: TableSettings, ended: Sequ
     return markdown
 
 
-def _write_runs(path: Path, ended: Sequence[Done], runs: Sequence[Measured]) -> None:
+def _write_runs(path: Path, finished: Sequence[Done], runs: Sequence[Measured]) -> None:
     metrics = [metric for metric in METRICS if any(metric in run.values for run in runs)]
-    finished = [done for done in ended if done.folder]
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(
