@@ -16,6 +16,7 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 from mifo.config import compose, conf_folder, settings_of
 from mifo.errors import MifoError
 from mifo.metrics.box_adherence import BoxAdherence, find_instance
+from mifo.metrics.class_accuracy import ClassAccuracy, class_texts
 from mifo.metrics.crops import crop_box, mask_box, pad_square, reference_crops
 from mifo.metrics.evaluation import Evaluation, PictureEvaluator
 from mifo.metrics.evaluators import load_image_encoder, load_image_text_encoder
@@ -24,9 +25,11 @@ from mifo.metrics.pictures import Picture, read_pictures, save_pictures
 from mifo.metrics.prompt_similarity import PromptSimilarity
 from mifo.metrics.protocol import ENDINGS, evaluation_prompts, name_classes
 from mifo.metrics.scores import Evaluator, Score, score_table
-from mifo.metrics.settings import ImageSettings, ImageTextSettings
+from mifo.metrics.settings import ClassWords, Fit, ImageSettings, ImageTextSettings, MetricsSettings
+from mifo.miniature.scenes import SceneSpec, ThingSpec, redraw_scene, render_scene
 
 RED, GREEN, BLUE = torch.eye(3)
+GREY = torch.full((3,), 1e-4)  # of texts that name no colour
 TOKENS = ["<asset0>", "<asset1>", "<asset2>"]
 BOXES = [(0.0, 0.0, 0.25, 0.25), (0.5, 0.0, 0.75, 0.25), (0.0, 0.5, 0.25, 0.75)]
 
@@ -41,7 +44,9 @@ class ColourEncoder:
 
     def encode_texts(self, texts):
         colours = {"red": RED, "green": GREEN, "blue": BLUE}
-        return torch.stack([sum(colours[word] for word in text.split() if word in colours) for text in texts])
+        return torch.stack(
+            [sum((colours[word] for word in text.split() if word in colours), GREY) for text in texts]
+        )
 
 
 def draw(*colours, size=32):
@@ -82,6 +87,7 @@ def test_a_perfect_picture_and_a_swapped_one_score_as_such():
             "instance_consistency_clip": 1,
             "identification": 1,
             "leakage": 0,
+            "class_accuracy": 1,
             "box_adherence": 1,
         },
         abs=1e-6,
@@ -89,6 +95,7 @@ def test_a_perfect_picture_and_a_swapped_one_score_as_such():
     swapped = evaluate(draw(GREEN, RED, BLUE))
     assert values(swapped)["identification"] == pytest.approx(1 / 3)
     assert values(swapped)["leakage"] == pytest.approx(2 / 3)
+    assert values(swapped)["class_accuracy"] == pytest.approx(1 / 3)
     assert values(swapped)["instance_consistency"] == pytest.approx(1 / 3)
     assert values(swapped)["editability"] == pytest.approx(1)
     torch.testing.assert_close(
@@ -139,9 +146,47 @@ def test_leakage_matrix_has_no_figure_where_nothing_was_drawn():
 def test_metrics_say_their_direction():
     directions = {
         metric: metric.higher_is_better
-        for metric in (PromptSimilarity, InstanceConsistency, Identification, BoxAdherence)
+        for metric in (PromptSimilarity, InstanceConsistency, Identification, ClassAccuracy, BoxAdherence)
     }
     assert all(directions.values()) and Leakage.higher_is_better is False
+
+
+def test_class_accuracy_chooses_among_the_words_of_the_list_and_the_instances_own():
+    texts, places = class_texts(ClassWords.coco, ["cat", None, "wooden owl"])
+    assert len(texts) == 80 + 1 and len(set(texts)) == 81
+    assert texts[places[0]] == "a photo of a cat" and texts[places[2]] == "a photo of a wooden owl"
+    assert places[1] is None and "a photo of an apple" in texts
+    with pytest.raises(MifoError, match="metrics.class_words"):
+        settings_of(compose("run", ["metrics.class_words=imagenet", "paths.output=here"]))
+
+
+def test_a_boat_drawn_as_a_balloon_is_a_lost_class():
+    """By the embedded evaluators, on drawings of which nothing else can be wrong."""
+    boats = SceneSpec([ThingSpec("boat", "red"), ThingSpec("boat", "blue")], "at the beach", 3)
+    changed = SceneSpec([ThingSpec("boat", "red"), ThingSpec("balloon", "blue")], "at the beach", 3)
+    boxes = dict(zip(TOKENS, [(0.05, 0.3, 0.45, 0.7), (0.55, 0.3, 0.95, 0.7)], strict=False))
+    evaluator = PictureEvaluator.from_settings(MetricsSettings(fit=Fit.stretch))
+    source = render_scene(boats)
+    scores = [
+        values(
+            evaluator.evaluate(
+                [
+                    Picture(
+                        redraw_scene(spec, [0, 1], list(boxes.values()), "in the snow", 0).image,
+                        "a photo of <asset0> and <asset1> in the snow",
+                        boxes,
+                    )
+                ],
+                source.image,
+                source.masks.float(),
+                TOKENS[:2],
+                source.class_names,
+            )
+        )
+        for spec in (boats, changed)
+    ]
+    assert [score["class_accuracy"] for score in scores] == [1, 0.5]
+    assert scores[1]["leakage"] < 0.2  # which does not see it
 
 
 def test_an_instance_outside_its_box_is_found_where_it_is():
@@ -254,7 +299,7 @@ def test_pictures_of_several_sizes_are_encoded_as_each_by_itself(tmp_path):
     generator = torch.Generator().manual_seed(0)
     sizes = ((16, 16), (9, 20), (16, 16), (20, 9), (9, 20))
     images = [torch.rand(3, *size, generator=generator) for size in sizes]
-    for fit in ("pad", "stretch"):
+    for fit in Fit:
         encoder = load_image_text_encoder(ImageTextSettings(f"local-dir:{tmp_path}"), 2, fit)
         alone = torch.cat([encoder.encode_images([image]) for image in images])
         torch.testing.assert_close(encoder.encode_images(images), alone, rtol=1e-4, atol=1e-5)

@@ -11,10 +11,6 @@ from mifo.errors import MifoError
 Box = Sequence[float]
 
 
-FITS = ("pad", "stretch")
-"""How a part becomes the square that an evaluator sees: centred on black, or stretched."""
-
-
 def pad_square(image: Tensor) -> Tensor:
     """Centre `image` (…, H, W) on a black square of side max(H, W)."""
     height, width = image.shape[-2:]

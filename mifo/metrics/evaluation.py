@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 
 from mifo.errors import MifoError
 from mifo.metrics.box_adherence import BoxAdherence, find_instance
+from mifo.metrics.class_accuracy import ClassAccuracy, class_texts
 from mifo.metrics.crops import crop_box, reference_crops
 from mifo.metrics.evaluators import (
     ImageEncoder,
@@ -23,7 +24,7 @@ from mifo.metrics.pictures import Picture
 from mifo.metrics.prompt_similarity import PromptSimilarity
 from mifo.metrics.protocol import name_classes
 from mifo.metrics.scores import Evaluator, Score
-from mifo.metrics.settings import MetricsSettings
+from mifo.metrics.settings import ClassWords, MetricsSettings
 
 METRICS: dict[str, type[MeanMetric]] = {
     "editability": PromptSimilarity,
@@ -31,6 +32,7 @@ METRICS: dict[str, type[MeanMetric]] = {
     "instance_consistency_clip": InstanceConsistency,
     "identification": Identification,
     "leakage": Leakage,
+    "class_accuracy": ClassAccuracy,
     "box_adherence": BoxAdherence,
 }
 
@@ -73,10 +75,15 @@ class PictureEvaluator:
     """
 
     def __init__(
-        self, image_text: ImageTextEncoder, image: ImageEncoder, protocol: str = "miniature", windows: int = 7
+        self,
+        image_text: ImageTextEncoder,
+        image: ImageEncoder,
+        protocol: str = "miniature",
+        windows: int = 7,
+        class_words: ClassWords = ClassWords.miniature,
     ):
         self.image_text, self.image = image_text, image
-        self.protocol, self.windows = protocol, windows
+        self.protocol, self.windows, self.class_words = protocol, windows, class_words
 
     @classmethod
     def from_settings(
@@ -88,6 +95,7 @@ class PictureEvaluator:
             load_image_encoder(settings.image, settings.batch_size, settings.fit, device),
             settings.protocol,
             settings.windows,
+            settings.class_words,
         )
 
     def evaluate(
@@ -109,6 +117,8 @@ class PictureEvaluator:
         references = reference_crops(source, masks)
         references_image = self.image.encode_images(references)
         references_clip = self.image_text.encode_images(references)
+        texts, own_text = class_texts(self.class_words, class_names)
+        texts_clip = self.image_text.encode_texts(texts)
         totals = {name: metric() for name, metric in METRICS.items()}
         counts = dict.fromkeys(METRICS, 0)
         rows, all_crops, all_own = [], [], []
@@ -135,9 +145,12 @@ class PictureEvaluator:
                 crops = [crop_box(picture.image, box) for box in subjects.values()]
                 features = self.image.encode_images(crops)
                 measure("instance_consistency", features, references_image, own)
-                measure(
-                    "instance_consistency_clip", self.image_text.encode_images(crops), references_clip, own
-                )
+                features_clip = self.image_text.encode_images(crops)
+                measure("instance_consistency_clip", features_clip, references_clip, own)
+                known = [index for index, instance in enumerate(own) if own_text[instance] is not None]
+                if known:
+                    wanted = torch.tensor([own_text[instance] for instance in own[known]])
+                    measure("class_accuracy", features_clip[known], texts_clip, wanted)
                 all_crops.append(features)
                 all_own.append(own)
                 if len(tokens) > 1:
@@ -156,7 +169,7 @@ class PictureEvaluator:
                 totals[name].compute().item(),
                 METRICS[name].higher_is_better,
                 self._evaluator(name),
-                self.protocol,
+                self._protocol(name),
                 counts[name],
             )
             for name in METRICS
@@ -169,5 +182,9 @@ class PictureEvaluator:
         return Evaluation(scores, tuple(rows), matrix)
 
     def _evaluator(self, metric: str) -> Evaluator:
-        by_clip = metric in ("editability", "instance_consistency_clip")
+        by_clip = metric in ("editability", "instance_consistency_clip", "class_accuracy")
         return (self.image_text if by_clip else self.image).evaluator
+
+    def _protocol(self, metric: str) -> str:
+        """The protocol of a metric; the choice among other classes is another measure."""
+        return f"{self.protocol}, {self.class_words} classes" if metric == "class_accuracy" else self.protocol

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mifo.errors import MifoError
-from mifo.metrics.crops import FITS, pad_square
+from mifo.metrics.crops import pad_square
 from mifo.metrics.scores import Evaluator
-from mifo.metrics.settings import ImageSettings, ImageTextSettings
+from mifo.metrics.settings import Fit, ImageSettings, ImageTextSettings
 
 DREAMSIM_SIZE = 224
 """Side of the pictures that DreamSim was trained on."""
@@ -67,13 +67,11 @@ class _BatchedEncoder(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         batch_size: int,
-        fit: str,
+        fit: Fit,
     ):
         super().__init__()
-        if fit not in FITS:
-            raise MifoError(f"metrics.fit={fit} is not known; take one of {', '.join(FITS)}.")
         self.fit = fit
-        self.evaluator = Evaluator(f"{name}-stretched" if fit == "stretch" else name, weight_hash(model))
+        self.evaluator = Evaluator(f"{name}-stretched" if fit is Fit.stretch else name, weight_hash(model))
         self.model = model.eval().requires_grad_(False)
         self.image_size = image_size
         self.batch_size = batch_size
@@ -88,7 +86,7 @@ class _BatchedEncoder(nn.Module):
             of_size[image.shape].append(index)
         for same in of_size.values():
             batch = torch.stack([images[index] for index in same]).to(self.mean)
-            square = pad_square(batch) if self.fit == "pad" else batch
+            square = pad_square(batch) if self.fit is Fit.pad else batch
             size = (self.image_size, self.image_size)
             resized = F.interpolate(square, size, mode="bicubic", antialias=True).clamp(0, 1)
             prepared[same] = (resized - self.mean) / self.std
@@ -106,7 +104,7 @@ class _BatchedEncoder(nn.Module):
 class OpenClipEncoder(_BatchedEncoder):
     """An open_clip model as evaluator of images and texts."""
 
-    def __init__(self, model: nn.Module, tokenizer, name: str, batch_size: int = 32, fit: str = "pad"):
+    def __init__(self, model: nn.Module, tokenizer, name: str, batch_size: int = 32, fit: Fit = Fit.pad):
         preprocessing = open_clip.get_model_preprocess_cfg(model)
         size = preprocessing["size"]
         super().__init__(
@@ -145,7 +143,7 @@ class DreamSimEncoder(_BatchedEncoder):
     So what a metric measures with it is a similarity as with every encoder, [−1, 1], higher is more alike.
     """
 
-    def __init__(self, model: nn.Module, name: str, batch_size: int = 32, fit: str = "pad"):
+    def __init__(self, model: nn.Module, name: str, batch_size: int = 32, fit: Fit = Fit.pad):
         # DreamSim normalises by itself, for each of its backbones in another way
         super().__init__(model, name, DREAMSIM_SIZE, (0.0,) * 3, (1.0,) * 3, batch_size, fit)
 
@@ -154,7 +152,7 @@ class DreamSimEncoder(_BatchedEncoder):
 
 
 def load_image_text_encoder(
-    settings: ImageTextSettings, batch_size: int = 32, fit: str = "pad"
+    settings: ImageTextSettings, batch_size: int = 32, fit: Fit = Fit.pad
 ) -> OpenClipEncoder:
     """Load the open_clip model of `settings`, on the CPU in fp32. Raises MifoError without its weights."""
     name = f"local-dir:{_embedded('clip')}" if settings.name == "embedded" else settings.name
@@ -175,7 +173,7 @@ def load_image_text_encoder(
 
 
 def load_image_encoder(
-    settings: ImageSettings, batch_size: int = 32, fit: str = "pad", device: torch.device | str = "cpu"
+    settings: ImageSettings, batch_size: int = 32, fit: Fit = Fit.pad, device: torch.device | str = "cpu"
 ) -> ViTEncoder | DreamSimEncoder:
     """Load the ViT or the DreamSim of `settings` in fp32. Raises MifoError without its weights."""
     name, _, variant = settings.source.partition(":")
@@ -199,7 +197,7 @@ def load_image_encoder(
 
 
 def _load_dreamsim(
-    settings: ImageSettings, variant: str, batch_size: int, fit: str, device: torch.device | str
+    settings: ImageSettings, variant: str, batch_size: int, fit: Fit, device: torch.device | str
 ) -> DreamSimEncoder:
     """Load DreamSim where it stays: some of its tensors follow the device that it was loaded on, not `to`."""
     try:

@@ -1,6 +1,21 @@
 """What is measured, with which evaluators."""
 
 from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Fit(StrEnum):
+    """How a part of a picture becomes the square that an evaluator sees."""
+
+    pad = "pad"  # centred on black
+    stretch = "stretch"
+
+
+class ClassWords(StrEnum):
+    """What class accuracy chooses among, beside the instances' own classes."""
+
+    miniature = "miniature"  # the things of the miniature's drawings
+    coco = "coco"  # the 80 categories of COCO
 
 
 @dataclass
@@ -36,6 +51,7 @@ class MetricsSettings:
     protocol: str = "miniature"
     image_text: ImageTextSettings = field(default_factory=ImageTextSettings)
     image: ImageSettings = field(default_factory=ImageSettings)
-    fit: str = "pad"  # crops become squares: pad (centred on black) | stretch
+    fit: Fit = Fit.pad
+    class_words: ClassWords = ClassWords.miniature
     batch_size: int = 32  # pictures, crops or windows that an evaluator sees at once
     windows: int = 7  # box adherence looks at windows × windows positions for each box

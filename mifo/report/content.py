@@ -15,6 +15,7 @@ LABELS = {
     "instance_consistency_clip": "Instance-consistency (CLIP)",
     "identification": "Identification",
     "leakage": "Leakage",
+    "class_accuracy": "Class accuracy",
     "box_adherence": "Box adherence",
 }
 EXPLANATIONS = {
@@ -23,6 +24,7 @@ EXPLANATIONS = {
     "instance_consistency_clip": "the same, seen by CLIP",
     "identification": "boxes recognised as their own instance",
     "leakage": "share of other instances in a box",
+    "class_accuracy": "boxes still show their instance's class",
     "box_adherence": "instances found where their boxes are",
 }
 

@@ -33,7 +33,13 @@ class TableSettings:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     overrides: list[str] = field(default_factory=list)  # of every run
     columns: list[str] = field(
-        default_factory=lambda: ["editability", "instance_consistency", "identification", "leakage"]
+        default_factory=lambda: [
+            "editability",
+            "instance_consistency",
+            "identification",
+            "leakage",
+            "class_accuracy",
+        ]
     )
     plot: str = "dots"  # dots | lines (over the sets of scenes) | pareto (editability against consistency)
     # how, not what

@@ -18,6 +18,7 @@ from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
 from mifo.metrics.evaluation import METRICS, PictureEvaluator
 from mifo.metrics.pictures import as_image
+from mifo.metrics.settings import Fit
 from mifo.miniature.calibration import CASES, calibration_picture
 from mifo.miniature.scenes import SIZE, SceneSpec
 from mifo.tasks.evaluate import class_names
@@ -95,7 +96,7 @@ def interval(values: pd.Series) -> str:
     return f"{values.mean():.3f} ± {half:.3f}"
 
 
-def report(table: pd.DataFrame, evaluator: PictureEvaluator, fit: str) -> str:
+def report(table: pd.DataFrame, evaluator: PictureEvaluator, fit: Fit) -> str:
     """The table in Markdown: cases by metrics, all scenes and each kind of scene; scenes are the sample."""
     metrics = [name for name in METRICS if name in table]
     scenes = table.groupby(["case", "scene"], sort=False)[metrics].mean().reset_index()

@@ -1,0 +1,50 @@
+"""Class accuracy: is what stands in a box still a thing of its instance's class?
+
+Identification and leakage compare instances with each other and forgive a lost class: a boat that has become
+a balloon is told from other boats easily.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torchmetrics import MeanMetric
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+from mifo.metrics.settings import ClassWords
+from mifo.metrics.similarity import similarity_matrix
+from mifo.miniature.vocabulary import THINGS
+from mifo.prompts.articles import article
+
+
+class ClassAccuracy(MeanMetric):
+    """Share of crops whose most similar text is that of their own class: [0, 1], higher is better.
+
+    Zero-shot classification as in CLIP (arXiv 2103.00020, section 3.1), with one text a class.
+    """
+
+    higher_is_better = True
+
+    def update(self, crops: Tensor, texts: Tensor, own: Tensor) -> None:
+        """Take features of crops (C, D) and of texts (W, D), and the index of each crop's text (C,)."""
+        super().update((similarity_matrix(crops, texts).argmax(dim=1) == own).float())
+
+
+def class_texts(
+    words: ClassWords, class_names: Sequence[str | None]
+) -> tuple[list[str], list[int | None]]:
+    """Return the texts to choose from, and the place among them of each instance's own.
+
+    The choice is among `words` and the instances' own classes; an instance whose class is not known has no
+    place. A class beside its synonym in the list ("kitten", "cat") is judged too strictly.
+    """
+    names = list(dict.fromkeys((*_LISTS[words](), *(name for name in class_names if name))))
+    places = [names.index(name) if name else None for name in class_names]
+    return [f"a photo of {article(name)} {name}" for name in names], places
+
+
+def _coco() -> list[str]:
+    names = FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]
+    return [name for name in names if name not in ("__background__", "N/A")]
+
+
+_LISTS = {ClassWords.miniature: lambda: THINGS, ClassWords.coco: _coco}
