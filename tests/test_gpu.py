@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_learning import TRAINER, Watch
-from test_synthesis import QUICK, run, subjects_of
+from test_synthesis import QUICK, SCHEDULE, run, subjects_of
 from tiny import two_instances
 
 from mifo.config import compose, settings_of
@@ -83,14 +83,15 @@ def test_the_fastest_profile_stays_near_full_precision(learnt, optimizer):
 def test_synthesis_from_graphs_is_the_same(vectors, vector_unet, exact, subjects, layout):
     v = {name: value.cuda() for name, value in vectors("synthesis_two_boxes").items()}
     unet, chosen = vector_unet.cuda(), subjects_of(v) if subjects == "boxes" else []
-    guidance = replace(QUICK, guided_steps=2)
-    plain = run(unet, v, chosen, guidance)
+    schedule = replace(SCHEDULE, alphas_cumprod=SCHEDULE.alphas_cumprod.cuda())
+    options = {"guidance": replace(QUICK, guided_steps=2), "schedule": schedule}
+    plain = run(unet, v, chosen, **options)
     if layout == "channels_last":
         unet.to(memory_format=torch.channels_last)
         keep_channels_last(unet)
     kept = KeptPasses()
     for _ in range(2):
-        replayed = run(unet, v, chosen, guidance, graphs=True, kept=kept)
+        replayed = run(unet, v, chosen, graphs=True, kept=kept, **options)
         torch.testing.assert_close(replayed, plain, rtol=1e-3, atol=1e-3)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mifo.performance.adamw_8bit import BLOCK
 
-ROWS = 8  # blocks of a program
+ROWS = 4  # blocks of a program: of 2, 4, 8 and 16 the fastest on an H100, 11 ms for 1.2e9 numbers
 TEN = tl.constexpr(math.log2(10))
 
 
@@ -117,7 +117,7 @@ def _adamw(
     squares = _pointer(addresses, owner, 4, MOMENT, ALIGNED)
     gradient = tl.load(gradients + at, inside, 0.0).to(tl.float32)
     if DIVIDED:
-        gradient = gradient / tl.load(divisor)
+        gradient = gradient * (1 / tl.load(divisor))
     mean = tl.load(means + at, inside, 0)
     square = tl.load(squares + at, inside, 0)
     if QUANTISED:
@@ -130,10 +130,10 @@ def _adamw(
     if QUANTISED:
         scale = tl.maximum(tl.max(tl.abs(mean), 1), 1.1754943508222875e-38)
         tl.store(mean_scales + row, scale, there)
-        tl.store(means + at, _encode(mean / scale[:, None], True).to(tl.uint8), inside)
+        tl.store(means + at, _encode(mean * (1 / scale)[:, None], True).to(tl.uint8), inside)
         scale = tl.maximum(tl.max(square, 1), 1.1754943508222875e-38)
         tl.store(square_scales + row, scale, there)
-        tl.store(squares + at, _encode(square / scale[:, None], False).to(tl.uint8), inside)
+        tl.store(squares + at, _encode(square * (1 / scale)[:, None], False).to(tl.uint8), inside)
     else:
         tl.store(means + at, mean, inside)
         tl.store(squares + at, square, inside)
@@ -155,46 +155,72 @@ def _pointer(addresses, owner, column, DTYPE: tl.constexpr, ALIGNED: tl.constexp
 
 @triton.jit
 def _decode(code, SIGNED: tl.constexpr):
-    """The level of a code: decade d of seven has 2^d levels of each sign, or 2^(d + 1) without signs."""
+    """The level of a code: decade d of seven has 2^d levels of each sign, or 2^(d + 1) without signs.
+
+    The k-th level of decade d is number 2^m + k, m = d or d + 1, of all levels but 0, so that exponent and
+    mantissa of that number are m and 1 + k/2^m.
+    """
     MORE: tl.constexpr = 0 if SIGNED else 1
     MIDDLE: tl.constexpr = 127 if SIGNED else 0
     LAST: tl.constexpr = 128 if SIGNED else 255
-    place = tl.abs(code - MIDDLE)
-    counted = tl.maximum(place - 1, 0)
-    # the largest d for which decades before d have no more than `counted` levels together
-    decade = tl.zeros_like(counted)
-    for d in tl.static_range(1, 7):
-        decade += (counted >= ((1 << d) - 1) << MORE).to(tl.int32)
-    levels = (1 << (decade + MORE)).to(tl.float32)
-    inside = counted - (((1 << decade) - 1) << MORE)
-    level = (0.1 + 0.9 * (inside.to(tl.float32) + 0.5) / levels) * tl.exp2((decade - 6).to(tl.float32) * TEN)
+    signed = _small_float(code) - MIDDLE
+    place = tl.abs(signed)
+    number = (place + ((1 << MORE) - 1)).to(tl.int32, bitcast=True)
+    exponent = (number >> 23) - 127
+    mantissa = (number & 0x7FFFFF | 0x3F800000).to(tl.float32, bitcast=True)
+    decade = (exponent - MORE - 6).to(tl.float32)
+    level = (0.9 * mantissa - 0.8 + 0.45 * _power(-exponent)) * tl.exp2(decade * TEN)
     level = tl.where(place == 0, 0.0, tl.where(place == LAST, 1.0, level))
-    return tl.where(code < MIDDLE, -level, level)
+    return tl.where(signed < 0, -level, level)
 
 
 @triton.jit
 def _encode(value, SIGNED: tl.constexpr):
     """The code of the level nearest to a number in [-1, 1]."""
     MORE: tl.constexpr = 0 if SIGNED else 1
+    TOP: tl.constexpr = 1 - 0.225 / (1 << (6 + MORE))
     size = tl.abs(value)
-    decade = tl.zeros_like(size).to(tl.int32)
-    decade += (size >= 1e-6).to(tl.int32)
-    decade += (size >= 1e-5).to(tl.int32)
-    decade += (size >= 1e-4).to(tl.int32)
-    decade += (size >= 1e-3).to(tl.int32)
-    decade += (size >= 1e-2).to(tl.int32)
-    decade += (size >= 1e-1).to(tl.int32)
-    levels = (1 << (decade + MORE)).to(tl.float32)
+    # a number at the border of two decades may be counted to either: what follows finds the same level
+    decade = tl.minimum(tl.maximum(_floor(tl.log2(size) / TEN) + 7, 0.0), 6.0)
+    exponent = _small_int(decade) + MORE
+    levels, fraction = _power(exponent), _power(-exponent)
     # in units of the decade's upper end its levels are the middles of equal parts of [0.1, 1]
-    part = (size * tl.exp2((6 - decade).to(tl.float32) * TEN) - 0.1) / 0.9 * levels
-    inside = tl.minimum(tl.maximum(part, 0.0), levels - 1).to(tl.int32)
-    place = 1 + (((1 << decade) - 1) << MORE) + inside
+    scaled = size * tl.exp2((6 - decade) * TEN)
+    part = _floor((scaled - 0.1) * (1 / 0.9) * levels)
+    place = levels + (1 - (1 << MORE)) + tl.minimum(tl.maximum(part, 0.0), levels - 1)
     # the last level below this decade reaches a bit beyond its lower end, 0 half way to the first level
-    reach = tl.where(decade == 0, 0.05 + 0.225 / levels, 0.1 + 0.18 / levels)
-    below = (part * 0.9 / levels + 0.1) < reach
-    place = tl.where(below, place - 1, place)
+    reach = tl.where(decade == 0, 0.05 + 0.225 * fraction, 0.1 + 0.18 * fraction)
+    place = tl.where(scaled < reach, place - 1, place)
     # and 1 is a level of its own
-    place = tl.where((decade == 6) & (size > 1 - 0.225 / levels), place + 1, place)
+    place = tl.where(size > TOP, place + 1, place)
     if SIGNED:
-        place = tl.where(value < 0, 127 - tl.minimum(place, 127), 127 + place)
-    return place
+        place = tl.where(value < 0, 127 - tl.minimum(place, 127.0), 127 + place)
+    return _small_int(place)
+
+
+# Conversions between integers and floats run at a quarter of the rate of sums. Added to 2^23, an integer below
+# it stands in the last bits of a float.
+
+
+@triton.jit
+def _small_float(integer):
+    """A small integer, not negative, as a float."""
+    return (integer | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+def _small_int(number):
+    """A small whole float, not negative, as an integer."""
+    return (number + 8388608.0).to(tl.int32, bitcast=True) & 0x7FFFFF
+
+
+@triton.jit
+def _floor(number):
+    """The whole number below, or at a whole number the one before it; of magnitudes below 2^22."""
+    return (number - 0.5 + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _power(exponent):
+    """2 to the power of an integer."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
