@@ -1,13 +1,17 @@
 """What attention processors here are made of: projection to heads, fused attention, and safe installation."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mifo.attention.layers import attention_layers
+
+_READY_MADE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_LONG = 1024  # queries and keys from which on cuDNN's kernel earns the time that it takes to be built
 
 
 def project_heads(
@@ -81,8 +85,18 @@ class FusedAttention:
     ) -> Tensor:
         query, key, value = project_heads(attn, hidden_states, encoder_hidden_states)
         bias = head_bias(attn, attention_mask, key)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=attn.scale)
+        with quick_to_start(min(query.shape[2], key.shape[2])):
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=attn.scale)
         return merge_heads(attn, attended)
+
+
+def quick_to_start(length: int = 0) -> AbstractContextManager[None]:
+    """Fused attention within the `with` block without cuDNN, unless its sequences have a great `length`.
+
+    cuDNN builds a kernel for each new shape, forward and backward, which takes it a quarter of a second.
+    """
+    backends = [SDPBackend.CUDNN_ATTENTION, *_READY_MADE] if length >= _LONG else _READY_MADE
+    return sdpa_kernel(backends, set_priority=True)
 
 
 def head_bias(attn: nn.Module, attention_mask: Tensor | None, key: Tensor) -> Tensor | None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from mifo.attention.processors import quick_to_start
 from mifo.errors import MifoError
 from mifo.models.loading import DiffusionModel
 
@@ -35,7 +36,8 @@ def encode_ids(
     Args:
         text_encoder: the model's own or what wraps it; None: the model's own.
     """
-    return (text_encoder or model.text_encoder)(ids.to(model.device)).last_hidden_state
+    with quick_to_start():
+        return (text_encoder or model.text_encoder)(ids.to(model.device)).last_hidden_state
 
 
 @torch.no_grad()
