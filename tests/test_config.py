@@ -14,6 +14,7 @@ from mifo.config.layouts import LayoutSettings, layouts
 from mifo.errors import MifoError
 from mifo.guidance.settings import GuidanceSettings
 from mifo.learning.settings import LearningSettings
+from mifo.penalty.active import active_term
 from mifo.penalty.settings import PenaltySettings
 from mifo.shapes.boxes import check_boxes
 from mifo.synthesis.settings import SynthesisSettings
@@ -69,6 +70,15 @@ def test_a_method_chooses_its_losses_and_a_later_choice_wins():
     assert settings("learn", "method=break_a_scene").penalty.semantic.term == "break_a_scene"
     assert settings("learn", "method=break_a_scene", "penalty=none").penalty.semantic.term == "none"
     assert settings("learn", "method=masked_textual_inversion").learning.finetuning.steps == 0
+
+
+@pytest.mark.parametrize(("model", "weights"), [("miniature", (1, 0.1)), ("sd21", (0.01, 0.01))])
+def test_a_reward_that_is_kept_on_is_active_at_every_step(model, weights):
+    penalty = settings("learn", "method=reward_kept", f"model={model}").penalty
+    for stage, weight in zip(("semantic", "finetuning"), weights, strict=True):
+        for step in (0, penalty.warmup_steps, 10_000):
+            term = active_term(penalty, stage, step)
+            assert (term.term, term.weight) == ("reward", weight)
 
 
 def test_an_experiment_written_for_run_serves_learn():

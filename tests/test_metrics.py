@@ -65,13 +65,13 @@ def masks(size=32):
     return torch.stack([draw(*[torch.zeros(3)] * i, torch.ones(3), size=size)[0] for i in range(3)])
 
 
-def evaluate(*images, boxes=True):
+def evaluate(*images, boxes=True, class_names=("red", "green", "blue")):
     prompt = "a photo of <asset0> and <asset1> and <asset2>"
     pictures = [
         Picture(image, prompt, dict(zip(TOKENS, BOXES, strict=True)) if boxes else {}) for image in images
     ]
     evaluator = PictureEvaluator(ColourEncoder(), ColourEncoder(), windows=5)
-    return evaluator.evaluate(pictures, draw(RED, GREEN, BLUE), masks(), TOKENS, ["red", "green", "blue"])
+    return evaluator.evaluate(pictures, draw(RED, GREEN, BLUE), masks(), TOKENS, class_names)
 
 
 def values(evaluation):
@@ -108,6 +108,13 @@ def test_mean_scores_are_those_of_the_crops():
     assert [row["identification"] for row in evaluation.pictures] == pytest.approx([1, 1 / 3])
     assert values(evaluation)["identification"] == pytest.approx(2 / 3)
     assert {score.metric: score.count for score in evaluation.scores}["leakage"] == 6
+
+
+def test_an_instance_without_a_class_has_no_class_accuracy():
+    some = evaluate(draw(RED, GREEN, RED), class_names=("red", None, "blue"))
+    assert values(some)["class_accuracy"] == 0.5  # of two: red is red, blue is drawn red
+    assert {score.metric: score.count for score in some.scores}["class_accuracy"] == 2
+    assert "class_accuracy" not in values(evaluate(draw(RED, GREEN, BLUE), class_names=(None,) * 3))
 
 
 def test_leakage_does_not_blame_references_that_resemble_each_other():
@@ -156,7 +163,7 @@ def test_class_accuracy_chooses_among_the_words_of_the_list_and_the_instances_ow
     assert len(texts) == 80 + 1 and len(set(texts)) == 81
     assert texts[places[0]] == "a photo of a cat" and texts[places[2]] == "a photo of a wooden owl"
     assert places[1] is None and "a photo of an apple" in texts
-    with pytest.raises(MifoError, match="metrics.class_words"):
+    with pytest.raises(MifoError, match=r"metrics\.class_words"):
         settings_of(compose("run", ["metrics.class_words=imagenet", "paths.output=here"]))
 
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 from torchmetrics import MeanMetric
-from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from mifo.metrics.settings import ClassWords
 from mifo.metrics.similarity import similarity_matrix
@@ -29,9 +28,7 @@ class ClassAccuracy(MeanMetric):
         super().update((similarity_matrix(crops, texts).argmax(dim=1) == own).float())
 
 
-def class_texts(
-    words: ClassWords, class_names: Sequence[str | None]
-) -> tuple[list[str], list[int | None]]:
+def class_texts(words: ClassWords, class_names: Sequence[str | None]) -> tuple[list[str], list[int | None]]:
     """Return the texts to choose from, and the place among them of each instance's own.
 
     The choice is among `words` and the instances' own classes; an instance whose class is not known has no
@@ -43,6 +40,9 @@ def class_texts(
 
 
 def _coco() -> list[str]:
+    # takes a second, and photographs alone need it
+    from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
     names = FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]
     return [name for name in names if name not in ("__background__", "N/A")]
 

@@ -71,7 +71,7 @@ class _BatchedEncoder(nn.Module):
     ):
         super().__init__()
         self.fit = fit
-        self.evaluator = Evaluator(f"{name}-stretched" if fit is Fit.stretch else name, weight_hash(model))
+        self.evaluator = Evaluator(f"{name}-stretched" if fit == Fit.stretch else name, weight_hash(model))
         self.model = model.eval().requires_grad_(False)
         self.image_size = image_size
         self.batch_size = batch_size
@@ -86,7 +86,7 @@ class _BatchedEncoder(nn.Module):
             of_size[image.shape].append(index)
         for same in of_size.values():
             batch = torch.stack([images[index] for index in same]).to(self.mean)
-            square = pad_square(batch) if self.fit is Fit.pad else batch
+            square = pad_square(batch) if self.fit == Fit.pad else batch
             size = (self.image_size, self.image_size)
             resized = F.interpolate(square, size, mode="bicubic", antialias=True).clamp(0, 1)
             prepared[same] = (resized - self.mean) / self.std

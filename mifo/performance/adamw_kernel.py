@@ -199,8 +199,8 @@ def _encode(value, SIGNED: tl.constexpr):
     return _small_int(place)
 
 
-# Conversions between integers and floats run at a quarter of the rate of sums. Added to 2^23, an integer below
-# it stands in the last bits of a float.
+# Conversions between integers and floats run at a quarter of the rate of sums. Added to 2^23, an integer
+# below it stands in the last bits of a float.
 
 
 @triton.jit
