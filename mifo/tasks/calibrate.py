@@ -28,7 +28,7 @@ METRIC_NAMES = {name: f"{name} {'â†‘' if METRICS[name].higher_is_better else 'â†
 
 
 def calibrate(settings: CalibrateSettings) -> Path:
-    """Measure every case on every scene; write `pictures.csv`, `calibration.md`, `calibration.png`.
+    """Measure every case on every scene; write `pictures.csv`, `calibration.md`, `calibration.jpg`.
 
     Returns their folder. Raises MifoError when no scene fits the names or the folder holds a calibration.
     """
@@ -70,7 +70,7 @@ def calibrate(settings: CalibrateSettings) -> Path:
     table = pd.DataFrame(rows)
     table.to_csv(folder / "pictures.csv", index=False, float_format="%.5f")
     (folder / "calibration.md").write_text(report(table, evaluator, settings.metrics.fit))
-    as_image(torch.cat(sheet, 1)).save(folder / "calibration.png")
+    as_image(torch.cat(sheet, 1)).save(folder / "calibration.jpg", quality=85)
     print((folder / "calibration.md").read_text())
     print(f"calibration: {folder}")
     return folder
