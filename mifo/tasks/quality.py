@@ -31,7 +31,7 @@ SHEET = 24
 
 
 def quality(settings: QualitySettings) -> Path:
-    """Measure the named parts; write `quality.json`, `quality.md` (after each) and `box_control.png`.
+    """Measure the named parts; write `quality.json`, `quality.md` (after each) and `box_control.jpg`.
 
     Returns their folder. Raises MifoError for an unknown part or missing weights.
     """
@@ -100,7 +100,7 @@ def _box_control(settings: QualitySettings, weights: Path, device: torch.device,
         draw_bounding_boxes(picture, torch.tensor(list(layout.boxes.values())) * picture.shape[-1])
         for picture, layout in zip(pictures[:SHEET], layouts, strict=False)
     ]
-    as_image(make_grid(shown, nrow=6)).save(folder / "box_control.png")
+    as_image(make_grid(shown, nrow=6)).save(folder / "box_control.jpg", quality=85)
     return measured
 
 
