@@ -58,7 +58,7 @@ def write_table(folder: Path, command: str, settings: TableSettings, ended: Sequ
     pages = {}
     for scenes, page in draw_pages(finished, runs, columns, settings.pages, settings.title).items():
         pages[scenes] = f"pictures-{re.sub(r'[^A-Za-z0-9]+', '-', scenes)}.jpg"
-        page.save(folder / pages[scenes], quality=85)
+        page.save(folder / pages[scenes], quality=80)
     markdown = _markdown(command, settings, ended, runs, columns, found, pages)
     (folder / "table.md").write_text(markdown)
     (folder / "table.tex").write_text(_latex(settings.title, found, columns))
