@@ -496,8 +496,8 @@ for dtype in (torch.float32, torch.bfloat16):
     plain, fused = learnt(False, dtype), learnt(True, dtype)
     for a, b in zip(plain[0], fused[0]):
         print(a.shape, (a - b).abs().max())
-        # steps of 1e-2; a moment at the border of two levels may fall on either side, 0 on one of them
-        assert ((a - b).abs() < 1e-5).float().mean() > 0.99 and (a - b).abs().max() < 1e-1
+        # steps of 1e-2; a moment at the border of two levels may fall on either side
+        assert ((a - b).abs() < 1e-5).float().mean() > 0.99 and (a - b).abs().max() < 1e-2
         assert plain[1].state[a].keys() == fused[1].state[b].keys()
         for name, value in plain[1].state[a].items():
             if torch.is_tensor(value):

@@ -217,8 +217,9 @@ def _small_int(number):
 
 @triton.jit
 def _floor(number):
-    """The whole number below, or at a whole number the one before it; of magnitudes below 2^22."""
-    return (number - 0.5 + 12582912.0) - 12582912.0
+    """The largest whole number that is not above a number, of magnitudes below 2^22."""
+    nearest = (number + 12582912.0) - 12582912.0
+    return tl.where(nearest > number, nearest - 1, nearest)
 
 
 @triton.jit
