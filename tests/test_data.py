@@ -16,7 +16,7 @@ from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
 from mifo.learning.settings import LearningSettings, PriorSettings, StageSettings
 from mifo.miniature.vocabulary import BACKGROUNDS
-from mifo.models.images import encode_images
+from mifo.models.images import encode_both_ways, encode_images
 from mifo.models.loading import load_model
 from mifo.models.settings import ModelSettings
 from mifo.models.text import tokenize
@@ -271,6 +271,20 @@ def test_latents_are_of_the_picture_and_of_its_mirror_image(model, instances):
         torch.testing.assert_close(data.latents[1][flip], deviation[0])
 
 
+def test_pictures_are_encoded_as_they_are_taken(model):
+    images, seen = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)), []
+
+    def told(i):
+        seen.append(i)
+        return images[i]
+
+    found = encode_both_ways(model, map(told, range(5)), batch_size=2)
+    assert seen == [*range(5)]
+    for flip, pictures in enumerate((images, images.flip(-1))):
+        for ours, theirs in zip(found, encode_images(model, pictures), strict=True):
+            torch.testing.assert_close(ours[flip], theirs)
+
+
 def test_a_draw_depends_on_its_step_alone(model, instances):
     def fields(batch):
         return [getattr(batch, field.name) for field in dataclasses.fields(batch)]
@@ -309,30 +323,36 @@ def test_class_samples_come_first_with_their_own_prompt(model, instances, tmp_pa
     assert prompts["a photo of a car"] > prompts["a photo of an owl"]  # two of three pictures
 
 
+def taken(*args, **kwargs):
+    """All class pictures in one tensor, and their prompts."""
+    pictures, told = class_pictures(*args, **kwargs)
+    return torch.stack([*pictures]), told
+
+
 def test_class_pictures_are_made_once(model, instances, tmp_path, monkeypatch):
     settings = PriorSettings(pictures=3, steps=2, cache=str(tmp_path), batch_size=2)
     prompts = class_prompts(instances, settings)
     assert prompts == ["a photo of a car", "a photo of an owl"]
-    pictures, told = class_pictures(model, prompts, settings, seed=0)
+    pictures, told = taken(model, prompts, settings, seed=0)
     assert pictures.shape == (3, 3, 32, 32) and told == [prompts[0], prompts[0], prompts[1]]
-    more, _ = class_pictures(model, prompts[:1], dataclasses.replace(settings, pictures=4), seed=0)
+    more, _ = taken(model, prompts[:1], dataclasses.replace(settings, pictures=4), seed=0)
     assert torch.equal(more[:2], pictures[:2])
     made_alone = dataclasses.replace(settings, cache=str(tmp_path / "other"), pictures=4, batch_size=1)
-    alone, _ = class_pictures(model, prompts[:1], made_alone, seed=0)
+    alone, _ = taken(model, prompts[:1], made_alone, seed=0)
     assert (alone - more).abs().max() <= 1 / 255 + 1e-6
 
     def never(*args, **kwargs):
         raise AssertionError("made again")
 
     monkeypatch.setattr("mifo.data.prior.synthesize", never)
-    assert torch.equal(class_pictures(model, prompts, settings, seed=0)[0], pictures)
+    assert torch.equal(taken(model, prompts, settings, seed=0)[0], pictures)
     with pytest.raises(AssertionError, match="made again"):
         class_pictures(model, prompts, settings, seed=1)
 
 
 def test_class_pictures_of_ones_own(model, folder):
     own = PriorSettings(folder=str(folder), prompts=["a car"])
-    pictures, told = class_pictures(model, ["a car"], own, seed=0)
+    pictures, told = taken(model, ["a car"], own, seed=0)
     assert pictures.shape == (3, 3, 32, 32) and told == ["a car"] * 3
     (folder / "empty").mkdir()
     with pytest.raises(MifoError, match="holds no picture"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
@@ -80,6 +80,9 @@ def check_shapes():
     kernels.ENOUGH = 1  # and larger ones
     agrees((2, 60, 9, 17), 6)
     agrees((2, 160, 10, 10), 2, torch.bfloat16, silu=False)
+    kernels.MANY = 1  # tiles whose statistics are added up apart
+    agrees((2, 60, 9, 17), 6, mean=100)
+    agrees((1, 160, 16, 16), 2, torch.bfloat16)
 
 
 def check_wanted_gradients():
@@ -173,6 +176,25 @@ def test_a_u_net_kept_channels_last_computes_the_same(kind):
     same(outcome(unet, others), swapped, 1e-5)
 
 
+def small_vae():
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    return AutoencoderKL(block_out_channels=(12, 24), norm_num_groups=6, **blocks).to(memory_format=NHWC)
+
+
+def test_an_autoencoder_kept_channels_last_computes_the_same():
+    vae, images = small_vae(), torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        latents = vae.encode(images).latent_dist.mean
+        decoded = vae.decode(latents).sample
+        for part in (vae.encoder, vae.decoder):
+            keep_channels_last(part)
+            assert isinstance(part.conv_act, nn.Identity)
+            assert not [each for each in part.modules() if type(each) is ResnetBlock2D]
+        torch.testing.assert_close(vae.encode(images).latent_dist.mean, latents, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(vae.decode(latents).sample, decoded, rtol=1e-5, atol=1e-5)
+
+
 def test_only_ordinary_blocks_are_replaced():
     ordinary, scaled = small_unet(), small_unet(**KINDS["scaled"])
     for unet in (ordinary, scaled):
@@ -225,6 +247,7 @@ def test_kernels_on_a_gpu(dtype):
         ((1, 320, 128, 128), 32),
         ((2, 64, 4, 4), 32),
         ((1, 60, 5, 7), 6),
+        ((2, 128, 512, 512), 32),
     ):
         agrees(shape, groups, dtype, device="cuda")
         agrees(shape, groups, dtype, silu=False, layouts=(NCHW, NCHW), device="cuda")

@@ -320,7 +320,7 @@ def test_class_pictures_are_replayed_from_one_graph_and_rounded_as_learning_is(s
 
     def made(name, **changes):
         settings = PriorSettings(pictures=3, steps=2, cache=str(tmp_path / name), batch_size=2)
-        return class_pictures(model, prompts, settings, 0, replace(PLAIN, **changes))[0]
+        return torch.stack([*class_pictures(model, prompts, settings, 0, replace(PLAIN, **changes))[0]])
 
     plain = made("plain")
     assert (made("graphs", cuda_graphs=True) - plain).abs().max() <= 1 / 255 + 1e-6

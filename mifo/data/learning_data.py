@@ -19,7 +19,7 @@ from mifo.data.instances import InstanceSet
 from mifo.data.prior import class_picture_files, class_pictures, class_prompts
 from mifo.errors import MifoError
 from mifo.learning.settings import LearningSettings, StageSettings
-from mifo.models.images import encode_images
+from mifo.models.images import encode_both_ways
 from mifo.models.loading import DiffusionModel
 from mifo.models.text import tokenize
 from mifo.performance.settings import PerformanceSettings
@@ -90,8 +90,7 @@ class LearningData(lightning.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Encode the image, its mirror image and the class pictures, each once."""
         image, masks = self.instances.resized(self.model.image_size)
-        both = torch.stack([image, image.flip(-1)])
-        self.latents = encode_images(self.model, both)
+        self.latents = [each[:, 0] for each in encode_both_ways(self.model, [image])]
         self.masks = torch.stack([masks, masks.flip(-1)]).to(self.model.device)
         # row N stands for no instance
         self.masks = torch.cat([self.masks, torch.zeros_like(self.masks[:, :1])], 1)
@@ -99,10 +98,7 @@ class LearningData(lightning.LightningDataModule):
             pictures, told = class_pictures(*self._class_pictures)
             rounded = self.performance is not None and self.performance.learning_precision == "bfloat16"
             with torch.autocast(self.model.device.type, torch.bfloat16, enabled=rounded):
-                plain, mirrored = (
-                    encode_images(self.model, each, batch_size=4) for each in (pictures, pictures.flip(-1))
-                )
-            self.class_latents = [torch.stack(pair).float() for pair in zip(plain, mirrored, strict=True)]
+                self.class_latents = [each.float() for each in encode_both_ways(self.model, pictures)]
             self.class_ids = tokenize(self.model.tokenizer, told)
 
     def train_dataloader(self) -> DataLoader:

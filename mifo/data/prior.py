@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from mifo.synthesis.sampler import KeptPasses, synthesize
 from mifo.synthesis.settings import SynthesisSettings
 
 UNKNOWN_CLASS = "thing"
+READ_AT_ONCE = 16  # pictures in memory
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -45,15 +47,14 @@ def class_pictures(
     settings: PriorSettings,
     seed: int,
     performance: PerformanceSettings | None = None,
-) -> tuple[Tensor, list[str]]:
-    """Class pictures (M, 3, H, W) in [0, 1] at the model's size, and the prompt of each.
+) -> tuple[Iterator[Tensor], list[str]]:
+    """Class pictures (3, H, W) in [0, 1] at the model's size, read as they are taken, and each one's prompt.
 
     Raises:
-        MifoError: a picture can not be read, or see `class_picture_files`.
+        MifoError: see `class_picture_files`; when pictures are taken: one can not be read.
     """
     files, told = class_picture_files(model, prompts, settings, seed, performance)
-    with ThreadPoolExecutor() as pool:
-        return torch.stack(list(pool.map(partial(_read, side=model.image_size), files))), told
+    return _read_in_threads(files, model.image_size), told
 
 
 def class_picture_files(
@@ -99,6 +100,12 @@ def _picture_files(folder: Path) -> list[Path]:
             f"learning.prior.folder={folder} holds no picture; put PNG, JPEG or WebP files there."
         )
     return files
+
+
+def _read_in_threads(files: list[Path], side: int) -> Iterator[Tensor]:
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(files), READ_AT_ONCE):
+            yield from pool.map(partial(_read, side=side), files[start : start + READ_AT_ONCE])
 
 
 def _read(file: Path, side: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A diffusers U-Net whose activations stay channels-last from its first convolution to its last."""
+"""diffusers networks whose activations stay channels-last from their first convolution to their last."""
 
 from typing import Any
 
@@ -9,34 +9,36 @@ from torch import Tensor, nn
 from mifo.performance.group_norm import group_norm_silu
 
 
-def keep_channels_last(unet: nn.Module) -> None:
+def keep_channels_last(network: nn.Module) -> None:
     """Have normalisations and transformers read and write channels-last memory, in place.
 
     Residual blocks, transformers and the last normalisation become instances of subclasses of their classes,
     which compute the same from the same parameters; blocks of other kinds stay as they are. Weights are laid
-    out apart from this, by `unet.to(memory_format=torch.channels_last)`. A second call changes nothing.
+    out apart from this, by `network.to(memory_format=torch.channels_last)`. A second call changes nothing.
 
     Args:
-        unet: a `UNet2DConditionModel`; names of parameters stay the same.
+        network: a `UNet2DConditionModel`, or the encoder or decoder of an `AutoencoderKL`; names of
+            parameters stay the same.
     """
-    for module in unet.modules():
+    for module in network.modules():
         if _is_ordinary(module):
             module.__class__ = _ResnetBlock2D
             module.norm1.__class__ = module.norm2.__class__ = _GroupNormSiLU
         elif _is_continuous(module):
             module.__class__ = _Transformer2DModel
             module.norm.__class__ = _GroupNorm
-    last = getattr(unet, "conv_norm_out", None)
-    if _is_affine(last) and type(getattr(unet, "conv_act", None)) is nn.SiLU:
+    last = getattr(network, "conv_norm_out", None)
+    if _is_affine(last) and type(getattr(network, "conv_act", None)) is nn.SiLU:
         last.__class__ = _GroupNormSiLU
-        unet.conv_act = nn.Identity()
+        network.conv_act = nn.Identity()
 
 
 def _is_ordinary(module: nn.Module) -> bool:
-    """Whether a module is a residual block of Stable Diffusion's U-Net: GroupNorm, SiLU, no resampling."""
+    """Whether a module is a residual block of Stable Diffusion: GroupNorm, SiLU, no resampling."""
     return (
         type(module) is ResnetBlock2D
-        and module.time_embedding_norm == "default"
+        # the autoencoder's decoder calls "group" what takes no time embedding
+        and (module.time_embedding_norm == "default" or module.time_emb_proj is None)
         and module.upsample is None
         and module.downsample is None
         and type(module.nonlinearity) is nn.SiLU

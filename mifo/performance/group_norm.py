@@ -14,8 +14,6 @@ from torch.nn import functional as F
 from mifo.performance.kernels import has_kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# each tile adds up the statistics of all others of its image, which takes over in larger ones
-LARGEST = 1 << 16
 
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
@@ -51,7 +49,6 @@ def _has_kernels(x: Tensor) -> bool:
         and x.dim() == 4
         and x.dtype in DTYPES
         and x.numel() > 0
-        and x.shape[2] * x.shape[3] <= LARGEST
     )
 
 

@@ -2,8 +2,8 @@
 
 A program takes a tile: some pixels, and as many whole groups of channels as fit into `WIDTH` of them. Each
 direction takes two launches. The first writes what its tile adds to the statistics of a group; the second
-adds these up in a fixed order, which saves a launch of its own, and applies them. All arithmetic is
-in float32, and no result depends on the order in which programs run.
+adds these up in a fixed order, which saves a launch of its own unless they are many, and applies them. All
+arithmetic is in float32, and no result depends on the order in which programs run.
 """
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 WIDTH = 128  # most channels of a tile, unless one group alone has more
 PIXELS, FEWER_PIXELS = 64, 16  # of a tile; the fewer where the more would leave too few programs
+MANY = 512  # tiles along pixels from which on no tile of the result adds up the statistics of all by itself
 ENOUGH = 128  # programs: about one for each multiprocessor of a large GPU
 FOLD = tl.constexpr(64)  # tiles whose statistics are added up at once
 UNSPECIALISED = ["pixels", "groups", "per_group", "chunks"]  # no kernel of their own for these sizes
@@ -67,14 +68,31 @@ def normalised(
     """
     tiling = Tiling(x, groups)
     means, variances = _float32(x, 2, *tiling.partial_shape)
+    combined = tiling.partial_shape[1] > MANY
     mean, rstd = _float32(x, 2, len(x), groups)
     y = torch.empty_like(x, memory_format=torch.channels_last)
     with torch.cuda.device_of(x):
         _tile_moments[tiling.grid](x, means, variances, **tiling.arguments)
+        if combined:
+            mean, rstd = _combine(means, variances, eps, **tiling.arguments)
         _normalise[tiling.grid](
-            x, weight, bias, means, variances, mean, rstd, y, eps, SILU=silu, **tiling.arguments
+            *(x, weight, bias, means, variances, mean, rstd, y, eps),
+            SILU=silu,
+            COMBINED=combined,
+            **tiling.arguments,
         )
     return y, mean, rstd
+
+
+def _combine(
+    means: Tensor, variances: Tensor, eps: float, *, pixels: int, chunks: int, ROWS: int, **_: int
+) -> tuple[Tensor, Tensor]:
+    """Means and reciprocal standard deviations (images, groups) by the law of total variance."""
+    shares = torch.full((1, chunks, 1), ROWS / pixels, device=means.device)
+    shares[:, -1] = 1 - (chunks - 1) * ROWS / pixels  # the last tile may be smaller
+    mean = (shares * means).sum(1)
+    variance = (shares * (variances + (means - mean[:, None]).square())).sum(1)
+    return mean, (variance + eps).rsqrt()
 
 
 def gradients(
@@ -168,18 +186,23 @@ def _normalise(
     GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     SILU: tl.constexpr,
+    COMBINED: tl.constexpr,
 ):
     at, inside, channel, owned = _numbers(pixels, channels, TAKEN, BLOCK, ROWS)
     group, known, member = _groups(groups, per_group, TAKEN, BLOCK, GROUPS)
     values = tl.load(x + at, inside, 0.0).to(tl.float32)
     scale = tl.load(weight + channel, owned, 0.0).to(tl.float32)
     shift = tl.load(bias + channel, owned, 0.0).to(tl.float32)
-    average, variance = _moments(means, variances, group, known, pixels, groups, chunks, GROUPS, ROWS)
-    inverse = tl.rsqrt(variance + eps)
-    if tl.program_id(0) == 0:
-        to = tl.program_id(2) * groups + group
-        tl.store(mean + to, average, known)
-        tl.store(rstd + to, inverse, known)
+    of_group = tl.program_id(2) * groups + group
+    if COMBINED:
+        average = tl.load(mean + of_group, known, 0.0)
+        inverse = tl.load(rstd + of_group, known, 0.0)
+    else:
+        average, variance = _moments(means, variances, group, known, pixels, groups, chunks, GROUPS, ROWS)
+        inverse = tl.rsqrt(variance + eps)
+        if tl.program_id(0) == 0:
+            tl.store(mean + of_group, average, known)
+            tl.store(rstd + of_group, inverse, known)
     scale *= _by_channel(inverse, member)
     result = (values - _by_channel(average, member)[None, :]) * scale[None, :] + shift[None, :]
     if SILU:

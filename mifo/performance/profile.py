@@ -97,7 +97,8 @@ def _lay_out(model: DiffusionModel, settings: PerformanceSettings) -> None:
     if settings.channels_last:
         for part in (model.unet, model.vae):
             part.to(memory_format=torch.channels_last)
-        keep_channels_last(model.unet)
+        for network in (model.unet, model.vae.encoder, model.vae.decoder):
+            keep_channels_last(network)
     if settings.compile:
         # of the U-Net, blocks without attention, whose processors keep maps and differ from layer to layer
         torch._dynamo.config.recompile_limit = 64
