@@ -1,11 +1,15 @@
 """The configuration groups: what is composed is what the schema and the papers say."""
 
+import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torchvision.ops import box_iou
 
 from mifo.config import compose, conf_folder, settings_of
@@ -54,10 +58,16 @@ def test_every_logger_serves_every_task(task, logger):
     check(settings(task, f"logger={logger}", *given))
 
 
-def test_seeds_share_a_group():
-    assert (
-        settings("learn", "seed=1").group == settings("learn", "seed=2").group == "miniature-three_cars-mifo"
-    )
+@pytest.mark.parametrize("task", ["learn", "run"])
+def test_seeds_share_a_group_and_nothing_else_does(task):
+    def group(*overrides):
+        return settings(task, *overrides).group
+
+    plain = group("seed=1", "tags=[a]", "logger=none")
+    assert plain == group("seed=2", "callbacks=none") and plain.startswith("miniature-three_cars-mifo-")
+    others = [group(each) for each in ("penalty=none", "penalty.semantic.weight=3", "instances=local")]
+    assert len({plain, *others}) == 4
+    assert group("group=mine") == "mine"
 
 
 def test_learning_follows_the_model_unless_it_is_chosen():
@@ -117,3 +127,38 @@ def test_each_ending_makes_a_prompt():
     ]
     with pytest.raises(MifoError, match=r"layout\.endings"):
         layouts(LayoutSettings(endings=[]), ["<asset0>"])
+
+
+def test_prompts_run_over_the_power_set():
+    tokens = ["<asset0>", "<asset1>", "<asset2>"]
+    found = layouts(settings("run", "layout=power_set").layout, tokens)
+    prompts = [each.prompt for each in found]
+    assert len(prompts) == len(set(prompts)) == 7 * 10
+    assert prompts[0] == "a photo of <asset0> at the beach"
+    assert prompts[-1] == "a photo of <asset0> and <asset1> and <asset2> floating on top of water"
+    assert all([*each.boxes] == re.findall("<asset[0-9]>", each.prompt) for each in found)
+    given = LayoutSettings("{subset}", boxes={token: [0, 0, 0.5, 0.5] for token in tokens[:2]})
+    assert [[*each.boxes] for each in layouts(given, tokens)] == [
+        *([tokens[0]], [tokens[1]], []),
+        *(tokens[:2], tokens[:1], tokens[1:2], tokens[:2]),
+    ]
+
+
+@pytest.mark.parametrize("task", ["learn", "run"])
+def test_scores_while_learning_are_those_of_the_end(task):
+    given = ["callbacks=evaluation", "metrics.fit=stretch", "guidance=masks", "synthesis.guidance_scale=3"]
+    made = settings(task, *given)
+    for recorded in (made, settings_of(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(made))))):
+        callback = instantiate(recorded.callbacks["evaluation"])
+        assert callback.metrics == made.metrics and callback.metrics.fit == "stretch"
+        assert callback.make.keywords["guidance"] == made.guidance
+        assert callback.make.keywords["settings"] == replace(made.synthesis, steps=20, samples=1)
+    with pytest.raises(MifoError, match=r"callbacks\.evaluation scores pictures"):
+        check(settings(task, "callbacks=evaluation", "metrics=none"))
+
+
+def test_precision_is_the_profile_s():
+    check(settings("learn", "performance=reference"))
+    assert "precision" not in yaml.safe_load((conf_folder() / "trainer" / "gpu.yaml").read_text())["trainer"]
+    with pytest.raises(MifoError, match=r"performance\.learning_precision"):
+        check(settings("learn", "+trainer.precision=bf16-mixed"))

@@ -225,7 +225,7 @@ def test_a_frozen_base_model_may_be_in_half_precision(source, instances, setting
     with pytest.raises(MifoError, match=r"learn=full needs model\.dtype=float32"):
         learn(model, instances, settings, PenaltySettings(), tmp_path, trainer=TRAINER)
     settings.finetuning.learn = "lora"
-    with pytest.raises(MifoError, match=r"trainer\.precision=bf16-mixed"):
+    with pytest.raises(MifoError, match=r"performance\.learning_precision=bfloat16"):
         learn(model, instances, settings, PenaltySettings(), tmp_path, trainer=TRAINER)
     watch, trainer = Watch(), TRAINER | {"precision": "bf16-mixed"}
     learn(model, instances, settings, PenaltySettings(), tmp_path, trainer=trainer, callbacks=[watch])

@@ -23,7 +23,7 @@ from mifo.metrics.evaluators import load_image_encoder, load_image_text_encoder
 from mifo.metrics.instance import Identification, InstanceConsistency, Leakage, leakage_matrix
 from mifo.metrics.pictures import Picture, read_pictures, save_pictures
 from mifo.metrics.prompt_similarity import PromptSimilarity
-from mifo.metrics.protocol import ENDINGS, evaluation_prompts, name_classes
+from mifo.metrics.protocol import name_classes
 from mifo.metrics.scores import Evaluator, Score, score_table
 from mifo.metrics.settings import ClassWords, Fit, ImageSettings, ImageTextSettings, MetricsSettings
 from mifo.miniature.scenes import SceneSpec, ThingSpec, redraw_scene, render_scene
@@ -232,16 +232,6 @@ def test_references_are_masked_on_black():
     assert crop.shape == (3, 4, 2) and crop.sum() == 3 * 7
     with pytest.raises(MifoError, match="no pixel"):
         mask_box(torch.zeros(4, 4))
-
-
-def test_prompts_run_over_the_power_set():
-    prompts = evaluation_prompts(TOKENS)
-    assert len(prompts) == len(set(prompts)) == 7 * len(ENDINGS)
-    assert (
-        prompts[0] == "a photo of <asset0> at the beach"
-        and "<asset0> and <asset1> and <asset2>" in prompts[-1]
-    )
-    assert len(evaluation_prompts(TOKENS, sizes=[2])) == 30
 
 
 def test_tokens_are_replaced_by_class_names():

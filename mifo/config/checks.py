@@ -30,6 +30,11 @@ def check(settings: TaskSettings) -> None:
     for group in ("callbacks", "logger"):
         for name, node in getattr(settings, group, {}).items():
             _check_target(f"{group}.{name}", node)
+            if isinstance(node.get("metrics"), dict) and node["metrics"].get("given", "own") is None:
+                raise MifoError(
+                    f"{group}.{name} scores pictures, for which metrics=none leaves no judge; choose "
+                    "metrics, or leave it out"
+                )
     if isinstance(settings, ModelTaskSettings):
         check_performance(settings.performance)
     if isinstance(settings, LearnSettings):
@@ -52,6 +57,11 @@ def _check_target(key: str, node: Any) -> None:
 
 
 def _check_trainer(arguments: dict[str, Any]) -> None:
+    if "precision" in arguments:
+        raise MifoError(
+            "trainer.precision is set by the performance profile; take "
+            "performance.learning_precision=bfloat16 (or float16, float32) instead"
+        )
     known = list(inspect.signature(Trainer).parameters)
     for name in arguments:
         if name not in known:

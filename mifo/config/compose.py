@@ -16,9 +16,12 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from mifo.config.identity import register_resolvers
 from mifo.config.location import conf_folder
 from mifo.config.schema import SCHEMAS
 from mifo.errors import MifoError
+
+register_resolvers()
 
 
 @cache

@@ -1,7 +1,9 @@
 """Layouts: a prompt and a box for each thing in it, from the configuration to checked boxes."""
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 from mifo.errors import MifoError
@@ -14,8 +16,10 @@ class LayoutSettings:
     """A prompt, its boxes, and the endings that make several prompts of it.
 
     `{instances}` in the prompt stands for "<asset0> and <asset1> and …", as in learning, and `{ending}`
-    for each ending in turn. A box [x0, y0, x1, y1] has edges in [0, 1], x from the left and y from the top;
-    its key is an instance token (`<asset0>`, or `asset0` on the command line) or words of the prompt.
+    for each ending in turn. `{subset}` stands for each non-empty subset of the instances in turn, whose boxes
+    alone are used (Break-a-Scene's evaluation prompts, arXiv 2305.16311, section 4). A box
+    [x0, y0, x1, y1] has edges in [0, 1], x from the left and y from the top; its key is an instance token
+    (`<asset0>`, or `asset0` on the command line) or words of the prompt.
     """
 
     prompt: str = "a photo of {instances} {ending}"
@@ -33,7 +37,7 @@ class Layout:
 
 
 def layouts(settings: LayoutSettings, tokens: list[str]) -> list[Layout]:
-    """Every layout that `settings` describe for the instance `tokens`, one per ending.
+    """Every layout that `settings` describe for the instance `tokens`, by subset and then by ending.
 
     Raises:
         MifoError: a box is impossible, or a prompt lacks a box's key or names an unknown instance.
@@ -45,18 +49,27 @@ def layouts(settings: LayoutSettings, tokens: list[str]) -> list[Layout]:
     boxes = {
         re.sub(r"^asset\d+$", r"<\g<0>>", name): _numbers(name, box) for name, box in settings.boxes.items()
     }
-    if not boxes and settings.arrange:
-        boxes = ARRANGEMENTS[settings.arrange](tokens)
-    check_boxes(boxes)
     if not settings.endings:
         raise MifoError('layout.endings is empty, so there is no prompt; give at least one, [""] for none')
     found = []
-    for ending in settings.endings:
-        prompt = settings.prompt.replace("{instances}", " and ".join(tokens)).replace("{ending}", ending)
-        prompt = " ".join(prompt.split())
-        check_instances(prompt, boxes, tokens)
-        found.append(Layout(prompt, boxes))
+    for subset in _subsets(tokens) if "{subset}" in settings.prompt else [tokens]:
+        left_out = {*tokens} - {*subset}
+        own = {name: box for name, box in boxes.items() if name not in left_out}
+        if not boxes and settings.arrange:
+            own = ARRANGEMENTS[settings.arrange](subset)
+        check_boxes(own)
+        named = re.sub(r"\{(instances|subset)\}", " and ".join(subset), settings.prompt)
+        for ending in settings.endings:
+            prompt = " ".join(named.replace("{ending}", ending).split())
+            check_instances(prompt, own, tokens)
+            found.append(Layout(prompt, own))
     return found
+
+
+def _subsets(tokens: Sequence[str]) -> Iterator[list[str]]:
+    """Every non-empty subset, by size and then by position."""
+    for size in range(1, len(tokens) + 1):
+        yield from map(list, combinations(tokens, size))
 
 
 def _numbers(name: str, box: Any) -> tuple[float, ...]:

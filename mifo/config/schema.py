@@ -66,6 +66,10 @@ class LearnSettings(ModelTaskSettings):
     trainer: dict[str, Any] = field(default_factory=dict)  # arguments of lightning.Trainer
     callbacks: dict[str, Any] = field(default_factory=dict)  # name → `_target_` and arguments
     logger: dict[str, Any] = field(default_factory=dict)  # name → `_target_` and arguments
+    # of pictures made while learning, which callbacks ask for, and in `mifo run` of those made afterwards
+    guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
+    synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
+    metrics: MetricsSettings | None = field(default_factory=MetricsSettings)  # None: no scores
 
 
 @dataclass
@@ -93,9 +97,6 @@ class RunSettings(LearnSettings):
     """`mifo run`: learn, synthesize and evaluate in one folder."""
 
     layout: LayoutSettings = field(default_factory=lambda: LayoutSettings(prompt=MISSING))
-    guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
-    synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
-    metrics: MetricsSettings | None = field(default_factory=MetricsSettings)
     objectives: list[str] = field(default_factory=list)  # scores that a search (hparams_search) reads
     sheet: bool = True  # end with a contact sheet; false spares a series of runs the time
 

@@ -154,7 +154,8 @@ def _check_precision(model: DiffusionModel, settings: LearningSettings, trainer:
         )
     if "mixed" not in str(trainer.get("precision", "")):
         raise MifoError(
-            "model.dtype in half precision needs trainer.precision=bf16-mixed (or 16-mixed) to learn."
+            "model.dtype in half precision needs performance.learning_precision=bfloat16 (or float16) to "
+            "learn."
         )
 
 

@@ -1,8 +1,10 @@
-"""Break-a-Scene's evaluation prompts (arXiv 2305.16311, section 4): ten endings over subsets of instances."""
+"""Break-a-Scene's protocol (arXiv 2305.16311, section 4): endings of its prompts, and the text to compare.
+
+Its prompts run over all subsets of the instances: `layout=power_set`.
+"""
 
 import re
 from collections.abc import Sequence
-from itertools import combinations
 
 ENDINGS = (
     "at the beach",
@@ -16,17 +18,6 @@ ENDINGS = (
     "with the Eiffel tower in the background",
     "floating on top of water",
 )
-
-
-def evaluation_prompts(
-    tokens: Sequence[str], endings: Sequence[str] = ENDINGS, sizes: Sequence[int] | None = None
-) -> list[str]:
-    """Return "a photo of {tokens} {ending}" for every non-empty subset of `tokens` and every ending.
-
-    `sizes` keeps only subsets of those sizes (default: all). The order is by size, then by position.
-    """
-    subsets = [subset for size in sizes or range(1, len(tokens) + 1) for subset in combinations(tokens, size)]
-    return [f"a photo of {' and '.join(subset)} {ending}" for subset in subsets for ending in endings]
 
 
 def name_classes(prompt: str, tokens: Sequence[str], class_names: Sequence[str | None]) -> str:

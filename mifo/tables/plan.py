@@ -1,7 +1,6 @@
 """Which runs a table needs, and what each of them is known by."""
 
 import hashlib
-import json
 import os
 import re
 import subprocess
@@ -20,6 +19,7 @@ from rich.progress import track
 import mifo
 from mifo.config.checks import check
 from mifo.config.compose import REFUSALS, compose, explain, settings_of
+from mifo.config.identity import fingerprint
 from mifo.config.location import conf_folder
 from mifo.config.schema import RunSettings
 from mifo.errors import MifoError
@@ -27,19 +27,6 @@ from mifo.tables.settings import TableSettings
 
 CELLS_PER_PROCESS = 16  # Hydra composes one in 0.3 s; a process of its own starts in some seconds
 
-# says where a run goes and who is told about it, not what it computes
-_NOT_IDENTITY = {
-    "task",
-    "paths",
-    "resume",
-    "logger",
-    "callbacks",
-    "group",
-    "tags",
-    "exclusive_gpu",
-    "objectives",
-    "sheet",
-}
 # what comes after learning: runs that differ in these alone learn the same
 _AFTER_LEARNING = {"layout", "guidance", "synthesis", "metrics"}
 
@@ -71,12 +58,12 @@ class Run:
     @property
     def key(self) -> str:
         """Hash of the resolved configuration."""
-        return _hash(self.settings, _NOT_IDENTITY)
+        return fingerprint(asdict(self.settings))
 
     @property
     def learning_key(self) -> str:
         """Runs of one such key have the same `learned/`."""
-        return _hash(self.settings, _NOT_IDENTITY | _AFTER_LEARNING)
+        return fingerprint(asdict(self.settings), _AFTER_LEARNING)
 
     def __str__(self) -> str:
         return f"{self.row}, {self.instances}, seed {self.seed}"
@@ -152,11 +139,6 @@ def _scenes(settings: TableSettings) -> list[tuple[str, str]]:
                 raise MifoError(f"table.scenes.{name}: no option of conf/instances is called {pattern}")
             found += [(name, option) for option in matching]
     return found
-
-
-def _hash(settings: RunSettings, without: set[str]) -> str:
-    kept = {key: value for key, value in asdict(settings).items() if key not in without}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
