@@ -198,11 +198,30 @@ def test_figures_of_different_evaluators_are_refused(folder, made):
         (["small", "table.columns=[beauty]"], "beauty"),
         (["small", "table.scenes={a: [nothing]}"], "nothing"),
         (["small", "table.seeds=[]"], "seeds"),
+        (["small", "table.workers=many"], "table.workers: Value 'many'"),
+        (["small", "table.seeds.a=3"], "small/table.yaml: Cannot merge"),
+        (["small", "table.rows={a: [method=mifo"], "a table.KEY=VALUE cannot be read"),
+        (["small", "table.rows={a, b: [method=mifo]}"], "table.rows.a: .* quote a label"),
     ],
 )
 def test_refusals_name_what_is_wrong(folder, arguments, words):
     with pytest.raises(MifoError, match=words):
         table(arguments)
+
+
+def test_an_unknown_key_of_a_table_is_refused_in_one_sentence(folder, mifo, capsys):
+    assert mifo("table", "small", "table.sedes=[0]") == 2
+    (told,) = capsys.readouterr().err.strip().splitlines()
+    assert told.startswith("mifo: error: table.sedes is no key of a table; did you mean table.seeds?")
+    with open("small/table.yaml", "a") as file:
+        file.write("plto: dots\n")
+    assert mifo("table", "small") == 2
+    assert "small/table.yaml: plto is no key of a table; did you mean plot?" in capsys.readouterr().err
+
+
+def test_a_label_with_a_comma_is_quoted_on_the_command_line(folder):
+    settings, _ = read_table(folder / "small", ['table.rows={"a, b": [method=mifo]}'])
+    assert settings.rows == {"a, b": ["method=mifo"]}
 
 
 def test_a_folder_of_results_holds_one_table_ever(folder, made):

@@ -1,16 +1,19 @@
 """What a table asks: `table.yaml` in a folder of `experiments/`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
+from mifo.config.compose import nearest
 from mifo.errors import MifoError
 from mifo.metrics.evaluation import METRICS
 
 FILE = "table.yaml"
+LABELLED = ("rows", "grid", "scenes")  # their keys are the user's
 PLOTS = ("dots", "lines", "pareto")
 
 
@@ -72,16 +75,36 @@ def read_table(folder: Path, arguments: list[str]) -> tuple[TableSettings, list[
     try:
         given = OmegaConf.load(file)
         changed = OmegaConf.from_dotlist(own)
-        for key in ("rows", "grid", "scenes"):  # replaced as a whole: a subset of them is what one wants
+    except YAMLError as error:
+        raise MifoError(
+            f"{file} or a table.KEY=VALUE cannot be read: {' '.join(str(error).split())}"
+        ) from error
+    try:
+        for key in LABELLED:  # replaced as a whole: a subset of them is what one wants
             if key in changed:
                 given.pop(key, None)
         merged = OmegaConf.merge(OmegaConf.structured(TableSettings), given, changed)
         # interpolations in overrides are for the runs to resolve
         settings = TableSettings(**OmegaConf.to_container(merged, throw_on_missing=True))
     except OmegaConfBaseException as error:
-        raise MifoError(f"{file}: {(error.msg or str(error)).splitlines()[0]}") from error
+        raise MifoError(_explain(error, file, changed)) from error
     _check(settings, file)
     return settings, [*settings.overrides, *others]
+
+
+def _explain(error: OmegaConfBaseException, file: Path, changed: DictConfig) -> str:
+    """One sentence for what OmegaConf refused, in `file` or `changed` by the command line."""
+    reason = (error.msg or str(error)).splitlines()[0]
+    if not error.full_key:
+        return f"{file}: {reason}"
+    first, _, label = error.full_key.partition(".")
+    prefix, place = ("table.", "") if first in changed else ("", f"{file}: ")
+    key = prefix + error.full_key
+    if isinstance(error, ConfigKeyError):
+        near = nearest(key, [prefix + each.name for each in fields(TableSettings)])
+        return f"{place}{key} is no key of a table; {near}see mifo table --help"
+    hint = f'; quote a label that holds a comma: {{"{label}, …": […]}}' if first in LABELLED and label else ""
+    return f"{place}{key}: {reason}{hint}"
 
 
 def _check(settings: TableSettings, file: Path) -> None:
