@@ -219,6 +219,36 @@ def test_an_unknown_key_of_a_table_is_refused_in_one_sentence(folder, mifo, caps
     assert "small/table.yaml: plto is no key of a table; did you mean plot?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["instances=three_cars"], "instances=three_cars would .*table.scenes={three_cars: "),
+        (["++instances=three_cars"], "table.scenes"),
+        (["seed=7"], r"seed=7 would .*table.seeds=\[7\]"),
+        (["method=no_penalty"], r"row 'none'.*table.rows={LABEL: \[method=no_penalty\]}"),
+        (["+method@_global_=no_penalty"], "table.rows"),
+        (["table.overrides=[seed=7]"], "table.seeds"),
+        (["penalty=none", "table.rows={a: [penalty=mifo]}"], "row 'a'.*table.rows"),
+        (["guidance=none", "table.rows={a: [], b: [guidance=mifo]}"], "row 'b'.*table.rows"),
+        (["penalty.warmup.weight=2", "table.grid={penalty.warmup.weight: [0, 1]}"], "table.grid"),
+    ],
+)
+def test_an_override_that_belies_the_labels_is_refused(folder, arguments, words):
+    with pytest.raises(MifoError, match=words):
+        read_table(folder / "small", arguments)
+
+
+def test_an_override_of_what_no_label_names_is_accepted(folder):
+    given = ["model=sd21", "penalty=none", "instances.fit=pad", "learning.semantic.steps=7"]
+    assert read_table(folder / "small", given)[1] == given
+    weights = ROOT / "experiments" / "loss_weights"
+    assert "penalty.finetuning.weight=1" in read_table(weights, ["penalty.finetuning.weight=1"])[1]
+    # what a table's own file says of every run is part of the table
+    with open("small/table.yaml", "a") as file:
+        file.write("overrides: [method=mifo]\n")
+    assert read_table(folder / "small", ["model=sd21"])[1] == ["method=mifo", "model=sd21"]
+
+
 def test_a_label_with_a_comma_is_quoted_on_the_command_line(folder):
     settings, _ = read_table(folder / "small", ['table.rows={"a, b": [method=mifo]}'])
     assert settings.rows == {"a, b": ["method=mifo"]}

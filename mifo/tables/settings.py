@@ -59,13 +59,15 @@ def read_table(folder: Path, arguments: list[str]) -> tuple[TableSettings, list[
 
     Args:
         folder: a folder of `experiments/`.
-        arguments: `table.KEY=VALUE` changes the table; everything else is an override of every run.
+        arguments: `table.KEY=VALUE` changes the table; everything else is an override of every run, of a key
+            that tells no rows, scenes or seeds apart.
 
     Returns:
         The table's settings, and the overrides of every run in the order in which they win.
 
     Raises:
-        MifoError: no such table, an unknown key or a value that it does not take.
+        MifoError: no such table, an unknown key, a value that it does not take, or an override of every run
+            under which rows, scenes or seeds would not be what the table calls them.
     """
     file = folder / FILE
     if not file.is_file():
@@ -89,6 +91,8 @@ def read_table(folder: Path, arguments: list[str]) -> tuple[TableSettings, list[
     except OmegaConfBaseException as error:
         raise MifoError(_explain(error, file, changed)) from error
     _check(settings, file)
+    # those of the file are its author's, who named the rows too
+    _check_labels(settings, [*(settings.overrides if "overrides" in changed else []), *others])
     return settings, [*settings.overrides, *others]
 
 
@@ -118,3 +122,26 @@ def _check(settings: TableSettings, file: Path) -> None:
     ):
         if value not in known:
             raise MifoError(f"table.{key}: {value} is not known; take one of {', '.join(known)}")
+
+
+def _check_labels(settings: TableSettings, overrides: list[str]) -> None:
+    """Refuse `overrides` of every run that would replace what rows, scenes or seeds are named by."""
+    fixed = {_key(delta): f"row '{label}'" for label, deltas in settings.rows.items() for delta in deltas}
+    fixed |= {_key(key): "grid" for key in settings.grid} | {"instances": "scenes", "seed": "seeds"}
+    for override in overrides:
+        key, value = _key(override), override.partition("=")[2]
+        if key in fixed:
+            instead = {
+                "scenes": f"table.scenes={{{value}: [{value}]}}",
+                "seeds": f"table.seeds=[{value}]",
+                "grid": f"table.grid={{{key}: [{value}]}}",
+            }.get(fixed[key], f"table.rows={{LABEL: [{override}]}}")
+            raise MifoError(
+                f"{key} is set by the table's {fixed[key]}, which {override} would falsify; "
+                f"give '{instead}' instead"
+            )
+
+
+def _key(override: str) -> str:
+    """The key of an override of Hydra, which may add or delete it or name a package."""
+    return override.partition("=")[0].lstrip("+~").partition("@")[0]

@@ -22,6 +22,7 @@ HELP = f"""usage: mifo table FOLDER [table.KEY=VALUE ...] [override of every run
 
 FOLDER/table.yaml says what is asked; table.KEY=VALUE changes one of its keys, which are
 {", ".join(field.name for field in fields(TableSettings))}.
+Rows, scenes and seeds are changed there alone: an override of what they set is refused.
 Run it again after an interruption: what is done is not done again, what failed is tried again."""
 
 
