@@ -168,7 +168,7 @@ def test_runs_that_learn_the_same_learn_once(folder, made):
     assert made == [("mifo", 3, "learned"), ("mifo", 3)]
 
 
-def test_a_bad_row_and_a_failing_run_spoil_nothing_else_and_are_named(folder, made, monkeypatch):
+def test_a_bad_row_and_a_failing_run_spoil_nothing_else_and_are_named(folder, made, monkeypatch, capsys):
     whole = execute.run_here
     monkeypatch.setattr(execute, "run_here", lambda s: 1 / 0 if s.seed == 1 else whole(s))
     rows = "table.rows={MIFO: [method=mifo], bad: [learning.semantic.steps=ten]}"
@@ -176,9 +176,30 @@ def test_a_bad_row_and_a_failing_run_spoil_nothing_else_and_are_named(folder, ma
     text = (results(folder) / "table.md").read_text()
     assert "1 of 4 runs" in text
     assert "learning.semantic.steps: Value 'ten'" in text and "ZeroDivisionError" in text
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("refused:")]
+    assert told.startswith("refused: 2 of 4 runs: learning.semantic.steps: Value 'ten'")
     monkeypatch.setattr(execute, "run_here", whole)
     assert table(["small", "table.workers=0", rows]) == 2  # what failed is tried again
     assert made == [("mifo", 0, "learned"), ("mifo", 1, "learned")]
+
+
+@pytest.mark.parametrize("missing", ["run", "leave"])
+def test_a_table_whose_runs_are_all_refused_ends_with_the_reason(folder, made, mifo, capsys, missing):
+    shared = ["table", "small", "table.workers=0", f"table.missing={missing}"]
+    assert mifo(*shared, "learning.stesp=3") == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("mifo: error: every run of the table is refused: ")
+    assert told.count("learning.stesp") == 1 and "see mifo run --help" in told
+    rows = "table.rows={a: [learning.semantic.steps=ten], b: [penalty=mif]}"
+    assert mifo(*shared, rows) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "2 of 4 runs: learning.semantic.steps" in told and "2 of 4 runs: penalty=mif does not" in told
+    assert not made and not (folder / "outputs").exists()
+
+
+def test_a_table_of_which_nothing_is_finished_says_so(folder, made):
+    with pytest.raises(MifoError, match="make them without"):
+        table(["small", "table.missing=leave"])
 
 
 def test_figures_of_different_evaluators_are_refused(folder, made):

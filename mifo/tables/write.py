@@ -49,6 +49,8 @@ def write_table(folder: Path, command: str, settings: TableSettings, ended: Sequ
     """
     runs = measured(ended)
     if not runs:
+        if settings.missing == "leave":
+            raise MifoError("no run of the table is finished yet; make them without table.missing=leave")
         raise MifoError("no run of the table is finished; the reasons stand above and in each run's log.txt")
     columns = [column for column in settings.columns if any(column in run.values for run in runs)]
     found = cells(runs, columns)
