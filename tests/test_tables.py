@@ -154,6 +154,33 @@ def test_other_code_makes_runs_again_unless_any_counts(folder, made, monkeypatch
     assert "cccccccc (dirty) × 4" in Path("new/table.md").read_text()
 
 
+def test_code_without_git_is_not_recorded_as_clean(folder, made, monkeypatch):
+    def version(git):
+        monkeypatch.setattr(plan, "_git", git)
+        return plan.code_version.__wrapped__()  # not cached
+
+    clean = version(lambda _, command, *given: {"rev-parse": "c" * 40}.get(command, ""))
+    assert (clean.commit, clean.dirty, str(clean)) == ("c" * 40, False, "cccccccc")
+    # another project's repository, in which MIFO is installed without belonging to it
+    inside = version(lambda _, command, *given: {"rev-parse": "c" * 40, "status": ""}.get(command))
+    without = version(lambda *given: None)
+    assert inside == without and (without.commit, without.dirty) == (None, None)
+    assert str(without) == f"{without.digest[:8]} (no git)"
+
+    monkeypatch.setattr(execute, "code_version", lambda: without)
+    table(["small", "table.workers=0", "table.results=here"])
+    assert f"code {without} × 4;" in Path("here/table.md").read_text()
+    with open("here/runs.csv") as file:
+        assert {(row["code"], row["dirty"]) for row in csv.DictReader(file)} == {(without.digest, "")}
+    for path in folder.glob("outputs/runs/*/table_run.json"):  # as they were written before
+        record = json.loads(path.read_text())
+        assert record["dirty"] is None
+        path.write_text(json.dumps(record | {"dirty": False}))
+    table(["small", "table.workers=0", "table.results=there"])
+    assert f"code {without} × 4;" in Path("there/table.md").read_text()
+    assert Path("there/runs.csv").read_text() == Path("here/runs.csv").read_text()
+
+
 def test_a_table_of_what_is_finished_makes_nothing(folder, made):
     assert table(["small", "table.workers=0", "table.seeds=[0]", "table.results=first"]) == 0
     before = list(made)
