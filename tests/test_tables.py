@@ -154,6 +154,33 @@ def test_other_code_makes_runs_again_unless_any_counts(folder, made, monkeypatch
     assert "cccccccc (dirty) × 4" in Path("new/table.md").read_text()
 
 
+def test_code_without_git_is_not_recorded_as_clean(folder, made, monkeypatch):
+    def version(git):
+        monkeypatch.setattr(plan, "_git", git)
+        return plan.code_version.__wrapped__()  # not cached
+
+    clean = version(lambda _, command, *given: {"rev-parse": "c" * 40}.get(command, ""))
+    assert (clean.commit, clean.dirty, str(clean)) == ("c" * 40, False, "cccccccc")
+    # another project's repository, in which MIFO is installed without belonging to it
+    inside = version(lambda _, command, *given: {"rev-parse": "c" * 40, "status": ""}.get(command))
+    without = version(lambda *given: None)
+    assert inside == without and (without.commit, without.dirty) == (None, None)
+    assert str(without) == f"{without.digest[:8]} (no git)"
+
+    monkeypatch.setattr(execute, "code_version", lambda: without)
+    table(["small", "table.workers=0", "table.results=here"])
+    assert f"code {without} × 4;" in Path("here/table.md").read_text()
+    with open("here/runs.csv") as file:
+        assert {(row["code"], row["dirty"]) for row in csv.DictReader(file)} == {(without.digest, "")}
+    for path in folder.glob("outputs/runs/*/table_run.json"):  # as they were written before
+        record = json.loads(path.read_text())
+        assert record["dirty"] is None
+        path.write_text(json.dumps(record | {"dirty": False}))
+    table(["small", "table.workers=0", "table.results=there"])
+    assert f"code {without} × 4;" in Path("there/table.md").read_text()
+    assert Path("there/runs.csv").read_text() == Path("here/runs.csv").read_text()
+
+
 def test_a_table_of_what_is_finished_makes_nothing(folder, made):
     assert table(["small", "table.workers=0", "table.seeds=[0]", "table.results=first"]) == 0
     before = list(made)
@@ -168,7 +195,7 @@ def test_runs_that_learn_the_same_learn_once(folder, made):
     assert made == [("mifo", 3, "learned"), ("mifo", 3)]
 
 
-def test_a_bad_row_and_a_failing_run_spoil_nothing_else_and_are_named(folder, made, monkeypatch):
+def test_a_bad_row_and_a_failing_run_spoil_nothing_else_and_are_named(folder, made, monkeypatch, capsys):
     whole = execute.run_here
     monkeypatch.setattr(execute, "run_here", lambda s: 1 / 0 if s.seed == 1 else whole(s))
     rows = "table.rows={MIFO: [method=mifo], bad: [learning.semantic.steps=ten]}"
@@ -176,9 +203,30 @@ def test_a_bad_row_and_a_failing_run_spoil_nothing_else_and_are_named(folder, ma
     text = (results(folder) / "table.md").read_text()
     assert "1 of 4 runs" in text
     assert "learning.semantic.steps: Value 'ten'" in text and "ZeroDivisionError" in text
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("refused:")]
+    assert told.startswith("refused: 2 of 4 runs: learning.semantic.steps: Value 'ten'")
     monkeypatch.setattr(execute, "run_here", whole)
     assert table(["small", "table.workers=0", rows]) == 2  # what failed is tried again
     assert made == [("mifo", 0, "learned"), ("mifo", 1, "learned")]
+
+
+@pytest.mark.parametrize("missing", ["run", "leave"])
+def test_a_table_whose_runs_are_all_refused_ends_with_the_reason(folder, made, mifo, capsys, missing):
+    shared = ["table", "small", "table.workers=0", f"table.missing={missing}"]
+    assert mifo(*shared, "learning.stesp=3") == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("mifo: error: every run of the table is refused: ")
+    assert told.count("learning.stesp") == 1 and "see mifo run --help" in told
+    rows = "table.rows={a: [learning.semantic.steps=ten], b: [penalty=mif]}"
+    assert mifo(*shared, rows) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "2 of 4 runs: learning.semantic.steps" in told and "2 of 4 runs: penalty=mif does not" in told
+    assert not made and not (folder / "outputs").exists()
+
+
+def test_a_table_of_which_nothing_is_finished_says_so(folder, made):
+    with pytest.raises(MifoError, match="make them without"):
+        table(["small", "table.missing=leave"])
 
 
 def test_figures_of_different_evaluators_are_refused(folder, made):
@@ -198,11 +246,60 @@ def test_figures_of_different_evaluators_are_refused(folder, made):
         (["small", "table.columns=[beauty]"], "beauty"),
         (["small", "table.scenes={a: [nothing]}"], "nothing"),
         (["small", "table.seeds=[]"], "seeds"),
+        (["small", "table.workers=many"], "table.workers: Value 'many'"),
+        (["small", "table.seeds.a=3"], "small/table.yaml: Cannot merge"),
+        (["small", "table.rows={a: [method=mifo"], "a table.KEY=VALUE cannot be read"),
+        (["small", "table.rows={a, b: [method=mifo]}"], "table.rows.a: .* quote a label"),
     ],
 )
 def test_refusals_name_what_is_wrong(folder, arguments, words):
     with pytest.raises(MifoError, match=words):
         table(arguments)
+
+
+def test_an_unknown_key_of_a_table_is_refused_in_one_sentence(folder, mifo, capsys):
+    assert mifo("table", "small", "table.sedes=[0]") == 2
+    (told,) = capsys.readouterr().err.strip().splitlines()
+    assert told.startswith("mifo: error: table.sedes is no key of a table; did you mean table.seeds?")
+    with open("small/table.yaml", "a") as file:
+        file.write("plto: dots\n")
+    assert mifo("table", "small") == 2
+    assert "small/table.yaml: plto is no key of a table; did you mean plot?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["instances=three_cars"], "instances=three_cars would .*table.scenes={three_cars: "),
+        (["++instances=three_cars"], "table.scenes"),
+        (["seed=7"], r"seed=7 would .*table.seeds=\[7\]"),
+        (["method=no_penalty"], r"row 'none'.*table.rows={LABEL: \[method=no_penalty\]}"),
+        (["+method@_global_=no_penalty"], "table.rows"),
+        (["table.overrides=[seed=7]"], "table.seeds"),
+        (["penalty=none", "table.rows={a: [penalty=mifo]}"], "row 'a'.*table.rows"),
+        (["guidance=none", "table.rows={a: [], b: [guidance=mifo]}"], "row 'b'.*table.rows"),
+        (["penalty.warmup.weight=2", "table.grid={penalty.warmup.weight: [0, 1]}"], "table.grid"),
+    ],
+)
+def test_an_override_that_belies_the_labels_is_refused(folder, arguments, words):
+    with pytest.raises(MifoError, match=words):
+        read_table(folder / "small", arguments)
+
+
+def test_an_override_of_what_no_label_names_is_accepted(folder):
+    given = ["model=sd21", "penalty=none", "instances.fit=pad", "learning.semantic.steps=7"]
+    assert read_table(folder / "small", given)[1] == given
+    weights = ROOT / "experiments" / "loss_weights"
+    assert "penalty.finetuning.weight=1" in read_table(weights, ["penalty.finetuning.weight=1"])[1]
+    # what a table's own file says of every run is part of the table
+    with open("small/table.yaml", "a") as file:
+        file.write("overrides: [method=mifo]\n")
+    assert read_table(folder / "small", ["model=sd21"])[1] == ["method=mifo", "model=sd21"]
+
+
+def test_a_label_with_a_comma_is_quoted_on_the_command_line(folder):
+    settings, _ = read_table(folder / "small", ['table.rows={"a, b": [method=mifo]}'])
+    assert settings.rows == {"a, b": ["method=mifo"]}
 
 
 def test_a_folder_of_results_holds_one_table_ever(folder, made):

@@ -77,11 +77,13 @@ def settings_of(config: DictConfig) -> Any:
 
 def explain(error: Exception, task: str) -> str:
     """One sentence for what Hydra or OmegaConf refused, with the nearest existing name where one is near."""
+    if isinstance(error, MifoError):  # a sentence already, perhaps of a file that no task's schema describes
+        return str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         options = error.options or []
         if group:
-            near = _nearest(option, options)
+            near = nearest(option, options)
             return f"{group}={option} does not exist; {near}use one of: {', '.join(options)}"
     if isinstance(error, OverrideParseException):
         return (
@@ -94,7 +96,7 @@ def explain(error: Exception, task: str) -> str:
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         key = cause.full_key
         if isinstance(cause, ConfigAttributeError | ConfigKeyError):
-            near = _nearest(key, [name for name, _ in _walk(SCHEMAS[task]())])
+            near = nearest(key, [name for name, _ in _walk(SCHEMAS[task]())])
             return f"{key} is no key of mifo {task}; {near}see mifo {task} --help"
         return f"{key}: {(cause.msg or str(cause)).splitlines()[0]}"
     return " ".join(str(error).split())
@@ -109,7 +111,8 @@ def _walk(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _walk(value, f"{prefix}{field.name}.")
 
 
-def _nearest(word: str, words: list[str]) -> str:
+def nearest(word: str, words: list[str]) -> str:
+    """The beginning of a hint at the one of `words` that may be meant; empty if none is near."""
     near = get_close_matches(word, words, n=1, cutoff=0.6)
     return f"did you mean {near[0]}? Or " if near else ""
 

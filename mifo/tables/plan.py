@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
@@ -12,6 +12,7 @@ from functools import cache, partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -31,16 +32,29 @@ CELLS_PER_PROCESS = 16  # Hydra composes one in 0.3 s; a process of its own star
 _AFTER_LEARNING = {"layout", "guidance", "synthesis", "metrics"}
 
 
+_STATES = {True: " (dirty)", False: "", None: " (no git)"}
+
+
 @dataclass(frozen=True)
 class CodeVersion:
-    """`digest` of the package's files; `commit` and `dirty` (changes not committed) where git knows them."""
+    """`digest` of the package's files; `commit` and `dirty` (changes not committed) where git knows them.
+
+    Both are None where no git keeps the package: whether it was changed is not known there.
+    """
 
     digest: str
     commit: str | None
-    dirty: bool
+    dirty: bool | None
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "CodeVersion":
+        """The version in a run's record; older ones without a commit say that nothing was changed."""
+        commit = record.get("commit")
+        dirty = record.get("dirty")
+        return cls(record["digest"], commit, None if commit is None and not dirty else dirty)
 
     def __str__(self) -> str:
-        return f"{(self.commit or self.digest)[:8]}{' (dirty)' if self.dirty else ''}"
+        return f"{(self.commit or self.digest)[:8]}{_STATES[self.dirty]}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,9 +130,12 @@ def code_version() -> CodeVersion:
         if path.is_file() and "__pycache__" not in inside.parts and inside.parts[0] != "tables":
             digest.update(str(inside).encode())
             digest.update(hashlib.sha256(path.read_bytes()).digest())
+    # an installed package may lie in a repository that is not its own
+    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return CodeVersion(digest.hexdigest()[:12], None, None)
     commit = _git(package, "rev-parse", "HEAD")
     changed = _git(package, "status", "--porcelain", "--", str(package), str(conf_folder()))
-    return CodeVersion(digest.hexdigest()[:12], commit, bool(changed))
+    return CodeVersion(digest.hexdigest()[:12], commit, None if changed is None else bool(changed))
 
 
 def _rows(settings: TableSettings) -> list[tuple[str, list[str]]]:

@@ -1,16 +1,19 @@
 """What a table asks: `table.yaml` in a folder of `experiments/`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
+from mifo.config.compose import nearest
 from mifo.errors import MifoError
 from mifo.metrics.evaluation import METRICS
 
 FILE = "table.yaml"
+LABELLED = ("rows", "grid", "scenes")  # their keys are the user's
 PLOTS = ("dots", "lines", "pareto")
 
 
@@ -56,13 +59,15 @@ def read_table(folder: Path, arguments: list[str]) -> tuple[TableSettings, list[
 
     Args:
         folder: a folder of `experiments/`.
-        arguments: `table.KEY=VALUE` changes the table; everything else is an override of every run.
+        arguments: `table.KEY=VALUE` changes the table; everything else is an override of every run, of a key
+            that tells no rows, scenes or seeds apart.
 
     Returns:
         The table's settings, and the overrides of every run in the order in which they win.
 
     Raises:
-        MifoError: no such table, an unknown key or a value that it does not take.
+        MifoError: no such table, an unknown key, a value that it does not take, or an override of every run
+            under which rows, scenes or seeds would not be what the table calls them.
     """
     file = folder / FILE
     if not file.is_file():
@@ -72,16 +77,38 @@ def read_table(folder: Path, arguments: list[str]) -> tuple[TableSettings, list[
     try:
         given = OmegaConf.load(file)
         changed = OmegaConf.from_dotlist(own)
-        for key in ("rows", "grid", "scenes"):  # replaced as a whole: a subset of them is what one wants
+    except YAMLError as error:
+        raise MifoError(
+            f"{file} or a table.KEY=VALUE cannot be read: {' '.join(str(error).split())}"
+        ) from error
+    try:
+        for key in LABELLED:  # replaced as a whole: a subset of them is what one wants
             if key in changed:
                 given.pop(key, None)
         merged = OmegaConf.merge(OmegaConf.structured(TableSettings), given, changed)
         # interpolations in overrides are for the runs to resolve
         settings = TableSettings(**OmegaConf.to_container(merged, throw_on_missing=True))
     except OmegaConfBaseException as error:
-        raise MifoError(f"{file}: {(error.msg or str(error)).splitlines()[0]}") from error
+        raise MifoError(_explain(error, file, changed)) from error
     _check(settings, file)
+    # those of the file are its author's, who named the rows too
+    _check_labels(settings, [*(settings.overrides if "overrides" in changed else []), *others])
     return settings, [*settings.overrides, *others]
+
+
+def _explain(error: OmegaConfBaseException, file: Path, changed: DictConfig) -> str:
+    """One sentence for what OmegaConf refused, in `file` or `changed` by the command line."""
+    reason = (error.msg or str(error)).splitlines()[0]
+    if not error.full_key:
+        return f"{file}: {reason}"
+    first, _, label = error.full_key.partition(".")
+    prefix, place = ("table.", "") if first in changed else ("", f"{file}: ")
+    key = prefix + error.full_key
+    if isinstance(error, ConfigKeyError):
+        near = nearest(key, [prefix + each.name for each in fields(TableSettings)])
+        return f"{place}{key} is no key of a table; {near}see mifo table --help"
+    hint = f'; quote a label that holds a comma: {{"{label}, …": […]}}' if first in LABELLED and label else ""
+    return f"{place}{key}: {reason}{hint}"
 
 
 def _check(settings: TableSettings, file: Path) -> None:
@@ -95,3 +122,26 @@ def _check(settings: TableSettings, file: Path) -> None:
     ):
         if value not in known:
             raise MifoError(f"table.{key}: {value} is not known; take one of {', '.join(known)}")
+
+
+def _check_labels(settings: TableSettings, overrides: list[str]) -> None:
+    """Refuse `overrides` of every run that would replace what rows, scenes or seeds are named by."""
+    fixed = {_key(delta): f"row '{label}'" for label, deltas in settings.rows.items() for delta in deltas}
+    fixed |= {_key(key): "grid" for key in settings.grid} | {"instances": "scenes", "seed": "seeds"}
+    for override in overrides:
+        key, value = _key(override), override.partition("=")[2]
+        if key in fixed:
+            instead = {
+                "scenes": f"table.scenes={{{value}: [{value}]}}",
+                "seeds": f"table.seeds=[{value}]",
+                "grid": f"table.grid={{{key}: [{value}]}}",
+            }.get(fixed[key], f"table.rows={{LABEL: [{override}]}}")
+            raise MifoError(
+                f"{key} is set by the table's {fixed[key]}, which {override} would falsify; "
+                f"give '{instead}' instead"
+            )
+
+
+def _key(override: str) -> str:
+    """The key of an override of Hydra, which may add or delete it or name a package."""
+    return override.partition("=")[0].lstrip("+~").partition("@")[0]

@@ -14,6 +14,7 @@ from mifo.metrics.evaluation import METRICS, Evaluation
 from mifo.tables.collect import Estimate, Measured, cells, differences, measured
 from mifo.tables.execute import Done
 from mifo.tables.pages import draw_pages
+from mifo.tables.plan import CodeVersion
 from mifo.tables.plot import draw_table, name
 from mifo.tables.settings import TableSettings
 from mifo.tasks.evaluate import SCORES
@@ -49,6 +50,8 @@ def write_table(folder: Path, command: str, settings: TableSettings, ended: Sequ
     """
     runs = measured(ended)
     if not runs:
+        if settings.missing == "leave":
+            raise MifoError("no run of the table is finished yet; make them without table.missing=leave")
         raise MifoError("no run of the table is finished; the reasons stand above and in each run's log.txt")
     columns = [column for column in settings.columns if any(column in run.values for run in runs)]
     found = cells(runs, columns)
@@ -76,9 +79,9 @@ def _write_runs(path: Path, finished: Sequence[Done], runs: Sequence[Measured]) 
             ["row", "scenes", "instances", "seed", *metrics, "minutes", "code", "dirty", "folder"]
         )
         for done, run in zip(finished, runs, strict=True):
-            record = done.record or {}
             values = [f"{run.values[metric]:.6f}" if metric in run.values else "" for metric in metrics]
-            about = [_minutes([done]), record.get("commit") or record.get("digest"), record.get("dirty")]
+            code = _code(done)
+            about = [_minutes([done]), code and (code.commit or code.digest), code and code.dirty]
             writer.writerow([run.row, run.scenes, run.instances, run.seed, *values, *about, done.folder.name])
 
 
@@ -102,7 +105,7 @@ def _markdown(
     pages: Mapping[str, str],
 ) -> str:
     finished = [done for done in ended if done.folder]
-    codes = Counter(_code(done) for done in finished)
+    codes = Counter(str(_code(done) or "unknown") for done in finished)
     scores = Evaluation.read(finished[0].folder / SCORES).scores
     evaluators = ", ".join(sorted({f"{score.evaluator} ({score.protocol})" for score in scores}))
     lines = [
@@ -193,10 +196,9 @@ def _best(
     return best
 
 
-def _code(done: Done) -> str:
-    record = done.record or {}
-    name = (record.get("commit") or record.get("digest") or "unknown")[:8]
-    return f"{name} (dirty)" if record.get("dirty") else name
+def _code(done: Done) -> CodeVersion | None:
+    """The code that made a run; None: the run was not recorded."""
+    return CodeVersion.from_record(done.record) if done.record else None
 
 
 def _minutes(finished: Sequence[Done]) -> float:

@@ -1,14 +1,17 @@
 """`mifo table experiments/NAME`: make the runs of a table that are missing, and the table."""
 
 import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
 from rich.console import Console
 from rich.markdown import Markdown
 
+from mifo.errors import MifoError
 from mifo.tables.execute import execute, finished
-from mifo.tables.plan import plan
+from mifo.tables.plan import Run, plan
 from mifo.tables.settings import TableSettings, read_table
 from mifo.tables.write import claim_results, write_table
 
@@ -22,6 +25,7 @@ HELP = f"""usage: mifo table FOLDER [table.KEY=VALUE ...] [override of every run
 
 FOLDER/table.yaml says what is asked; table.KEY=VALUE changes one of its keys, which are
 {", ".join(field.name for field in fields(TableSettings))}.
+Rows, scenes and seeds are changed there alone: an override of what they set is refused.
 Run it again after an interruption: what is done is not done again, what failed is tried again."""
 
 
@@ -29,7 +33,7 @@ def table(arguments: list[str]) -> int:
     """Run the command; returns how many runs have no result.
 
     Raises:
-        MifoError: the table cannot be read, or its runs cannot be compared.
+        MifoError: the table cannot be read, all its runs are refused, or they cannot be compared.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP)
@@ -39,6 +43,7 @@ def table(arguments: list[str]) -> int:
     name = folder.resolve().name
     settings, overrides = read_table(folder, changes)
     runs = plan(name, settings, overrides)
+    _tell_refusals(runs)
     asked = hashlib.sha256(repr(changes).encode()).hexdigest()[:6]
     target = Path(settings.results or f"outputs/tables/{name}-{asked}")
     claim_results(target, settings, overrides)
@@ -51,3 +56,19 @@ def table(arguments: list[str]) -> int:
     Console().print(Markdown(write_table(target, command, settings, ended)))
     print(f"table: {target / 'table.md'}")
     return sum(done.folder is None for done in ended)
+
+
+def _tell_refusals(runs: Sequence[Run]) -> None:
+    """Print why runs are refused, each reason once.
+
+    Raises:
+        MifoError: all of them are.
+    """
+    reasons = Counter(run.error for run in runs if run.settings is None)
+    told = [f"{count} of {len(runs)} runs: {reason}" for reason, count in reasons.items()]
+    if reasons.total() == len(runs):
+        raise MifoError(
+            f"every run of the table is refused: {'; '.join(reasons if len(reasons) < 2 else told)}"
+        )
+    for line in told:
+        Console(stderr=True, soft_wrap=True).print(f"refused: {line}", style="red", markup=False)
