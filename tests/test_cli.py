@@ -129,6 +129,28 @@ def test_run_makes_everything_and_resuming_it_makes_nothing_anew(mifo, model, tm
     assert (folder / "pictures" / "000.png").read_bytes() == before
 
 
+def test_a_run_goes_on_after_a_kill_while_something_was_written(mifo, model, tmp_path, monkeypatch):
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mifo.metrics.pictures.write_whole", kill)
+        assert mifo("run", *model, "debug=default", "logger=none") == 130
+    folder = only(tmp_path / "outputs" / "run")
+    assert not (folder / "pictures" / "pictures.json").exists()
+    assert (folder / "pictures" / "instances.yaml").is_file()
+    with monkeypatch.context() as patched:
+        patched.setattr("mifo.report.sheet.write_whole", kill)
+        assert mifo("run", f"resume={folder}") == 130
+    assert (folder / "contact_sheet.png").is_file() and not (folder / "contact_sheet.html").exists()
+    # as versions before this one left it
+    scores = (folder / "scores.json").read_text()
+    (folder / "scores.json").write_text(scores[: len(scores) // 2])
+    assert mifo("run", f"resume={folder}") == 0
+    assert (folder / "scores.json").read_text() == scores
+    assert (folder / "contact_sheet.html").is_file()
+
+
 def test_the_three_tasks_one_by_one_make_what_run_makes(mifo, model, tmp_path):
     assert mifo("run", *model, "debug=default", "logger=none") == 0
     assert mifo("learn", *model, "debug=default", "logger=none") == 0

@@ -14,7 +14,7 @@ from mifo.config.schema import EvaluateSettings
 from mifo.data.instances import InstanceSet, read_instances
 from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
-from mifo.metrics.evaluation import Evaluation, PictureEvaluator
+from mifo.metrics.evaluation import Evaluation, PictureEvaluator, has_scores
 from mifo.metrics.pictures import Picture, read_pictures
 from mifo.metrics.scores import Score
 from mifo.metrics.settings import MetricsSettings
@@ -52,7 +52,7 @@ def scored(
 ) -> Evaluation:
     """The scores in `folder/scores.json`, measured first where they are not there yet."""
     path = folder / SCORES
-    if not path.is_file():
+    if not has_scores(path):
         evaluator = PictureEvaluator.from_settings(settings, device)
         evaluator.evaluate(
             pictures,

@@ -34,7 +34,8 @@ def run(settings: RunSettings) -> Path:
             made = make_pictures(
                 model, wanted, settings.synthesis, settings.guidance, settings.seed, performance.cuda_graphs
             )
-            record_instances(folder / "learned", save_pictures(folder / "pictures", made))
+            record_instances(folder / "learned", folder / "pictures")
+            save_pictures(folder / "pictures", made)
         pictures = read_pictures(folder / "pictures")
         evaluation = None
         if settings.metrics is not None:

@@ -11,6 +11,7 @@ from mifo.config.jobs import claim_folder
 from mifo.config.layouts import Layout, layouts
 from mifo.config.schema import SynthesizeSettings
 from mifo.diffusion.noise_schedule import NoiseSchedule
+from mifo.files import write_whole
 from mifo.guidance.settings import GuidanceSettings
 from mifo.metrics.pictures import Picture, save_pictures
 from mifo.models.images import decode_latents
@@ -44,15 +45,20 @@ def synthesize(settings: SynthesizeSettings) -> Path:
     pictures = make_pictures(
         model, wanted, settings.synthesis, settings.guidance, settings.seed, performance.cuda_graphs
     )
+    record_instances(source, folder / "pictures")
     target = save_pictures(folder / "pictures", pictures)
-    record_instances(source, target)
     print(f"pictures: {target}")
     return target
 
 
 def record_instances(learned: Path, pictures: Path) -> None:
-    """Record beside pictures which instances they show, so that they can be scored wherever they lie."""
-    OmegaConf.save(OmegaConf.load(learned / "config.yaml").instances, pictures / "instances.yaml")
+    """Record beside pictures which instances they show, so that they can be scored wherever they lie.
+
+    Called before the pictures are saved, so that finished ones never lack it.
+    """
+    pictures.mkdir(parents=True, exist_ok=True)
+    recorded = OmegaConf.load(learned / "config.yaml").instances
+    write_whole(pictures / "instances.yaml", OmegaConf.to_yaml(recorded))
 
 
 def make_pictures(
