@@ -164,6 +164,28 @@ def test_the_three_tasks_one_by_one_make_what_run_makes(mifo, model, tmp_path):
     assert scores == Evaluation.read(at_once / "scores.json")
 
 
+def test_pictures_that_are_there_are_kept_when_a_sweep_is_repeated_or_resumed(mifo, model, tmp_path, capsys):
+    assert mifo("learn", *model, "debug=default", "logger=none", "hydra.run.dir=L") == 0
+    again = ["synthesize", "-m", *model, "debug=default", "learned=L", "hydra.sweep.dir=S"]
+    assert mifo(*again, "seed=1,x") == 1
+    listing = tmp_path / "S" / "0" / "pictures" / "pictures.json"
+    made = listing.stat().st_mtime_ns
+    assert mifo(*again, "seed=1,2") == 0
+    assert [status(tmp_path / "S" / number) for number in "01"] == ["ok", "ok"]
+    assert "0/pictures (made before with the same settings, and kept)" in capsys.readouterr().out
+    assert mifo("synthesize", "resume=S/0") == 0
+    assert listing.stat().st_mtime_ns == made
+
+    # other settings, and pictures that nobody knows the settings of
+    assert mifo(*again, "seed=3") == 1
+    assert "another seed" in json.loads((tmp_path / "S" / "0" / "status.json").read_text())["error"]
+    (tmp_path / "S" / "0" / "config.yaml").unlink()
+    for _ in range(2):
+        assert mifo("synthesize", "resume=S/0") == 2
+        assert "already holds pictures" in capsys.readouterr().err
+    assert listing.stat().st_mtime_ns == made
+
+
 def test_a_folder_is_never_shared_by_two_configurations(mifo, tmp_path, capsys):
     assert mifo("layout", "hydra.run.dir=here", "seed=1") == 0
     drawn = (tmp_path / "here" / "layout.png").read_bytes()

@@ -7,10 +7,11 @@ import torch
 from omegaconf import OmegaConf
 from rich.progress import Progress
 
-from mifo.config.jobs import claim_folder
+from mifo.config.jobs import CONFIG, claim_folder
 from mifo.config.layouts import Layout, layouts
 from mifo.config.schema import SynthesizeSettings
 from mifo.diffusion.noise_schedule import NoiseSchedule
+from mifo.errors import MifoError
 from mifo.files import write_whole
 from mifo.guidance.settings import GuidanceSettings
 from mifo.metrics.pictures import Picture, save_pictures
@@ -33,11 +34,23 @@ def learned_folder(given: str) -> Path:
 
 
 def synthesize(settings: SynthesizeSettings) -> Path:
-    """Make `synthesis.samples` pictures of every prompt; returns their folder."""
+    """Make `synthesis.samples` pictures of every prompt, unless they are there; returns their folder.
+
+    Raises:
+        MifoError: the run's folder holds pictures of other settings, or of unknown ones.
+    """
     source = learned_folder(settings.learned)
     wanted = layouts(settings.layout, read_learned(source).tokens)
+    target = Path(settings.paths.output) / "pictures"
+    finished = (target / "pictures.json").is_file()
+    if finished and not (target.parent / CONFIG).is_file():
+        raise MifoError(f"{target} already holds pictures, of unknown settings; choose another folder")
     device = prepare(settings)
-    folder = claim_folder(settings)
+    claim_folder(settings)
+    record_instances(source, target)
+    if finished:
+        print(f"pictures: {target} (made before with the same settings, and kept)")
+        return target
     model = load_model(settings.model, device)
     load_learned(source, model)
     performance = available(settings.performance, device)
@@ -45,8 +58,7 @@ def synthesize(settings: SynthesizeSettings) -> Path:
     pictures = make_pictures(
         model, wanted, settings.synthesis, settings.guidance, settings.seed, performance.cuda_graphs
     )
-    record_instances(source, folder / "pictures")
-    target = save_pictures(folder / "pictures", pictures)
+    save_pictures(target, pictures)
     print(f"pictures: {target}")
     return target
 
@@ -54,11 +66,12 @@ def synthesize(settings: SynthesizeSettings) -> Path:
 def record_instances(learned: Path, pictures: Path) -> None:
     """Record beside pictures which instances they show, so that they can be scored wherever they lie.
 
-    Called before the pictures are saved, so that finished ones never lack it.
+    Called before the pictures are saved, so that finished ones never lack it. A record that is there stays.
     """
-    pictures.mkdir(parents=True, exist_ok=True)
-    recorded = OmegaConf.load(learned / "config.yaml").instances
-    write_whole(pictures / "instances.yaml", OmegaConf.to_yaml(recorded))
+    record = pictures / "instances.yaml"
+    if not record.is_file():
+        pictures.mkdir(parents=True, exist_ok=True)
+        write_whole(record, OmegaConf.to_yaml(OmegaConf.load(learned / CONFIG).instances))
 
 
 def make_pictures(
