@@ -63,6 +63,30 @@ def test_help_lists_every_task_and_its_keys(mifo, capsys):
         (["run", "layout.boxes={asset0: [0, 0.9, 1, 0.1]}"], "upside down"),
         (["run", "layout.boxes={asset0: here}"], "layout.boxes.asset0=here"),
         (["run", "layout.boxes={kitten: [0, 0, 1, 1]}"], "kitten"),
+        (
+            ["run", "layout.boxes={asset0: [0.2, 0.3, 0.21, 0.9]}"],
+            "<asset0>, [0.2, 0.3, 0.21, 0.9], is too small",
+        ),
+        (["run", 'layout.prompt="a photo of a cart"', "layout.boxes={car: [0, 0, 1, 1]}"], "a box for 'car'"),
+        (["run", f'layout.prompt="a photo of a {"very " * 80}big car"', "layout.arrange=null"], "shorten"),
+        (["run", "guidance.layers=[99]"], "guidance.layers names layer 99"),
+        (
+            ["run", "guidance.clusters_per_subject=0", "guidance.shapes_from=1"],
+            "guidance.clusters_per_subject=0",
+        ),
+        (["run", "guidance.restarts=0"], "guidance.restarts=0"),
+        (["run", "guidance.shapes_from=0"], "guidance.shapes_from=0"),
+        (["run", "guidance.iterations=-1"], "guidance.iterations=-1"),
+        (["run", "synthesis.steps=0"], "synthesis.steps=0"),
+        (["run", "synthesis.steps=1001"], "1001 sampling steps"),
+        (["run", "synthesis.samples=0"], "synthesis.samples=0"),
+        (["run", "synthesis.negative_prompt=" + "x" * 200], "shorten"),
+        (["learn", "learning.semantic.learning_rate=-1"], "learning.semantic.learning_rate=-1"),
+        (["learn", "learning.finetuning.betas=[0.9, 1]"], "learning.finetuning.betas"),
+        (["learn", "learning.finetuning={learn: lora, lora_rank: 0}"], "learning.finetuning.lora_rank=0"),
+        (["learn", "performance.threads=-1"], "performance.threads=-1"),
+        (["synthesize", "learned=nowhere", "synthesis.samples=0"], "synthesis.samples=0"),
+        (["quality", "parts=[none]", "guidance.shapes_from=0"], "guidance.shapes_from=0"),
         (["synthesize"], "learned must be given"),
         (["synthesize", "learned=nowhere"], "nowhere"),
         (["evaluate", "pictures=nowhere"], "nowhere"),
@@ -77,6 +101,15 @@ def test_refusals_are_one_sentence_before_any_model_is_loaded(mifo, capsys, monk
     told = capsys.readouterr().err.strip()
     assert told.startswith("mifo: error: ") and len(told.splitlines()) == 1
     assert words in told
+
+
+def test_a_layout_that_cannot_be_drawn_is_refused_before_the_model_is_loaded(
+    mifo, model, capsys, monkeypatch
+):
+    assert mifo("learn", *model, "debug=default", "logger=none", "hydra.run.dir=L") == 0
+    monkeypatch.setattr("mifo.tasks.synthesize.load_model", lambda *_: pytest.fail("a model was loaded"))
+    assert mifo("synthesize", *model, "learned=L", "layout.boxes={asset0: [0.2, 0.3, 0.21, 0.9]}") == 2
+    assert "<asset0>, [0.2, 0.3, 0.21, 0.9], is too small" in capsys.readouterr().err
 
 
 def test_missing_evaluators_are_refused_before_learning(mifo, model, capsys, monkeypatch):
