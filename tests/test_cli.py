@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import wandb
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import tiny_pipeline
@@ -195,6 +196,28 @@ def test_the_three_tasks_one_by_one_make_what_run_makes(mifo, model, tmp_path):
     at_once = only(tmp_path / "outputs" / "run")
     assert (pictures / "pictures" / "000.png").read_bytes() == (at_once / "pictures" / "000.png").read_bytes()
     assert scores == Evaluation.read(at_once / "scores.json")
+
+
+def test_pictures_are_scored_against_their_own_instances_and_another_measure_is_told(
+    mifo, model, tmp_path, capsys
+):
+    boxes = "layout.boxes={asset2: [0, 0, 0.5, 1], photo: [0.5, 0, 1, 1]}"
+    assert mifo("run", *model, "debug=default", "logger=none", boxes, "hydra.run.dir=R") == 0
+    assert mifo("evaluate", "pictures=R", "instances=alike_two_cups") == 2
+    assert "show <asset2>, but alike_two_cups has <asset0>, <asset1>" in capsys.readouterr().err
+    assert not (only(tmp_path / "outputs" / "evaluate") / "scores.json").exists()
+
+    recorded = tmp_path / "R" / "config.yaml"
+    assert mifo("evaluate", "pictures=R") == 0
+    assert "measured with another metrics.protocol" in capsys.readouterr().out
+    assert mifo("evaluate", "pictures=R", "metrics=standard", "metrics.batch_size=1") == 0
+    assert "measured with another" not in capsys.readouterr().out
+
+    run = OmegaConf.load(recorded)
+    del run.metrics  # as a run of synthesize, which measures nothing
+    OmegaConf.save(run, recorded)
+    assert mifo("evaluate", "pictures=R") == 0
+    assert "made with local, but metrics=miniature" in capsys.readouterr().out
 
 
 def test_pictures_that_are_there_are_kept_when_a_sweep_is_repeated_or_resumed(mifo, model, tmp_path, capsys):
