@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import wandb
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import tiny_pipeline
@@ -63,6 +64,30 @@ def test_help_lists_every_task_and_its_keys(mifo, capsys):
         (["run", "layout.boxes={asset0: [0, 0.9, 1, 0.1]}"], "upside down"),
         (["run", "layout.boxes={asset0: here}"], "layout.boxes.asset0=here"),
         (["run", "layout.boxes={kitten: [0, 0, 1, 1]}"], "kitten"),
+        (
+            ["run", "layout.boxes={asset0: [0.2, 0.3, 0.21, 0.9]}"],
+            "<asset0>, [0.2, 0.3, 0.21, 0.9], is too small",
+        ),
+        (["run", 'layout.prompt="a photo of a cart"', "layout.boxes={car: [0, 0, 1, 1]}"], "a box for 'car'"),
+        (["run", f'layout.prompt="a photo of a {"very " * 80}big car"', "layout.arrange=null"], "shorten"),
+        (["run", "guidance.layers=[99]"], "guidance.layers names layer 99"),
+        (
+            ["run", "guidance.clusters_per_subject=0", "guidance.shapes_from=1"],
+            "guidance.clusters_per_subject=0",
+        ),
+        (["run", "guidance.restarts=0"], "guidance.restarts=0"),
+        (["run", "guidance.shapes_from=0"], "guidance.shapes_from=0"),
+        (["run", "guidance.iterations=-1"], "guidance.iterations=-1"),
+        (["run", "synthesis.steps=0"], "synthesis.steps=0"),
+        (["run", "synthesis.steps=1001"], "1001 sampling steps"),
+        (["run", "synthesis.samples=0"], "synthesis.samples=0"),
+        (["run", "synthesis.negative_prompt=" + "x" * 200], "shorten"),
+        (["learn", "learning.semantic.learning_rate=-1"], "learning.semantic.learning_rate=-1"),
+        (["learn", "learning.finetuning.betas=[0.9, 1]"], "learning.finetuning.betas"),
+        (["learn", "learning.finetuning={learn: lora, lora_rank: 0}"], "learning.finetuning.lora_rank=0"),
+        (["learn", "performance.threads=-1"], "performance.threads=-1"),
+        (["synthesize", "learned=nowhere", "synthesis.samples=0"], "synthesis.samples=0"),
+        (["quality", "parts=[none]", "guidance.shapes_from=0"], "guidance.shapes_from=0"),
         (["synthesize"], "learned must be given"),
         (["synthesize", "learned=nowhere"], "nowhere"),
         (["evaluate", "pictures=nowhere"], "nowhere"),
@@ -77,6 +102,15 @@ def test_refusals_are_one_sentence_before_any_model_is_loaded(mifo, capsys, monk
     told = capsys.readouterr().err.strip()
     assert told.startswith("mifo: error: ") and len(told.splitlines()) == 1
     assert words in told
+
+
+def test_a_layout_that_cannot_be_drawn_is_refused_before_the_model_is_loaded(
+    mifo, model, capsys, monkeypatch
+):
+    assert mifo("learn", *model, "debug=default", "logger=none", "hydra.run.dir=L") == 0
+    monkeypatch.setattr("mifo.tasks.synthesize.load_model", lambda *_: pytest.fail("a model was loaded"))
+    assert mifo("synthesize", *model, "learned=L", "layout.boxes={asset0: [0.2, 0.3, 0.21, 0.9]}") == 2
+    assert "<asset0>, [0.2, 0.3, 0.21, 0.9], is too small" in capsys.readouterr().err
 
 
 def test_missing_evaluators_are_refused_before_learning(mifo, model, capsys, monkeypatch):
@@ -129,6 +163,28 @@ def test_run_makes_everything_and_resuming_it_makes_nothing_anew(mifo, model, tm
     assert (folder / "pictures" / "000.png").read_bytes() == before
 
 
+def test_a_run_goes_on_after_a_kill_while_something_was_written(mifo, model, tmp_path, monkeypatch):
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mifo.metrics.pictures.write_whole", kill)
+        assert mifo("run", *model, "debug=default", "logger=none") == 130
+    folder = only(tmp_path / "outputs" / "run")
+    assert not (folder / "pictures" / "pictures.json").exists()
+    assert (folder / "pictures" / "instances.yaml").is_file()
+    with monkeypatch.context() as patched:
+        patched.setattr("mifo.report.sheet.write_whole", kill)
+        assert mifo("run", f"resume={folder}") == 130
+    assert (folder / "contact_sheet.png").is_file() and not (folder / "contact_sheet.html").exists()
+    # as versions before this one left it
+    scores = (folder / "scores.json").read_text()
+    (folder / "scores.json").write_text(scores[: len(scores) // 2])
+    assert mifo("run", f"resume={folder}") == 0
+    assert (folder / "scores.json").read_text() == scores
+    assert (folder / "contact_sheet.html").is_file()
+
+
 def test_the_three_tasks_one_by_one_make_what_run_makes(mifo, model, tmp_path):
     assert mifo("run", *model, "debug=default", "logger=none") == 0
     assert mifo("learn", *model, "debug=default", "logger=none") == 0
@@ -140,6 +196,50 @@ def test_the_three_tasks_one_by_one_make_what_run_makes(mifo, model, tmp_path):
     at_once = only(tmp_path / "outputs" / "run")
     assert (pictures / "pictures" / "000.png").read_bytes() == (at_once / "pictures" / "000.png").read_bytes()
     assert scores == Evaluation.read(at_once / "scores.json")
+
+
+def test_pictures_are_scored_against_their_own_instances_and_another_measure_is_told(
+    mifo, model, tmp_path, capsys
+):
+    boxes = "layout.boxes={asset2: [0, 0, 0.5, 1], photo: [0.5, 0, 1, 1]}"
+    assert mifo("run", *model, "debug=default", "logger=none", boxes, "hydra.run.dir=R") == 0
+    assert mifo("evaluate", "pictures=R", "instances=alike_two_cups") == 2
+    assert "show <asset2>, but alike_two_cups has <asset0>, <asset1>" in capsys.readouterr().err
+    assert not (only(tmp_path / "outputs" / "evaluate") / "scores.json").exists()
+
+    recorded = tmp_path / "R" / "config.yaml"
+    assert mifo("evaluate", "pictures=R") == 0
+    assert "measured with another metrics.protocol" in capsys.readouterr().out
+    assert mifo("evaluate", "pictures=R", "metrics=standard", "metrics.batch_size=1") == 0
+    assert "measured with another" not in capsys.readouterr().out
+
+    run = OmegaConf.load(recorded)
+    del run.metrics  # as a run of synthesize, which measures nothing
+    OmegaConf.save(run, recorded)
+    assert mifo("evaluate", "pictures=R") == 0
+    assert "made with local, but metrics=miniature" in capsys.readouterr().out
+
+
+def test_pictures_that_are_there_are_kept_when_a_sweep_is_repeated_or_resumed(mifo, model, tmp_path, capsys):
+    assert mifo("learn", *model, "debug=default", "logger=none", "hydra.run.dir=L") == 0
+    again = ["synthesize", "-m", *model, "debug=default", "learned=L", "hydra.sweep.dir=S"]
+    assert mifo(*again, "seed=1,x") == 1
+    listing = tmp_path / "S" / "0" / "pictures" / "pictures.json"
+    made = listing.stat().st_mtime_ns
+    assert mifo(*again, "seed=1,2") == 0
+    assert [status(tmp_path / "S" / number) for number in "01"] == ["ok", "ok"]
+    assert "0/pictures (made before with the same settings, and kept)" in capsys.readouterr().out
+    assert mifo("synthesize", "resume=S/0") == 0
+    assert listing.stat().st_mtime_ns == made
+
+    # other settings, and pictures that nobody knows the settings of
+    assert mifo(*again, "seed=3") == 1
+    assert "another seed" in json.loads((tmp_path / "S" / "0" / "status.json").read_text())["error"]
+    (tmp_path / "S" / "0" / "config.yaml").unlink()
+    for _ in range(2):
+        assert mifo("synthesize", "resume=S/0") == 2
+        assert "already holds pictures" in capsys.readouterr().err
+    assert listing.stat().st_mtime_ns == made
 
 
 def test_a_folder_is_never_shared_by_two_configurations(mifo, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import inspect
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import open_clip
@@ -267,6 +268,21 @@ def test_pictures_and_evaluations_survive_the_disk(tmp_path):
     assert Evaluation.read(tmp_path / "scores.json") == evaluation
     with pytest.raises(MifoError, match="already exists"):
         evaluation.save(tmp_path / "scores.json")
+
+
+def test_a_kill_while_scores_are_written_leaves_no_half_file(tmp_path, monkeypatch):
+    evaluation, path = evaluate(draw(RED, GREEN, BLUE)), tmp_path / "scores.json"
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "replace", kill)
+        evaluation.save(path)
+    assert not path.exists()
+    path.write_text('{"scores": [')
+    evaluation.save(path)
+    assert Evaluation.read(path) == evaluation
 
 
 def save_clip(folder, seed=0):

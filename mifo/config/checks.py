@@ -9,10 +9,19 @@ import torch
 from hydra.utils import get_class
 from lightning import Trainer
 
-from mifo.config.schema import LearnSettings, ModelTaskSettings, TaskSettings
+from mifo.config.schema import (
+    LearnSettings,
+    ModelTaskSettings,
+    QualitySettings,
+    RunSettings,
+    SynthesizeSettings,
+    TaskSettings,
+)
 from mifo.errors import MifoError
+from mifo.guidance.settings import check_guidance
 from mifo.learning.learn import check_learning
 from mifo.performance.profile import check_performance
+from mifo.synthesis.settings import check_synthesis
 
 _DEVICES = ("auto", "cpu", "cuda")
 
@@ -37,6 +46,9 @@ def check(settings: TaskSettings) -> None:
                 )
     if isinstance(settings, ModelTaskSettings):
         check_performance(settings.performance)
+    if isinstance(settings, SynthesizeSettings | RunSettings | QualitySettings):
+        check_synthesis(settings.synthesis)
+        check_guidance(settings.guidance)
     if isinstance(settings, LearnSettings):
         check_learning(settings.learning)
         _check_trainer(settings.trainer)

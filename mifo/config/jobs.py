@@ -13,6 +13,7 @@ from rich.table import Table
 
 from mifo.config.schema import TaskSettings
 from mifo.errors import MifoError
+from mifo.files import write_whole
 
 STATUS = "status.json"
 CONFIG = "config.yaml"
@@ -116,5 +117,5 @@ def claim_folder(settings: TaskSettings) -> Path:
             raise MifoError(
                 f"{folder} holds a run with another {', '.join(sorted(other))}; choose another folder"
             )
-    path.write_text(OmegaConf.to_yaml(mine))
+    write_whole(path, OmegaConf.to_yaml(mine))
     return folder

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from mifo.errors import MifoError
+
 
 @dataclass
 class GuidanceSettings:
@@ -44,3 +46,20 @@ class GuidanceSettings:
     clusters_per_subject: int = 3
     shape_threshold: float = 0.2
     restarts: int = 10
+
+
+def check_guidance(settings: GuidanceSettings) -> None:
+    """Refuse impossible settings before any model is loaded; layers need the U-Net and are checked with it.
+
+    Raises:
+        MifoError: naming the key and the values that it takes.
+    """
+    least = {"guided_steps": 0, "iterations": 0, "shapes_every": 0, "clusters_per_subject": 1, "restarts": 1}
+    for key, bound in least.items():
+        if (value := getattr(settings, key)) < bound:
+            raise MifoError(f"guidance.{key}={value} is too small; take at least {bound}.")
+    if settings.shapes_every and settings.shapes_from < 1:
+        raise MifoError(
+            f"guidance.shapes_from={settings.shapes_from} is too early, since shapes form in earlier steps; "
+            "take at least 1, or guidance.shapes_every=0 to keep the boxes."
+        )

@@ -46,6 +46,13 @@ def check_learning(settings: LearningSettings) -> None:
             raise MifoError(
                 f"{key} needs steps and checkpoint_every of at least 0, and batch_size of at least 1."
             )
+        for value in ("learning_rate", "weight_decay", "eps", "gradient_clip"):
+            if getattr(stage, value) < 0:
+                raise MifoError(f"{key}.{value}={getattr(stage, value)} is negative; take at least 0.")
+        if not all(0 <= beta < 1 for beta in stage.betas):
+            raise MifoError(f"{key}.betas={list(stage.betas)} must be at least 0 and less than 1.")
+        if stage.learn == "lora" and stage.lora_rank < 1:
+            raise MifoError(f"{key}.lora_rank={stage.lora_rank} is too small; take at least 1.")
     if settings.semantic.learn != "tokens":
         raise MifoError(
             "learning.semantic.learn must be tokens: the first stage learns the new token rows alone."

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from mifo.errors import MifoError
+from mifo.files import write_whole
 from mifo.metrics.box_adherence import BoxAdherence, find_instance
 from mifo.metrics.class_accuracy import ClassAccuracy, class_texts
 from mifo.metrics.crops import crop_box, reference_crops
@@ -49,12 +50,14 @@ class Evaluation:
     leakage_matrix: tuple[tuple[float | None, ...], ...] = ()
 
     def save(self, path: Path | str) -> None:
-        """Write everything as JSON; an existing file is not replaced."""
-        try:
-            with open(path, "x") as file:
-                json.dump(asdict(self), file, indent=2)
-        except FileExistsError as error:
-            raise MifoError(f"{path} already exists: choose another output folder.") from error
+        """Write everything as JSON, whole or not at all.
+
+        Raises:
+            MifoError: there are scores already. What an interrupted process left half written is replaced.
+        """
+        if has_scores(path):
+            raise MifoError(f"{path} already exists: choose another output folder.")
+        write_whole(Path(path), json.dumps(asdict(self), indent=2))
 
     @classmethod
     def read(cls, path: Path | str) -> "Evaluation":
@@ -65,6 +68,15 @@ class Evaluation:
             return cls(scores, tuple(values["pictures"]), matrix)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise MifoError(f"{path} cannot be read: run `mifo evaluate` on the pictures again.") from error
+
+
+def has_scores(path: Path | str) -> bool:
+    """Whether `path` was written to its end; half a file is no JSON."""
+    try:
+        json.loads(Path(path).read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 class PictureEvaluator:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from mifo.errors import MifoError
+from mifo.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ def save_pictures(folder: Path | str, pictures: Sequence[Picture]) -> Path:
         name = f"{index:03d}.png"
         as_image(picture.image).save(folder / name)
         rows.append({"file": name, "prompt": picture.prompt, "boxes": picture.boxes, "seed": picture.seed})
-    (folder / "pictures.json").write_text(json.dumps(rows, indent=2) + "\n")
+    # last and at once: where it lies, all pictures do
+    write_whole(folder / "pictures.json", json.dumps(rows, indent=2) + "\n")
     return folder
 
 

@@ -1,6 +1,8 @@
 """Loading a text-to-image pipeline folder, whether it is embedded, local or on the hub."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -66,6 +68,18 @@ class DiffusionModel:
         return self
 
 
+@dataclass(frozen=True)
+class Outline:
+    """A pipeline without its weights, read in a moment: what prompts and boxes are checked against.
+
+    The U-Net has its layers and no numbers (device "meta").
+    """
+
+    tokenizer: CLIPTokenizer
+    unet: UNet2DConditionModel
+    noise_scheduler: DDPMScheduler
+
+
 def model_folder(settings: ModelSettings) -> Path:
     """The local pipeline folder of `settings.source`; a hub id is downloaded first if the cache lacks it.
 
@@ -116,7 +130,7 @@ def load_model(settings: ModelSettings, device: torch.device | str = "cpu") -> D
         raise MifoError(f"model.dtype={settings.dtype} is not known; take float32, float16 or bfloat16.")
     folder, dtype = model_folder(settings), getattr(torch, settings.dtype)
     options = {"use_safetensors": True, "local_files_only": True}
-    try:
+    with _refusing_damage(settings, folder):
         model = DiffusionModel(
             CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True),
             CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, **options),
@@ -128,15 +142,35 @@ def load_model(settings: ModelSettings, device: torch.device | str = "cpu") -> D
             settings.revision,
             _fingerprint(folder),
         )
+    for part in (model.text_encoder, model.vae, model.unet):
+        part.requires_grad_(False).eval()
+    return model.to(device)
+
+
+def load_outline(settings: ModelSettings) -> Outline:
+    """Read the pipeline of `settings` but for its weights. Raises MifoError as `load_model` does."""
+    folder = model_folder(settings)
+    with _refusing_damage(settings, folder), torch.device("meta"):
+        config = UNet2DConditionModel.load_config(folder, subfolder="unet", local_files_only=True)
+        unet = UNet2DConditionModel.from_config(config)
+    with _refusing_damage(settings, folder):
+        return Outline(
+            CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True),
+            unet,
+            DDPMScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True),
+        )
+
+
+@contextmanager
+def _refusing_damage(settings: ModelSettings, folder: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise MifoError(
             f"model.source={settings.source} could not be loaded from {folder} ({reason}); "
             "is the folder complete and in the diffusers layout with safetensors weights?"
         ) from error
-    for part in (model.text_encoder, model.vae, model.unet):
-        part.requires_grad_(False).eval()
-    return model.to(device)
 
 
 def _fingerprint(folder: Path) -> str:

@@ -64,11 +64,16 @@ def add_instance_tokens(
             f"{model.name} already carries {', '.join(table.tokens)}; load the base model anew first."
         )
     initial = _initial_rows(model.tokenizer, table.weight, initializers or [None] * len(tokens), seed)
-    model.tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+    add_words(model.tokenizer, tokens)
     first_id = model.tokenizer.convert_tokens_to_ids(tokens[0])
     rows = NewTokenRows(table, initial, tokens, first_id)
     model.text_encoder.set_input_embeddings(rows)
     return rows
+
+
+def add_words(tokenizer: CLIPTokenizer, tokens: Sequence[str]) -> None:
+    """Teach the tokenizer alone, in place, one new word per instance."""
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
 
 
 def _initial_rows(

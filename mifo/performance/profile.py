@@ -32,6 +32,10 @@ def check_performance(settings: PerformanceSettings) -> None:
     ):
         if (value := getattr(settings, key)) not in known:
             raise MifoError(f"performance.{key}={value} is not known; take one of {', '.join(known)}.")
+    if settings.threads is not None and settings.threads < 0:
+        raise MifoError(
+            f"performance.threads={settings.threads} is no number of threads; take at least 1, or null."
+        )
     if settings.gradient_checkpointing and settings.cuda_graphs:
         raise MifoError(
             "performance.gradient_checkpointing excludes performance.cuda_graphs; switch one of them off."

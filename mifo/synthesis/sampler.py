@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mifo.attention.layers import AttentionLayer, attention_layers, choose_layers
+from mifo.attention.layers import attention_layers, choose_layers
 from mifo.attention.masking import MaskedAttention
 from mifo.diffusion.classifier_free_guidance import classifier_free_guidance
 from mifo.diffusion.ddim import ddim_step, ddim_timesteps
@@ -86,10 +86,8 @@ class BoxSampler:
         kept: "KeptPasses | None" = None,
     ) -> None:
         """Arguments as for `synthesize`; `latent_size` is the side of the latents."""
-        chosen = choose_layers(unet)
-        guidance_layers = chosen.guidance if guidance.layers is None else guidance.layers
-        shape_layers = chosen.shapes if guidance.shape_layers is None else guidance.shape_layers
-        side = latent_size // _check_layers(attention_layers(unet), guidance_layers, shape_layers)
+        guidance_layers, shape_layers, divisor = layers_in_use(unet, guidance)
+        side = latent_size // divisor
         check_boxes({subject.name: subject.box for subject in subjects}, side)
 
         self.schedule = schedule
@@ -191,10 +189,15 @@ class KeptPasses:
         return self._passes
 
 
-def _check_layers(
-    layers: Sequence[AttentionLayer], guidance_layers: Sequence[int], shape_layers: Sequence[int]
-) -> int:
-    """Refuse choices of layers that cannot be read; returns the divisor of the shape layers."""
+def layers_in_use(unet: nn.Module, guidance: GuidanceSettings) -> tuple[Sequence[int], Sequence[int], int]:
+    """The layers that the loss reads, those that give the shapes, and the divisor of the latter.
+
+    Raises:
+        MifoError: a choice of layers that cannot be read.
+    """
+    layers, by_place = attention_layers(unet), choose_layers(unet)
+    guidance_layers = by_place.guidance if guidance.layers is None else guidance.layers
+    shape_layers = by_place.shapes if guidance.shape_layers is None else guidance.shape_layers
     for option, chosen in (("layers", guidance_layers), ("shape_layers", shape_layers)):
         if not chosen:
             raise MifoError(f"guidance.{option} is empty: name at least one layer.")
@@ -208,7 +211,7 @@ def _check_layers(
         raise MifoError(
             "guidance.shape_layers must name a self- and a cross-attention layer at least, of one resolution."
         )
-    return shaping[0].divisor
+    return guidance_layers, shape_layers, shaping[0].divisor
 
 
 @torch.no_grad()

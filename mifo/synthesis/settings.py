@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from mifo.errors import MifoError
+
 
 @dataclass
 class SynthesisSettings:
@@ -18,3 +20,14 @@ class SynthesisSettings:
     guidance_scale: float = 7.5
     negative_prompt: str = ""
     samples: int = 1
+
+
+def check_synthesis(settings: SynthesisSettings) -> None:
+    """Refuse impossible settings before any model is loaded.
+
+    Raises:
+        MifoError: naming the key and the values that it takes.
+    """
+    for key in ("steps", "samples"):
+        if (value := getattr(settings, key)) < 1:
+            raise MifoError(f"synthesis.{key}={value} makes no picture; take at least 1.")

@@ -1,5 +1,6 @@
 """`mifo evaluate`: pictures against their prompts and the instances they were made from."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,23 +10,30 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mifo.config.jobs import claim_folder
+from mifo.config.jobs import CONFIG, claim_folder
 from mifo.config.schema import EvaluateSettings
 from mifo.data.instances import InstanceSet, read_instances
 from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
-from mifo.metrics.evaluation import Evaluation, PictureEvaluator
+from mifo.metrics.evaluation import Evaluation, PictureEvaluator, has_scores
 from mifo.metrics.pictures import Picture, read_pictures
 from mifo.metrics.scores import Score
 from mifo.metrics.settings import MetricsSettings
+from mifo.prompts.instances import INSTANCE
 from mifo.tasks.setup import open_loggers, prepare
 from mifo.tasks.tracking import log_evaluation
 
 SCORES = "scores.json"
 
+log = logging.getLogger(__name__)
+
 
 def evaluate(settings: EvaluateSettings) -> Evaluation:
-    """Score a folder of pictures, write `scores.json`, print a table."""
+    """Score a folder of pictures, write `scores.json`, print a table.
+
+    Raises:
+        MifoError: no metrics, pictures that cannot be read, or instances that are not those of the pictures.
+    """
     if settings.metrics is None:
         raise MifoError(
             "metrics=none leaves nothing to evaluate; choose metrics=miniature or metrics=standard"
@@ -33,6 +41,9 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     source = pictures_folder(settings.pictures)
     pictures = read_pictures(source)
     instances = read_instances(settings.instances or recorded_instances(source))
+    check_tokens(pictures, instances)
+    if warning := other_measure(source, settings.metrics):
+        log.warning(warning)
     device = prepare(settings)
     folder = claim_folder(settings)
     with open_loggers(settings) as loggers:
@@ -52,7 +63,7 @@ def scored(
 ) -> Evaluation:
     """The scores in `folder/scores.json`, measured first where they are not there yet."""
     path = folder / SCORES
-    if not path.is_file():
+    if not has_scores(path):
         evaluator = PictureEvaluator.from_settings(settings, device)
         evaluator.evaluate(
             pictures,
@@ -83,6 +94,48 @@ def recorded_instances(pictures: Path) -> InstancesSettings:
     return OmegaConf.to_object(
         OmegaConf.merge(OmegaConf.structured(InstancesSettings), OmegaConf.load(recorded))
     )
+
+
+def check_tokens(pictures: Sequence[Picture], instances: InstanceSet) -> None:
+    """Refuse pictures of instances that are not among `instances`; boxes of other words are no instances.
+
+    Raises:
+        MifoError: a prompt or a box names an unknown token.
+    """
+    for picture in pictures:
+        for token in INSTANCE.findall(" ".join([picture.prompt, *picture.boxes])):
+            if token not in instances.tokens:
+                raise MifoError(
+                    f"the pictures show {token}, but {instances.name} has {', '.join(instances.tokens)}; "
+                    "name by instances=… what they were learned from, or leave it out where it is recorded"
+                )
+
+
+def other_measure(pictures: Path, metrics: MetricsSettings) -> str | None:
+    """A line that warns of `metrics` unlike those of the pictures' own run, or not meant for its model.
+
+    None where they agree or nothing is recorded.
+    """
+    recorded = pictures.parent / CONFIG
+    if not recorded.is_file():
+        return None
+    run = OmegaConf.to_container(OmegaConf.load(recorded))
+    if not isinstance(run, dict) or run.get("task") not in ("run", "synthesize"):
+        return None
+    if theirs := run.get("metrics"):
+        mine = OmegaConf.to_container(OmegaConf.structured(metrics), enum_to_str=True)
+        other = [f"metrics.{key}" for key in mine if key != "batch_size" and mine[key] != theirs.get(key)]
+        if other:
+            return (
+                f"The run of these pictures was measured with another {', '.join(other)} "
+                f"(protocol {theirs['protocol']}, here {metrics.protocol}): the scores do not compare."
+            )
+    elif metrics.protocol == "miniature" and run["model"]["source"] != "embedded":
+        return (
+            f"These pictures were made with {run['model']['name']}, but metrics=miniature knows the "
+            "miniature's drawings alone; metrics=standard measures others."
+        )
+    return None
 
 
 def objective_values(folder: Path, wanted: Sequence[str]) -> float | list[float]:

@@ -13,7 +13,7 @@ from mifo.report.sheet import Sheet, write_sheet
 from mifo.tasks.evaluate import class_names, print_scores, scored
 from mifo.tasks.learn import learned_model
 from mifo.tasks.setup import open_loggers, prepare
-from mifo.tasks.synthesize import make_pictures, record_instances
+from mifo.tasks.synthesize import check_layouts, make_pictures, record_instances
 from mifo.tasks.tracking import log_evaluation
 
 
@@ -21,6 +21,8 @@ def run(settings: RunSettings) -> Path:
     """Do what is not done yet in the run's folder; returns the folder."""
     instances = read_instances(settings.instances)
     wanted = layouts(settings.layout, instances.tokens)
+    if not (Path(settings.paths.output) / "pictures" / "pictures.json").is_file():
+        check_layouts(settings, wanted, instances.tokens)
     device = prepare(settings)
     if settings.metrics is not None:
         # an evaluator that cannot be loaded is refused now rather than after learning
@@ -34,7 +36,8 @@ def run(settings: RunSettings) -> Path:
             made = make_pictures(
                 model, wanted, settings.synthesis, settings.guidance, settings.seed, performance.cuda_graphs
             )
-            record_instances(folder / "learned", save_pictures(folder / "pictures", made))
+            record_instances(folder / "learned", folder / "pictures")
+            save_pictures(folder / "pictures", made)
         pictures = read_pictures(folder / "pictures")
         evaluation = None
         if settings.metrics is not None:

@@ -7,19 +7,24 @@ import torch
 from omegaconf import OmegaConf
 from rich.progress import Progress
 
-from mifo.config.jobs import claim_folder
+from mifo.config.jobs import CONFIG, claim_folder
 from mifo.config.layouts import Layout, layouts
-from mifo.config.schema import SynthesizeSettings
+from mifo.config.schema import RunSettings, SynthesizeSettings
+from mifo.diffusion.ddim import ddim_timesteps
 from mifo.diffusion.noise_schedule import NoiseSchedule
+from mifo.errors import MifoError
+from mifo.files import write_whole
 from mifo.guidance.settings import GuidanceSettings
 from mifo.metrics.pictures import Picture, save_pictures
 from mifo.models.images import decode_latents
 from mifo.models.learned import load_learned, read_learned
-from mifo.models.loading import DiffusionModel, load_model
-from mifo.models.text import encode_prompts
+from mifo.models.loading import DiffusionModel, load_model, load_outline
+from mifo.models.text import encode_prompts, tokenize
+from mifo.models.tokens import add_words
 from mifo.performance.profile import available, ready_for_synthesis
 from mifo.prompts.instances import find_instances
-from mifo.synthesis.sampler import KeptPasses, Subject
+from mifo.shapes.boxes import check_boxes
+from mifo.synthesis.sampler import KeptPasses, Subject, layers_in_use
 from mifo.synthesis.sampler import synthesize as sample_latents
 from mifo.synthesis.settings import SynthesisSettings
 from mifo.tasks.setup import prepare
@@ -32,11 +37,26 @@ def learned_folder(given: str) -> Path:
 
 
 def synthesize(settings: SynthesizeSettings) -> Path:
-    """Make `synthesis.samples` pictures of every prompt; returns their folder."""
+    """Make `synthesis.samples` pictures of every prompt, unless they are there; returns their folder.
+
+    Raises:
+        MifoError: the run's folder holds pictures of other settings, or of unknown ones.
+    """
     source = learned_folder(settings.learned)
-    wanted = layouts(settings.layout, read_learned(source).tokens)
+    tokens = read_learned(source).tokens
+    wanted = layouts(settings.layout, tokens)
+    target = Path(settings.paths.output) / "pictures"
+    finished = (target / "pictures.json").is_file()
+    if finished and not (target.parent / CONFIG).is_file():
+        raise MifoError(f"{target} already holds pictures, of unknown settings; choose another folder")
+    if not finished:
+        check_layouts(settings, wanted, tokens)
     device = prepare(settings)
-    folder = claim_folder(settings)
+    claim_folder(settings)
+    record_instances(source, target)
+    if finished:
+        print(f"pictures: {target} (made before with the same settings, and kept)")
+        return target
     model = load_model(settings.model, device)
     load_learned(source, model)
     performance = available(settings.performance, device)
@@ -44,15 +64,40 @@ def synthesize(settings: SynthesizeSettings) -> Path:
     pictures = make_pictures(
         model, wanted, settings.synthesis, settings.guidance, settings.seed, performance.cuda_graphs
     )
-    target = save_pictures(folder / "pictures", pictures)
-    record_instances(source, target)
+    save_pictures(target, pictures)
     print(f"pictures: {target}")
     return target
 
 
 def record_instances(learned: Path, pictures: Path) -> None:
-    """Record beside pictures which instances they show, so that they can be scored wherever they lie."""
-    OmegaConf.save(OmegaConf.load(learned / "config.yaml").instances, pictures / "instances.yaml")
+    """Record beside pictures which instances they show, so that they can be scored wherever they lie.
+
+    Called before the pictures are saved, so that finished ones never lack it. A record that is there stays.
+    """
+    record = pictures / "instances.yaml"
+    if not record.is_file():
+        pictures.mkdir(parents=True, exist_ok=True)
+        write_whole(record, OmegaConf.to_yaml(OmegaConf.load(learned / CONFIG).instances))
+
+
+def check_layouts(
+    settings: SynthesizeSettings | RunSettings, wanted: Sequence[Layout], tokens: Sequence[str]
+) -> None:
+    """Refuse what the model cannot sample, before its weights are loaded.
+
+    Raises:
+        MifoError: a prompt that is too long or lacks the words of a box, a box smaller than a pixel of the
+            shapes' grid, layers or a number of steps that the model does not have.
+    """
+    outline = load_outline(settings.model)
+    add_words(outline.tokenizer, tokens)
+    ddim_timesteps(settings.synthesis.steps, NoiseSchedule.from_scheduler(outline.noise_scheduler))
+    tokenize(outline.tokenizer, [settings.synthesis.negative_prompt])
+    for layout in wanted:
+        find_instances(outline.tokenizer, layout.prompt, list(layout.boxes))
+        if layout.boxes:
+            *_, divisor = layers_in_use(outline.unet, settings.guidance)
+            check_boxes(layout.boxes, outline.unet.config.sample_size // divisor)
 
 
 def make_pictures(
