@@ -360,14 +360,15 @@ def test_a_page_shows_each_row_on_one_scene_and_seed(folder, made, monkeypatch):
 def test_an_interval_is_that_of_students_t():
     values = [0.3, 0.5, 0.4, 0.9]
     low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
-    found = estimate(values)
+    found = estimate(values, 8)
     assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
-    assert estimate([1.0]).half is None
+    assert (found.count, found.runs) == (4, 8)
+    assert estimate([1.0], 1).half is None
 
 
 def test_seeds_of_a_scene_count_as_one_value_where_there_are_several_scenes():
     values = {("a", 0): 0.0, ("a", 1): 0.2, ("b", 0): 0.4, ("b", 1): 0.6}
-    assert estimate_runs(values) == estimate([0.1, 0.5])
+    assert estimate_runs(values) == estimate([0.1, 0.5], 4)
     assert estimate_runs({key: value for key, value in values.items() if key[0] == "a"}).count == 2
 
 
@@ -388,11 +389,21 @@ def test_the_pareto_front_holds_what_nothing_beats():
     assert pareto_front([(0.2, 0.2), (0.2, 0.2)]) in ([0], [1])
 
 
+@pytest.mark.parametrize("kind", ["dots", "lines"])
+def test_intervals_end_where_the_range_does(kind):
+    found = {("A", scenes): {"leakage": estimate([0.2, 0.9], 2)} for scenes in ("2", "3")}
+    (axes,) = draw_table(found, ["leakage"], kind, "Title").axes
+    ends = np.concatenate([bar for lines in axes.collections for bar in lines.get_segments()])
+    along = ends[:, 0 if kind == "dots" else 1]
+    assert estimate([0.2, 0.9], 2).half > 1 and (along.min(), along.max()) == pytest.approx((0, 1))
+
+
 @pytest.mark.parametrize("kind", ["dots", "lines", "pareto"])
 def test_a_plot_shows_every_mean(kind):
     found = {
         (row, scenes): {
-            metric: estimate([0.1 * i, 0.1 * i + 0.05]) for metric in ("editability", "instance_consistency")
+            metric: estimate([0.1 * i, 0.1 * i + 0.05], 2)
+            for metric in ("editability", "instance_consistency")
         }
         for i, (row, scenes) in enumerate([("A", "2"), ("B", "2"), ("A", "3"), ("B", "3")])
     }

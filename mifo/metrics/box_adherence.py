@@ -13,6 +13,7 @@ class BoxAdherence(MeanMetric):
     """Mean IoU of each box with the window where its instance was found: [0, 1], higher is better."""
 
     higher_is_better = True
+    plot_lower_bound, plot_upper_bound = 0.0, 1.0
 
     def update(self, found: Tensor, boxes: Tensor) -> None:
         """Take found windows and boxes, both (C, 4) as [x0, y0, x1, y1]."""

@@ -22,6 +22,7 @@ class ClassAccuracy(MeanMetric):
     """
 
     higher_is_better = True
+    plot_lower_bound, plot_upper_bound = 0.0, 1.0
 
     def update(self, crops: Tensor, texts: Tensor, own: Tensor) -> None:
         """Take features of crops (C, D) and of texts (W, D), and the index of each crop's text (C,)."""

@@ -20,6 +20,7 @@ class InstanceConsistency(MeanMetric):
     """
 
     higher_is_better = True
+    plot_lower_bound, plot_upper_bound = -1.0, 1.0
 
     def update(self, crops: Tensor, references: Tensor, own: Tensor) -> None:
         similarity = similarity_matrix(crops, references)
@@ -30,6 +31,7 @@ class Identification(MeanMetric):
     """Share of crops whose most similar instance is their own: [0, 1], higher is better."""
 
     higher_is_better = True
+    plot_lower_bound, plot_upper_bound = 0.0, 1.0
 
     def update(self, crops: Tensor, references: Tensor, own: Tensor) -> None:
         super().update((similarity_matrix(crops, references).argmax(dim=1) == own).float())
@@ -43,6 +45,7 @@ class Leakage(MeanMetric):
     """
 
     higher_is_better = False
+    plot_lower_bound, plot_upper_bound = 0.0, 1.0
 
     def update(self, crops: Tensor, references: Tensor, own: Tensor) -> None:
         super().update(1 - mixing_shares(crops, references).gather(1, own[:, None]))

@@ -13,6 +13,7 @@ class PromptSimilarity(MeanMetric):
     """
 
     higher_is_better = True
+    plot_lower_bound, plot_upper_bound = -1.0, 1.0
 
     def update(self, images: Tensor, texts: Tensor) -> None:
         """Take image features (B, D) and the features of their texts (B, D), not necessarily normalised."""

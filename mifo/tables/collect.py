@@ -14,11 +14,15 @@ from mifo.tasks.evaluate import SCORES
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and half the width of its 95 % interval (None: from one value there is no interval)."""
+    """A mean of `count` values from `runs` runs, and half the width of its 95 % interval.
+
+    `half` is None where there is one value.
+    """
 
     mean: float
     half: float | None
     count: int
+    runs: int
 
     def __str__(self) -> str:
         return f"{self.mean:.3f}" + ("" if self.half is None else f" ± {self.half:.3f}")
@@ -51,13 +55,13 @@ def measured(ended: Sequence[Done]) -> list[Measured]:
     ]
 
 
-def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and half-width t₀.₉₇₅(n − 1)·s/√n of independent `values`."""
+def estimate(values: Sequence[float], runs: int) -> Estimate:
+    """Mean and half-width t₀.₉₇₅(n − 1)·s/√n of independent `values` from so many runs."""
     count = len(values)
     half = None
     if count > 1:
         half = float(student.ppf(0.975, count - 1) * np.std(values, ddof=1) / np.sqrt(count))
-    return Estimate(float(np.mean(values)), half, count)
+    return Estimate(float(np.mean(values)), half, count, runs)
 
 
 def estimate_runs(values: Mapping[tuple[str, int], float]) -> Estimate:
@@ -68,10 +72,9 @@ def estimate_runs(values: Mapping[tuple[str, int], float]) -> Estimate:
     """
     scenes = sorted({scene for scene, _ in values})
     if len(scenes) == 1:
-        return estimate(list(values.values()))
-    return estimate(
-        [float(np.mean([value for (own, _), value in values.items() if own == scene])) for scene in scenes]
-    )
+        return estimate(list(values.values()), len(values))
+    means = [np.mean([value for (own, _), value in values.items() if own == scene]) for scene in scenes]
+    return estimate(means, len(values))
 
 
 def cells(runs: Sequence[Measured], metrics: Sequence[str]) -> dict[tuple[str, str], dict[str, Estimate]]:

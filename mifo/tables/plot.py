@@ -1,4 +1,4 @@
-"""A table as a picture, every mean with its interval."""
+"""A table as a picture, every mean with its interval, cut off where the metric's range ends."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -41,7 +41,7 @@ def _dots(cells: Cells, columns: Sequence[str]) -> Figure:
                 [y for y, _ in at],
                 place,
                 scenes,
-                x=[each for _, each in at],
+                x=[_half_widths(each, metric) for _, each in at],
             )
         axes.set_yticks(range(len(rows)), rows if axes is panels[0] else [""] * len(rows))
         axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -65,7 +65,13 @@ def _lines(cells: Cells, columns: Sequence[str]) -> Figure:
             shift = 0.06 * (index - (len(rows) - 1) / 2)
             places = [i + shift for i, _ in at]
             _errorbars(
-                axes, places, [each.mean for _, each in at], index, row, y=[each for _, each in at], line="-"
+                axes,
+                places,
+                [each.mean for _, each in at],
+                index,
+                row,
+                y=[_half_widths(each, metric) for _, each in at],
+                line="-",
             )
         axes.set_xticks(range(len(sets)), sets)
         axes.set_title(name(metric), fontsize=9)
@@ -98,8 +104,8 @@ def _pareto(cells: Cells, columns: Sequence[str]) -> Figure:
                 [each[up].mean],
                 0 if best else 7,
                 None,
-                x=[each[across]],
-                y=[each[up]],
+                x=[_half_widths(each[across], across)],
+                y=[_half_widths(each[up], up)],
             )
         # towards the middle, so that none leaves the panel, and beside the front
         middle = sum(axes.get_xlim()) / 2
@@ -140,21 +146,28 @@ def _legend(figure: Figure, axes: Axes) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=7, frameon=False)
 
 
+def _half_widths(each: Estimate, metric: str) -> tuple[float, float]:
+    """Of its interval below and above the mean; 0 where it has none."""
+    half, kind = each.half or 0.0, METRICS[metric]
+    # a few scenes give an interval that leaves the range
+    return min(half, each.mean - kind.plot_lower_bound), min(half, kind.plot_upper_bound - each.mean)
+
+
 def _errorbars(
     axes: Axes,
     across: Sequence[float],
     up: Sequence[float],
     colour: int,
     label: str | None,
-    x: Sequence[Estimate] | None = None,
-    y: Sequence[Estimate] | None = None,
+    x: Sequence[tuple[float, float]] | None = None,
+    y: Sequence[tuple[float, float]] | None = None,
     line: str = "",
 ) -> None:
-    """Points with the intervals of `x`, of `y`, or of both; a missing interval is drawn as none."""
+    """Points with half-widths `x`, `y`, or both, below and above each point."""
     errors = {
-        side: [each.half or 0 for each in estimates]
-        for side, estimates in (("xerr", x), ("yerr", y))
-        if estimates is not None
+        side: list(zip(*halves, strict=True))
+        for side, halves in (("xerr", x), ("yerr", y))
+        if halves is not None and len(halves)
     }
     style = {"color": hexadecimal(instance_colour(colour)), "linestyle": line, "label": label}
     axes.errorbar(

@@ -88,11 +88,11 @@ def _write_runs(path: Path, finished: Sequence[Done], runs: Sequence[Measured]) 
 def _write_estimates(path: Path, found: Mapping[tuple[str, str], Mapping[str, Estimate]]) -> None:
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["row", "scenes", "metric", "mean", "half_width_95", "values"])
+        writer.writerow(["row", "scenes", "metric", "mean", "half_width_95", "values", "runs"])
         for (row, scenes), estimates in found.items():
             for metric, each in estimates.items():
                 half = "" if each.half is None else f"{each.half:.6f}"
-                writer.writerow([row, scenes, metric, f"{each.mean:.6f}", half, each.count])
+                writer.writerow([row, scenes, metric, f"{each.mean:.6f}", half, each.count, each.runs])
 
 
 def _markdown(
@@ -116,7 +116,7 @@ def _markdown(
         f"{len(finished)} of {len(ended)} runs, {_minutes(finished)} minutes, {datetime.now(UTC):%Y-%m-%d}; "
         f"code {', '.join(f'{code} × {count}' for code, count in codes.items())}; measured by {evaluators}.",
         "Mean ± half of the 95 % interval (Student's t) over scenes, whose seeds are averaged first, or over "
-        "seeds where there is one scene. The best of each set of scenes is bold.",
+        "seeds where there is one scene: n of them. The best of each set of scenes is bold.",
         "",
         *_markdown_table(found, columns, bold=True),
     ]
@@ -139,16 +139,16 @@ def _markdown_table(
 ) -> list[str]:
     best = _best(found, columns) if bold else set()
     lines = [
-        f"| row | scenes | {' | '.join(name(column) for column in columns)} | n |",
-        f"| --- | --- | {' | '.join('---' for _ in columns)} | --- |",
+        f"| row | scenes | {' | '.join(name(column) for column in columns)} | n | runs |",
+        f"| --- | --- | {' | '.join('---' for _ in columns)} | --- | --- |",
     ]
     for (row, scenes), estimates in found.items():
         shown = [
             f"**{estimates[column]}**" if (row, scenes, column) in best else str(estimates.get(column, "–"))
             for column in columns
         ]
-        count = max(each.count for each in estimates.values())
-        lines.append(f"| {row} | {scenes} | {' | '.join(shown)} | {count} |")
+        behind = [max(getattr(each, of) for each in estimates.values()) for of in ("count", "runs")]
+        lines.append(f"| {row} | {scenes} | {' | '.join([*shown, *map(str, behind)])} |")
     return lines
 
 
