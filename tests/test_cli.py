@@ -81,6 +81,7 @@ def test_help_lists_every_task_and_its_keys(mifo, capsys):
         (["run", "synthesis.steps=0"], "synthesis.steps=0"),
         (["run", "synthesis.steps=1001"], "1001 sampling steps"),
         (["run", "synthesis.samples=0"], "synthesis.samples=0"),
+        (["learn", "synthesis.samples=0"], "synthesis.samples=0"),
         (["run", "synthesis.negative_prompt=" + "x" * 200], "shorten"),
         (["learn", "learning.semantic.learning_rate=-1"], "learning.semantic.learning_rate=-1"),
         (["learn", "learning.finetuning.betas=[0.9, 1]"], "learning.finetuning.betas"),

@@ -275,6 +275,7 @@ def test_an_unknown_key_of_a_table_is_refused_in_one_sentence(folder, mifo, caps
         (["seed=7"], r"seed=7 would .*table.seeds=\[7\]"),
         (["method=no_penalty"], r"row 'none'.*table.rows={LABEL: \[method=no_penalty\]}"),
         (["+method@_global_=no_penalty"], "table.rows"),
+        (["penalty=none"], r"row 'none'.*table.rows={LABEL: \[penalty=none\]}"),
         (["table.overrides=[seed=7]"], "table.seeds"),
         (["penalty=none", "table.rows={a: [penalty=mifo]}"], "row 'a'.*table.rows"),
         (["guidance=none", "table.rows={a: [], b: [guidance=mifo]}"], "row 'b'.*table.rows"),
@@ -287,7 +288,7 @@ def test_an_override_that_belies_the_labels_is_refused(folder, arguments, words)
 
 
 def test_an_override_of_what_no_label_names_is_accepted(folder):
-    given = ["model=sd21", "penalty=none", "instances.fit=pad", "learning.semantic.steps=7"]
+    given = ["model=sd21", "guidance=none", "instances.fit=pad", "learning.semantic.steps=7"]
     assert read_table(folder / "small", given)[1] == given
     weights = ROOT / "experiments" / "loss_weights"
     assert "penalty.finetuning.weight=1" in read_table(weights, ["penalty.finetuning.weight=1"])[1]

@@ -13,7 +13,6 @@ from mifo.config.schema import (
     LearnSettings,
     ModelTaskSettings,
     QualitySettings,
-    RunSettings,
     SynthesizeSettings,
     TaskSettings,
 )
@@ -46,7 +45,7 @@ def check(settings: TaskSettings) -> None:
                 )
     if isinstance(settings, ModelTaskSettings):
         check_performance(settings.performance)
-    if isinstance(settings, SynthesizeSettings | RunSettings | QualitySettings):
+    if isinstance(settings, SynthesizeSettings | LearnSettings | QualitySettings):
         check_synthesis(settings.synthesis)
         check_guidance(settings.guidance)
     if isinstance(settings, LearnSettings):

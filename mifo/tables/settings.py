@@ -128,6 +128,8 @@ def _check_labels(settings: TableSettings, overrides: list[str]) -> None:
     """Refuse `overrides` of every run that would replace what rows, scenes or seeds are named by."""
     fixed = {_key(delta): f"row '{label}'" for label, deltas in settings.rows.items() for delta in deltas}
     fixed |= {_key(key): "grid" for key in settings.grid} | {"instances": "scenes", "seed": "seeds"}
+    if "method" in fixed:  # whose options choose these groups
+        fixed |= dict.fromkeys(("penalty", "schedule"), fixed["method"])
     for override in overrides:
         key, value = _key(override), override.partition("=")[2]
         if key in fixed:
