@@ -69,12 +69,13 @@ def normalised(
     tiling = Tiling(x, groups)
     means, variances = _float32(x, 2, *tiling.partial_shape)
     combined = tiling.partial_shape[1] > MANY
-    mean, rstd = _float32(x, 2, len(x), groups)
     y = torch.empty_like(x, memory_format=torch.channels_last)
     with torch.cuda.device_of(x):
         _tile_moments[tiling.grid](x, means, variances, **tiling.arguments)
         if combined:
             mean, rstd = _combine(means, variances, eps, **tiling.arguments)
+        else:
+            mean, rstd = _float32(x, 2, len(x), groups)
         _normalise[tiling.grid](
             *(x, weight, bias, means, variances, mean, rstd, y, eps),
             SILU=silu,

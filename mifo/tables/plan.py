@@ -30,8 +30,6 @@ CELLS_PER_PROCESS = 16  # Hydra composes one in 0.3 s; a process of its own star
 
 # what comes after learning: runs that differ in these alone learn the same
 _AFTER_LEARNING = {"layout", "guidance", "synthesis", "metrics"}
-
-
 _STATES = {True: " (dirty)", False: "", None: " (no git)"}
 
 

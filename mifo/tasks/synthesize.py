@@ -95,8 +95,9 @@ def check_layouts(
     tokenize(outline.tokenizer, [settings.synthesis.negative_prompt])
     for layout in wanted:
         find_instances(outline.tokenizer, layout.prompt, list(layout.boxes))
-        if layout.boxes:
-            *_, divisor = layers_in_use(outline.unet, settings.guidance)
+    if any(layout.boxes for layout in wanted):
+        *_, divisor = layers_in_use(outline.unet, settings.guidance)
+        for layout in wanted:
             check_boxes(layout.boxes, outline.unet.config.sample_size // divisor)
 
 
