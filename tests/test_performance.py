@@ -471,9 +471,10 @@ def test_8_bit_states_go_on_from_a_checkpoint(tmp_path):
 
 
 KERNEL = """
-import torch
+import torch, triton, triton.language as tl
 from torch import nn
 import mifo.performance.adamw_8bit as adamw
+import mifo.performance.adamw_kernel as kernel
 
 def learnt(fused, dtype):
     adamw.has_kernels = lambda device: fused
@@ -491,6 +492,18 @@ def learnt(fused, dtype):
             each.grad = (torch.randn(each.shape) * torch.randn(each.shape).exp() ** 3).to(dtype)
         optimizer.step()
     return weights, optimizer
+
+@triton.jit
+def encode(values, codes, SIGNED: tl.constexpr, COUNT: tl.constexpr):
+    tl.store(codes + tl.arange(0, COUNT), kernel._encode(tl.load(values + tl.arange(0, COUNT)), SIGNED))
+
+for name in adamw.MOMENTS:
+    levels, borders = adamw._levels(name, torch.device("cpu"))
+    aside = levels.diff() * 1e-4
+    values = torch.cat([levels, borders - aside, borders + aside, torch.zeros(258)])
+    codes = torch.empty(len(values), dtype=torch.uint8)
+    encode[(1,)](values, codes, name == "exp_avg", len(values))
+    assert torch.equal(codes, torch.bucketize(values, borders).to(torch.uint8)), name
 
 for dtype in (torch.float32, torch.bfloat16):
     plain, fused = learnt(False, dtype), learnt(True, dtype)

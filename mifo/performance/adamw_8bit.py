@@ -113,7 +113,8 @@ class AdamW8bit(torch.optim.Optimizer):
             pointers = tuple(tensor.data_ptr() for row in memory for tensor in row)
             if kind not in self._tables or self._tables[kind].pointers != pointers:
                 self._tables[kind] = Tables(memory, pointers)
-            launch(self._tables[kind], kind, group, step, self.grad_scale)
+            levels = tuple(_levels(name, parameters[0].device)[0] for name in MOMENTS)
+            launch(self._tables[kind], kind, group, step, self.grad_scale, levels)
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mifo.performance.weight_gradients import WeightGradientsBeside
+
 log = logging.getLogger(__name__)
 
 
@@ -101,10 +103,12 @@ class GraphedStep:
             parameter.grad = gradient
 
     def _loss_and_gradients(self, *inputs: Tensor) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
-        loss, rest = self._function(*inputs)
-        # the engine would take autocast over to the products of the backward pass, which knows its precisions
-        with torch.autocast(loss.device.type, enabled=False):
-            gradients = torch.autograd.grad(loss, self._leaves, allow_unused=True)
+        with WeightGradientsBeside(self._leaves[0].device):
+            loss, rest = self._function(*inputs)
+            # the engine would take autocast over to the products of the backward pass, which knows its
+            # precisions
+            with torch.autocast(loss.device.type, enabled=False):
+                gradients = torch.autograd.grad(loss, self._leaves, allow_unused=True)
         return loss.detach(), rest, _laid_out(gradients, self._parameters)
 
 
@@ -115,7 +119,8 @@ def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[
         RuntimeError: it can not be captured, or there is no GPU.
     """
     buffers = [each.detach().clone() for each in inputs]
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    # before what it starts beside itself
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(priority=-1)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         function(*buffers)  # libraries set themselves up, and what is kept gets computed
