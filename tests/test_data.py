@@ -2,6 +2,9 @@
 
 import dataclasses
 from collections import Counter
+from copy import copy
+from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
 from mifo.learning.settings import LearningSettings, PriorSettings, StageSettings
 from mifo.miniature.vocabulary import BACKGROUNDS
-from mifo.models.images import encode_both_ways, encode_images
+from mifo.models.images import encode_images
 from mifo.models.loading import load_model
 from mifo.models.settings import ModelSettings
 from mifo.models.text import tokenize
@@ -222,9 +225,12 @@ def instances():
     return InstanceSet("three", image, masks, ("car", "owl", "car"), (None, None, None), tokens)
 
 
-def drawn(model, instances, with_prior=False, batch_size=1, seed=0, stream=0, **settings):
-    stage = StageSettings(batch_size=batch_size)
+def drawn(
+    model, instances, with_prior=False, batch_size=1, seed=0, stream=0, steps=600, trainer=None, **settings
+):
+    stage = StageSettings(steps=steps, batch_size=batch_size)
     data = LearningData(model, instances, LearningSettings(**settings), stage, seed, stream, with_prior)
+    data.trainer = trainer
     data.prepare_data()
     data.setup("fit")
     return data
@@ -278,17 +284,17 @@ def test_pictures_are_encoded_as_they_are_taken(model):
         seen.append(i)
         return images[i]
 
-    found = encode_both_ways(model, map(told, range(5)), batch_size=2)
+    found = encode_images(model, map(told, range(5)), batch_size=2)
     assert seen == [*range(5)]
-    for flip, pictures in enumerate((images, images.flip(-1))):
-        for ours, theirs in zip(found, encode_images(model, pictures), strict=True):
-            torch.testing.assert_close(ours[flip], theirs)
+    for ours, theirs in zip(found, encode_images(model, images, batch_size=5), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def fields(batch):
+    return [getattr(batch, field.name) for field in dataclasses.fields(batch)]
 
 
 def test_a_draw_depends_on_its_step_alone(model, instances):
-    def fields(batch):
-        return [getattr(batch, field.name) for field in dataclasses.fields(batch)]
-
     data, again = drawn(model, instances, batch_size=2), drawn(model, instances, batch_size=2)
     for _ in range(3):
         again.draw(1)
@@ -321,6 +327,86 @@ def test_class_samples_come_first_with_their_own_prompt(model, instances, tmp_pa
         assert all("<asset" in model.tokenizer.decode(ids) for ids in batch.input_ids[2:])
     assert set(prompts) == {"a photo of a car", "a photo of an owl"}
     assert prompts["a photo of a car"] > prompts["a photo of an owl"]  # two of three pictures
+
+
+@pytest.fixture
+def own_pictures(tmp_path):
+    """Thirty class pictures of noise."""
+    generator = np.random.default_rng(0)
+    for i in range(30):
+        pixels = generator.integers(256, size=(32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i:02}.png")
+    return PriorSettings(folder=str(tmp_path), prompts=["a car"])
+
+
+@pytest.fixture
+def encoded(model, monkeypatch):
+    """How many pictures the VAE was given at once, call by call."""
+    sizes, encode = [], model.vae.encode
+    monkeypatch.setattr(model.vae, "encode", lambda images: sizes.append(len(images)) or encode(images))
+    return sizes
+
+
+def replayed(instances, latents, step, rank=0):
+    """Class picture, mirror, latents, noise and times of a step of one sample, drawn number by number.
+
+    `latents`: mean and deviation (2, B, 4, h, w) of all class pictures and their mirror images.
+    """
+    entropy = np.random.SeedSequence([0, 0, rank, step]).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(entropy[0]))
+    number = len(instances.tokens)
+    torch.randint(number, (1,), generator=generator)
+    torch.randperm(number, generator=generator)
+    torch.rand((), generator=generator)
+    picture = int(torch.randint(latents[0].shape[1], (1,), generator=generator))
+    mirror = int(torch.rand((), generator=generator) < 0.5)
+    sample, noise = torch.randn(2, 2, *latents[0].shape[2:], generator=generator)
+    timesteps = torch.randint(1000, (2,), generator=generator)
+    mean, deviation = (each[mirror, picture] for each in latents)
+    return (picture, mirror), mean + deviation * sample[0], noise, timesteps
+
+
+@pytest.mark.parametrize(("accumulated", "rank"), [(1, 0), (2, 1)])
+def test_only_what_is_drawn_of_the_class_pictures_is_encoded(
+    model, instances, own_pictures, encoded, accumulated, rank
+):
+    pictures, _ = taken(model, ["a car"], own_pictures, seed=0)
+    latents = [
+        torch.stack(ways)
+        for ways in zip(*(encode_images(model, each) for each in (pictures, pictures.flip(-1))), strict=True)
+    ]
+    encoded.clear()
+    trainer = SimpleNamespace(global_rank=rank, accumulate_grad_batches=accumulated)
+    data = drawn(model, instances, True, steps=20, trainer=trainer, prior=own_pictures)
+    assert encoded[0] == 2 and set(encoded[1:-1]) <= {16} and encoded[-1] <= 16
+    found = set()
+    for step in range(20 * accumulated + 1):  # the trainer draws one ahead
+        pair, latent, noise, timesteps = replayed(instances, latents, step, rank)
+        found.add(pair)
+        batch = data.draw(step, rank)
+        torch.testing.assert_close(batch.latents[0], latent, rtol=0, atol=1e-5)
+        assert torch.equal(batch.noise, noise) and torch.equal(batch.timesteps, timesteps)
+    assert sum(encoded[1:]) == len(found) < 60
+
+
+def test_steps_beyond_those_of_the_stage_are_drawn_alike(model, instances, own_pictures, encoded):
+    few, many = (drawn(model, instances, True, steps=each, prior=own_pictures) for each in (3, 60))
+    encoded.clear()
+    for step in range(60):
+        for ours, theirs in zip(fields(few.draw(step)), fields(many.draw(step)), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert set(encoded) == {1}
+
+
+def test_a_run_resumed_in_the_middle_draws_the_same(model, instances, own_pictures):
+    trainer = SimpleNamespace(global_rank=0, accumulate_grad_batches=2, global_step=0)
+    whole, resumed = (
+        drawn(model, instances, True, steps=9, trainer=copy(trainer), prior=own_pictures) for _ in range(2)
+    )
+    resumed.trainer.global_step = 4
+    batches = list(islice(whole.train_dataloader(), 18))
+    for before, after in zip(batches[8:], resumed.train_dataloader(), strict=False):
+        assert all(map(torch.equal, fields(before), fields(after)))
 
 
 def taken(*args, **kwargs):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 from mifo.performance.graphs import GraphedStep
 from mifo.performance.weight_gradients import AHEAD, WeightGradientsBeside
@@ -14,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 class Network(nn.Module):
-    """Each kind of layer, one without a bias, one that is frozen, and one that is used twice."""
+    """Each kind of layer, one without a bias, one frozen, one used twice, one made of others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,11 +25,12 @@ class Network(nn.Module):
         self.norm = nn.LayerNorm(8)
         self.frozen = nn.Linear(8, 8).requires_grad_(False)
         self.shared = nn.Linear(8, 8)
+        self.made = weight_norm(nn.Linear(8, 8))
         self.last = nn.ModuleList(nn.Linear(8, 8, bias=bool(i % 2)) for i in range(2 * AHEAD))
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(self.named(self.grouped(self.first(x))).flatten(2).transpose(1, 2))
-        tokens = self.shared(F.silu(self.frozen(self.shared(tokens))))
+        tokens = self.made(self.shared(F.silu(self.frozen(self.shared(tokens)))))
         for layer in self.last:
             tokens = tokens + layer(tokens)
         return tokens.square().mean()
@@ -89,3 +91,14 @@ def test_a_captured_step_has_the_gradients_of_an_ordinary_one():
         assert step._replay is not None
         for parameter, theirs in zip(learnt, plain, strict=True):
             torch.testing.assert_close(parameter.grad, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_a_step_without_such_layers_is_captured_too():
+    rows = nn.Parameter(torch.randn(4, 8, device="cuda"))
+    step = GraphedStep(lambda x: ((rows * x).square().sum(), None), [rows], wanted=True)
+    x = torch.randn(8, device="cuda")
+    loss, _ = step(x)
+    step.backward(loss)
+    assert step._replay is not None
+    torch.testing.assert_close(rows.grad, (2 * rows * x.square()).detach())

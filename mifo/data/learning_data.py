@@ -4,10 +4,12 @@ B instance samples, P class samples (P = B with a prior, else 0), N instances, L
 H × W pixels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import count
+from itertools import count, groupby
+from operator import itemgetter
+from typing import NamedTuple
 
 import lightning
 import numpy as np
@@ -19,10 +21,12 @@ from mifo.data.instances import InstanceSet
 from mifo.data.prior import class_picture_files, class_pictures, class_prompts
 from mifo.errors import MifoError
 from mifo.learning.settings import LearningSettings, StageSettings
-from mifo.models.images import encode_both_ways
+from mifo.models.images import encode_images
 from mifo.models.loading import DiffusionModel
 from mifo.models.text import tokenize
 from mifo.performance.settings import PerformanceSettings
+
+ENCODED_AT_ONCE = 16  # class pictures and mirror images
 
 
 @dataclass
@@ -46,6 +50,20 @@ class LearningBatch:
     token_positions: Tensor
     masks: Tensor
     valid: Tensor
+
+
+class _Choices(NamedTuple):
+    """What a step takes, of the numbers that it draws.
+
+    Attributes:
+        selections: B times the numbers of the instances in the prompt's order.
+        flips: (B,) 1 for the mirror image, else 0.
+        pictures: (P,) a class picture's number and 1 for its mirror image, else 0.
+    """
+
+    selections: list[tuple[int, ...]]
+    flips: list[int]
+    pictures: list[tuple[int, int]]
 
 
 class LearningData(lightning.LightningDataModule):
@@ -74,7 +92,7 @@ class LearningData(lightning.LightningDataModule):
         self.model = model
         self.instances = instances
         self.settings = settings
-        self.batch_size = stage.batch_size
+        self.steps, self.batch_size = stage.steps, stage.batch_size
         self.seed = seed
         self.stream = stream
         self.performance = performance
@@ -88,18 +106,22 @@ class LearningData(lightning.LightningDataModule):
             class_picture_files(*self._class_pictures)
 
     def setup(self, stage: str) -> None:
-        """Encode the image, its mirror image and the class pictures, each once."""
+        """Encode the image, its mirror image and what the steps draw of the class pictures, each once."""
         image, masks = self.instances.resized(self.model.image_size)
-        self.latents = [each[:, 0] for each in encode_both_ways(self.model, [image])]
+        self.latents = encode_images(self.model, [image, image.flip(-1)])
         self.masks = torch.stack([masks, masks.flip(-1)]).to(self.model.device)
         # row N stands for no instance
         self.masks = torch.cat([self.masks, torch.zeros_like(self.masks[:, :1])], 1)
         if self.prompts:
-            pictures, told = class_pictures(*self._class_pictures)
-            rounded = self.performance is not None and self.performance.learning_precision == "bfloat16"
-            with torch.autocast(self.model.device.type, torch.bfloat16, enabled=rounded):
-                self.class_latents = [each.float() for each in encode_both_ways(self.model, pictures)]
+            self.pictures, told = class_pictures(*self._class_pictures)
             self.class_ids = tokenize(self.model.tokenizer, told)
+            self.class_latents: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+            rank, accumulated = 0, 1
+            if self.trainer is not None:
+                rank, accumulated = self.trainer.global_rank, self.trainer.accumulate_grad_batches
+            # one more, as the trainer draws a batch ahead
+            steps = range(self.steps * accumulated + 1)
+            self._encode(pair for i in steps for pair in self._choices(self._generator(i, rank)).pictures)
 
     def train_dataloader(self) -> DataLoader:
         """Batches from the trainer's step on; without workers, since nothing is read or decoded."""
@@ -108,22 +130,19 @@ class LearningData(lightning.LightningDataModule):
 
     def draw(self, step: int, rank: int = 0) -> LearningBatch:
         """The batch of a step, after `setup`; union sampling: Break-a-Scene (arXiv 2305.16311)."""
-        entropy = np.random.SeedSequence([self.seed, self.stream, rank, step]).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(entropy[0]))
-        selections = [self._selection(generator) for _ in range(self.batch_size)]
-        flips = [self._flip(generator) for _ in selections]
+        generator = self._generator(step, rank)
+        selections, flips, pictures = self._choices(generator)
         prompts = [self._prompt(chosen) for chosen in selections]
         number = len(self.instances.tokens)
         padded = [list(chosen) + [number] * (number - len(chosen)) for chosen in selections]
         input_ids = torch.stack([ids for ids, _ in prompts])
         means, deviations = ([each[flip] for flip in flips] for each in self.latents)
         if self.prompts:
-            pictures = self._integers(len(self.class_ids), self.batch_size, generator)
-            mirrors = [self._flip(generator) for _ in pictures]
-            input_ids = torch.cat([self.class_ids[pictures], input_ids])
+            self._encode(pictures)
+            input_ids = torch.cat([self.class_ids[[i for i, _ in pictures]], input_ids])
+            encoded = zip(*(self.class_latents[pair] for pair in pictures), strict=True)
             means, deviations = (
-                [each[flip, i] for flip, i in zip(mirrors, pictures, strict=True)] + rest
-                for each, rest in zip(self.class_latents, (means, deviations), strict=True)
+                [*each, *rest] for each, rest in zip(encoded, (means, deviations), strict=True)
             )
         mean, deviation = torch.stack(means), torch.stack(deviations)
         # drawn on the CPU, so that a seed gives the same run on every device
@@ -147,6 +166,37 @@ class LearningData(lightning.LightningDataModule):
             ),
             valid=torch.tensor([[float(i < len(chosen)) for i in range(number)] for chosen in selections]),
         )
+
+    def _generator(self, step: int, rank: int) -> torch.Generator:
+        entropy = np.random.SeedSequence([self.seed, self.stream, rank, step]).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(entropy[0]))
+
+    def _choices(self, generator: torch.Generator) -> _Choices:
+        """What a step takes: the first draws of its generator."""
+        selections = [self._selection(generator) for _ in range(self.batch_size)]
+        flips = [self._flip(generator) for _ in selections]
+        pictures = self._integers(len(self.class_ids), self.batch_size, generator) if self.prompts else []
+        return _Choices(selections, flips, [(i, self._flip(generator)) for i in pictures])
+
+    def _encode(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Encode class pictures or their mirror images, as in `_Choices`, where they are not yet."""
+        missing = sorted({*pairs} - self.class_latents.keys())
+        if not missing:
+            return
+        rounded = self.performance is not None and self.performance.learning_precision == "bfloat16"
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=rounded):
+            encoded = encode_images(self.model, self._turned(missing), ENCODED_AT_ONCE)
+        means, deviations = (each.float() for each in encoded)
+        self.class_latents.update(zip(missing, zip(means, deviations, strict=True), strict=True))
+
+    def _turned(self, pairs: list[tuple[int, int]]) -> Iterator[Tensor]:
+        """The class pictures or mirror images of sorted pairs, each picture read once."""
+        numbers = list(dict.fromkeys(i for i, _ in pairs))
+        turns = (turns for _, turns in groupby(pairs, itemgetter(0)))
+        device = self.model.device  # found by a walk through the U-Net
+        for picture, turn in zip(self.pictures.read(numbers), turns, strict=True):
+            there = picture.to(device)
+            yield from (there.flip(-1) if mirror else there for _, mirror in turn)
 
     def _selection(self, generator: torch.Generator) -> tuple[int, ...]:
         """k ~ U{1…N} distinct instances in random order."""

@@ -3,8 +3,9 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +34,28 @@ READ_AT_ONCE = 16  # pictures in memory
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 
+@dataclass(frozen=True)
+class ClassPictures:
+    """Class pictures (3, H, W) in [0, 1], the middle squares of these files; read as they are taken.
+
+    Raises:
+        MifoError: when pictures are taken: one can not be read.
+    """
+
+    files: list[Path]
+    side: int
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.read(range(len(self.files)))
+
+    def read(self, numbers: Sequence[int]) -> Iterator[Tensor]:
+        """The pictures of these numbers only."""
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, len(numbers), READ_AT_ONCE):
+                files = [self.files[i] for i in numbers[start : start + READ_AT_ONCE]]
+                yield from pool.map(partial(_read, side=self.side), files)
+
+
 def class_prompts(instances: InstanceSet, settings: PriorSettings) -> list[str]:
     """The prompts of the class pictures: those of the settings, once for every class of the instances."""
     names = dict.fromkeys(instances.class_names or [UNKNOWN_CLASS])
@@ -47,14 +70,14 @@ def class_pictures(
     settings: PriorSettings,
     seed: int,
     performance: PerformanceSettings | None = None,
-) -> tuple[Iterator[Tensor], list[str]]:
-    """Class pictures (3, H, W) in [0, 1] at the model's size, read as they are taken, and each one's prompt.
+) -> tuple[ClassPictures, list[str]]:
+    """Class pictures at the model's size, and the prompt of each.
 
     Raises:
-        MifoError: see `class_picture_files`; when pictures are taken: one can not be read.
+        MifoError: see `class_picture_files`.
     """
     files, told = class_picture_files(model, prompts, settings, seed, performance)
-    return _read_in_threads(files, model.image_size), told
+    return ClassPictures(files, model.image_size), told
 
 
 def class_picture_files(
@@ -100,12 +123,6 @@ def _picture_files(folder: Path) -> list[Path]:
             f"learning.prior.folder={folder} holds no picture; put PNG, JPEG or WebP files there."
         )
     return files
-
-
-def _read_in_threads(files: list[Path], side: int) -> Iterator[Tensor]:
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(files), READ_AT_ONCE):
-            yield from pool.map(partial(_read, side=side), files[start : start + READ_AT_ONCE])
 
 
 def _read(file: Path, side: int) -> Tensor:

@@ -74,6 +74,7 @@ class GraphedStep:
         copies = copies or {}
         self._leaves = [copies.get(each, each) for each in parameters]
         self._wanted = wanted
+        self._beside = WeightGradientsBeside(self._leaves[0].device)
         self._replay: Callable[..., Any] | None = None
         self._gradients: Sequence[Tensor | None] | None = None
 
@@ -103,7 +104,7 @@ class GraphedStep:
             parameter.grad = gradient
 
     def _loss_and_gradients(self, *inputs: Tensor) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
-        with WeightGradientsBeside(self._leaves[0].device):
+        with self._beside:
             loss, rest = self._function(*inputs)
             # the engine would take autocast over to the products of the backward pass, which knows its
             # precisions
@@ -125,7 +126,8 @@ def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[
     with torch.cuda.stream(stream):
         function(*buffers)  # libraries set themselves up, and what is kept gets computed
     torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph, stream=stream):
+    # relaxed: other threads may use the GPU meanwhile, as they do to load its libraries
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
         outputs = function(*buffers)
 
     def replay(*inputs: Tensor) -> Any:

@@ -22,8 +22,8 @@ class WeightGradientsBeside(TorchFunctionMode):
 
     They are computed by the same operations and come out the same. The backward pass must end within the
     block: after it the current stream waits for the other one. On a processor everything runs in one order.
-    Layers that autocast would convert, those whose weights do not learn, and convolutions with padding="same"
-    stay as they are.
+    Layers that autocast would convert, those whose weights do not learn or are made from others, and
+    convolutions with padding="same" stay as they are.
 
     Args:
         device: of the layers.
@@ -46,14 +46,15 @@ class WeightGradientsBeside(TorchFunctionMode):
         if layer is None:
             return function(*args, **(kwargs or {}))
         x, weight, *options = layer.arguments(*args, **(kwargs or {}))
-        if not _learns(x, weight) or any(isinstance(each, str) for each in options):
+        if not _takes_part(x, weight, *options):
             return function(*args, **(kwargs or {}))
         self._uses[id(weight)] += 1
         return layer.apply(self, x, weight, *options)
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        if self._stream is not None:
+        # a stream that nothing ran on is not part of a capture, which must not wait for it
+        if self._waiting:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
         self._waiting.clear()
         self._uses.clear()
@@ -80,12 +81,15 @@ class WeightGradientsBeside(TorchFunctionMode):
         return result
 
 
-def _learns(x: Tensor, weight: Tensor | None) -> bool:
+def _takes_part(x: Tensor, weight: Tensor | None, bias: Tensor | None, *options: Any) -> bool:
     return (
         weight is not None
         and weight.requires_grad
         and torch.is_grad_enabled()
+        # what a weight is made from would take its gradient before it is there
+        and all(each is None or each.is_leaf for each in (weight, bias))
         and not torch.is_autocast_enabled(x.device.type)
+        and not any(isinstance(each, str) for each in options)
     )
 
 

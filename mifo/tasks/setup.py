@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from transformers.utils.logging import disable_progress_bar
 
 from mifo.config.schema import EvaluateSettings, ModelTaskSettings, TaskSettings
+from mifo.performance.libraries import load_libraries
 from mifo.tasks.tracking import define_metrics
 
 
@@ -33,7 +34,9 @@ def prepare(settings: TaskSettings) -> torch.device:
         if settings.performance.threads:
             torch.set_num_threads(settings.performance.threads)
     gpu = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if gpu else "cpu")
+    device = torch.device("cuda" if gpu else "cpu")
+    load_libraries(device)
+    return device
 
 
 @contextmanager
