@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from mifo.metrics.evaluation import METRICS
 from mifo.report.palette import hexadecimal, instance_colour
@@ -80,23 +81,19 @@ def _lines(cells: Cells, columns: Sequence[str]) -> Figure:
 
 
 def _pareto(cells: Cells, columns: Sequence[str]) -> Figure:
-    across, up = "editability", "instance_consistency"
+    """Points with numbers, named beside the panels, since those of a sweep lie close together."""
+    metrics = across, up = "editability", "instance_consistency"
     rows, sets = _names(cells)
     figure, panels = _panels(len(sets), 4.6, 4.2)
+    figure.set_figwidth(figure.get_figwidth() + 0.06 * max(map(len, rows)))
+    fronts: set[str] = set()
     for axes, scenes in zip(panels, sets, strict=True):
-        found = {
-            row: cells[row, scenes] for row in rows if {across, up} <= cells.get((row, scenes), {}).keys()
-        }
+        found = {row: cells[row, scenes] for row in rows if {*metrics} <= cells.get((row, scenes), {}).keys()}
         points = [(each[across].mean, each[up].mean) for each in found.values()]
         front = pareto_front(points)
-        axes.plot(
-            *zip(*[points[index] for index in front], strict=True),
-            "-",
-            color="#9ca3af",
-            zorder=1,
-            label="Pareto front",
-        )
-        for index, each in enumerate(found.values()):
+        fronts |= {row for index, row in enumerate(found) if index in front}
+        axes.plot(*zip(*[points[index] for index in front], strict=True), "-", color="#9ca3af", zorder=1)
+        for index, (row, each) in enumerate(found.items()):
             best = index in front
             _errorbars(
                 axes,
@@ -106,16 +103,24 @@ def _pareto(cells: Cells, columns: Sequence[str]) -> Figure:
                 None,
                 x=[_half_widths(each[across], across)],
                 y=[_half_widths(each[up], up)],
+                faint=True,
             )
-        # towards the middle, so that none leaves the panel, and beside the front
-        middle = sum(axes.get_xlim()) / 2
-        for index, (row, point) in enumerate(zip(found, points, strict=True)):
-            if index in front or len(found) <= 12:
-                side, offset = ("right", (-4, -9)) if point[0] > middle else ("left", (4, 4))
-                axes.annotate(row, point, offset, textcoords="offset points", fontsize=6, ha=side)
+            number = {"color": "white", "fontsize": 6, "ha": "center", "va": "center_baseline"}
+            axes.annotate(str(rows.index(row) + 1), points[index], zorder=5 + best, **number)
+        # of sweeps over a few scenes the intervals are many times as long as the points are apart
+        for limit, values in zip((axes.set_xlim, axes.set_ylim), zip(*points, strict=True), strict=True):
+            margin = 0.15 * (max(values) - min(values)) or 0.05
+            limit(min(values) - margin, max(values) + margin)
         axes.set(xlabel=name(across), ylabel=name(up))
         axes.set_title(scenes, fontsize=9)
-    panels[0].legend(fontsize=7, frameon=False)
+    colours = [hexadecimal(instance_colour(0 if row in fronts else 7)) for row in rows]
+    figure.legend(
+        [Line2D([], [], linestyle="", marker="o", color=colour) for colour in colours],
+        [f"{i}  {row}" for i, row in enumerate(rows, start=1)],
+        loc="outside right center",
+        title="blue: on the front that nothing beats\nfaint: 95 % intervals, cut off at the edge",
+        **{"fontsize": 7, "title_fontsize": 7, "alignment": "left", "frameon": False},
+    )
     return figure
 
 
@@ -162,14 +167,20 @@ def _errorbars(
     x: Sequence[tuple[float, float]] | None = None,
     y: Sequence[tuple[float, float]] | None = None,
     line: str = "",
+    faint: bool = False,
 ) -> None:
-    """Points with half-widths `x`, `y`, or both, below and above each point."""
+    """Points with half-widths `x`, `y`, or both, below and above each point; `faint` behind large points."""
     errors = {
         side: list(zip(*halves, strict=True))
         for side, halves in (("xerr", x), ("yerr", y))
         if halves is not None and len(halves)
     }
     style = {"color": hexadecimal(instance_colour(colour)), "linestyle": line, "label": label}
-    axes.errorbar(
-        across, up, fmt="o", markersize=4, linewidth=1, elinewidth=1.2, capsize=2, **style, **errors
+    width = {"elinewidth": 1.2, "capsize": 2}
+    drawn = axes.errorbar(
+        across, up, fmt="o", markersize=9 if faint else 4, linewidth=1, **width, **style, **errors
     )
+    if faint:
+        _, caps, bars = drawn
+        for each in (*caps, *bars):
+            each.set_alpha(0.2)
