@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import weakref
 from dataclasses import replace
 
@@ -28,6 +29,7 @@ from mifo.models.images import decode_latents
 from mifo.models.loading import load_model
 from mifo.models.settings import ModelSettings
 from mifo.penalty.settings import PenaltySettings
+from mifo.performance import libraries
 from mifo.performance.adamw_8bit import AdamW8bit, _levels
 from mifo.performance.graphs import GraphedFunction, GraphedStep
 from mifo.performance.profile import available, check_performance, ready_for_synthesis
@@ -559,6 +561,28 @@ def test_the_optimisers_kernel_on_a_gpu():
         # steps of 1e-2; a moment at the border of two levels may fall on either side
         assert ((a - b).abs() < 1e-4).float().mean() > 0.99 and (a - b).abs().max() < 1e-2
         assert torch.equal(other.copies[b], b.detach().bfloat16())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_libraries_are_loaded_ahead_only_for_a_gpu(device, caplog):
+    caplog.set_level("DEBUG", "mifo.performance.libraries")
+    before = set(threading.enumerate())
+    libraries.load_libraries(torch.device(device))
+    begun = set(threading.enumerate()) - before
+    assert bool(begun) <= (device == "cuda")
+    for thread in begun:
+        thread.join()
+    assert not caplog.records
+
+
+def test_libraries_that_do_not_load_stop_nothing(monkeypatch, caplog):
+    def fail(*args: object) -> None:
+        raise RuntimeError("no such library")
+
+    caplog.set_level("DEBUG", "mifo.performance.libraries")
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    libraries._use(torch.device("cpu"))
+    assert "no such library" in caplog.text
 
 
 def test_low_vram_learns(losses):

@@ -1,10 +1,12 @@
-"""cuDNN and cuBLAS loaded ahead of their first use."""
+"""cuDNN, cuBLAS and Triton loaded ahead of their first use."""
 
 import logging
 from threading import Thread
 
 import torch
 from torch.nn import functional as F
+
+from mifo.performance.kernels import has_kernels
 
 log = logging.getLogger(__name__)
 
@@ -27,5 +29,6 @@ def _use(device: torch.device) -> None:
             F.conv2d(x, x.new_zeros(128, 128, 3, 3).to(memory_format=torch.channels_last), padding=1)
             F.linear(x.permute(0, 2, 3, 1), x.new_zeros(128, 128))
             torch.cuda.synchronize(device)
+        has_kernels(device)  # imports Triton
     except RuntimeError as error:  # whoever needs them next will say so
         log.debug("Libraries of the GPU were not loaded ahead: %s", error)
