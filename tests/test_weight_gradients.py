@@ -1,6 +1,7 @@
 """Gradients of weights in a stream of their own are those of PyTorch."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -75,6 +76,48 @@ def test_what_autocast_would_convert_stays_as_it_is(monkeypatch):
         loss.backward()
 
     assert computed_beside(monkeypatch, run) == 0
+
+
+class Stream:
+    """What two streams are told, in order."""
+
+    def __init__(self, name: str, told: list[tuple[str, str, object]]) -> None:
+        self.name, self.told, self.device, self.events = name, told, CPU, 0
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.told.append((self.name, "waits for", other.name))
+
+    def wait_event(self, event: int) -> None:
+        self.told.append((self.name, "waits for", event))
+
+    def record_event(self) -> int:
+        self.events += 1
+        self.told.append((self.name, "records", self.events))
+        return self.events
+
+
+def test_the_streams_wait_for_each_other(monkeypatch):
+    model, x, _ = network()
+    told: list[tuple[str, str, object]] = []
+    here, beside = Stream("here", told), Stream("beside", told)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    with WeightGradientsBeside(CPU) as mode:
+        mode._stream = beside
+        model(x.detach()).backward()
+    # three layers before the others; the shared one takes no part
+    count = 3 + 2 * AHEAD
+    expected = []
+    for number in range(1, count + 1):
+        expected += [("beside", "waits for", "here"), ("beside", "records", number)]
+        if number > AHEAD:
+            expected.append(("here", "waits for", number - AHEAD))
+    assert told == [*expected, ("here", "waits for", "beside")]
+    told.clear()
+    # as a capture would, which may not wait for a stream outside it
+    with mode:
+        model.requires_grad_(False)(x).backward()
+    assert told == []
 
 
 @pytest.mark.gpu
