@@ -419,6 +419,15 @@ def test_a_plot_shows_every_mean(kind):
     assert means <= shown
 
 
+def test_an_override_that_levels_what_methods_differ_in_is_refused(folder):
+    rows = "table.rows={both: [method=mifo], one: [method=stage2_only]}"
+    with pytest.raises(MifoError, match=r"steps is \d+ in .*row 'both' and 0 in its row 'one'.*table.rows"):
+        plan.plan("small", *read_table(folder / "small", [rows, "learning.semantic.steps=7"]))
+    alike = [rows, "learning.prior.weight=0", "performance.cuda_graphs=true"]
+    runs = plan.plan("small", *read_table(folder / "small", alike))
+    assert runs and all(run.settings.learning.prior.weight == 0 for run in runs)
+
+
 @pytest.mark.slow
 def test_a_killed_table_is_continued(folder):
     """Real processes: the command is killed while its first run works, and continued to the end."""

@@ -14,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import track
 
@@ -24,7 +25,7 @@ from mifo.config.identity import fingerprint
 from mifo.config.location import conf_folder
 from mifo.config.schema import RunSettings
 from mifo.errors import MifoError
-from mifo.tables.settings import TableSettings
+from mifo.tables.settings import TableSettings, key_of
 
 CELLS_PER_PROCESS = 16  # Hydra composes one in 0.3 s; a process of its own starts in some seconds
 
@@ -82,7 +83,12 @@ class Run:
 
 
 def plan(name: str, settings: TableSettings, overrides: list[str]) -> list[Run]:
-    """Every run of the table `name`, composed and checked; a refused one spoils no other."""
+    """Every run of the table `name`, composed and checked; a refused one spoils no other.
+
+    Raises:
+        MifoError: an override of every run sets a key in which rows differ.
+    """
+    _check_differences(settings, overrides)
     cells = []
     for (row, deltas), (scenes, instances) in product(_rows(settings), _scenes(settings)):
         group = re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{name}-{row}-{instances}")
@@ -95,6 +101,32 @@ def plan(name: str, settings: TableSettings, overrides: list[str]) -> list[Run]:
             own = typed and replace(typed, seed=seed)
             runs.append(Run(row, scenes, instances, seed, (*given, f"seed={seed}"), own, refusal))
     return runs
+
+
+def _check_differences(settings: TableSettings, overrides: list[str]) -> None:
+    """Refuse single keys by which rows, or the options that they take, would no longer differ."""
+    single = [each for each in overrides if each not in settings.overrides and "." in key_of(each)]
+    if not single:
+        return
+    others = [each for each in overrides if each not in single]
+    (_, instances), *_ = _scenes(settings)
+    rows = _rows(settings)
+    composed = map(_settings_or_refusal, ([f"instances={instances}", *row, *others] for _, row in rows))
+    known = [
+        (label, OmegaConf.structured(typed))
+        for (label, _), (typed, _) in zip(rows, composed, strict=True)
+        if typed is not None
+    ]
+    for override in single:
+        key = key_of(override)
+        values = [(label, OmegaConf.select(config, key)) for label, config in known]
+        for label, value in values:
+            first, usual = values[0]
+            if value != usual:
+                raise MifoError(
+                    f"{key} is {usual} in the table's row '{first}' and {value} in its row '{label}', which "
+                    f"{override} would make alike; give 'table.rows={{LABEL: [{override}]}}' instead"
+                )
 
 
 def _composed(wanted: Sequence[list[str]]) -> list[tuple[RunSettings | None, str | None]]:

@@ -126,12 +126,12 @@ def _check(settings: TableSettings, file: Path) -> None:
 
 def _check_labels(settings: TableSettings, overrides: list[str]) -> None:
     """Refuse `overrides` of every run that would replace what rows, scenes or seeds are named by."""
-    fixed = {_key(delta): f"row '{label}'" for label, deltas in settings.rows.items() for delta in deltas}
-    fixed |= {_key(key): "grid" for key in settings.grid} | {"instances": "scenes", "seed": "seeds"}
+    fixed = {key_of(delta): f"row '{label}'" for label, deltas in settings.rows.items() for delta in deltas}
+    fixed |= {key_of(key): "grid" for key in settings.grid} | {"instances": "scenes", "seed": "seeds"}
     if "method" in fixed:  # whose options choose these groups
         fixed |= dict.fromkeys(("penalty", "schedule"), fixed["method"])
     for override in overrides:
-        key, value = _key(override), override.partition("=")[2]
+        key, value = key_of(override), override.partition("=")[2]
         if key in fixed:
             instead = {
                 "scenes": f"table.scenes={{{value}: [{value}]}}",
@@ -144,6 +144,6 @@ def _check_labels(settings: TableSettings, overrides: list[str]) -> None:
             )
 
 
-def _key(override: str) -> str:
+def key_of(override: str) -> str:
     """The key of an override of Hydra, which may add or delete it or name a package."""
     return override.partition("=")[0].lstrip("+~").partition("@")[0]
