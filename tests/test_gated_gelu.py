@@ -1,13 +1,9 @@
 """The product of gated feed-forwards: its kernels, in an interpreter and on a GPU, and U-Nets with it."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers.models.activations import GEGLU
+from interpreted import run_in_interpreter
 from test_group_norm import outcome, same, small_unet
 from torch.nn import functional as F
 
@@ -90,12 +86,7 @@ def check_unet():
 
 
 def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-c", "import test_gated_gelu; test_gated_gelu.check_in_interpreter()"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    here = Path(__file__).parent
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=here)
-    assert not done.returncode, done.stderr + done.stdout
+    run_in_interpreter("import test_gated_gelu; test_gated_gelu.check_in_interpreter()")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

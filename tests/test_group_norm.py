@@ -1,17 +1,14 @@
 """GroupNorm of channels-last activations: its kernels, in an interpreter and on a GPU, and U-Nets with it."""
 
 import gc
-import os
-import subprocess
-import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from interpreted import run_in_interpreter
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -143,12 +140,7 @@ def same(ours, theirs, tolerance):
 
 
 def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-c", "import test_group_norm; test_group_norm.check_in_interpreter()"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    here = Path(__file__).parent
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=here)
-    assert not done.returncode, done.stderr + done.stdout
+    run_in_interpreter("import test_group_norm; test_group_norm.check_in_interpreter()")
 
 
 @pytest.mark.parametrize("silu", [True, False])

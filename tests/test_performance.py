@@ -3,15 +3,13 @@
 import copy
 import gc
 import logging
-import os
-import subprocess
-import sys
 import threading
 import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from interpreted import run_in_interpreter
 from recorded import Recordings
 from test_learning import TRAINER, Watch
 from test_synthesis import QUICK, run, subjects_of
@@ -322,7 +320,8 @@ def test_class_pictures_are_replayed_from_one_graph_and_rounded_as_learning_is(s
 
     def made(name, **changes):
         settings = PriorSettings(pictures=3, steps=2, cache=str(tmp_path / name), batch_size=2)
-        return torch.stack([*class_pictures(model, prompts, settings, 0, replace(PLAIN, **changes))[0]])
+        found, told = class_pictures(model, prompts, settings, 0, replace(PLAIN, **changes))
+        return torch.stack([*found.read(range(len(told)))])
 
     plain = made("plain")
     assert (made("graphs", cuda_graphs=True) - plain).abs().max() <= 1 / 255 + 1e-6
@@ -526,12 +525,9 @@ for dtype in (torch.float32, torch.bfloat16):
 
 
 def test_the_optimisers_kernel_does_what_plain_pytorch_does():
-    pytest.importorskip("triton")
     if not hasattr(torch.nn.Parameter(torch.ones(1)), "grad_dtype"):
         pytest.skip("gradients of another precision come with PyTorch 2.10")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", KERNEL], capture_output=True, text=True, env=environment)
-    assert not done.returncode, done.stderr + done.stdout
+    run_in_interpreter(KERNEL)
 
 
 @pytest.mark.gpu

@@ -45,9 +45,6 @@ class ClassPictures:
     files: list[Path]
     side: int
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return self.read(range(len(self.files)))
-
     def read(self, numbers: Sequence[int]) -> Iterator[Tensor]:
         """The pictures of these numbers only."""
         with ThreadPoolExecutor() as pool:

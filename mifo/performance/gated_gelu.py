@@ -10,9 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from mifo.performance.kernels import has_kernels
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from mifo.performance.kernels import kernels_take
 
 
 def gated_gelu(projected: Tensor) -> Tensor:
@@ -35,13 +33,7 @@ def gated_gelu(projected: Tensor) -> Tensor:
 
 
 def _has_kernels(projected: Tensor) -> bool:
-    return (
-        not torch.compiler.is_compiling()
-        and has_kernels(projected.device)
-        and projected.dtype in DTYPES
-        and projected.numel() > 0
-        and projected.shape[-1] % 16 == 0
-    )
+    return kernels_take(projected) and projected.shape[-1] % 16 == 0
 
 
 class _GatedGELU(torch.autograd.Function):

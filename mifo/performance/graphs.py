@@ -120,7 +120,7 @@ def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[
         RuntimeError: it can not be captured, or there is no GPU.
     """
     buffers = [each.detach().clone() for each in inputs]
-    # before what it starts beside itself
+    # its operations go before those of the streams that it starts
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(priority=-1)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -11,9 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from mifo.performance.kernels import has_kernels
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from mifo.performance.kernels import kernels_take
 
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
@@ -43,13 +41,7 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
 
 
 def _has_kernels(x: Tensor) -> bool:
-    return (
-        not torch.compiler.is_compiling()
-        and has_kernels(x.device)
-        and x.dim() == 4
-        and x.dtype in DTYPES
-        and x.numel() > 0
-    )
+    return kernels_take(x) and x.dim() == 4
 
 
 class _GroupNormSiLU(torch.autograd.Function):

@@ -4,6 +4,9 @@ from functools import cache
 from importlib import import_module
 
 import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @cache
@@ -15,3 +18,8 @@ def has_kernels(device: torch.device) -> bool:
     except ImportError:
         return False
     return True
+
+
+def kernels_take(x: Tensor) -> bool:
+    """Whether they can run on these activations; `torch.compile` makes kernels of its own."""
+    return not torch.compiler.is_compiling() and has_kernels(x.device) and x.dtype in DTYPES and x.numel() > 0

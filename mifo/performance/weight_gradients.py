@@ -6,7 +6,7 @@ a GPU idle. Those of weights and biases, which nothing waits for until the optim
 
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,14 +42,14 @@ class WeightGradientsBeside(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        layer = _LAYERS.get(function)
-        if layer is None:
-            return function(*args, **(kwargs or {}))
-        x, weight, *options = layer.arguments(*args, **(kwargs or {}))
-        if not _takes_part(x, weight, *options):
-            return function(*args, **(kwargs or {}))
-        self._uses[id(weight)] += 1
-        return layer.apply(self, x, weight, *options)
+        kwargs = kwargs or {}
+        if (kind := _KINDS.get(function)) is None:
+            return function(*args, **kwargs)
+        given = kind.arguments(*args, **kwargs)
+        if not _takes_part(*given):
+            return function(*args, **kwargs)
+        self._uses[id(given[1])] += 1
+        return _Layer.apply(self, kind, *given)
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
@@ -93,128 +93,140 @@ def _takes_part(x: Tensor, weight: Tensor | None, bias: Tensor | None, *options:
     )
 
 
+class _Kind(NamedTuple):
+    """A kind of layer: of an input x, a weight, a bias or None, and options.
+
+    Attributes:
+        arguments: these from those of PyTorch's function.
+        forward: from these to the output and what else the gradients read.
+        gradients: of x, weight and bias where they are wanted, from the output's gradient, x, weight, bias,
+            what else `forward` gave, the options and which are wanted.
+    """
+
+    arguments: Callable[..., tuple[Any, ...]]
+    forward: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
+    gradients: Callable[..., tuple[Tensor | None, ...]]
+
+
 class _Layer(torch.autograd.Function):
-    """A layer of an input, a weight and a bias or None."""
-
-    @staticmethod
-    def arguments(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Those of `forward` from those of PyTorch's function."""
-        raise NotImplementedError
-
-
-class _Linear(_Layer):
-    @staticmethod
-    def arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Any, ...]:
-        return input, weight, bias
-
-    @staticmethod
-    def forward(
-        ctx: Any, mode: WeightGradientsBeside, x: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.mode = mode
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        _, of_input, _, of_bias = ctx.needs_input_grad
-
-        def of_weights() -> tuple[Tensor, Tensor | None]:
-            rows = dy.flatten(0, -2)
-            return rows.t() @ x.flatten(0, -2), rows.sum(0) if of_bias else None
-
-        dweight, dbias = ctx.mode.beside(weight, (dy, x), of_weights)
-        return None, dy @ weight if of_input else None, dweight, dbias
-
-
-class _Convolution(_Layer):
-    @staticmethod
-    def arguments(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> tuple[Any, ...]:
-        return input, weight, bias, stride, padding, dilation, groups
-
     @staticmethod
     def forward(
         ctx: Any,
         mode: WeightGradientsBeside,
+        kind: _Kind,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        stride: Any,
-        padding: Any,
-        dilation: Any,
-        groups: int,
+        *options: Any,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.mode, ctx.options = mode, (stride, padding, dilation, groups)
-        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        _, of_input, _, of_bias = ctx.needs_input_grad[:4]
-        *sizes, groups = ctx.options
-        sizes = [list(each) if isinstance(each, Sequence) else [each, each] for each in sizes]
-        options = ([len(weight)], *sizes, False, [0, 0], groups)
-
-        def gradients(*wanted: bool) -> tuple[Tensor | None, ...]:
-            return torch.ops.aten.convolution_backward(dy, x, weight, *options, list(wanted))
-
-        _, dweight, dbias = ctx.mode.beside(weight, (dy, x), lambda: gradients(False, True, of_bias))
-        dx = gradients(True, False, False)[0] if of_input else None
-        return None, dx, dweight, dbias, None, None, None, None
-
-
-class _LayerNorm(_Layer):
-    @staticmethod
-    def arguments(
-        input: Tensor,
-        normalized_shape: Sequence[int],
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        eps: float = 1e-5,
-    ) -> tuple[Any, ...]:
-        return input, weight, bias, normalized_shape, eps
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        mode: WeightGradientsBeside,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        shape: Sequence[int],
-        eps: float,
-    ) -> Tensor:
-        y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.mode, ctx.shape = mode, list(shape)
+        y, others = kind.forward(x, weight, bias, *options)
+        ctx.save_for_backward(x, weight, bias, *others)
+        ctx.mode, ctx.kind, ctx.options = mode, kind, options
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        _, of_input, _, of_bias = ctx.needs_input_grad[:4]
+        read, (of_input, _, of_bias) = (dy, *ctx.saved_tensors), ctx.needs_input_grad[2:5]
 
         def gradients(*wanted: bool) -> tuple[Tensor | None, ...]:
-            known = (dy, x, ctx.shape, mean, rstd, weight, bias)
-            return torch.ops.aten.native_layer_norm_backward(*known, list(wanted))
+            return ctx.kind.gradients(*read, *ctx.options, wanted)
 
-        read = (dy, x, mean, rstd)
-        _, dweight, dbias = ctx.mode.beside(weight, read, lambda: gradients(False, True, of_bias))
+        _, dweight, dbias = ctx.mode.beside(read[2], read, lambda: gradients(False, True, of_bias))
         dx = gradients(True, False, False)[0] if of_input else None
-        return None, dx, dweight, dbias, None, None
+        return None, None, dx, dweight, dbias, *[None] * len(ctx.options)
 
 
-_LAYERS = {F.linear: _Linear, F.conv2d: _Convolution, F.layer_norm: _LayerNorm}
+def _linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Any, ...]:
+    return input, weight, bias
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return F.linear(x, weight, bias), ()
+
+
+def _linear_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, ...]:
+    of_input, of_weight, of_bias = wanted
+    rows = dy.flatten(0, -2)
+    return (
+        dy @ weight if of_input else None,
+        rows.t() @ x.flatten(0, -2) if of_weight else None,
+        rows.sum(0) if of_bias else None,
+    )
+
+
+def _convolution_arguments(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> tuple[Any, ...]:
+    return input, weight, bias, stride, padding, dilation, groups
+
+
+def _convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return F.conv2d(x, weight, bias, *options), ()
+
+
+def _convolution_gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    sizes = [
+        list(each) if isinstance(each, Sequence) else [each, each] for each in (stride, padding, dilation)
+    ]
+    options = ([len(weight)], *sizes, False, [0, 0], groups)
+    return torch.ops.aten.convolution_backward(dy, x, weight, *options, list(wanted))
+
+
+def _norm_arguments(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Any, ...]:
+    return input, weight, bias, normalized_shape, eps
+
+
+def _norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, shape: Sequence[int], eps: float
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    y, *statistics = torch.native_layer_norm(x, shape, weight, bias, eps)
+    return y, tuple(statistics)
+
+
+def _norm_gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    shape: Sequence[int],
+    eps: float,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    known = (dy, x, list(shape), mean, rstd, weight, bias)
+    return torch.ops.aten.native_layer_norm_backward(*known, list(wanted))
+
+
+_KINDS = {
+    F.linear: _Kind(_linear_arguments, _linear, _linear_gradients),
+    F.conv2d: _Kind(_convolution_arguments, _convolution, _convolution_gradients),
+    F.layer_norm: _Kind(_norm_arguments, _norm, _norm_gradients),
+}

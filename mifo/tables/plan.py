@@ -111,7 +111,7 @@ def _check_differences(settings: TableSettings, overrides: list[str]) -> None:
     others = [each for each in overrides if each not in single]
     (_, instances), *_ = _scenes(settings)
     rows = _rows(settings)
-    composed = map(_settings_or_refusal, ([f"instances={instances}", *row, *others] for _, row in rows))
+    composed = _composed([[f"instances={instances}", *row, *others] for _, row in rows])
     known = [
         (label, OmegaConf.structured(typed))
         for (label, _), (typed, _) in zip(rows, composed, strict=True)
