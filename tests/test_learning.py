@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.environments import MPIEnvironment
 from tiny import tiny_pipeline, two_instances
 
 from mifo.errors import MifoError
@@ -79,6 +80,16 @@ def test_semantic_learning_changes_the_new_rows_and_nothing_else(model, instance
     changed = {name for name in before if name in after and not torch.equal(before[name], after[name])}
     assert not changed
     assert len(before.keys() & after.keys()) == len(before) - 1  # the table is renamed
+
+
+def test_one_device_starts_no_mpi(model, instances, settings, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(MPIEnvironment, "detect", lambda: asked.append("mpi"))
+    settings.semantic.steps, settings.finetuning.steps = 1, 0
+    for number, trainer in enumerate((TRAINER | {"devices": 1}, TRAINER)):
+        fresh, folder = copy.deepcopy(model), tmp_path / str(number)
+        learn(fresh, instances, settings, PenaltySettings(), folder, trainer=trainer)
+        assert len(asked) == number
 
 
 def test_finetuning_changes_unet_and_text_encoder_but_no_known_word(model, instances, settings, tmp_path):

@@ -15,6 +15,7 @@ from test_learning import TRAINER, Watch
 from test_synthesis import QUICK, run, subjects_of
 from tiny import two_instances
 from torch import nn
+from torch.nn import functional as F
 
 from mifo.attention.masking import MaskedAttention
 from mifo.config import compose, settings_of
@@ -474,6 +475,7 @@ def test_8_bit_states_go_on_from_a_checkpoint(tmp_path):
 KERNEL = """
 import torch, triton, triton.language as tl
 from torch import nn
+from torch.nn import functional as F
 import mifo.performance.adamw_8bit as adamw
 import mifo.performance.adamw_kernel as kernel
 
@@ -576,9 +578,24 @@ def test_libraries_that_do_not_load_stop_nothing(monkeypatch, caplog):
         raise RuntimeError("no such library")
 
     caplog.set_level("DEBUG", "mifo.performance.libraries")
-    monkeypatch.setattr(torch.cuda, "synchronize", fail)
-    libraries._use(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "Stream", fail)
+    libraries._load(torch.device("cuda"))
     assert "no such library" in caplog.text
+
+
+def test_a_rehearsal_passes_through_what_learning_uses_and_draws_nothing(monkeypatch):
+    used = set()
+
+    def watched(name, function):
+        monkeypatch.setattr(F, name, lambda *args, **kwargs: used.add(name) or function(*args, **kwargs))
+
+    for name in ("conv2d", "linear", "layer_norm", "group_norm", "scaled_dot_product_attention", "silu"):
+        watched(name, getattr(F, name))
+    monkeypatch.setattr(libraries, "_SIDE", 8)
+    before = torch.random.get_rng_state()
+    libraries.rehearse(torch.device("cpu"))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert len(used) == 6
 
 
 def test_low_vram_learns(losses):

@@ -9,6 +9,11 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import (
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 
 from mifo.data.instances import InstanceSet
 from mifo.data.learning_data import LearningData
@@ -192,7 +197,12 @@ def _trainer(
     }
     if clashes := sorted({*fixed, "callbacks"} & {*arguments}):
         raise MifoError(f"trainer.{clashes[0]} is fixed by learning and callbacks; take it out of trainer.")
-    return lightning.Trainer(
-        callbacks=[*callbacks, *savers],
-        **{"enable_model_summary": False, "log_every_n_steps": 10, **arguments, **fixed},
-    )
+    usual = {"enable_model_summary": False, "log_every_n_steps": 10, **_no_others(arguments)}
+    return lightning.Trainer(callbacks=[*callbacks, *savers], **{**usual, **arguments, **fixed})
+
+
+def _no_others(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """That one device has no other processes; Lightning would start MPI, where there is one, to ask."""
+    alone = arguments.get("devices") == 1 and arguments.get("num_nodes", 1) == 1
+    started = TorchElasticEnvironment.detect() or SLURMEnvironment.detect()
+    return {"plugins": [LightningEnvironment()]} if alone and not started else {}

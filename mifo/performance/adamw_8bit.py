@@ -135,10 +135,11 @@ def _prepare(state: dict[str, Any], parameter: nn.Parameter) -> None:
         return
     quantised = parameter.numel() >= SMALLEST and not parameter.numel() % BLOCK
     for name in MOMENTS:
-        state[name] = torch.zeros_like(parameter, dtype=torch.uint8 if quantised else torch.float32)
         if quantised:
-            state[name] += _levels(name, parameter.device)[0].abs().argmin().to(torch.uint8)
+            state[name] = torch.full_like(parameter, _code_of_zero(name), dtype=torch.uint8)
             state[f"{name}_scale"] = torch.zeros(parameter.numel() // BLOCK, 1, device=parameter.device)
+        else:
+            state[name] = torch.zeros_like(parameter, dtype=torch.float32)
 
 
 def _read(state: dict[str, Any], name: str) -> Tensor:
@@ -177,3 +178,8 @@ def _levels(name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         levels += [decade, -decade] if signed else [decade]
     ordered = torch.cat(levels).sort().values
     return ordered.to(device), ((ordered[1:] + ordered[:-1]) / 2).to(device)
+
+
+@cache
+def _code_of_zero(name: str) -> int:
+    return int(_levels(name, torch.device("cpu"))[0].abs().argmin())
