@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from mifo.tables import execute, plan
 from mifo.tables.collect import Measured, cells, differences, estimate, estimate_runs, pareto_front
 from mifo.tables.plan import CodeVersion
 from mifo.tables.plot import draw_table
+from mifo.tables.record import read_record
 from mifo.tables.settings import read_table
 from mifo.tasks.table import table
 
@@ -448,3 +450,57 @@ def test_a_killed_table_is_continued(folder):
     assert "2 of 2 runs" in (results(folder) / "table.md").read_text()
     records = [path.read_text() for path in folder.glob("outputs/runs/*/status.json")]
     assert [json.loads(record)["status"] for record in records] == ["ok", "ok"]
+
+
+def test_a_record_is_extended_by_a_row(folder, made, capsys):
+    assert table(["small", "table.results=first", "table.workers=0"]) == 0
+    shutil.rmtree(folder / "outputs")
+    made.clear()
+    more = "table.rows={MIFO: [method=mifo], mine: [penalty.semantic.weight=0.7]}"
+    asked = ["small", more, "table.record=first", "table.workers=0"]
+    assert table([*asked, "table.missing=leave", "table.results=left"]) == 2
+    assert not made
+    assert table([*asked, "table.results=second"]) == 0
+    assert [seed for _, seed, _ in made] == [0, 1]
+    assert "2 of 4 runs stand in first" in capsys.readouterr().out
+    before, after = (
+        [row for row in csv.DictReader((folder / name / "runs.csv").open()) if row["row"] == "MIFO"]
+        for name in ("first", "second")
+    )
+    assert before == after
+    assert "4 of 4 runs" in (folder / "second" / "table.md").read_text()
+
+
+def test_a_record_of_other_evaluators_is_refused(folder, made):
+    table(["small", "table.results=first", "table.workers=0"])
+    shutil.rmtree(folder / "outputs")
+    path = folder / "first" / "evaluators.json"
+    path.write_text(path.read_text().replace("0" * 12, "1" * 12))
+    with pytest.raises(MifoError, match="evaluate both with the same"):
+        table(
+            ["small", "table.record=first", "table.results=second", "table.workers=0", "table.seeds=[0,1,2]"]
+        )
+
+
+def test_records_that_do_not_serve_are_refused(folder, made):
+    table(["small", "table.results=first", "table.workers=0"])
+    made.clear()
+    with pytest.raises(MifoError, match=r"holds no evaluators\.json; name a folder that a table's results"):
+        table(["small", "table.record=small"])
+    with pytest.raises(MifoError, match=r"none of the 4 runs of table\.record=first .* question\.json"):
+        table(["small", "table.record=first", "synthesis.samples=3"])
+    rows = (folder / "first" / "runs.csv").read_text()
+    (folder / "first" / "runs.csv").write_text(rows.replace("editability", "beauty"))
+    with pytest.raises(MifoError, match=r"table\.record=first cannot be read"):
+        table(["small", "table.record=first"])
+    assert not made
+
+
+@pytest.mark.parametrize("record", sorted((ROOT / "experiments").glob("*/miniature*/runs.csv")), ids=str)
+def test_the_records_of_the_repository_can_be_extended(record):
+    entries = read_record(record.parent)
+    rows = list(csv.DictReader(record.open()))
+    assert len(entries) == len({row["folder"] for row in rows})
+    told = (record.parent / "table.md").read_text()
+    for entry in entries.values():
+        assert all(f"{score.evaluator} ({score.protocol})" in told for score in entry.scores)

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t as student
 
-from mifo.metrics.evaluation import Evaluation
 from mifo.metrics.scores import score_table
-from mifo.tables.execute import Done
-from mifo.tasks.evaluate import SCORES
+from mifo.tables.plan import Run
+from mifo.tables.record import Entry
 
 
 @dataclass(frozen=True)
@@ -39,19 +38,15 @@ class Measured:
     values: dict[str, float]
 
 
-def measured(ended: Sequence[Done]) -> list[Measured]:
+def measured(entries: Sequence[tuple[Run, Entry]]) -> list[Measured]:
     """The scores of every finished run.
 
     Raises:
-        MifoError: runs were measured by different evaluators or protocols, or a run's scores cannot be read.
+        MifoError: runs were measured by different evaluators or protocols.
     """
-    finished = [done for done in ended if done.folder]
-    scores = {str(done.folder): Evaluation.read(done.folder / SCORES).scores for done in finished}
-    values = score_table(scores)
+    values = score_table({entry.name: entry.scores for _, entry in entries})
     return [
-        Measured(run.row, run.scenes, run.instances, run.seed, values[str(done.folder)])
-        for done in finished
-        for run in [done.run]
+        Measured(run.row, run.scenes, run.instances, run.seed, values[entry.name]) for run, entry in entries
     ]
 
 

@@ -8,7 +8,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,35 +22,54 @@ from mifo.config.checks import check
 from mifo.config.compose import compose, settings_of
 from mifo.config.gpus import visible_gpus
 from mifo.config.jobs import read_status, write_status
+from mifo.metrics.evaluation import Evaluation
 from mifo.tables.plan import Run, code_version
+from mifo.tables.record import Entry
 from mifo.tables.worker import LOG, Worker
 from mifo.tasks.evaluate import SCORES
 from mifo.tasks.run import run as run_here
 
-RECORD = "table_run.json"
+ABOUT = "table_run.json"
 
 
 @dataclass(frozen=True)
 class Done:
-    """How a run ended: its folder, or why there is none."""
+    """How a run ended: its folder, or what a record kept of it, or why there is neither."""
 
     run: Run
     folder: Path | None
     error: str | None = None
-    record: dict | None = None
+    kept: Entry | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return self.folder is not None or self.kept is not None
+
+    def entry(self) -> Entry:
+        """What a record says of it. Raises MifoError when the scores of a finished run cannot be read."""
+        if self.kept is not None:
+            return self.kept
+        return Entry(self.folder.name, Evaluation.read(self.folder / SCORES).scores, _about(self.folder))
 
 
-def finished(runs: Sequence[Run], pool: Path, any_code: bool) -> list[Done]:
+def finished(
+    runs: Sequence[Run], pool: Path, any_code: bool, record: Mapping[str, Entry] | None = None
+) -> list[Done]:
     """How each of `runs` ended so far; none is made. Arguments as of `execute`."""
-    ended = []
-    for run in runs:
-        folder = run.settings and _finished_folder(run, pool, any_code)
-        error = None if folder else run.error or "not made yet"
-        ended.append(Done(run, folder, error, _record(folder) if folder else None))
-    return ended
+    return [
+        (run.settings and _done(run, pool, any_code, record or {}))
+        or Done(run, None, run.error or "not made yet")
+        for run in runs
+    ]
 
 
-def execute(runs: Sequence[Run], pool: Path, workers: int | None, any_code: bool) -> list[Done]:
+def execute(
+    runs: Sequence[Run],
+    pool: Path,
+    workers: int | None,
+    any_code: bool,
+    record: Mapping[str, Entry] | None = None,
+) -> list[Done]:
     """Make what is missing of `runs` in folders of `pool`, and say how each of them ended.
 
     A run's folder is named by its configuration and the code's version: one that is finished is not made
@@ -59,6 +78,7 @@ def execute(runs: Sequence[Run], pool: Path, workers: int | None, any_code: bool
     Args:
         workers: processes at once, spread over the GPUs; 0: here, one by one; None: one per GPU, or one.
         any_code: a finished run of the same configuration counts, whatever code made it.
+        record: runs of an earlier table by their configuration, which count as they are.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -80,7 +100,7 @@ def execute(runs: Sequence[Run], pool: Path, workers: int | None, any_code: bool
             worker = free.get()
             try:
                 for run in group:
-                    ended[run] = _make(run, group, pool, worker, any_code)
+                    ended[run] = _done(run, pool, any_code, record or {}) or _make(run, group, pool, worker)
                     if ended[run].error:
                         progress.console.print(
                             f"failed: {run}: {ended[run].error}", style="red", markup=False
@@ -104,10 +124,13 @@ def execute(runs: Sequence[Run], pool: Path, workers: int | None, any_code: bool
     return [ended[run] for run in runs]
 
 
-def _make(run: Run, group: list[Run], pool: Path, worker: Worker | None, any_code: bool) -> Done:
-    """One run, from its folder if it is done already."""
-    if made := _finished_folder(run, pool, any_code):
-        return Done(run, made, None, _record(made))
+def _done(run: Run, pool: Path, any_code: bool, record: Mapping[str, Entry]) -> Done | None:
+    """A run that is finished already, by its folder before its record."""
+    folder, kept = _finished_folder(run, pool, any_code), record.get(run.key)
+    return Done(run, folder, None, None if folder else kept) if folder or kept else None
+
+
+def _make(run: Run, group: list[Run], pool: Path, worker: Worker | None) -> Done:
     folder = _folder(run, pool)
     folder.mkdir(parents=True, exist_ok=True)
     job = (folder, run, [_folder(other, pool) for other in group])
@@ -116,7 +139,7 @@ def _make(run: Run, group: list[Run], pool: Path, worker: Worker | None, any_cod
         reason = f"the process ended with {code}; see {folder / LOG}"
         write_status(folder, "failed", list(run.overrides), reason)
     if _is_done(folder):
-        return Done(run, folder, None, _record(folder))
+        return Done(run, folder)
     return Done(run, None, (read_status(folder) or {}).get("error") or f"interrupted; see {folder / LOG}")
 
 
@@ -132,9 +155,9 @@ def make_here(folder: Path, run: Run, others: Sequence[Path]) -> None:
         _borrow_learned(folder, others)
         started = time.monotonic()
         _run_here(run, folder)
-        seconds = time.monotonic() - started + (_record(folder) or {}).get("seconds", 0)
-        record = {"seconds": round(seconds, 1), "overrides": run.overrides, **asdict(code_version())}
-        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        seconds = time.monotonic() - started + (_about(folder) or {}).get("seconds", 0)
+        about = {"seconds": round(seconds, 1), "overrides": run.overrides, **asdict(code_version())}
+        (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
 
 
 def _run_here(run: Run, folder: Path) -> None:
@@ -174,8 +197,8 @@ def _is_done(folder: Path) -> bool:
     return (read_status(folder) or {}).get("status") == "ok" and (folder / SCORES).is_file()
 
 
-def _record(folder: Path) -> dict | None:
-    path = folder / RECORD
+def _about(folder: Path) -> dict | None:
+    path = folder / ABOUT
     return json.loads(path.read_text()) if path.is_file() else None
 
 

@@ -38,7 +38,8 @@ def draw_pages(
     found: dict[str, dict[tuple[str, int], list[tuple[Done, Mapping[str, float]]]]] = {}
     for done, measured in zip(finished, runs, strict=True):
         run = done.run
-        if (done.folder / "pictures").is_dir() and (scenes is None or run.instances in scenes):
+        pictures = done.folder and done.folder / "pictures"
+        if pictures and pictures.is_dir() and (scenes is None or run.instances in scenes):
             same = found.setdefault(run.scenes, {}).setdefault((run.instances, run.seed), [])
             same.append((done, measured.values))
     pages = {}

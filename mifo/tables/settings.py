@@ -51,6 +51,7 @@ class TableSettings:
     code: str = "current"  # current: runs of other code are made again; any: they count
     missing: str = "run"  # run: make what is missing; leave: the table of what is finished
     runs: str = "outputs/runs"  # all tables share their runs
+    record: str | None = None  # the results of an earlier table, whose runs count as they are
     results: str | None = None  # where the table goes; None: outputs/tables/NAME-…
 
 

@@ -10,16 +10,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from mifo.errors import MifoError
-from mifo.metrics.evaluation import METRICS, Evaluation
+from mifo.metrics.evaluation import METRICS
 from mifo.tables.collect import Estimate, Measured, cells, differences, measured
 from mifo.tables.execute import Done
 from mifo.tables.pages import draw_pages
-from mifo.tables.plan import CodeVersion
+from mifo.tables.plan import Run
 from mifo.tables.plot import draw_table, name
+from mifo.tables.record import Entry, write_record
 from mifo.tables.settings import TableSettings
-from mifo.tasks.evaluate import SCORES
 
-_HOW = {"workers", "code", "missing", "runs", "results", "pages"}
+_HOW = {"workers", "code", "missing", "runs", "record", "results", "pages"}
 MOST = 20  # runs without a result that a table names
 QUESTION = "question.json"
 
@@ -43,46 +43,34 @@ def claim_results(folder: Path, settings: TableSettings, overrides: Sequence[str
 
 
 def write_table(folder: Path, command: str, settings: TableSettings, ended: Sequence[Done]) -> str:
-    """Write `runs.csv`, `table.{csv,md,tex,png,pdf}` and `pictures-SET.jpg`; returns the Markdown.
+    """Write the record, `table.{csv,md,tex,png,pdf}` and `pictures-SET.jpg`; returns the Markdown.
 
     Raises:
         MifoError: no run is finished, or the runs were not measured in the same way.
     """
-    runs = measured(ended)
-    if not runs:
+    finished = [done for done in ended if done.is_finished]
+    entries = [(done.run, done.entry()) for done in finished]
+    if not entries:
         if settings.missing == "leave":
             raise MifoError("no run of the table is finished yet; make them without table.missing=leave")
         raise MifoError("no run of the table is finished; the reasons stand above and in each run's log.txt")
+    runs = measured(entries)
     columns = [column for column in settings.columns if any(column in run.values for run in runs)]
     found = cells(runs, columns)
-    finished = [done for done in ended if done.folder]
-    _write_runs(folder / "runs.csv", finished, runs)
+    write_record(folder, entries)
     _write_estimates(folder / "table.csv", found)
     pages = {}
     for scenes, page in draw_pages(finished, runs, columns, settings.pages, settings.title).items():
         pages[scenes] = f"pictures-{re.sub(r'[^A-Za-z0-9]+', '-', scenes)}.jpg"
         page.save(folder / pages[scenes], quality=80)
-    markdown = _markdown(command, settings, ended, runs, columns, found, pages)
+    failed = [done for done in ended if not done.is_finished]
+    markdown = _markdown(command, settings, entries, failed, runs, columns, found, pages)
     (folder / "table.md").write_text(markdown)
     (folder / "table.tex").write_text(_latex(settings.title, found, columns))
     figure = draw_table(found, columns, settings.plot, settings.title)
     for form in ("png", "pdf"):
         figure.savefig(folder / f"table.{form}")
     return markdown
-
-
-def _write_runs(path: Path, finished: Sequence[Done], runs: Sequence[Measured]) -> None:
-    metrics = [metric for metric in METRICS if any(metric in run.values for run in runs)]
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            ["row", "scenes", "instances", "seed", *metrics, "minutes", "code", "dirty", "folder"]
-        )
-        for done, run in zip(finished, runs, strict=True):
-            values = [f"{run.values[metric]:.6f}" if metric in run.values else "" for metric in metrics]
-            code = _code(done)
-            about = [_minutes([done]), code and (code.commit or code.digest), code and code.dirty]
-            writer.writerow([run.row, run.scenes, run.instances, run.seed, *values, *about, done.folder.name])
 
 
 def _write_estimates(path: Path, found: Mapping[tuple[str, str], Mapping[str, Estimate]]) -> None:
@@ -98,22 +86,24 @@ def _write_estimates(path: Path, found: Mapping[tuple[str, str], Mapping[str, Es
 def _markdown(
     command: str,
     settings: TableSettings,
-    ended: Sequence[Done],
+    entries: Sequence[tuple[Run, Entry]],
+    failed: Sequence[Done],
     runs: Sequence[Measured],
     columns: Sequence[str],
     found: Mapping[tuple[str, str], Mapping[str, Estimate]],
     pages: Mapping[str, str],
 ) -> str:
-    finished = [done for done in ended if done.folder]
-    codes = Counter(str(_code(done) or "unknown") for done in finished)
-    scores = Evaluation.read(finished[0].folder / SCORES).scores
+    codes = Counter(str(entry.code or "unknown") for _, entry in entries)
+    minutes = round(sum(entry.minutes for _, entry in entries), 2)
+    scores = [score for _, entry in entries for score in entry.scores]
     evaluators = ", ".join(sorted({f"{score.evaluator} ({score.protocol})" for score in scores}))
     lines = [
         f"# {settings.title}",
         "",
         f"`{command}`",
         "",
-        f"{len(finished)} of {len(ended)} runs, {_minutes(finished)} minutes, {datetime.now(UTC):%Y-%m-%d}; "
+        f"{len(entries)} of {len(entries) + len(failed)} runs, {minutes} minutes, "
+        f"{datetime.now(UTC):%Y-%m-%d}; "
         f"code {', '.join(f'{code} × {count}' for code, count in codes.items())}; measured by {evaluators}.",
         "Mean ± half of the 95 % interval (Student's t) over scenes, whose seeds are averaged first, or over "
         "seeds where there is one scene: n of them. The best of each set of scenes is bold.",
@@ -123,7 +113,7 @@ def _markdown(
     first = runs[0].row
     if paired := differences(runs, columns, first):
         lines += ["", f"Minus *{first}*, paired by scene and seed:", "", *_markdown_table(paired, columns)]
-    if failed := [done for done in ended if not done.folder]:
+    if failed:
         lines += ["", "Without a result:", "", *(f"- {done.run}: {done.error}" for done in failed[:MOST])]
         lines += [f"- and {len(failed) - MOST} more"] if len(failed) > MOST else []
     lines += ["", "![The table as a plot](table.png)", ""]
@@ -194,15 +184,6 @@ def _best(
                 choose = max if METRICS[column].higher_is_better else min
                 best.add((choose(means, key=means.get), scenes, column))
     return best
-
-
-def _code(done: Done) -> CodeVersion | None:
-    """The code that made a run; None: the run was not recorded."""
-    return CodeVersion.from_record(done.record) if done.record else None
-
-
-def _minutes(finished: Sequence[Done]) -> float:
-    return round(sum((done.record or {}).get("seconds", 0) for done in finished) / 60, 2)
 
 
 def _tex(text: str) -> str:

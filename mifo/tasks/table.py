@@ -12,8 +12,9 @@ from rich.markdown import Markdown
 from mifo.errors import MifoError
 from mifo.tables.execute import execute, finished
 from mifo.tables.plan import Run, plan
+from mifo.tables.record import Entry, read_record
 from mifo.tables.settings import TableSettings, read_table
-from mifo.tables.write import claim_results, write_table
+from mifo.tables.write import QUESTION, claim_results, write_table
 
 HELP = f"""usage: mifo table FOLDER [table.KEY=VALUE ...] [override of every run ...]
 
@@ -22,6 +23,7 @@ HELP = f"""usage: mifo table FOLDER [table.KEY=VALUE ...] [override of every run
   mifo table experiments/methods debug=default 'table.seeds=[0]'   a few steps of everything
   mifo table experiments/methods table.workers=8                   eight runs at once
   mifo table experiments/methods table.missing=leave               the table of what is finished so far
+  mifo table experiments/methods table.record=FOLDER ...           with the runs of an earlier table's results
 
 FOLDER/table.yaml says what is asked; table.KEY=VALUE changes one of its keys, which are
 {", ".join(field.name for field in fields(TableSettings))}.
@@ -44,18 +46,32 @@ def table(arguments: list[str]) -> int:
     settings, overrides = read_table(folder, changes)
     runs = plan(name, settings, overrides)
     _tell_refusals(runs)
+    record = _record(settings.record, runs) if settings.record else {}
     asked = hashlib.sha256(repr(changes).encode()).hexdigest()[:6]
     target = Path(settings.results or f"outputs/tables/{name}-{asked}")
     claim_results(target, settings, overrides)
     pool, any_code = Path(settings.runs), settings.code == "any"
     if settings.missing == "leave":
-        ended = finished(runs, pool, any_code)
+        ended = finished(runs, pool, any_code, record)
     else:
-        ended = execute(runs, pool, settings.workers, any_code)
+        ended = execute(runs, pool, settings.workers, any_code, record)
     command = f"mifo table {' '.join(arguments)}"
     Console().print(Markdown(write_table(target, command, settings, ended)))
     print(f"table: {target / 'table.md'}")
-    return sum(done.folder is None for done in ended)
+    return sum(not done.is_finished for done in ended)
+
+
+def _record(folder: str, runs: Sequence[Run]) -> dict[str, Entry]:
+    """The runs of an earlier table, of which some must be this one's."""
+    record = read_record(Path(folder))
+    common = [run for run in runs if run.settings is not None and run.key in record]
+    if not common:
+        raise MifoError(
+            f"none of the {len(record)} runs of table.record={folder} is one of this table's; give the "
+            f"overrides that they were made with, which stand in its {QUESTION}"
+        )
+    print(f"{len(common)} of {len(runs)} runs stand in {folder}")
+    return record
 
 
 def _tell_refusals(runs: Sequence[Run]) -> None:
