@@ -471,6 +471,18 @@ def test_a_record_is_extended_by_a_row(folder, made, capsys):
     assert "4 of 4 runs" in (folder / "second" / "table.md").read_text()
 
 
+def test_a_record_does_not_shrink(folder, made):
+    asked = ["small", "table.results=first", "table.workers=0"]
+    table(asked)
+    before = (folder / "first" / "runs.csv").read_text()
+    shutil.rmtree(next((folder / "outputs" / "runs").iterdir()))
+    with pytest.raises(MifoError, match=r"first would lose 1 runs .* table\.record=first"):
+        table([*asked, "table.missing=leave"])
+    assert (folder / "first" / "runs.csv").read_text() == before
+    assert table([*asked, "table.missing=leave", "table.record=first"]) == 0
+    assert (folder / "first" / "runs.csv").read_text() == before
+
+
 def test_a_record_of_other_evaluators_is_refused(folder, made):
     table(["small", "table.results=first", "table.workers=0"])
     shutil.rmtree(folder / "outputs")
@@ -485,13 +497,13 @@ def test_a_record_of_other_evaluators_is_refused(folder, made):
 def test_records_that_do_not_serve_are_refused(folder, made):
     table(["small", "table.results=first", "table.workers=0"])
     made.clear()
-    with pytest.raises(MifoError, match=r"holds no evaluators\.json; name a folder that a table's results"):
+    with pytest.raises(MifoError, match=r"small holds no record of a table: its evaluators\.json"):
         table(["small", "table.record=small"])
     with pytest.raises(MifoError, match=r"none of the 4 runs of table\.record=first .* question\.json"):
         table(["small", "table.record=first", "synthesis.samples=3"])
     rows = (folder / "first" / "runs.csv").read_text()
     (folder / "first" / "runs.csv").write_text(rows.replace("editability", "beauty"))
-    with pytest.raises(MifoError, match=r"table\.record=first cannot be read"):
+    with pytest.raises(MifoError, match="record in first cannot be read"):
         table(["small", "table.record=first"])
     assert not made
 

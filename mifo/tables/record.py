@@ -72,11 +72,11 @@ def read_record(folder: Path) -> dict[str, Entry]:
             return {row["folder"].partition("-")[0]: _entry(row, measured) for row in csv.DictReader(file)}
     except FileNotFoundError as error:
         raise MifoError(
-            f"table.record={folder} holds no {Path(error.filename).name}; name a folder that a table's "
-            f"results were written to, not the one of its {FILE}"
+            f"{folder} holds no record of a table: its {Path(error.filename).name} is not there; name a "
+            f"folder that results were written to, not the one of {FILE}"
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MifoError(f"table.record={folder} cannot be read: {type(error).__name__}: {error}") from error
+        raise MifoError(f"the record in {folder} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _entry(row: dict[str, str], measured: dict[str, Any]) -> Entry:

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from mifo.errors import MifoError
-from mifo.tables.execute import execute, finished
+from mifo.tables.execute import Done, execute, finished
 from mifo.tables.plan import Run, plan
-from mifo.tables.record import Entry, read_record
+from mifo.tables.record import RUNS, Entry, read_record
 from mifo.tables.settings import TableSettings, read_table
 from mifo.tables.write import QUESTION, claim_results, write_table
 
@@ -53,6 +53,7 @@ def table(arguments: list[str]) -> int:
     pool, any_code = Path(settings.runs), settings.code == "any"
     if settings.missing == "leave":
         ended = finished(runs, pool, any_code, record)
+        _keep_all(target, ended)
     else:
         ended = execute(runs, pool, settings.workers, any_code, record)
     command = f"mifo table {' '.join(arguments)}"
@@ -72,6 +73,18 @@ def _record(folder: str, runs: Sequence[Run]) -> dict[str, Entry]:
         )
     print(f"{len(common)} of {len(runs)} runs stand in {folder}")
     return record
+
+
+def _keep_all(target: Path, ended: Sequence[Done]) -> None:
+    """Refuse to replace a record by one of fewer runs."""
+    if not (target / RUNS).is_file():
+        return
+    lost = read_record(target).keys() - {done.run.key for done in ended if done.is_finished}
+    if lost:
+        raise MifoError(
+            f"{target} would lose {len(lost)} runs that are not finished here; keep them by "
+            f"table.record={target}, or choose another folder by table.results=FOLDER"
+        )
 
 
 def _tell_refusals(runs: Sequence[Run]) -> None:
