@@ -3,6 +3,8 @@
 import copy
 import gc
 import logging
+import subprocess
+import sys
 import threading
 import weakref
 from dataclasses import replace
@@ -28,7 +30,7 @@ from mifo.models.images import decode_latents
 from mifo.models.loading import load_model
 from mifo.models.settings import ModelSettings
 from mifo.penalty.settings import PenaltySettings
-from mifo.performance import libraries
+from mifo.performance import libraries, rehearsal
 from mifo.performance.adamw_8bit import AdamW8bit, _levels
 from mifo.performance.graphs import GraphedFunction, GraphedStep
 from mifo.performance.profile import available, check_performance, ready_for_synthesis
@@ -475,7 +477,6 @@ def test_8_bit_states_go_on_from_a_checkpoint(tmp_path):
 KERNEL = """
 import torch, triton, triton.language as tl
 from torch import nn
-from torch.nn import functional as F
 import mifo.performance.adamw_8bit as adamw
 import mifo.performance.adamw_kernel as kernel
 
@@ -583,6 +584,11 @@ def test_libraries_that_do_not_load_stop_nothing(monkeypatch, caplog):
     assert "no such library" in caplog.text
 
 
+def test_tasks_without_a_model_do_not_wait_for_diffusers():
+    code = "import sys, mifo.tasks.evaluate, mifo.tasks.dashboard; sys.exit('diffusers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_rehearsal_passes_through_what_learning_uses_and_draws_nothing(monkeypatch):
     used = set()
 
@@ -591,9 +597,9 @@ def test_a_rehearsal_passes_through_what_learning_uses_and_draws_nothing(monkeyp
 
     for name in ("conv2d", "linear", "layer_norm", "group_norm", "scaled_dot_product_attention", "silu"):
         watched(name, getattr(F, name))
-    monkeypatch.setattr(libraries, "_SIDE", 8)
+    monkeypatch.setattr(rehearsal, "_SIDE", 8)
     before = torch.random.get_rng_state()
-    libraries.rehearse(torch.device("cpu"))
+    rehearsal.rehearse(torch.device("cpu"))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert len(used) == 6
 

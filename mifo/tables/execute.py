@@ -52,13 +52,10 @@ class Done:
         return Entry(self.folder.name, Evaluation.read(self.folder / SCORES).scores, _about(self.folder))
 
 
-def finished(
-    runs: Sequence[Run], pool: Path, any_code: bool, record: Mapping[str, Entry] | None = None
-) -> list[Done]:
+def finished(runs: Sequence[Run], pool: Path, any_code: bool, record: Mapping[str, Entry]) -> list[Done]:
     """How each of `runs` ended so far; none is made. Arguments as of `execute`."""
     return [
-        (run.settings and _done(run, pool, any_code, record or {}))
-        or Done(run, None, run.error or "not made yet")
+        (run.settings and _done(run, pool, any_code, record)) or Done(run, None, run.error or "not made yet")
         for run in runs
     ]
 
@@ -68,7 +65,7 @@ def execute(
     pool: Path,
     workers: int | None,
     any_code: bool,
-    record: Mapping[str, Entry] | None = None,
+    record: Mapping[str, Entry],
 ) -> list[Done]:
     """Make what is missing of `runs` in folders of `pool`, and say how each of them ended.
 
@@ -100,7 +97,7 @@ def execute(
             worker = free.get()
             try:
                 for run in group:
-                    ended[run] = _done(run, pool, any_code, record or {}) or _make(run, group, pool, worker)
+                    ended[run] = _done(run, pool, any_code, record) or _make(run, group, pool, worker)
                     if ended[run].error:
                         progress.console.print(
                             f"failed: {run}: {ended[run].error}", style="red", markup=False

@@ -35,7 +35,8 @@ def prepare(settings: TaskSettings) -> torch.device:
             torch.set_num_threads(settings.performance.threads)
     gpu = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if gpu else "cpu")
-    load_libraries(device)
+    if isinstance(settings, ModelTaskSettings):
+        load_libraries(device)
     return device
 
 

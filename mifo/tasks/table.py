@@ -12,7 +12,7 @@ from rich.markdown import Markdown
 from mifo.errors import MifoError
 from mifo.tables.execute import Done, execute, finished
 from mifo.tables.plan import Run, plan
-from mifo.tables.record import RUNS, Entry, read_record
+from mifo.tables.record import EVALUATORS, Entry, read_record
 from mifo.tables.settings import TableSettings, read_table
 from mifo.tables.write import QUESTION, claim_results, write_table
 
@@ -77,7 +77,7 @@ def _record(folder: str, runs: Sequence[Run]) -> dict[str, Entry]:
 
 def _keep_all(target: Path, ended: Sequence[Done]) -> None:
     """Refuse to replace a record by one of fewer runs."""
-    if not (target / RUNS).is_file():
+    if not (target / EVALUATORS).is_file():  # none yet, or of a version that kept no record
         return
     lost = read_record(target).keys() - {done.run.key for done in ended if done.is_finished}
     if lost:
