@@ -73,6 +73,13 @@ def test_kmeans_of_a_sample_depends_on_the_seed_but_not_on_the_batch():
     assert not torch.equal(kmeans(points, 6, restarts=1, seed=4)[0], together)
 
 
+def test_kmeans_does_not_mind_where_the_points_lie():
+    """In 32 bits distances far from the origin are lost to rounding."""
+    points = torch.randn(1, 60, 5, generator=torch.Generator().manual_seed(0))
+    near, far = kmeans(points, 4)[0], kmeans(points.double() + 1e5, 4)[0]
+    assert torch.equal(near, far) and len(near.unique()) == 4
+
+
 def test_kmeans_goes_on_from_given_centres_and_an_empty_cluster_keeps_its_own():
     points = torch.tensor([[[0.0], [1.0], [10.0], [11.0]]])
     labels, centres = kmeans(points, 3, centres=torch.tensor([[[9.0], [2.0], [99.0]]]))

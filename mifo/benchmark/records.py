@@ -1,12 +1,14 @@
 """Records of the benchmark as JSON, and one Markdown table of all that lie in a folder."""
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from platform import processor, python_version
 from subprocess import run
+from typing import Any
 
 import torch
 
@@ -24,6 +26,8 @@ MARKS = {
     "demo": ("–", "120 s on two processor cores"),
     "throughput": ("–", "5 s a run"),
 }
+# names of the rows that say what an idea gains: "ROW with all ideas", "ROW without IDEA", and the first again
+BASELINE, WITHOUT, AGAIN = "with all ideas", " without ", ", again"
 LOW_VRAM_ROWS = ("stage1_step", "stage2_step", "picture")  # whose largest peak has a mark of its own
 LOW_VRAM_MARK = "8 GiB"
 
@@ -81,6 +85,8 @@ def write_table(folder: Path) -> Path:
         for name, row in record["rows"].items()
     }
     lines = ["# Benchmark", "", "Written by `mifo benchmark`; docs/performance.md says how to read it.", ""]
+    compared = {key: found for key, found in newest.items() if BASELINE in key[3] or WITHOUT in key[3]}
+    newest = {key: found for key, found in newest.items() if key not in compared}
     for machine in dict.fromkeys(key[:2] for key in newest):
         lines += [
             f"## {machine[0]}, shapes of {machine[1]}",
@@ -112,9 +118,60 @@ def write_table(folder: Path) -> Path:
         last = [record for record in records if (record["device"], record["shapes"]) == machine][-1]
         versions = ", ".join(f"{name} {number}" for name, number in last["versions"].items())
         lines += ["", *notes, "", f"Newest record taken with {versions}.", ""]
+    lines += _ideas(records)
     table = folder / "README.md"
     table.write_text("\n".join(lines))
     return table
+
+
+def _ideas(records: Sequence[dict[str, Any]]) -> list[str]:
+    """What each idea gains: of each machine, shapes and profile its newest comparison, within one record."""
+    newest: dict[tuple[str, ...], list[str]] = {}
+    for record in records:
+        rows = {name: Measurement(**row) for name, row in record["rows"].items()}
+        for name, row in rows.items():
+            measure, found, idea = name.partition(WITHOUT)
+            if not found:
+                continue
+            both = [rows.get(f"{measure} {BASELINE}{again}") for again in ("", AGAIN)]
+            usual = [each for each in both if each and each.seconds is not None]
+            where = f"{record['device']}, shapes of {record['shapes']}"
+            newest[where, record["profile"], measure, idea] = [
+                *(
+                    idea,
+                    measure,
+                    record["profile"],
+                    " / ".join(_seconds(each.seconds) for each in usual) or "–",
+                ),
+                row.notes.get("failed", _seconds(row.seconds)),
+                _gain(row.seconds, [each.seconds for each in usual], _seconds),
+                # on a processor the peak is that of the whole process, with all that came before
+                _gain(row.peak_gib, [each.peak_gib for each in usual], "{:.1f} GiB".format)
+                if "cuda" in record["versions"]
+                else "–",
+                f"{record['commit']}, {record['date'][:10]}",
+            ]
+    lines = []
+    for where in dict.fromkeys(key[0] for key in newest):
+        lines += [
+            *(f"## What each idea gains: {where}", ""),
+            "The first time was measured before and after the others, within one process.",
+            "",
+            "| idea | row | profile | with all ideas, before / after | without it | time it gains "
+            "| memory it gains | commit, date |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+            *(f"| {' | '.join(cells)} |" for key, cells in newest.items() if key[0] == where),
+            "",
+        ]
+    return lines
+
+
+def _gain(without: float | None, usual: Sequence[float | None], told: Callable[[float], str]) -> str:
+    known = [each for each in usual if each is not None]
+    if without is None or not known:
+        return "–"
+    gain = without - sum(known) / len(known)
+    return ("−" if gain < 0 else "+") + told(abs(gain))
 
 
 def _seconds(value: float | None) -> str:

@@ -82,7 +82,8 @@ class Bench:
             finetuning=_stage(self.learning.finetuning, steps[1]),
         )
         with tempfile.TemporaryDirectory() as folder:
-            _noise_pictures(Path(folder) / "prior", self.learning.prior.pictures, model.image_size)
+            if steps[1]:
+                noise_pictures(Path(folder) / "prior", self.learning.prior.pictures, model.image_size)
             learning.prior = replace(learning.prior, folder=f"{folder}/prior")
             start = perf_counter()
             learn(
@@ -145,7 +146,8 @@ def _stage(settings: StageSettings, steps: int) -> StageSettings:
     return replace(settings, steps=steps, checkpoint_every=0)
 
 
-def _noise_pictures(folder: Path, count: int, side: int) -> None:
+def noise_pictures(folder: Path, count: int, side: int) -> None:
+    """Write so many pictures of noise into a new folder, `side` pixels wide and high."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
     for i in range(count):
@@ -324,3 +326,11 @@ ROWS: dict[str, Callable[[Bench], Measurement]] = {
         by_resolution,
     )
 }
+
+
+def tried(row: Callable[[Bench], Measurement], bench: Bench) -> Measurement:
+    """The row, or why it failed in `notes`: out of memory is a result too, and the next row may fit."""
+    try:
+        return row(bench)
+    except (MifoError, RuntimeError) as error:
+        return Measurement(notes={"failed": str(error).splitlines()[0]})

@@ -1,4 +1,8 @@
-"""Batched k-means on the device of its points."""
+"""Batched k-means on the device of its points, in 64 bits.
+
+Distances come from products, which lose small ones to rounding: in 32 bits, all the more where a GPU takes
+fewer for products, labels wander instead of settling.
+"""
 
 import torch
 from torch import Tensor
@@ -20,10 +24,10 @@ def kmeans(
         centres: (B, K, d) to start from instead; then there is one start.
 
     Returns:
-        Labels (B, n) in [0, K) and centres (B, K, d), float32.
+        Labels (B, n) in [0, K) and centres (B, K, d), float64.
     """
-    points = points.float()
-    starts = _plus_plus(points, clusters, restarts, seed) if centres is None else centres[:, None].float()
+    points = points.double()
+    starts = _plus_plus(points, clusters, restarts, seed) if centres is None else centres[:, None].double()
     labels, centres, inertia = _lloyd(points[:, None], starts)
     best = inertia.argmin(dim=1)  # (B,)
     rows = torch.arange(len(points), device=points.device)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from rich.progress import track
 
+from mifo.benchmark.ideas import ideas
 from mifo.benchmark.measuring import Measurement
 from mifo.benchmark.records import Circumstances, write_record, write_table
-from mifo.benchmark.rows import ROWS, Bench
+from mifo.benchmark.rows import ROWS, Bench, tried
 from mifo.config.schema import BenchmarkTaskSettings
 from mifo.errors import MifoError
 from mifo.tasks.setup import prepare
@@ -23,9 +24,10 @@ def benchmark(settings: BenchmarkTaskSettings) -> Path:
         MifoError: a row that does not exist, or no row could be measured.
     """
     wanted = settings.benchmark.rows or list(ROWS)
-    if unknown := [name for name in wanted if name not in ROWS]:
+    known = [*ROWS, ideas.__name__]
+    if unknown := [name for name in wanted if name not in known]:
         raise MifoError(
-            f"benchmark.rows names {unknown[0]}, which is no row; take some of {', '.join(ROWS)}."
+            f"benchmark.rows names {unknown[0]}, which is no row; take some of {', '.join(known)}."
         )
     device = prepare(settings)
     bench = Bench(settings.benchmark, settings.performance, device, settings.model.dtype, settings.learning)
@@ -35,13 +37,12 @@ def benchmark(settings: BenchmarkTaskSettings) -> Path:
     file = folder / f"{re.sub(r'[^0-9]', '', taken.date[:19])}-{slug}.json"
     rows: dict[str, Measurement] = {}
     for name in track(wanted, "benchmark"):
-        try:
-            rows[name] = ROWS[name](bench)
-        except (MifoError, RuntimeError) as error:  # out of memory is a result too; the next row may fit
-            log.warning("%s: %s", name, str(error).splitlines()[0])
-            rows[name] = Measurement(notes={"failed": str(error).splitlines()[0]})
-        write_record(file, taken, rows)
-        table = write_table(folder)
+        for part, row in ideas(bench) if name == ideas.__name__ else [(name, None)]:
+            rows[part] = row or tried(ROWS[part], bench)
+            if reason := rows[part].notes.get("failed"):
+                log.warning("%s: %s", part, reason)
+            write_record(file, taken, rows)
+            table = write_table(folder)
     print(table.read_text())
     print(f"record: {file}")
     if all("failed" in row.notes for row in rows.values()):
