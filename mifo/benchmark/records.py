@@ -171,7 +171,8 @@ def _gain(without: float | None, usual: Sequence[float | None], told: Callable[[
     if without is None or not known:
         return "–"
     gain = without - sum(known) / len(known)
-    return ("−" if gain < 0 else "+") + told(abs(gain))
+    size = told(abs(gain))
+    return size if size == told(0.0) else ("−" if gain < 0 else "+") + size
 
 
 def _seconds(value: float | None) -> str:
