@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from recorded import Recordings
 from safetensors.torch import load_file
 from tiny import MeanColour, tiny_pipeline
 
@@ -34,6 +35,15 @@ def vectors() -> Vectors:
 def source(tmp_path_factory) -> str:
     """A pipeline folder of tiny models with random weights."""
     return str(tiny_pipeline(tmp_path_factory.mktemp("pipeline")))
+
+
+@pytest.fixture
+def recordings(monkeypatch) -> Recordings:
+    """CUDA graphs can be had without a GPU: their operations are recorded and replayed."""
+    recordings = Recordings()
+    monkeypatch.setattr("mifo.performance.graphs.capture", recordings.capture)
+    monkeypatch.setattr("mifo.learning.learn.available", lambda settings, device: settings)
+    return recordings
 
 
 @pytest.fixture

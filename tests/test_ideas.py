@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from recorded import Recordings
 from test_learning import TRAINER, Watch
 from test_synthesis import QUICK, run, subjects_of
 from tiny import two_instances
@@ -32,14 +31,6 @@ UNDONE = [idea for idea in IDEAS if idea.undo is not nullcontext]
 NEEDS_A_GPU = ["guidance as one graph"]
 IN_PICTURES = [idea for idea in UNDONE if "picture" in idea.rows and idea.name not in NEEDS_A_GPU]
 IN_LEARNING = [idea for idea in UNDONE if idea.rows != ("picture",)]
-
-
-@pytest.fixture
-def recordings(monkeypatch):
-    recordings = Recordings()
-    monkeypatch.setattr("mifo.performance.graphs.capture", recordings.capture)
-    monkeypatch.setattr("mifo.learning.learn.available", lambda settings, device: settings)
-    return recordings
 
 
 @pytest.fixture(scope="module")

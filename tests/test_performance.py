@@ -12,7 +12,6 @@ from dataclasses import replace
 import pytest
 import torch
 from interpreted import run_in_interpreter
-from recorded import Recordings
 from test_learning import TRAINER, Watch
 from test_synthesis import QUICK, run, subjects_of
 from tiny import two_instances
@@ -38,14 +37,6 @@ from mifo.performance.settings import PerformanceSettings
 from mifo.synthesis.sampler import KeptPasses
 
 PLAIN = PerformanceSettings(learning_precision="float32", synthesis_precision="float32")
-
-
-@pytest.fixture
-def recordings(monkeypatch):
-    recordings = Recordings()
-    monkeypatch.setattr("mifo.performance.graphs.capture", recordings.capture)
-    monkeypatch.setattr("mifo.learning.learn.available", lambda settings, device: settings)
-    return recordings
 
 
 @pytest.fixture
