@@ -32,7 +32,7 @@ class Idea:
         name: as in docs/performance.md.
         rows: what it is measured by, names of `MEASURES`.
         undo: the plainer way in its place.
-        otherwise: settings that switch it off.
+        otherwise: the same bench, or one whose settings switch it off.
         graphs: whether it needs CUDA graphs (True) or can not be undone within them (False).
         where: keys of the profile and the values with which the idea has an effect.
     """
@@ -50,20 +50,19 @@ def _profile(**keys: Any) -> Callable[[Bench], Bench]:
     return lambda bench: replace(bench, performance=replace(bench.performance, **keys))
 
 
-def _finetuning(**keys: Any) -> Callable[[Bench], Bench]:
-    """With these settings of the second stage."""
-    return lambda bench: replace(
-        bench, learning=replace(bench.learning, finetuning=replace(bench.learning.finetuning, **keys))
-    )
+def _learning(part: str, **keys: Any) -> Callable[[Bench], Bench]:
+    """With these settings of a part of learning."""
 
+    def changed(bench: Bench) -> Bench:
+        own = replace(getattr(bench.learning, part), **keys)
+        return replace(bench, learning=replace(bench.learning, **{part: own}))
 
-def _prior(bench: Bench, **keys: Any) -> Bench:
-    return replace(bench, learning=replace(bench.learning, prior=replace(bench.learning.prior, **keys)))
+    return changed
 
 
 def stage2_with_adamw(bench: Bench) -> Measurement:
     """A step of fine-tuning with PyTorch's AdamW, states of 32 bits."""
-    return stage2_step(_finetuning(optimizer="adamw")(bench))
+    return stage2_step(_learning("finetuning", optimizer="adamw")(bench))
 
 
 def stage1_under_autocast(bench: Bench) -> Measurement:
@@ -93,7 +92,7 @@ def class_pictures_encoded(bench: Bench) -> Measurement:
     ready_for_learning(model, performance)
     with tempfile.TemporaryDirectory() as folder:
         noise_pictures(Path(folder) / "prior", bench.learning.prior.pictures, model.image_size)
-        learning = _prior(bench, folder=f"{folder}/prior").learning
+        learning = _learning("prior", folder=f"{folder}/prior")(bench).learning
         # so many draws take all of them
         stage = replace(learning.finetuning, steps=16 * learning.prior.pictures)
         data = LearningData(model, instances, learning, stage, 0, prior=True, performance=performance)
@@ -111,7 +110,7 @@ def class_pictures_made(bench: Bench) -> Measurement:
     memory, seconds = Memory(bench.device), []
     for _ in range(2):
         with tempfile.TemporaryDirectory() as folder:
-            prior = _prior(bench, pictures=16, cache=folder, folder=None).learning.prior
+            prior = _learning("prior", pictures=16, cache=folder, folder=None)(bench).learning.prior
             make = (model, ["a photo of a car"], prior, 0, performance)
             seconds.append(stopwatch(bench.device, lambda make=make: class_picture_files(*make)))
     return measured(seconds[1:], memory.peak_gib())
@@ -188,7 +187,7 @@ IDEAS = (
     Idea(
         "class pictures made together",
         ("class_pictures_made",),
-        otherwise=lambda bench: _prior(bench, batch_size=1),
+        otherwise=_learning("prior", batch_size=1),
     ),
     Idea(
         "graphs of class pictures",

@@ -75,7 +75,7 @@ def write_record(file: Path, circumstances: Circumstances, rows: dict[str, Measu
 
 
 def write_table(folder: Path) -> Path:
-    """Write `folder/README.md`: of each machine, shapes and profile the newest measurement of each row."""
+    """Write `folder/README.md`: of each machine, shapes and profile the newest of each row and each idea."""
     records = sorted(
         (json.loads(file.read_text()) for file in folder.glob("*.json")), key=lambda r: r["date"]
     )

@@ -333,4 +333,4 @@ def tried(row: Callable[[Bench], Measurement], bench: Bench) -> Measurement:
     try:
         return row(bench)
     except (MifoError, RuntimeError) as error:
-        return Measurement(notes={"failed": str(error).splitlines()[0]})
+        return Measurement(notes={"failed": (str(error).splitlines() or [type(error).__name__])[0]})
