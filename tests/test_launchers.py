@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ pytestmark = pytest.mark.slow
 LAUNCHERS = {
     "joblib": ("hydra_plugins.hydra_joblib_launcher", ["hydra.launcher.n_jobs=2"]),
     "submitit_local": ("hydra_plugins.hydra_submitit_launcher", ["hydra.launcher.timeout_min=5"]),
+    "submitit_slurm": ("hydra_plugins.hydra_submitit_launcher", ["hydra.launcher.timeout_min=5"]),
     "ray": ("hydra_plugins.hydra_ray_launcher", ["+hydra.launcher.ray.init.num_cpus=2"]),
 }
 
@@ -57,6 +59,8 @@ def serial(source, tmp_path_factory):
 def test_a_launcher_makes_what_a_serial_sweep_makes(launcher, source, serial, tmp_path):
     plugin, options = LAUNCHERS[launcher]
     pytest.importorskip(plugin)
+    if launcher == "submitit_slurm" and shutil.which("sbatch") is None:
+        pytest.skip("needs a node of a Slurm cluster")
     made = sweep(source, tmp_path / "sweep", f"hydra/launcher={launcher}", *options)
     assert all(rows.equal(expected) for rows, expected in zip(made, serial, strict=True))
 
