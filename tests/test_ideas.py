@@ -52,15 +52,16 @@ def losses(source, folder, prior, performance):
     return [loss for _, _, loss in watch.losses]
 
 
-def without(idea, **keys):
-    return PerformanceSettings(**{**vars(PLAIN), **keys, "cuda_graphs": bool(idea.graphs), **idea.where})
+@pytest.fixture(scope="module")
+def plain(source, prior, tmp_path_factory):
+    return losses(source, tmp_path_factory.mktemp("plain"), prior, PLAIN)
 
 
 @pytest.mark.parametrize("idea", IN_LEARNING, ids=lambda idea: idea.name)
-def test_without_an_idea_learning_is_the_same(idea, source, tmp_path, prior, recordings):
-    plain = losses(source, tmp_path / "plain", prior, PLAIN)
+def test_without_an_idea_learning_is_the_same(idea, source, plain, tmp_path, prior, recordings):
+    settings = replace(PLAIN, cuda_graphs=bool(idea.graphs), **idea.where)
     with idea.undo():
-        assert losses(source, tmp_path / "without", prior, without(idea)) == pytest.approx(plain, rel=1e-3)
+        assert losses(source, tmp_path, prior, settings) == pytest.approx(plain, rel=1e-3)
 
 
 @pytest.mark.parametrize("idea", IN_PICTURES, ids=lambda idea: idea.name)

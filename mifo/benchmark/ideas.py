@@ -15,7 +15,7 @@ import mifo.learning.learn
 from mifo.benchmark import without
 from mifo.benchmark.measuring import Measurement, Memory, measured, stopwatch
 from mifo.benchmark.records import AGAIN, BASELINE, WITHOUT
-from mifo.benchmark.rows import Bench, noise_pictures, picture, stage1_step, stage2_step, tried
+from mifo.benchmark.rows import Bench, by_name, noise_pictures, picture, stage1_step, stage2_step, tried
 from mifo.benchmark.shapes import random_instances, random_model
 from mifo.data.learning_data import LearningData
 from mifo.data.prior import class_picture_files
@@ -77,9 +77,11 @@ def stage2_under_autocast(bench: Bench) -> Measurement:
 
 def around_the_steps(bench: Bench) -> Measurement:
     """A few steps of both stages, from the model in memory to the model that has learned; without saving."""
-    memory = Memory(bench.device)
+    memory, seconds = Memory(bench.device), []
     with patch.object(mifo.learning.learn, "save_learned", lambda *_, **__: None):
-        seconds = [-bench.learn((2, 2), []) + perf_counter() for _ in range(2)]
+        for _ in range(2):
+            start = bench.learn((2, 2), [])
+            seconds.append(perf_counter() - start)
     return measured(seconds, memory.peak_gib())
 
 
@@ -116,20 +118,17 @@ def class_pictures_made(bench: Bench) -> Measurement:
     return measured(seconds[1:], memory.peak_gib())
 
 
-MEASURES: dict[str, Callable[[Bench], Measurement]] = {
-    measure.__name__: measure
-    for measure in (
-        stage1_step,
-        stage2_step,
-        stage2_with_adamw,
-        stage1_under_autocast,
-        stage2_under_autocast,
-        picture,
-        class_pictures_encoded,
-        class_pictures_made,
-        around_the_steps,
-    )
-}
+MEASURES = by_name(
+    stage1_step,
+    stage2_step,
+    stage2_with_adamw,
+    stage1_under_autocast,
+    stage2_under_autocast,
+    picture,
+    class_pictures_encoded,
+    class_pictures_made,
+    around_the_steps,
+)
 STEPS = ("stage1_step", "stage2_step")
 BFLOAT16 = {"learning_precision": "bfloat16"}
 _in_float32 = _profile(learning_precision="float32", autocast=True)

@@ -83,10 +83,9 @@ def write_table(folder: Path) -> Path:
         (record["device"], record["shapes"], record["profile"], name): (record, Measurement(**row))
         for record in records
         for name, row in record["rows"].items()
+        if BASELINE not in name and WITHOUT not in name
     }
     lines = ["# Benchmark", "", "Written by `mifo benchmark`; docs/performance.md says how to read it.", ""]
-    compared = {key: found for key, found in newest.items() if BASELINE in key[3] or WITHOUT in key[3]}
-    newest = {key: found for key, found in newest.items() if key not in compared}
     for machine in dict.fromkeys(key[:2] for key in newest):
         lines += [
             f"## {machine[0]}, shapes of {machine[1]}",
@@ -137,12 +136,10 @@ def _ideas(records: Sequence[dict[str, Any]]) -> list[str]:
             usual = [each for each in both if each and each.seconds is not None]
             where = f"{record['device']}, shapes of {record['shapes']}"
             newest[where, record["profile"], measure, idea] = [
-                *(
-                    idea,
-                    measure,
-                    record["profile"],
-                    " / ".join(_seconds(each.seconds) for each in usual) or "–",
-                ),
+                idea,
+                measure,
+                record["profile"],
+                " / ".join(_seconds(each.seconds) for each in usual) or "–",
                 row.notes.get("failed", _seconds(row.seconds)),
                 _gain(row.seconds, [each.seconds for each in usual], _seconds),
                 # on a processor the peak is that of the whole process, with all that came before

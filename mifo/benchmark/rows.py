@@ -309,23 +309,25 @@ def _demos(bench: Bench, count: int, *overrides: str) -> float:
         return perf_counter() - start
 
 
-ROWS: dict[str, Callable[[Bench], Measurement]] = {
-    row.__name__: row
-    for row in (
-        matrix_product,
-        stage1_step,
-        stage2_step,
-        stage2_8bit,
-        both_stages,
-        picture,
-        three_pictures,
-        equivalence,
-        demo,
-        throughput,
-        by_instances,
-        by_resolution,
-    )
-}
+def by_name(*rows: Callable[[Bench], Measurement]) -> dict[str, Callable[[Bench], Measurement]]:
+    """Rows by the names of their functions."""
+    return {row.__name__: row for row in rows}
+
+
+ROWS = by_name(
+    matrix_product,
+    stage1_step,
+    stage2_step,
+    stage2_8bit,
+    both_stages,
+    picture,
+    three_pictures,
+    equivalence,
+    demo,
+    throughput,
+    by_instances,
+    by_resolution,
+)
 
 
 def tried(row: Callable[[Bench], Measurement], bench: Bench) -> Measurement:

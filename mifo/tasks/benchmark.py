@@ -37,9 +37,10 @@ def benchmark(settings: BenchmarkTaskSettings) -> Path:
     file = folder / f"{re.sub(r'[^0-9]', '', taken.date[:19])}-{slug}.json"
     rows: dict[str, Measurement] = {}
     for name in track(wanted, "benchmark"):
-        for part, row in ideas(bench) if name == ideas.__name__ else [(name, None)]:
-            rows[part] = row or tried(ROWS[part], bench)
-            if reason := rows[part].notes.get("failed"):
+        several = name == ideas.__name__
+        for part, row in ideas(bench) if several else [(name, tried(ROWS[name], bench))]:
+            rows[part] = row
+            if reason := row.notes.get("failed"):
                 log.warning("%s: %s", part, reason)
             write_record(file, taken, rows)
             table = write_table(folder)
