@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -120,8 +121,7 @@ def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[
         RuntimeError: it can not be captured, or there is no GPU.
     """
     buffers = [each.detach().clone() for each in inputs]
-    # its operations go before those of the streams that it starts
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(priority=-1)
+    graph, stream = torch.cuda.CUDAGraph(), _stream_of_captures(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         function(*buffers)  # libraries set themselves up, and what is kept gets computed
@@ -137,6 +137,13 @@ def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[
         return outputs
 
     return replay
+
+
+@cache
+def _stream_of_captures(device: int) -> torch.cuda.Stream:
+    """One for all captures, since cuBLAS keeps memory for each stream that it ever ran on."""
+    # operations of a graph go before those of the streams that it starts
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def _laid_out(gradients: Sequence[Tensor | None], parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
