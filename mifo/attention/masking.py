@@ -26,6 +26,7 @@ from mifo.attention.processors import (
     merge_heads,
     project_context,
     project_queries,
+    quick_to_start,
 )
 from mifo.guidance.descent import loss_and_gradient
 from mifo.guidance.loss import attention_sums
@@ -274,7 +275,8 @@ class MaskedAttention:
         if self.masked:
             bias = self._mask((query.shape[2], (self._guiding, layer.kind, len(query), query.dtype)))
         if layer.index not in self._reading:
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=attn.scale)
+            with quick_to_start(query.shape[2]):
+                return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=attn.scale)
         probabilities = attention_probabilities(attn, query, key, bias)
         if self._guiding:
             shapes = self._mask((query.shape[2], None))
