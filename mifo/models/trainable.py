@@ -67,7 +67,7 @@ def add_lora(model: DiffusionModel, rank: int) -> None:
         MifoError: peft, an optional dependency, is not installed.
     """
     try:
-        from peft import LoraConfig
+        from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise MifoError(
             "learn=lora needs the package peft; install it with: pip install 'mifo[low_vram]'."
@@ -76,7 +76,8 @@ def add_lora(model: DiffusionModel, rank: int) -> None:
         (model.unet, ["to_q", "to_k", "to_v", "to_out.0"]),
         (model.text_encoder, ["q_proj", "k_proj", "v_proj", "out_proj"]),
     ):
-        part.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+        # peft's own call: the models' `add_adapter` refuses releases of peft that do this just as well
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), part)
         for name, parameter in part.named_parameters():
             if "lora_" in name:  # learns in full precision, whatever that of the base model
                 parameter.data = parameter.data.float()
