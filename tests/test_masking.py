@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mifo.attention.layers import choose_layers
 from mifo.attention.masking import MaskedAttention, cross_attention_mask, self_attention_mask
@@ -168,3 +170,26 @@ def test_attention_is_restored_whatever_happens(vector_unet, text_states, latent
         assert vector_unet.attn_processors != before
         raise ZeroDivisionError
     assert vector_unet.attn_processors == before
+
+
+@pytest.mark.parametrize("left_first", [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION])
+def test_long_queries_ask_cudnn_first_whatever_ran_before(
+    vector_unet, text_states, latents, monkeypatch, left_first
+):
+    fused = functional.scaled_dot_product_attention
+    asked = set()
+
+    def first():
+        return torch._C._get_sdp_priority_order()[0]
+
+    def noting(query, *args, **options):
+        cudnn = int(SDPBackend.CUDNN_ATTENTION)
+        asked.add((query.shape[2], torch.backends.cuda.cudnn_sdp_enabled(), first() == cudnn))
+        return fused(query, *args, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", noting)
+    with sdpa_kernel([left_first, SDPBackend.MATH], set_priority=True), torch.no_grad():
+        with masked(vector_unet, text_states) as attention:
+            attention.denoising_pass(latents, torch.tensor(500))
+        assert first() == int(left_first)
+    assert asked == {(side**2, side >= 32, side >= 32) for side in (32, 16, 8, 4)}

@@ -91,7 +91,7 @@ class FusedAttention:
 
 
 def quick_to_start(length: int = 0) -> AbstractContextManager[None]:
-    """Fused attention within the `with` block: by cuDNN first for sequences of a great `length`, else without.
+    """Fused attention within the `with` block, by cuDNN first where sequences have a great `length`.
 
     cuDNN builds a kernel for each new shape, forward and backward, which takes it a quarter of a second.
     """
