@@ -5,8 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
+from threading import Event, Thread
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 from tiny import tiny_pipeline
@@ -81,14 +84,90 @@ def test_jobs_on_a_ray_cluster_that_runs_already(source, serial, tmp_path):
     assert all(rows.equal(expected) for rows, expected in zip(made, serial, strict=True))
 
 
-def test_the_launcher_of_gpus_gives_each_process_one_of_its_own(source, serial, tmp_path):
+ON_TWO_GPUS = {
+    "gpus": ("hydra_plugins.hydra_joblib_launcher", ["hydra.launcher.n_jobs=2"]),
+    "submitit_local": (
+        "hydra_plugins.hydra_submitit_launcher",
+        ["hydra.launcher.gpus_per_node=2", "exclusive_gpu=true"],
+    ),
+}
+
+
+def on_two_gpus(launcher):
+    """The choice of a launcher that gives each of two jobs a GPU of its own."""
+    plugin, options = ON_TWO_GPUS[launcher]
+    pytest.importorskip(plugin)
+    return [f"hydra/launcher={launcher}", *options]
+
+
+@pytest.mark.parametrize("launcher", ON_TWO_GPUS)
+def test_each_process_claims_a_gpu_of_its_own(launcher, source, serial, tmp_path):
     """Two GPUs that are not there: what counts is which ones are claimed before CUDA would start."""
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    chosen = ["hydra/launcher=gpus", "hydra.launcher.n_jobs=2"]
     environment = {"CUDA_VISIBLE_DEVICES": "0,1", "TMPDIR": str(tmp_path)}
-    made = sweep(source, tmp_path / "sweep", *chosen, **environment)
+    # three jobs, the bad one among them, start at once under submitit, which keeps none waiting for a GPU
+    third = ["hydra.launcher.gpus_per_node=3"] if launcher == "submitit_local" else []
+    made = sweep(source, tmp_path / "sweep", *on_two_gpus(launcher), *third, **environment)
     assert all(rows.equal(expected) for rows, expected in zip(made, serial, strict=True))
-    assert {path.name.split("-")[-1] for path in tmp_path.glob("mifo-*.lock")} == {"0.lock", "1.lock"}
+    claimed = {path.name.split("-")[-1] for path in tmp_path.glob("mifo-*.lock")}
+    assert {"0.lock", "1.lock"} <= claimed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("launcher", ON_TWO_GPUS)
+def test_two_jobs_at_once_use_two_gpus(launcher, tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+
+    def learnt(folder, *extra):
+        command = [
+            *(sys.executable, "-m", "mifo", "learn", "-m", "debug=default", "device=cuda", "seed=1,2"),
+            *("logger=none", "callbacks=none", "learning.semantic.steps=200", f"hydra.sweep.dir={folder}"),
+        ]
+        done = subprocess.run(
+            [*command, *extra], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return [load_file(tmp_path / folder / job / "learned" / "tokens.safetensors")["rows"] for job in "01"]
+
+    alone = learnt("serial")
+    with GpuWatch() as watch:
+        together = learnt("sweep", *on_two_gpus(launcher))
+    assert len(watch.gpus_of_processes) == 2 and watch.most_gpus_at_once == 2
+    assert all(len(gpus) == 1 for gpus in watch.gpus_of_processes.values())
+    for rows, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(rows, expected)
+
+
+class GpuWatch:
+    """Asks the driver, again and again within a `with` block, which processes compute on which GPU.
+
+    Attributes:
+        gpus_of_processes: the GPUs on which each process was seen.
+        most_gpus_at_once: how many GPUs had a process at one time.
+    """
+
+    def __init__(self):
+        self.gpus_of_processes = defaultdict(set)
+        self.most_gpus_at_once = 0
+        self._ended = Event()
+        self._thread = Thread(target=self._watch)
+
+    def _watch(self):
+        command = ["nvidia-smi", "--query-compute-apps=pid,gpu_uuid", "--format=csv,noheader"]
+        while not self._ended.wait(0.2):
+            told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            seen = [line.split(", ") for line in told.splitlines()]
+            self.most_gpus_at_once = max(self.most_gpus_at_once, len({gpu for _, gpu in seen}))
+            for process, gpu in seen:
+                self.gpus_of_processes[process].add(gpu)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self._ended.set()
+        self._thread.join()
 
 
 SEARCHES = {

@@ -40,9 +40,10 @@ def _plus_plus(points: Tensor, clusters: int, restarts: int, seed: int) -> Tenso
     batch, count, _ = points.shape
     rows = torch.arange(batch, device=points.device)[:, None]
     distances = points.new_ones(batch, restarts, count)
+    up_to = points.new_ones(count, count).triu()  # a product: `cumsum` sums in no fixed order on a GPU
     centres = []
     for draw in draws.T:
-        cumulated = distances.cumsum(dim=-1)
+        cumulated = distances @ up_to
         targets = draw[:, None].expand(batch, -1, -1) * cumulated[..., -1:]
         chosen = torch.searchsorted(cumulated, targets, right=True).squeeze(-1).clamp(max=count - 1)
         centre = points[rows, chosen]  # (B, restarts, d)

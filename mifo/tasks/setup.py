@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from mifo.config.schema import EvaluateSettings, ModelTaskSettings, TaskSettings
 from mifo.performance.libraries import load_libraries
+from mifo.performance.profile import compute_repeatably
 from mifo.tasks.tracking import define_metrics
 
 
@@ -31,6 +32,7 @@ def prepare(settings: TaskSettings) -> torch.device:
     seed_everything(settings.seed, verbose=False)
     if isinstance(settings, ModelTaskSettings):
         torch.set_float32_matmul_precision(settings.performance.matmul_precision)
+        compute_repeatably(settings.performance.deterministic)
         if settings.performance.threads:
             torch.set_num_threads(settings.performance.threads)
     gpu = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
