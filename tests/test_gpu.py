@@ -1,6 +1,8 @@
 """What only a GPU can show: passes really captured, with kernels in them, give what plain code gives."""
 
 import logging
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -127,3 +129,21 @@ def test_class_pictures_from_a_graph_are_the_same(source, tmp_path, exact):
         return torch.stack([*found.read(range(len(told)))])
 
     assert (made(True) - made(False)).abs().max() <= 1 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("profile", ["default", "max_speed"])
+def test_a_deterministic_run_repeats_bit_for_bit(profile, tmp_path):
+    def made(name):
+        command = [
+            *(sys.executable, "-m", "mifo", "run", "debug=default", "device=cuda", f"performance={profile}"),
+            *("performance.deterministic=true", "learning.semantic.steps=60", "learning.finetuning.steps=20"),
+            *("logger=none", "callbacks=none", "metrics=none", f"hydra.run.dir={name}"),
+        ]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        folders = [tmp_path / name / part for part in ("learned", "pictures")]
+        files = [file for folder in folders for file in sorted(folder.iterdir())]
+        return {file.name: file.read_bytes() for file in files if file.suffix in (".safetensors", ".png")}
+
+    first, second = made("first"), made("second")
+    assert len(first) > 2 and first == second
