@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +15,7 @@ from omegaconf import DictConfig
 
 from mifo.config.compose import REFUSALS, explain, register_schemas, settings_of
 from mifo.config.gpus import claim_gpu
-from mifo.config.jobs import recorded_overrides, report_sweep, write_status
+from mifo.config.jobs import begin_job, end_failed_job, recorded_overrides, report_sweep, write_status
 from mifo.config.location import conf_folder
 from mifo.errors import MifoError
 
@@ -67,23 +68,33 @@ def main() -> None:
         register_schemas()
         sys.argv = [f"mifo {task}", *recorded_overrides(overrides), *overrides]
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=task)(run_job)()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted) as error:
         print("mifo: interrupted; what is finished stays, and the run can be continued", file=sys.stderr)
-        sys.exit(130)
+        if isinstance(error, Interrupted) and error.folder:
+            print(f"mifo: go on with: mifo {task} resume={error.folder}", file=sys.stderr)
+        sys.exit(error.code if isinstance(error, Interrupted) else 130)
     except Exception as error:
         if report_sweep():
             sys.exit(1)
-        if TRACEBACK_WANTED or not isinstance(error, (MifoError, *REFUSALS)):
+        if TRACEBACK_WANTED or not isinstance(error, (MifoError, OSError, *REFUSALS)):
             raise
         _refuse(explain(error, task))
     report_sweep()
+
+
+class Interrupted(BaseException):
+    """A job was asked to stop. `code` is the exit code of its signal, `folder` where it can be continued."""
+
+    def __init__(self, code: int, folder: Path | None = None) -> None:
+        super().__init__(code, folder)
+        self.code, self.folder = code, folder
 
 
 def run_job(config: DictConfig) -> Any:
     """Run the task of one composed configuration, here or in a launcher's process, and record how it ends."""
     job = HydraConfig.get()
     folder, overrides = Path(job.runtime.output_dir), list(job.overrides.task)
-    write_status(folder, "running", overrides)
+    before = begin_job(folder, overrides)
     try:
         # before diffusers or lightning are imported, which makes CUDA list the GPUs for good
         if config.exclusive_gpu or job.runtime.choices["hydra/launcher"] == "gpus":
@@ -94,8 +105,12 @@ def run_job(config: DictConfig) -> Any:
         if wanted := getattr(settings, "objectives", None):
             result = import_module("mifo.tasks.evaluate").objective_values(folder, wanted)
     except BaseException as error:
+        if code := _signalled(error):
+            write_status(folder, "interrupted", overrides, "interrupted; it can be continued")
+            raise Interrupted(code, folder if job.mode == RunMode.RUN else None) from error
         reason = str(error) if isinstance(error, MifoError) else f"{type(error).__name__}: {error}"
-        write_status(folder, "failed", overrides, reason)
+        # a sweep's summary is made of these files, so that its jobs always say how they ended
+        end_failed_job(folder, before if job.mode == RunMode.RUN else None, overrides, reason)
         if job.mode == RunMode.MULTIRUN:
             log.error("job %s failed: %s", job.job.num, reason, exc_info=not isinstance(error, MifoError))
         elif isinstance(error, MifoError) and not TRACEBACK_WANTED:
@@ -103,6 +118,14 @@ def run_job(config: DictConfig) -> Any:
         raise
     write_status(folder, "ok", overrides)
     return result
+
+
+def _signalled(error: BaseException) -> int | None:
+    """The exit code of the signal that ended a job, None where it was none; Lightning exits for them."""
+    if type(error).__name__ == "SIGTERMException":
+        return 128 + signal.SIGTERM
+    causes = (error, error.__context__) if isinstance(error, SystemExit) else (error,)
+    return 128 + signal.SIGINT if any(isinstance(each, KeyboardInterrupt) for each in causes) else None
 
 
 def _refuse(reason: str) -> NoReturn:

@@ -1,6 +1,7 @@
 """Reading instances as people have them, class pictures, and what learning draws."""
 
 import dataclasses
+import hashlib
 from collections import Counter
 from copy import copy
 from itertools import islice
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from tiny import tiny_pipeline
 
-from mifo.data.instances import InstanceSet, read_instances
+from mifo.data.instances import InstanceSet, folder_digest, read_instances
 from mifo.data.learning_data import LearningData
 from mifo.data.prior import class_pictures, class_prompts
 from mifo.data.settings import InstancesSettings
@@ -69,11 +70,91 @@ def test_masks_of_every_format_mean_the_same(folder, mode):
     assert torch.equal(read(folder).masks[0] * 255, torch.from_numpy(mask).float())
 
 
+def soft(strength=200):
+    """A mask of three values."""
+    mask = square(2, 3) // 255 * strength
+    mask[:3] = 20
+    return mask
+
+
 def test_soft_masks_keep_their_values(folder):
-    Image.fromarray(square(2, 3) // 2).save(folder / "mask0.png")
-    assert read(folder).masks[0].max() == pytest.approx(127 / 255)
-    Image.fromarray((square(2, 3) // 2).astype(np.uint16) * 257).save(folder / "mask0.png")
-    assert read(folder).masks[0].max() == pytest.approx(127 / 255)
+    expected = torch.from_numpy(soft()) / 255
+    Image.fromarray(soft()).save(folder / "mask0.png")
+    torch.testing.assert_close(read(folder).masks[0], expected)
+    Image.fromarray(soft().astype(np.uint16) * 257).save(folder / "mask0.png")
+    torch.testing.assert_close(read(folder).masks[0], expected)
+    Image.fromarray(square(2, 3) // 255 * 200).convert("RGB").save(folder / "mask0.png")
+    assert read(folder).masks[0].max() == pytest.approx(200 / 255)
+
+
+def labelled(colour):
+    """A palette mask whose instance has the number 1 and `colour`."""
+    image = Image.fromarray(square(2, 3) // 255, "L")
+    image.putpalette([0, 0, 0, *colour])
+    return image
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16", "1, dark red", "1, green"])
+def test_the_one_value_of_a_label_image_marks_the_instance(folder, mode):
+    grey = square(2, 3) // 255 * 100
+    image = {
+        "L": lambda: Image.fromarray(grey),
+        "LA": lambda: Image.fromarray(grey).convert("LA"),
+        "I;16": lambda: Image.fromarray(grey.astype(np.uint16)),
+        "1, dark red": lambda: labelled((128, 0, 0)),
+        "1, green": lambda: labelled((0, 128, 0)),
+    }[mode]()
+    image.save(folder / "mask0.png")
+    assert torch.equal(read(folder).masks[0] * 255, torch.from_numpy(square(2, 3)).float())
+
+
+def test_a_palette_counts_by_its_colours(folder):
+    image = Image.fromarray(1 - square(2, 3) // 255, "L")
+    image.putpalette([255, 255, 255, 0, 0, 0])
+    image.save(folder / "mask0.png")
+    assert torch.equal(read(folder).masks[0] * 255, torch.from_numpy(square(2, 3)).float())
+    Image.fromarray(soft()).convert("P").save(folder / "mask0.png")
+    torch.testing.assert_close(read(folder).masks[0], torch.from_numpy(soft()) / 255)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_the_alpha_of_a_cut_out_is_its_mask(folder, mode):
+    alpha = Image.fromarray(square(2, 3))
+    image, options = Image.open(folder / "img.png").convert("L" if mode == "LA" else "RGB"), {}
+    if mode in ("RGBA", "LA"):
+        image.putalpha(alpha)
+    elif mode == "P":
+        image, options = Image.fromarray(1 - square(2, 3) // 255, "L"), {"transparency": 1}
+        image.putpalette([9, 9, 9, 200, 100, 0])
+    else:
+        image.paste((255, 0, 255), mask=Image.fromarray(255 - square(2, 3)))
+        options = {"transparency": (255, 0, 255)}
+    image.save(folder / "mask0.png", **options)
+    assert torch.equal(read(folder).masks[0] * 255, torch.from_numpy(square(2, 3)).float())
+
+
+def test_soft_alpha_keeps_its_values(folder):
+    image = Image.open(folder / "img.png")
+    image.putalpha(Image.fromarray(soft()))
+    image.save(folder / "mask0.png")
+    torch.testing.assert_close(read(folder).masks[0], torch.from_numpy(soft()) / 255)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "I;16", "alpha", "one grey"])
+def test_masks_nowhere_above_half_are_refused(folder, mode):
+    faint = Image.fromarray(soft(127))
+    if mode == "alpha":
+        image = Image.open(folder / "img.png")
+        image.putalpha(faint)
+    elif mode == "I;16":
+        image = Image.fromarray(soft(127).astype(np.uint16) * 257)
+    elif mode == "one grey":
+        image = Image.new("L", (WIDTH, HEIGHT), 127)
+    else:
+        image = faint.convert(mode)
+    image.save(folder / "mask1.png")
+    with pytest.raises(MifoError, match=r"mask1\.png reaches 0\.50 of 1.*white on black"):
+        read(folder)
 
 
 def test_a_mask_of_another_size_is_brought_to_the_picture(folder):
@@ -84,11 +165,29 @@ def test_a_mask_of_another_size_is_brought_to_the_picture(folder):
     assert torch.equal(mask > 0.5, torch.from_numpy(square(2, 3)) > 0)
 
 
+@pytest.mark.parametrize("size", [(HEIGHT, WIDTH), (42, HEIGHT), (WIDTH, HEIGHT + 1)])
+def test_a_mask_of_other_proportions_is_refused(folder, size):
+    Image.new("L", size, 255).save(folder / "mask1.png")
+    expected = rf"mask1\.png is {size[0]}×{size[1]}, but img\.png is displayed at {WIDTH}×{HEIGHT}"
+    with pytest.raises(MifoError, match=expected):
+        read(folder)
+
+
+def test_proportions_may_be_rounded(folder):
+    Image.fromarray(square(20, 20, 80, 403, 300)).save(folder / "mask0.png")
+    assert read(folder).masks.shape == (2, HEIGHT, WIDTH)
+
+
 def test_orientation_of_the_camera_is_honoured(folder):
     image = Image.open(folder / "img.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned a quarter clockwise
     image.save(folder / "img.png", exif=exif)
+    with pytest.raises(MifoError, match=rf"mask0\.png .* displayed at {HEIGHT}×{WIDTH}"):
+        read(folder)
+    for number, place in enumerate([(2, 3), (20, 25)]):
+        mask = square(*place, width=HEIGHT, height=WIDTH)
+        Image.fromarray(mask).save(folder / f"mask{number}.png")
     shown = read(folder).image
     assert shown.shape == (3, WIDTH, HEIGHT)
     assert torch.equal(shown, torch.from_numpy(np.array(image.rotate(-90, expand=True))).permute(2, 0, 1))
@@ -116,6 +215,57 @@ def test_fitting_a_picture_that_is_not_square(folder):
     cropped = read(folder, fit="crop")  # marked columns 2 … 27 have their middle at 15, which wants 0 … 29
     assert torch.equal(cropped.image, squashed.image[:, :, :HEIGHT])
     assert cropped.masks.sum() == squashed.masks.sum()
+
+
+def test_masks_too_small_to_be_learned_are_refused(folder):
+    Image.open(folder / "img.png").resize((1600, 1200)).save(folder / "img.png")
+    Image.fromarray(square(610, 610, 10, 1600, 1200)).save(folder / "mask1.png")
+    with pytest.raises(MifoError, match=r"mask1\.png is too small to be learned.*64×64 latents"):
+        read(folder)
+    Image.fromarray(square(610, 610, 40, 1600, 1200)).save(folder / "mask1.png")
+    assert len(read(folder).masks) == 2
+
+
+def test_doubtful_masks_are_warned_of(folder, caplog):
+    read(folder)
+    assert not caplog.messages
+    Image.fromarray(square(0, 0, WIDTH)).save(folder / "mask0.png")
+    read(folder)
+    covers, shares = caplog.messages
+    assert "mask0.png covers 100 % of the picture" in covers
+    assert "mask0.png and" in shares and "mask1.png share 100 % of the smaller one" in shares
+    caplog.clear()
+    Image.fromarray(square(18, 10)).save(folder / "mask0.png")  # 6 of 8 columns are those of the other one
+    read(folder)
+    assert len(caplog.messages) == 1 and "share 7" in caplog.messages[0]
+    caplog.clear()
+    Image.fromarray(square(15, 10)).save(folder / "mask0.png")
+    read(folder)
+    assert not caplog.messages
+
+
+def test_a_folder_without_a_name_has_its_own(folder, monkeypatch):
+    assert read(folder).name == "test"
+    named = folder / "my_photo"
+    named.symlink_to(folder)
+    for name in ("local", "instances"):
+        assert read_instances(InstancesSettings(name, str(named))).name == "my_photo"
+    monkeypatch.chdir(folder)
+    assert read_instances(InstancesSettings("local", ".")).name == folder.name
+
+
+def test_the_digest_tells_what_a_folder_holds(folder):
+    settings = InstancesSettings("test", str(folder))
+    content = b"".join((folder / name).read_bytes() for name in ("img.png", "mask0.png", "mask1.png"))
+    assert folder_digest(settings) == hashlib.sha256(content).hexdigest()[:12]
+    (folder / "notes.txt").write_text("of no matter")
+    assert folder_digest(settings) == hashlib.sha256(content).hexdigest()[:12]
+    Image.fromarray(square(3, 3)).save(folder / "mask1.png")
+    assert folder_digest(settings) != hashlib.sha256(content).hexdigest()[:12]
+    (folder / "mask0.png").unlink()
+    with pytest.raises(MifoError, match=r"mask0\.png is missing"):
+        folder_digest(settings)
+    assert folder_digest(InstancesSettings("scene", scene={"background": "at the beach"})) is None
 
 
 def test_names_of_the_instances(folder):

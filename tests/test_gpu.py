@@ -131,6 +131,12 @@ def test_class_pictures_from_a_graph_are_the_same(source, tmp_path, exact):
     assert (made(True) - made(False)).abs().max() <= 1 / 255 + 1e-6
 
 
+def test_activations_computed_twice_leave_learning_alone(learnt):
+    half = replace(FLOAT32, learning_precision="bfloat16")
+    twice = learnt(replace(half, gradient_checkpointing=True, name="twice"), "adamw")
+    assert twice == pytest.approx(learnt(half, "adamw"), rel=0.02)
+
+
 @pytest.mark.parametrize("profile", ["default", "max_speed"])
 def test_a_deterministic_run_repeats_bit_for_bit(profile, tmp_path):
     def made(name):

@@ -1,6 +1,7 @@
 """Learning: what changes and what does not, golden losses, and a run that goes on where it was killed."""
 
 import copy
+import sys
 
 import pandas
 import pytest
@@ -310,6 +311,50 @@ def test_impossible_settings_are_refused(settings, part, key, value, sentence):
     setattr(getattr(settings, part), key, value)
     with pytest.raises(MifoError, match=sentence):
         check_learning(settings)
+
+
+@pytest.mark.parametrize(
+    "template", ["a photo", "{} and {}", "{} by <asset1>", "{instances}", "{1}", "{", ""]
+)
+def test_a_template_names_the_instances_once(settings, template):
+    settings.template = template
+    with pytest.raises(MifoError, match=r"learning\.template=.*use \{\} once"):
+        check_learning(settings)
+    settings.template = "{}, a photo"
+    check_learning(settings)
+
+
+def test_what_would_end_learning_midway_is_refused_before_a_model_is_loaded(
+    mifo, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("mifo.tasks.learn.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
+    (tmp_path / "empty").mkdir()
+    for argument, words in (
+        ("learning.prior.folder=nowhere", "learning.prior.folder=nowhere is not a folder"),
+        ("learning.prior.folder=empty", "learning.prior.folder=empty holds no picture"),
+        ("learning.finetuning.learn=lora", "pip install 'mifo[low_vram]'"),
+        ("performance=low_vram", "pip install 'mifo[low_vram]'"),
+        ("learning.template=a photo", "learning.template='a photo'"),
+        ("instances.initializers=[car,'',car]", "instances.initializers holds an empty word"),
+    ):
+        for task in ("learn", "run"):
+            assert mifo(task, argument) == 2
+            told = capsys.readouterr().err.strip()
+            assert told.startswith("mifo: error: ") and len(told.splitlines()) == 1
+            assert words in told
+
+
+def test_what_learning_does_not_need_is_not_asked_for(settings, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    settings.prior.folder = "nowhere"
+    with pytest.raises(MifoError, match="nowhere is not a folder"):
+        check_learning(settings)
+    settings.prior.weight = 0.0
+    check_learning(settings)
+    settings.prior.weight, settings.finetuning.steps = 1.0, 0
+    settings.finetuning.learn = "lora"
+    check_learning(settings)
 
 
 def test_what_learning_fixes_can_not_be_set_for_the_trainer(model, instances, settings, tmp_path):

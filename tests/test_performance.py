@@ -50,9 +50,9 @@ def losses(source, tmp_path_factory):
     )
     penalty = PenaltySettings(warmup_steps=2, timestep_limit=1000)
 
-    def learnt(performance, learning=settings, trainer=TRAINER, dtype="float32"):
+    def learnt(performance, learning=settings, trainer=TRAINER, dtype="float32", load=load_model):
         watch, folder = Watch(), tmp_path_factory.mktemp("run")
-        model = load_model(ModelSettings("tiny", source, dtype=dtype))
+        model = load(ModelSettings("tiny", source, dtype=dtype))
         options = {"trainer": trainer, "callbacks": [watch], "performance": performance}
         learn(model, instances, copy.deepcopy(learning), penalty, folder, **options)
         return [loss for _, _, loss in watch.losses]
@@ -593,6 +593,22 @@ def test_a_rehearsal_passes_through_what_learning_uses_and_draws_nothing(monkeyp
     rehearsal.rehearse(torch.device("cpu"))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert len(used) == 6
+
+
+def test_what_is_computed_a_second_time_finds_the_kernels_of_the_first(source, losses):
+    """On a GPU other kernels of attention keep other tensors, which checkpointing refuses."""
+    seen = []
+
+    def watch(*_):
+        seen.append(tuple(torch._C._get_sdp_priority_order()))
+
+    def load(settings, *args):
+        model = load_model(settings, *args)
+        model.text_encoder.encoder.layers[0].layer_norm1.register_forward_pre_hook(watch)
+        return model
+
+    losses(replace(PLAIN, gradient_checkpointing=True), load=load)
+    assert len(seen) == 1 + 2 * 7 and len(set(seen)) == 1  # that of the class pictures comes first
 
 
 def test_low_vram_learns(losses):

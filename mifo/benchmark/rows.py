@@ -175,7 +175,9 @@ def _step(bench: Bench, stage: int, operations: bool = True, **options: int) -> 
     bench.learn(both, [times], **options)
     row = measured(times.seconds, memory.peak_gib())
     if bench.settings.operations and operations:
-        bench.learn(tuple(min(each, 1) for each in both), [counted], **options)
+        # the model's own: what checkpointing computes a second time is not counted, nor could torch count it
+        once = replace(bench.performance, gradient_checkpointing=False)
+        bench.learn(tuple(min(each, 1) for each in both), [counted], once, **options)
         row.tflop = counted.tflop
         row.share_of_peak = bench.share(row, available(bench.performance, bench.device).learning_precision)
     return row

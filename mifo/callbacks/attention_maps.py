@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from mifo.attention.layers import attention_layers, choose_layers
 from mifo.attention.recording import AttentionRecorder
-from mifo.callbacks.logging import is_due, log_image, log_values
+from mifo.callbacks.logging import is_due, log_image, log_values, steps_between
 from mifo.diffusion.noise_schedule import NoiseSchedule
 from mifo.learning.stages import LearningStage
 from mifo.models.images import encode_images
@@ -24,7 +24,7 @@ class AttentionMaps(Callback):
     """
 
     def __init__(self, every: int = 100, timestep: int = 250, seed: int = 0) -> None:
-        self.every, self.timestep, self.seed = every, timestep, seed
+        self.every, self.timestep, self.seed = steps_between(every), timestep, seed
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LearningStage, outputs, batch, batch_index: int

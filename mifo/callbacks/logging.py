@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 from torch import Tensor
 
+from mifo.errors import MifoError
 from mifo.learning.stages import LearningStage
 
 
@@ -34,6 +35,17 @@ def log_values(
     named = {f"{module.stage}/{group}/{name}": float(value) for name, value in values.items()}
     for logger in trainer.loggers:
         logger.log_metrics(named, trainer.global_step)
+
+
+def steps_between(every: int) -> int:
+    """A number of steps as a callback was given it.
+
+    Raises:
+        MifoError: it is none.
+    """
+    if not isinstance(every, int) or every < 0:
+        raise MifoError(f"every={every} is no number of steps; take 0, for the end alone, or more")
+    return every
 
 
 def is_due(trainer: Trainer, every: int) -> bool:

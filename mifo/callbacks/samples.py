@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from lightning import Callback, Trainer
 
-from mifo.callbacks.logging import is_due, log_image
+from mifo.callbacks.logging import is_due, log_image, steps_between
 from mifo.config.layouts import Layout, LayoutSettings, layouts
 from mifo.learning.stages import LearningStage
 from mifo.metrics.pictures import Picture
@@ -25,7 +25,7 @@ class SamplePictures(Callback):
     """
 
     def __init__(self, make: MakePictures, layout: LayoutSettings, every: int = 100) -> None:
-        self.make, self.layout, self.every = make, layout, every
+        self.make, self.layout, self.every = make, layout, steps_between(every)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LearningStage, outputs, batch, batch_index: int

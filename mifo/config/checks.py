@@ -19,6 +19,7 @@ from mifo.config.schema import (
 from mifo.errors import MifoError
 from mifo.guidance.settings import check_guidance
 from mifo.learning.learn import check_learning
+from mifo.metrics.evaluation import METRICS
 from mifo.performance.profile import check_performance
 from mifo.synthesis.settings import check_synthesis
 
@@ -43,6 +44,12 @@ def check(settings: TaskSettings) -> None:
                     f"{group}.{name} scores pictures, for which metrics=none leaves no judge; choose "
                     "metrics, or leave it out"
                 )
+    if (metrics := getattr(settings, "metrics", None)) is not None:
+        for key in ("batch_size", "windows"):
+            if getattr(metrics, key) < 1:
+                raise MifoError(f"metrics.{key}={getattr(metrics, key)} is too small; take at least 1")
+    if unknown := [name for name in getattr(settings, "objectives", []) if name not in METRICS]:
+        raise MifoError(f"objectives: {unknown[0]} is no score; take some of {', '.join(METRICS)}")
     if isinstance(settings, ModelTaskSettings):
         check_performance(settings.performance)
     if isinstance(settings, SynthesizeSettings | LearnSettings | QualitySettings):

@@ -99,7 +99,16 @@ def explain(error: Exception, task: str) -> str:
             near = nearest(key, [name for name, _ in _walk(SCHEMAS[task]())])
             return f"{key} is no key of mifo {task}; {near}see mifo {task} --help"
         return f"{key}: {(cause.msg or str(cause)).splitlines()[0]}"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}; check the path, and that it can be written"
     return " ".join(str(error).split())
+
+
+def reason(error: Exception) -> str:
+    """The first line of what went wrong in the first place, of an exception raised from others."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _walk(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -94,10 +94,10 @@ def class_picture_files(
         performance: precision of learning and CUDA graphs are taken from it; None: float32, no graphs.
 
     Raises:
-        MifoError: the folder holds no picture.
+        MifoError: see `own_picture_files`.
     """
     if settings.folder is not None:
-        files = _picture_files(Path(settings.folder).expanduser())
+        files = own_picture_files(settings.folder)
         return files, [prompts[i % len(prompts)] for i in range(len(files))]
     files, told, missing = [], [], []
     for i, prompt in enumerate(prompts):
@@ -113,7 +113,18 @@ def class_picture_files(
     return files, told
 
 
-def _picture_files(folder: Path) -> list[Path]:
+def own_picture_files(given: str) -> list[Path]:
+    """The pictures in the folder `settings.folder`.
+
+    Raises:
+        MifoError: it is no folder, or holds no picture.
+    """
+    folder = Path(given).expanduser()
+    if not folder.is_dir():
+        raise MifoError(
+            f"learning.prior.folder={folder} is not a folder; name one with pictures, or take null to have "
+            "them made."
+        )
     files = sorted(file for file in folder.glob("*") if file.suffix.lower() in IMAGE_ENDINGS)
     if not files:
         raise MifoError(

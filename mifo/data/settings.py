@@ -8,7 +8,7 @@ from typing import Any
 class InstancesSettings:
     """Either a `folder` with `img.*`, `mask0.png`, `mask1.png`, … or a drawn `scene` of the miniature."""
 
-    name: str = "instances"
+    name: str = "instances"  # this and "local" give way to the name of the folder in titles
     folder: str | None = None
     scene: dict[str, Any] | None = None  # the fields of `mifo.miniature.scenes.SceneSpec`
     fit: str = "squash"  # a picture that is not square: squash | crop (about the instances) | pad

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning.pytorch.plugins.environments import (
 
 from mifo.data.instances import InstanceSet
 from mifo.data.learning_data import LearningData
+from mifo.data.prior import own_picture_files
 from mifo.errors import MifoError
 from mifo.learning.settings import LearningSettings, StageSettings
 from mifo.learning.stages import OPTIMIZERS, SCHEDULES, Finetuning, LearningStage, SemanticLearning
@@ -27,6 +29,7 @@ from mifo.models.trainable import LEARN, add_lora
 from mifo.penalty.settings import PenaltySettings
 from mifo.performance.profile import PRECISIONS, available, ready_for_learning
 from mifo.performance.settings import PerformanceSettings
+from mifo.prompts.instances import INSTANCE
 
 
 def check_learning(settings: LearningSettings) -> None:
@@ -62,6 +65,17 @@ def check_learning(settings: LearningSettings) -> None:
         raise MifoError(
             "learning.semantic.learn must be tokens: the first stage learns the new token rows alone."
         )
+    finetuned = settings.finetuning.steps > 0
+    if finetuned and settings.finetuning.learn == "lora" and find_spec("peft") is None:
+        raise MifoError(
+            "learning.finetuning.learn=lora needs the package peft; install it with: "
+            "pip install 'mifo[low_vram]'."
+        )
+    if not _names_instances_once(settings.template):
+        raise MifoError(
+            f"learning.template={settings.template!r} must name the instances once; use {{}} once: "
+            "'a photo of {}'."
+        )
     if not 0 <= settings.flip_probability <= 1:
         raise MifoError(f"learning.flip_probability={settings.flip_probability} is not between 0 and 1.")
     if settings.prior.weight < 0:
@@ -72,6 +86,15 @@ def check_learning(settings: LearningSettings) -> None:
         raise MifoError(
             "learning.prior.pictures must be at least 1; set learning.prior.weight=0 to leave them out."
         )
+    if finetuned and settings.prior.weight and settings.prior.folder is not None:
+        own_picture_files(settings.prior.folder)
+
+
+def _names_instances_once(template: str) -> bool:
+    try:
+        return INSTANCE.findall(template.format("<asset0>")) == ["<asset0>"]
+    except (AttributeError, LookupError, TypeError, ValueError):  # another placeholder than {}, a lone brace
+        return False
 
 
 def learn(

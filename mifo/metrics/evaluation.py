@@ -13,7 +13,7 @@ from mifo.errors import MifoError
 from mifo.files import write_whole
 from mifo.metrics.box_adherence import BoxAdherence, find_instance
 from mifo.metrics.class_accuracy import ClassAccuracy, class_texts
-from mifo.metrics.crops import crop_box, reference_crops
+from mifo.metrics.crops import Box, crop_box, reference_crops
 from mifo.metrics.evaluators import (
     ImageEncoder,
     ImageTextEncoder,
@@ -36,6 +36,11 @@ METRICS: dict[str, type[MeanMetric]] = {
     "class_accuracy": ClassAccuracy,
     "box_adherence": BoxAdherence,
 }
+
+
+def best_of(metric: str) -> str:
+    """Which of several values of a metric is the best: "max" or "min"."""
+    return "max" if METRICS[metric].higher_is_better else "min"
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,21 @@ class PictureEvaluator:
         totals = {name: metric() for name, metric in METRICS.items()}
         counts = dict.fromkeys(METRICS, 0)
         rows, all_crops, all_own = [], [], []
-        for picture in progress(pictures):
+        prompts = [name_classes(picture.prompt, tokens, class_names) for picture in pictures]
+        whole = self.image_text.encode_images([picture.image for picture in pictures])
+        asked = self.image_text.encode_texts(prompts)
+        subjects = [_subjects(picture, tokens) for picture in pictures]
+        crops = [
+            crop_box(picture.image, box)
+            for picture, boxes in zip(pictures, subjects, strict=True)
+            for box in boxes.values()
+        ]
+        sizes = [len(boxes) for boxes in subjects]
+        own_features, own_features_clip = (
+            encoder.encode_images(crops).split(sizes) if crops else [None] * len(pictures)
+            for encoder in (self.image, self.image_text)
+        )
+        for index, picture in enumerate(progress(pictures)):
             row: dict[str, float] = {}
 
             def measure(name: str, *inputs: Tensor, row: dict[str, float] = row) -> None:
@@ -142,24 +161,13 @@ class PictureEvaluator:
                 counts[name] += len(values[0])
                 row[name] = totals[name](*values).item()
 
-            text = name_classes(picture.prompt, tokens, class_names)
-            measure(
-                "editability",
-                self.image_text.encode_images([picture.image]),
-                self.image_text.encode_texts([text]),
-            )
-            subjects = {name: box for name, box in picture.boxes.items() if name in tokens}
-            if not picture.boxes:
-                named = [token for token in tokens if token in picture.prompt]
-                subjects = {named[0]: (0.0, 0.0, 1.0, 1.0)} if len(named) == 1 else {}
-            if subjects:
-                own = torch.tensor([tokens.index(name) for name in subjects])
-                crops = [crop_box(picture.image, box) for box in subjects.values()]
-                features = self.image.encode_images(crops)
+            measure("editability", whole[index : index + 1], asked[index : index + 1])
+            if boxes := subjects[index]:
+                own = torch.tensor([tokens.index(name) for name in boxes])
+                features, features_clip = own_features[index], own_features_clip[index]
                 measure("instance_consistency", features, references_image, own)
-                features_clip = self.image_text.encode_images(crops)
                 measure("instance_consistency_clip", features_clip, references_clip, own)
-                known = [index for index, instance in enumerate(own) if own_text[instance] is not None]
+                known = [place for place, instance in enumerate(own) if own_text[instance] is not None]
                 if known:
                     wanted = torch.tensor([own_text[instance] for instance in own[known]])
                     measure("class_accuracy", features_clip[known], texts_clip, wanted)
@@ -170,10 +178,12 @@ class PictureEvaluator:
                     measure("leakage", features, references_image, own)
                 if picture.boxes:
                     found = [
-                        find_instance(picture.image, references_image[index], box, self.image, self.windows)
-                        for index, box in zip(own, subjects.values(), strict=True)
+                        find_instance(
+                            picture.image, references_image[instance], box, self.image, self.windows
+                        )
+                        for instance, box in zip(own, boxes.values(), strict=True)
                     ]
-                    measure("box_adherence", torch.tensor(found), torch.tensor(list(subjects.values())))
+                    measure("box_adherence", torch.tensor(found), torch.tensor(list(boxes.values())))
             rows.append(row)
         scores = tuple(
             Score(
@@ -200,3 +210,11 @@ class PictureEvaluator:
     def _protocol(self, metric: str) -> str:
         """The protocol of a metric; the choice among other classes is another measure."""
         return f"{self.protocol}, {self.class_words} classes" if metric == "class_accuracy" else self.protocol
+
+
+def _subjects(picture: Picture, tokens: Sequence[str]) -> dict[str, Box]:
+    """The instances that can be cropped from a picture, by token."""
+    if picture.boxes:
+        return {name: box for name, box in picture.boxes.items() if name in tokens}
+    named = [token for token in tokens if token in picture.prompt]
+    return {named[0]: (0.0, 0.0, 1.0, 1.0)} if len(named) == 1 else {}

@@ -158,18 +158,32 @@ def load_image_text_encoder(
     name = f"local-dir:{_embedded('clip')}" if settings.name == "embedded" else settings.name
     try:
         with _quiet():
-            model = open_clip.create_model(name, pretrained=settings.pretrained, require_pretrained=True)
+            model = open_clip.create_model(
+                name,
+                pretrained=settings.pretrained,
+                require_pretrained=True,
+                force_quick_gelu=_learned_with_quick_gelu(settings),
+            )
             tokenizer = open_clip.get_tokenizer(name)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         tag = f" with pretrained='{settings.pretrained}'" if settings.pretrained else ""
         raise MifoError(
             f"The image–text evaluator {settings.name}{tag} cannot be loaded: check metrics.image_text, "
-            "connect once to fetch its weights, or use metrics=miniature, which needs no network."
+            f"connect once to fetch its weights, or use metrics=miniature, which needs no network ({error})."
         ) from error
     label = _label(settings.name.removeprefix("local-dir:"), "miniature-clip")
     if settings.pretrained:
         label += f"-{settings.pretrained}"
     return OpenClipEncoder(model, tokenizer, label, batch_size, fit)
+
+
+def _learned_with_quick_gelu(settings: ImageTextSettings) -> bool:
+    """Whether these weights were learned with another GELU, as OpenAI's were.
+
+    The architecture's name does not say so, and open_clip would only warn.
+    """
+    known = open_clip.get_pretrained_cfg(settings.name, settings.pretrained) if settings.pretrained else {}
+    return known.get("quick_gelu", False)
 
 
 def load_image_encoder(
@@ -188,7 +202,7 @@ def load_image_encoder(
     except (OSError, ValueError) as error:
         raise MifoError(
             f"The image evaluator {settings.source} cannot be loaded: check metrics.image, connect once to "
-            "fetch its weights, or use metrics=miniature, which needs no network."
+            f"fetch its weights, or use metrics=miniature, which needs no network ({error})."
         ) from error
     image_size = settings.image_size or model.config.image_size
     label = f"{_label(settings.source, 'miniature-vit')}-{image_size}"

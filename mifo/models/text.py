@@ -1,6 +1,7 @@
 """Prompts to token ids to what the U-Net's cross-attention reads."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -36,7 +37,9 @@ def encode_ids(
     Args:
         text_encoder: the model's own or what wraps it; None: the model's own.
     """
-    with quick_to_start():
+    # activations are computed a second time outside of this block, where they must find the same kernels
+    twice = model.text_encoder.is_gradient_checkpointing
+    with nullcontext() if twice else quick_to_start():
         return (text_encoder or model.text_encoder)(ids.to(model.device)).last_hidden_state
 
 

@@ -6,7 +6,7 @@ Needs the extra `dashboard`; nothing is sent before `save()` is called on what i
 import wandb_workspaces.reports.v2 as reports
 import wandb_workspaces.workspaces as workspaces
 
-from mifo.metrics.evaluation import METRICS
+from mifo.metrics.evaluation import METRICS, best_of
 
 LOSSES = ("total", "denoising", "attention", "prior")
 STAGES = ("semantic", "finetuning")
@@ -53,11 +53,16 @@ def ablation_report(entity: str, project: str, group_by: str) -> reports.Report:
     )
 
 
+def summary_key(metric: str) -> str:
+    """Where a run's summary holds a score: `define_metric` keeps the best one under its direction."""
+    return f"evaluation/{metric}.{best_of(metric)}"
+
+
 def _scores(group_by: str) -> list[reports.BarPlot]:
     return [
         reports.BarPlot(
             title=f"{metric.replace('_', ' ')} {'↑' if kind.higher_is_better else '↓'}",
-            metrics=[f"evaluation/{metric}"],
+            metrics=[summary_key(metric)],
             groupby=reports.Config(group_by),
             groupby_aggfunc="mean",
             groupby_rangefunc="stderr",
@@ -69,14 +74,19 @@ def _scores(group_by: str) -> list[reports.BarPlot]:
 def _trade_off() -> reports.ScatterPlot:
     return reports.ScatterPlot(
         title="editability against instance-consistency",
-        x=reports.SummaryMetric("evaluation/editability"),
-        y=reports.SummaryMetric("evaluation/instance_consistency"),
+        x=reports.SummaryMetric(summary_key("editability")),
+        y=reports.SummaryMetric(summary_key("instance_consistency")),
     )
 
 
-def _pictures() -> list[reports.MediaBrowser]:
-    keys = ["evaluation/leakage_matrix", *(f"{stage}/samples" for stage in STAGES)]
-    return [reports.MediaBrowser(media_keys=[key], num_columns=4) for key in keys]
+def _pictures() -> list[reports.WeavePanelSummaryTable | reports.MediaBrowser]:
+    """Every picture with its scores, the heat maps, and what `callbacks=full` draws while learning."""
+    drawn = ("samples", "attention_maps", "leakage")
+    keys = ["evaluation/leakage_matrix", *(f"{stage}/{name}" for stage in STAGES for name in drawn)]
+    return [
+        reports.WeavePanelSummaryTable(table_name="evaluation/pictures"),
+        *(reports.MediaBrowser(media_keys=[key], num_columns=4) for key in keys),
+    ]
 
 
 def _learning(group_by: str) -> list[reports.LinePlot]:
@@ -99,7 +109,7 @@ def _weights() -> list[reports.ParallelCoordinatesPlot | reports.ParameterImport
     columns = [
         *(reports.Config(f"penalty.{term}.weight") for term in ("warmup", "semantic", "finetuning")),
         *(
-            reports.SummaryMetric(f"evaluation/{name}")
+            reports.SummaryMetric(summary_key(name))
             for name in ("editability", "instance_consistency", "leakage")
         ),
     ]
@@ -107,5 +117,5 @@ def _weights() -> list[reports.ParallelCoordinatesPlot | reports.ParameterImport
         reports.ParallelCoordinatesPlot(
             columns=[reports.ParallelCoordinatesPlotColumn(metric=column) for column in columns]
         ),
-        reports.ParameterImportancePlot(with_respect_to="evaluation/leakage"),
+        reports.ParameterImportancePlot(with_respect_to=summary_key("leakage")),
     ]

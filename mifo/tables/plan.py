@@ -24,6 +24,7 @@ from mifo.config.compose import REFUSALS, compose, explain, settings_of
 from mifo.config.identity import fingerprint
 from mifo.config.location import conf_folder
 from mifo.config.schema import RunSettings
+from mifo.data.instances import folder_digest
 from mifo.errors import MifoError
 from mifo.tables.settings import TableSettings, key_of
 
@@ -70,13 +71,17 @@ class Run:
 
     @property
     def key(self) -> str:
-        """Hash of the resolved configuration."""
-        return fingerprint(asdict(self.settings))
+        """Hash of the resolved configuration, and of the user's image and masks where there are some."""
+        return fingerprint(self._identity())
 
     @property
     def learning_key(self) -> str:
         """Runs of one such key have the same `learned/`."""
-        return fingerprint(asdict(self.settings), _AFTER_LEARNING)
+        return fingerprint(self._identity(), _AFTER_LEARNING)
+
+    def _identity(self) -> dict[str, Any]:
+        files = folder_digest(self.settings.instances)
+        return asdict(self.settings) | ({} if files is None else {"files": files})
 
     def __str__(self) -> str:
         return f"{self.row}, {self.instances}, seed {self.seed}"
@@ -100,7 +105,26 @@ def plan(name: str, settings: TableSettings, overrides: list[str]) -> list[Run]:
         for seed in settings.seeds:
             own = typed and replace(typed, seed=seed)
             runs.append(Run(row, scenes, instances, seed, (*given, f"seed={seed}"), own, refusal))
+    _check_measures(runs)
     return runs
+
+
+def _check_measures(runs: Sequence[Run]) -> None:
+    """Refuse rows whose figures would not compare, before any of them is made."""
+    firsts: dict[str, Run] = {}
+    for run in runs:
+        if run.settings is None:
+            continue
+        if run.settings.metrics is None:
+            raise MifoError(f"row '{run.row}' has metrics=none, which leaves its runs without a figure")
+        first = firsts.setdefault(run.instances, run)
+        for section, free in (("metrics", {"batch_size"}), ("layout", set())):
+            own, other = (asdict(getattr(each.settings, section)) for each in (run, first))
+            if different := [key for key in own if own[key] != other[key] and key not in free]:
+                raise MifoError(
+                    f"the rows '{first.row}' and '{run.row}' differ in {section}.{different[0]}: figures of "
+                    "other prompts, boxes or evaluators do not compare; make a table for each"
+                )
 
 
 def _check_differences(settings: TableSettings, overrides: list[str]) -> None:

@@ -42,6 +42,8 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     pictures = read_pictures(source)
     instances = read_instances(settings.instances or recorded_instances(source))
     check_tokens(pictures, instances)
+    if warning := other_instances(source, settings.instances):
+        log.warning(warning)
     if warning := other_measure(source, settings.metrics):
         log.warning(warning)
     device = prepare(settings)
@@ -93,6 +95,19 @@ def recorded_instances(pictures: Path) -> InstancesSettings:
         raise MifoError(f"{recorded} is missing, so the instances are not known; name them by instances=…")
     return OmegaConf.to_object(
         OmegaConf.merge(OmegaConf.structured(InstancesSettings), OmegaConf.load(recorded))
+    )
+
+
+def other_instances(pictures: Path, given: InstancesSettings | None) -> str | None:
+    """A line that warns of `given` instances unlike those that the pictures' tokens were learned from."""
+    if given is None or not (pictures / "instances.yaml").is_file():
+        return None
+    recorded = recorded_instances(pictures)
+    if (recorded.folder, recorded.scene) == (given.folder, given.scene):
+        return None
+    return (
+        f"These pictures were learned from {recorded.name}, but are scored against {given.name}; leave "
+        "instances=… out to score them against their own."
     )
 
 

@@ -2,14 +2,19 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from lightning import Callback
 from lightning.pytorch.loggers import Logger
 
+from mifo.config.compose import reason
 from mifo.config.jobs import CONFIG, claim_folder
 from mifo.config.schema import LearnSettings
 from mifo.data.instances import InstanceSet, read_instances
+from mifo.errors import MifoError
 from mifo.learning.learn import learn as fit
 from mifo.models.learned import load_learned
 from mifo.models.loading import DiffusionModel, load_model
@@ -35,7 +40,12 @@ def learned_model(
     device: torch.device,
     loggers: Sequence[Logger],
 ) -> DiffusionModel:
-    """The base model with what `folder/learned` holds, which is learned first if it is not there yet."""
+    """The base model with what `folder/learned` holds, which is learned first if it is not there yet.
+
+    Raises:
+        MifoError: a callback does not take its arguments.
+    """
+    callbacks = [_callback(name, node) for name, node in settings.callbacks.items()]
     model = load_model(settings.model, device)
     if (folder / "learned").is_dir():
         load_learned(folder / "learned", model)
@@ -48,10 +58,17 @@ def learned_model(
         folder,
         seed=settings.seed,
         trainer=settings.trainer,
-        callbacks=[instantiate(callback) for callback in settings.callbacks.values()],
+        callbacks=callbacks,
         loggers=loggers,
         config=(folder / CONFIG).read_text(),
         performance=settings.performance,
     )
     log_learned(loggers, folder / "learned", settings.group or settings.method, settings.seed)
     return model.to(device)
+
+
+def _callback(name: str, node: dict[str, Any]) -> Callback:
+    try:
+        return instantiate(node)
+    except InstantiationException as error:
+        raise MifoError(f"callbacks.{name} does not take its arguments: {reason(error)}") from error

@@ -1,16 +1,17 @@
 """`mifo run`: learn, synthesize and evaluate in one folder, and show the result on a contact sheet."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from mifo.config.jobs import claim_folder
 from mifo.config.layouts import layouts
 from mifo.config.schema import RunSettings
 from mifo.data.instances import read_instances
-from mifo.metrics.evaluation import PictureEvaluator
+from mifo.metrics.evaluation import PictureEvaluator, has_scores
 from mifo.metrics.pictures import read_pictures, save_pictures
 from mifo.performance.profile import available, ready_for_synthesis
 from mifo.report.sheet import Sheet, write_sheet
-from mifo.tasks.evaluate import class_names, print_scores, scored
+from mifo.tasks.evaluate import SCORES, class_names, print_scores, scored
 from mifo.tasks.learn import learned_model
 from mifo.tasks.setup import open_loggers, prepare
 from mifo.tasks.synthesize import check_layouts, make_pictures, record_instances
@@ -24,12 +25,16 @@ def run(settings: RunSettings) -> Path:
     if not (Path(settings.paths.output) / "pictures" / "pictures.json").is_file():
         check_layouts(settings, wanted, instances.tokens)
     device = prepare(settings)
-    if settings.metrics is not None:
+    folder = Path(settings.paths.output)
+    scores_wanted = settings.metrics is not None and not has_scores(folder / SCORES)
+    if scores_wanted:
         # an evaluator that cannot be loaded is refused now rather than after learning
         PictureEvaluator.from_settings(settings.metrics, "cpu")
-    folder = claim_folder(settings)
-    with open_loggers(settings) as loggers:
-        if not (folder / "pictures" / "pictures.json").is_file():
+    claim_folder(settings)
+    pictures_wanted = not (folder / "pictures" / "pictures.json").is_file()
+    # what is finished was logged by then
+    with open_loggers(settings) if pictures_wanted or scores_wanted else nullcontext([]) as loggers:
+        if pictures_wanted:
             model = learned_model(settings, instances, folder, device, loggers)
             performance = available(settings.performance, device)
             ready_for_synthesis(model, performance)
@@ -42,7 +47,8 @@ def run(settings: RunSettings) -> Path:
         evaluation = None
         if settings.metrics is not None:
             evaluation = scored(settings.metrics, pictures, instances, folder, device)
-            log_evaluation(loggers, evaluation, pictures, instances)
+            steps = settings.learning.finetuning.steps or settings.learning.semantic.steps
+            log_evaluation(loggers, evaluation, pictures, instances, steps)
     if settings.sheet and not (folder / "contact_sheet.html").is_file():
         sheet = Sheet(
             title=instances.name.replace("_", " "),

@@ -1,6 +1,7 @@
 """`mifo table experiments/NAME`: make the runs of a table that are missing, and the table."""
 
 import hashlib
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
@@ -37,7 +38,7 @@ def table(arguments: list[str]) -> int:
     Raises:
         MifoError: the table cannot be read, all its runs are refused, or they cannot be compared.
     """
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or {"-h", "--help"} & {*arguments}:
         print(HELP)
         return 0
     given, *changes = arguments
@@ -56,7 +57,7 @@ def table(arguments: list[str]) -> int:
         _keep_all(target, ended)
     else:
         ended = execute(runs, pool, settings.workers, any_code, record)
-    command = f"mifo table {' '.join(arguments)}"
+    command = shlex.join(["mifo", "table", *arguments])
     Console().print(Markdown(write_table(target, command, settings, ended)))
     print(f"table: {target / 'table.md'}")
     return sum(not done.is_finished for done in ended)

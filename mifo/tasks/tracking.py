@@ -10,7 +10,7 @@ import wandb
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from mifo.data.instances import InstanceSet
-from mifo.metrics.evaluation import METRICS, Evaluation
+from mifo.metrics.evaluation import METRICS, Evaluation, best_of
 from mifo.metrics.pictures import Picture, as_image
 from mifo.report.heat_map import draw_leakage
 
@@ -21,28 +21,37 @@ _LARGEST_UPLOAD = 100 * 2**20  # bytes; larger weights stay where they are and a
 
 def define_metrics(logger: WandbLogger) -> None:
     """Tell Weights & Biases in which direction each score is better, for the summary of the run."""
-    for metric, kind in METRICS.items():
+    for metric in METRICS:
         for group in _SCORES:
-            best = "max" if kind.higher_is_better else "min"
             logger.experiment.define_metric(
-                f"{group}/{metric}", step_metric="trainer/global_step", summary=f"{best},last"
+                f"{group}/{metric}", step_metric="trainer/global_step", summary=f"{best_of(metric)},last"
             )
 
 
 def log_evaluation(
-    loggers: Sequence[Logger], evaluation: Evaluation, pictures: Sequence[Picture], instances: InstanceSet
+    loggers: Sequence[Logger],
+    evaluation: Evaluation,
+    pictures: Sequence[Picture],
+    instances: InstanceSet,
+    step: int | None = None,
 ) -> None:
-    """Send the mean scores, a table of every picture with its scores, and the leakage matrix."""
+    """Send the mean scores, a table of every picture with its scores, and the leakage matrix.
+
+    Args:
+        step: of learning, after which the pictures were made; None: nothing was learned here.
+    """
     scores = {f"evaluation/{score.metric}": score.value for score in evaluation.scores}
     heat_map = evaluation.leakage_matrix and draw_leakage(evaluation.leakage_matrix, instances.tokens)
     for logger in loggers:
-        logger.log_metrics(scores)
+        logger.log_metrics(scores, step)
         if isinstance(logger, WandbLogger):
             _log_table(logger, evaluation, pictures)
             if heat_map:
                 logger.log_image("evaluation/leakage_matrix", [heat_map])
         elif isinstance(logger, TensorBoardLogger) and heat_map:
-            logger.experiment.add_image("evaluation/leakage_matrix", np.asarray(heat_map), dataformats="HWC")
+            logger.experiment.add_image(
+                "evaluation/leakage_matrix", np.asarray(heat_map), step, dataformats="HWC"
+            )
 
 
 def log_learned(loggers: Sequence[Logger], learned: Path, name: str, seed: int) -> None:
