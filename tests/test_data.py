@@ -25,6 +25,7 @@ from mifo.models.loading import load_model
 from mifo.models.settings import ModelSettings
 from mifo.models.text import tokenize
 from mifo.models.tokens import add_instance_tokens
+from mifo.performance.settings import PerformanceSettings
 
 WIDTH, HEIGHT = 40, 30
 
@@ -376,10 +377,19 @@ def instances():
 
 
 def drawn(
-    model, instances, with_prior=False, batch_size=1, seed=0, stream=0, steps=600, trainer=None, **settings
+    model,
+    instances,
+    with_prior=False,
+    batch_size=1,
+    seed=0,
+    stream=0,
+    steps=600,
+    trainer=None,
+    performance=None,
+    **settings,
 ):
-    stage = StageSettings(steps=steps, batch_size=batch_size)
-    data = LearningData(model, instances, LearningSettings(**settings), stage, seed, stream, with_prior)
+    stage, learning = StageSettings(steps=steps, batch_size=batch_size), LearningSettings(**settings)
+    data = LearningData(model, instances, learning, stage, seed, stream, with_prior, performance)
     data.trainer = trainer
     data.prepare_data()
     data.setup("fit")
@@ -537,6 +547,12 @@ def test_only_what_is_drawn_of_the_class_pictures_is_encoded(
         torch.testing.assert_close(batch.latents[0], latent, rtol=0, atol=1e-5)
         assert torch.equal(batch.noise, noise) and torch.equal(batch.timesteps, timesteps)
     assert sum(encoded[1:]) == len(found) < 60
+
+
+def test_where_memory_is_short_class_pictures_are_encoded_one_by_one(model, instances, own_pictures, encoded):
+    short = PerformanceSettings(learning_precision="float32", gradient_checkpointing=True)
+    drawn(model, instances, True, steps=20, prior=own_pictures, performance=short)
+    assert len(encoded) > 10 and set(encoded[1:]) == {1}
 
 
 def test_steps_beyond_those_of_the_stage_are_drawn_alike(model, instances, own_pictures, encoded):

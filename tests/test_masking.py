@@ -6,8 +6,9 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mifo.attention.layers import choose_layers
-from mifo.attention.masking import MaskedAttention, cross_attention_mask, self_attention_mask
+from mifo.attention.masking import MaskedAttention, cross_attention_bits, self_attention_bits
 from mifo.attention.recording import AttentionRecorder
+from mifo.performance.bounded_attention import sees
 from mifo.shapes.boxes import rasterise_boxes
 
 BOXES = [(0.0, 0.0, 0.75, 0.75), (0.375, 0.25, 1.0, 0.625)]  # they overlap
@@ -47,7 +48,9 @@ def test_cross_attention_follows_the_rules(shapes, guidance):
         row[positions] = True
     filter_tokens = torch.zeros(12, dtype=torch.bool)
     filter_tokens[FILTER] = True
-    mask = cross_attention_mask(shapes, subject_tokens, filter_tokens, EOS, guidance)
+    pixels, tokens = cross_attention_bits(shapes, subject_tokens, filter_tokens, EOS, guidance)
+    assert pixels.dtype == tokens.dtype == torch.int32
+    mask = sees(pixels, tokens)
     for sample in range(2):
         for pixel in range(16):
             inside = [shapes[sample, subject, pixel].item() for subject in range(2)]
@@ -63,13 +66,15 @@ def test_cross_attention_follows_the_rules(shapes, guidance):
 
 
 def test_self_attention_follows_the_rules(shapes):
-    mask = self_attention_mask(shapes)
+    queries, keys = self_attention_bits(shapes)
+    assert queries.dtype == keys.dtype == torch.int32
+    mask = sees(queries, keys)
     for sample in range(2):
         owners = [{s for s in range(2) if shapes[sample, s, pixel]} for pixel in range(16)]
         for query in range(16):
             for key in range(16):
-                sees = not owners[query] or not owners[key] or bool(owners[query] & owners[key])
-                assert mask[sample, query, key] == sees
+                is_open = not owners[query] or not owners[key] or bool(owners[query] & owners[key])
+                assert mask[sample, query, key] == is_open
     assert any(len(at) == 2 for at in owners)
 
 

@@ -31,13 +31,19 @@ from mifo.attention.processors import (
 from mifo.guidance.descent import loss_and_gradient
 from mifo.guidance.loss import attention_sums
 from mifo.guidance.settings import GuidanceSettings
+from mifo.performance.bounded_attention import bounded_attention, runs_as_kernels, sees
 from mifo.performance.graphs import GraphedFunction
 
+MOST_SUBJECTS = 27  # each has a bit of 32
+# bits of words that are closed to all, words open to all, the first end-of-text token, and the background
+_FILTER, _OPEN, _END, _BACKGROUND = (1 << place for place in range(27, 31))
+_ALL = -1
 
-def cross_attention_mask(
+
+def cross_attention_bits(
     shapes: Tensor, subject_tokens: Tensor, filter_tokens: Tensor, eos_index: int, guidance: bool
-) -> Tensor:
-    """Which tokens each pixel may attend to.
+) -> tuple[Tensor, Tensor]:
+    """Which tokens each pixel may attend to: those with which it has a bit in common.
 
     A subject's tokens are closed outside its own pixels, filter tokens (function words) everywhere, and the
     first end-of-text token on the background. In guidance passes the background may attend to every subject
@@ -45,22 +51,24 @@ def cross_attention_mask(
 
     Args:
         shapes: bool (B, S, n), the pixels of each subject; the background is what no subject has.
-        subject_tokens: bool (S, L). filter_tokens: bool (L,).
+        subject_tokens: bool (S, L), no token of two subjects. filter_tokens: bool (L,).
 
     Returns:
-        Bool (B, n, L), True where open.
+        int32 (B, n) of the pixels and (1, L) of the tokens.
     """
-    background = ~shapes.any(dim=1)[..., None]  # (B, n, 1)
-    outside = ~shapes.mT  # (B, n, S)
+    background = ~shapes.any(dim=1)
+    pixels = _memberships(shapes) | _OPEN
     if guidance:
-        outside = outside & ~background
-    closed = (outside[..., None] & subject_tokens).any(dim=2) | filter_tokens
-    if not guidance:
-        closed[..., eos_index] |= background[..., 0]
-    return ~closed
+        pixels = torch.where(background, _ALL ^ _FILTER, pixels | _END)
+    else:
+        pixels = torch.where(background, pixels, pixels | _END)
+    tokens = _memberships(subject_tokens[None])
+    tokens = torch.where(tokens == 0, _OPEN, tokens)
+    tokens[:, eos_index] = _END
+    return pixels, tokens.masked_fill(filter_tokens, _FILTER)
 
 
-def self_attention_mask(shapes: Tensor) -> Tensor:
+def self_attention_bits(shapes: Tensor) -> tuple[Tensor, Tensor]:
     """Which pixels see each other: those with a subject in common, and any with the background.
 
     Pixels where shapes overlap belong to all of their subjects.
@@ -69,19 +77,25 @@ def self_attention_mask(shapes: Tensor) -> Tensor:
         shapes: bool (B, S, n).
 
     Returns:
-        Bool (B, n, n), symmetric, True where open.
+        int32 (B, n) of the pixels as queries and as keys, which are open where they have a bit in common.
     """
-    pixels = shapes.bfloat16()  # S products of 0 and 1, summed in 32 bits: exact enough for > 0
-    background = ~shapes.any(dim=1)
-    return (pixels.mT @ pixels > 0) | background[:, None] | background[..., None]
+    own = _memberships(shapes)
+    return torch.where(own == 0, _ALL, own | _BACKGROUND), torch.where(own == 0, _BACKGROUND, own)
+
+
+def _memberships(rows: Tensor) -> Tensor:
+    """A bit for each of the S rows that is set: bool (B, S, n) to int32 (B, n)."""
+    bits = torch.tensor([1 << row for row in range(rows.shape[1])], dtype=torch.int32, device=rows.device)
+    return (rows * bits[:, None]).sum(dim=1, dtype=torch.int32)
 
 
 class MaskedAttention:
     """Runs a U-Net, within a `with` block, with attention bounded by the pixels of each subject.
 
     Layers whose probabilities are read compute them in the open and in 32 bits, all others use fused
-    attention. Masks are made once for each set of shapes, kind of pass and resolution, keys and values once
-    for each prompt. The processors found before are put back on leaving, also after an exception.
+    attention, which on a GPU reads no mask but bits of pixels and tokens. Masks are made once for each set of
+    shapes, kind of pass and resolution, keys and values once for each prompt. The processors found before are
+    put back on leaving, also after an exception.
 
     Attributes:
         self_map: (B, n, n) mean over the recorded denoising passes, the shape layers and heads; conditional
@@ -271,15 +285,21 @@ class MaskedAttention:
             key, value = self._text_heads(attn, layer)
         else:
             key, value = project_context(attn, hidden_states)
-        bias = None
-        if self.masked:
-            bias = self._mask((query.shape[2], (self._guiding, layer.kind, len(query), query.dtype)))
+        pixels, form = query.shape[2], (self._guiding, layer.kind, len(query))
+        if (
+            layer.index not in self._reading
+            and self.masked
+            and runs_as_kernels(query, key, value, attn.scale)
+        ):
+            bits = (self._mask((pixels, (*form, part))) for part in ("queries", "keys"))
+            return bounded_attention(query, key, value, *bits, attn.scale)
+        bias = self._mask((pixels, (*form, query.dtype))) if self.masked else None
         if layer.index not in self._reading:
-            with quick_to_start(query.shape[2]):
+            with quick_to_start(pixels):
                 return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=attn.scale)
         probabilities = attention_probabilities(attn, query, key, bias)
         if self._guiding:
-            shapes = self._mask((query.shape[2], None))
+            shapes = self._mask((pixels, None))
             context = self._prompt.subject_context if layer.kind == "cross" else shapes
             self._read[layer.index] = attention_sums(probabilities, shapes, context)
             if layer.index == max(self._reading):
@@ -299,34 +319,39 @@ class MaskedAttention:
         return (key.chunk(2)[1], value.chunk(2)[1]) if self._guiding else (key, value)
 
     def _mask(self, name: "_MaskName") -> Tensor:
-        """Shapes, bool (B or 1, S, n), or a bias (1 or rows, 1, n, keys) in the query's precision."""
+        """What bounds attention: shapes, bits of queries or keys, or a bias; see `_MaskName`."""
         if name not in self._masks:
-            pixels, bias = name
+            pixels, form = name
             self._masks[name] = (
-                self._shapes_at(math.isqrt(pixels)).flatten(2) if bias is None else self._bias(pixels, *bias)
+                self._shapes_at(math.isqrt(pixels)).flatten(2)
+                if form is None
+                else self._bounds(pixels, *form)
             )
         return self._masks[name]
 
-    def _bias(self, pixels: int, guiding: bool, kind: str, rows: int, dtype: torch.dtype) -> Tensor:
+    def _bounds(self, pixels: int, guiding: bool, kind: str, rows: int, form: str | torch.dtype) -> Tensor:
+        """Bits, int32 (1 or rows, n) or (1 or rows, keys), or a bias (1 or rows, 1, n, keys)."""
         shapes = self._mask((pixels, None))
         if kind == "self":
-            mask = self_attention_mask(shapes)
-            if not guiding and len(mask) > 1:
-                mask = torch.cat([mask, mask])
+            queries, keys = self_attention_bits(shapes)
+            if not guiding and len(shapes) > 1:
+                queries, keys = (torch.cat([each, each]) for each in (queries, keys))
         else:
-            mask = cross_attention_mask(
+            queries, keys = cross_attention_bits(
                 shapes, self._prompt.subject_tokens, self._prompt.filter_tokens, self._eos_index, guiding
             )
             if not guiding:  # the unconditional half sees every token
-                mask = mask.expand(rows // 2, -1, -1)
-                mask = torch.cat([torch.ones_like(mask), mask])
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)[
-            :, None
-        ]
+                queries = queries.expand(rows // 2, -1)
+                queries = torch.cat([torch.full_like(queries, _ALL), queries])
+        if form in ("queries", "keys"):
+            return queries if form == "queries" else keys
+        mask = sees(queries, keys)[:, None]
+        return torch.zeros(mask.shape, dtype=form, device=mask.device).masked_fill_(~mask, -math.inf)
 
 
-# pixels of the layer; then None for the shapes, or of a bias: guiding, kind, rows of the batch, precision
-_MaskName = tuple[int, tuple[bool, str, int, torch.dtype] | None]
+# pixels of the layer; then None for the shapes, else whether guiding, kind, rows of the batch, and "queries"
+# or "keys" for their bits or the precision of a bias
+_MaskName = tuple[int, tuple[bool, str, int, str | torch.dtype] | None]
 
 
 class _Prompt(NamedTuple):

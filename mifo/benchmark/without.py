@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+import mifo.attention.masking
 import mifo.attention.recording
 import mifo.data.learning_data
 import mifo.learning.stages
@@ -105,7 +106,10 @@ def fused_attention() -> Undoing:
             scores = scores + attn_mask
         return scores.softmax(-1).to(value.dtype) @ value
 
-    return patch.object(F, "scaled_dot_product_attention", attend)
+    undone = ExitStack()
+    undone.enter_context(bits_for_masks())
+    undone.enter_context(patch.object(F, "scaled_dot_product_attention", attend))
+    return undone
 
 
 def words_columns() -> Undoing:
@@ -281,6 +285,11 @@ def masks_once() -> Undoing:
         return usual(self, name)
 
     return patch.object(MaskedAttention, "_mask", mask)
+
+
+def bits_for_masks() -> Undoing:
+    """Masked attention of synthesis reads a mask of all pairs of pixels, or of pixels and tokens."""
+    return patch.object(mifo.attention.masking, "runs_as_kernels", lambda *_: False)
 
 
 def few_starts() -> Undoing:

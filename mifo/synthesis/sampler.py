@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mifo.attention.layers import attention_layers, choose_layers
-from mifo.attention.masking import MaskedAttention
+from mifo.attention.masking import MOST_SUBJECTS, MaskedAttention
 from mifo.diffusion.classifier_free_guidance import classifier_free_guidance
 from mifo.diffusion.ddim import ddim_step, ddim_timesteps
 from mifo.diffusion.noise_schedule import NoiseSchedule
@@ -264,6 +264,8 @@ def synthesize(
         return _sample_plainly(predict, schedule, encoder_hidden_states, latents, settings, on_step)
     if latents.shape[-1] != latents.shape[-2]:
         raise MifoError("Box control needs square pictures: give latents of equal height and width.")
+    if len(subjects) > MOST_SUBJECTS:
+        raise MifoError(f"{len(subjects)} boxes are too many: a prompt can have {MOST_SUBJECTS}.")
     sampler = BoxSampler(
         unet,
         schedule,
