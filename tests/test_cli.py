@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import wandb
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
@@ -249,6 +250,65 @@ def test_a_folder_is_never_shared_by_two_configurations(mifo, tmp_path, capsys):
     assert mifo("layout", "hydra.run.dir=here", "seed=2") == 2
     assert "another seed" in capsys.readouterr().err
     assert (tmp_path / "here" / "layout.png").read_bytes() == drawn
+
+
+def test_a_refused_command_leaves_the_record_of_the_run_in_its_folder_alone(mifo, tmp_path, monkeypatch):
+    assert mifo("layout", "hydra.run.dir=here", "seed=1") == 0
+    assert mifo("layout", "hydra.run.dir=here", "seed=2") == 2
+    assert mifo("layout", "resume=here", "seed=3") == 2
+    assert status(tmp_path / "here") == "ok"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert mifo("layout", "resume=../here") == 0
+    assert status(tmp_path / "here") == "ok"
+
+
+@pytest.mark.parametrize(("stop", "code"), [(SIGTERMException, 143), (KeyboardInterrupt, 130)])
+def test_a_signal_is_told_by_the_exit_code(mifo, model, tmp_path, monkeypatch, capsys, stop, code):
+    def stopped(*_, **__):
+        raise stop
+
+    monkeypatch.setattr("mifo.tasks.learn.fit", stopped)
+    assert mifo("learn", *model, "debug=default", "logger=none", "hydra.run.dir=here") == code
+    assert status(tmp_path / "here") == "interrupted"
+    told = capsys.readouterr().err
+    assert "what is finished stays" in told and f"resume={tmp_path / 'here'}" in told
+
+
+def test_a_folder_that_cannot_be_written_is_refused_in_one_sentence(mifo, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert mifo("layout", "hydra.run.dir=file") == 2
+    assert "check the path" in capsys.readouterr().err
+
+
+def test_a_server_that_does_not_answer_stops_no_run(mifo, model, tmp_path, monkeypatch, caplog):
+    begin, modes = wandb.init, []
+
+    def init(**options):
+        modes.append(options.get("mode"))
+        if modes[-1] != "offline":
+            raise wandb.errors.CommError("no route to host")
+        return begin(**options)
+
+    monkeypatch.setattr(wandb, "init", init)
+    learn = ["learn", *model, "debug=default", "logger=wandb", "hydra.run.dir=here"]
+    assert mifo(*learn) == 0
+    assert modes == [None, "offline"] and status(tmp_path / "here") == "ok"
+    known = (tmp_path / "here" / "wandb_id.txt").read_text()
+    assert known in str([*(tmp_path / "here" / "wandb").iterdir()])
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("logger.wandb.porject=x", "logger.wandb does not take its arguments"),
+        ("metrics.batch_size=0", "metrics.batch_size=0 is too small"),
+    ],
+)
+def test_arguments_that_nothing_takes_are_refused(mifo, model, capsys, argument, words):
+    assert mifo("run", *model, "debug=default", "logger=wandb", f"++{argument}") == 2
+    assert words in capsys.readouterr().err
 
 
 def test_a_sweep_makes_separate_results_and_a_bad_job_fails_alone(mifo, model, tmp_path, capsys):

@@ -336,6 +336,20 @@ def test_open_clip_folder_is_loaded_with_its_tokenizer(tmp_path):
     assert encoder.evaluator.weights != other.evaluator.weights
 
 
+@pytest.mark.parametrize(("weights", "quick"), [("openai", True), ("laion2b_s32b_b82k", False)])
+def test_weights_of_openai_get_the_gelu_that_they_were_learned_with(monkeypatch, weights, quick):
+    asked = {}
+
+    def create(name, **options):
+        asked.update(options)
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(open_clip, "create_model", create)
+    with pytest.raises(MifoError, match="no network"):
+        load_image_text_encoder(ImageTextSettings("ViT-L-14", weights))
+    assert asked["force_quick_gelu"] is quick
+
+
 def test_vit_folder_is_loaded_with_the_same_hash_each_time(tmp_path):
     config = ViTConfig(
         hidden_size=8,

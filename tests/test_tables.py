@@ -28,7 +28,7 @@ from mifo.tables.collect import Measured, cells, differences, estimate, estimate
 from mifo.tables.plan import CodeVersion
 from mifo.tables.plot import draw_table
 from mifo.tables.record import read_record
-from mifo.tables.settings import read_table
+from mifo.tables.settings import TableSettings, read_table
 from mifo.tasks.table import table
 
 ROOT = Path(__file__).parents[1]
@@ -516,3 +516,34 @@ def test_the_records_of_the_repository_can_be_extended(record):
     told = (record.parent / "table.md").read_text()
     for entry in entries.values():
         assert all(f"{score.evaluator} ({score.protocol})" in told for score in entry.scores)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ("metrics.fit=pad", "differ in metrics.fit"),
+        ("layout=spread", "differ in layout"),
+        ("metrics=none", "leaves its runs without a figure"),
+    ],
+)
+def test_rows_whose_figures_do_not_compare_are_refused_before_they_are_made(other, words):
+    settings = TableSettings(
+        title="two", rows={"one": [], "other": [other]}, scenes={"cars": ["three_cars"]}, seeds=[0]
+    )
+    with pytest.raises(MifoError, match=words):
+        plan.plan("two", settings, [])
+
+
+def test_other_masks_make_another_run(tmp_path):
+    for name, colour in (("img.png", "red"), ("mask0.png", "white")):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / name)
+    settings = TableSettings(title="own", rows={"one": []}, scenes={"own": ["local"]}, seeds=[0])
+    own = [f"instances.folder={tmp_path}", "instances.class_names=[car]"]
+    keys = []
+    for side in (64, 32):
+        mask = Image.new("L", (64, 64))
+        mask.paste(255, (0, 0, side, 64))
+        mask.save(tmp_path / "mask0.png")
+        (run,) = plan.plan("own", settings, own)
+        keys.append(run.key)
+    assert len(set(keys)) == 2

@@ -114,7 +114,7 @@ def recorded_overrides(overrides: list[str]) -> list[str]:
     )
     if folder is None or str(folder) == "null":
         return []
-    folder = folder.expanduser().absolute()
+    given, folder = folder, folder.expanduser().absolute()
     command, recorded = folder / COMMAND, folder / ".hydra" / "overrides.yaml"
     if command.is_file():
         known = json.loads(command.read_text())
@@ -124,9 +124,7 @@ def recorded_overrides(overrides: list[str]) -> list[str]:
     elif recorded.is_file():  # it failed before its folder was its own
         typed = list(OmegaConf.load(recorded))
     else:
-        raise MifoError(
-            f"resume={folder}: no run to continue there (it lacks {COMMAND}); name a run's folder"
-        )
+        raise MifoError(f"resume={given}: no run to continue there (it lacks {COMMAND}); name a run's folder")
     return [*(text for text in typed if not text.startswith("resume=")), f"hydra.run.dir='{folder}'"]
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from mifo.config.schema import EvaluateSettings, ModelTaskSettings, TaskSettings
 from mifo.errors import MifoError
 from mifo.files import write_whole
 from mifo.performance.libraries import load_libraries
-from mifo.performance.profile import compute_repeatably
+from mifo.performance.repeatable import compute_repeatably
 from mifo.tasks.tracking import define_metrics
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def _open_logger(name: str, node: dict[str, Any], folder: Path, facts: dict[str,
         if get_class(node["_target_"]) is not WandbLogger:
             return opened()
         known = folder / "wandb_id.txt"
-        own = {"id": known.read_text() if known.is_file() else wandb.util.generate_id()}
+        own = {"id": known.read_text() if known.is_file() else secrets.token_hex(4)}
         try:
             logger = opened(**own)
         except wandb.errors.Error as error:
