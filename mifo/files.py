@@ -1,13 +1,182 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and the one way in which a file from outside is read.
 
+A file or folder may come from a killed process, a full disk or a stranger. Every reader here gives the content in
+plain Python types or raises `MifoError`: one sentence with the file's name. None executes anything, waits for a
+pipe, or reads more than its limit.
+"""
+
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from yaml import AliasEvent, SafeLoader, YAMLError
+
+from mifo.errors import MifoError
+
+MOST_TEXT = 64 * 2**20  # bytes of a JSON or YAML file; the largest record of a table is a tenth of that
+
+T = TypeVar("T")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a name beside `path` to write to; afterwards the file is flushed to disk and renamed to `path`.
+
+    Overwrites an existing file; callers check first. A kill leaves `.NAME.unfinished`, an exception nothing.
+    """
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        yield unfinished
+        _flush(unfinished)
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    _flush(path.parent)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give a new folder beside `path` to fill; afterwards its files are flushed and it is renamed to `path`.
+
+    `path` must not exist. A kill leaves `.NAME.unfinished`, which the next call removes; an exception nothing.
+    """
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        for file in unfinished.rglob("*"):
+            _flush(file)
+        unfinished.rename(path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    _flush(path.parent)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write `text` beside `path` and rename it, so that a killed process leaves no half file under that name.
+    """Write `text` as UTF-8 by `whole_file`."""
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
-    What was there is replaced, so that the caller refuses what must stay. A kill leaves `.NAME.unfinished`.
+
+def read_text(path: Path, limit: int = MOST_TEXT) -> str:
+    """The text of a regular file of at most `limit` bytes, as UTF-8 with or without a byte-order mark.
+
+    Raises:
+        MifoError: the file is missing, no regular file (a folder, a pipe), too large, unreadable or not UTF-8.
     """
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    try:
+        # a pipe would wait for somebody who writes; a link to one too
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            state = os.fstat(file.fileno())
+            if not stat.S_ISREG(state.st_mode):
+                raise MifoError(f"{path} is no regular file; put a file there")
+            if state.st_size > limit:
+                raise MifoError(f"{path} has {state.st_size} bytes, more than the {limit} that are read")
+            return file.read(limit + 1).decode("utf-8-sig")
+    except (OSError, ValueError) as error:  # a decoding error is a ValueError
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise MifoError(f"{path} cannot be read as text ({reason})") from error
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. NaN and infinity, which JSON does not have, are refused.
+
+    Raises:
+        MifoError: as `read_text`, or the file is not JSON.
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise MifoError(f"{path} is damaged: it is not JSON ({error})") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file in plain types. Aliases, which can multiply a few lines to gigabytes, are refused.
+
+    Raises:
+        MifoError: as `read_text`, or the file is not YAML.
+    """
+    text = read_text(path)
+    try:
+        loader = SafeLoader(text)
+        while loader.check_event():
+            if isinstance(loader.get_event(), AliasEvent):
+                raise MifoError(f"{path} holds a YAML alias (*name), which is not read; write the value out")
+        # floats such as 1e-4 are numbers in OmegaConf's dialect, strings in plain YAML
+        from omegaconf import OmegaConf
+
+        return OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
+    except (YAMLError, RecursionError, ValueError) as error:
+        raise MifoError(f"{path} is damaged: it is not YAML ({' '.join(str(error).split())})") from error
+
+
+def read_record(path: Path, form: type[T]) -> T:
+    """A JSON object as the dataclass `form`: its keys must be the fields, its values of their types.
+
+    Fields with a default may be missing.
+
+    Raises:
+        MifoError: as `read_json`, or keys or types differ.
+    """
+    return as_record(read_json(path), form, path)
+
+
+def as_record(content: Any, form: type[T], path: Path) -> T:
+    """`content`, read from `path`, as the dataclass `form`; see `read_record`."""
+    if not isinstance(content, dict):
+        raise MifoError(f"{path} is damaged: it holds no object with keys")
+    known = {field.name: field for field in fields(form)}
+    if unknown := sorted(content.keys() - known.keys()):
+        raise MifoError(f"{path} is damaged: it holds the unknown key {unknown[0]}")
+    required = {
+        name for name, field in known.items() if field.default is MISSING and field.default_factory is MISSING
+    }
+    if missing := sorted(required - content.keys()):
+        raise MifoError(f"{path} is damaged: it lacks the key {missing[0]}")
+    kinds = get_type_hints(form)
+    for name, value in content.items():
+        if not _fits(value, kinds[name]):
+            raise MifoError(f"{path} is damaged: {name} holds {str(value)[:40]!r}")
+    return form(**content)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON has the type `kind`, looking into lists and objects."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(_fits(value, each) for each in inner)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(each, inner[0]) for each in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(each, inner[1]) for each in value.values())
+    if kind is NoneType:
+        return value is None
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _no_number(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold a file's content, or a folder's list of names, before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
