@@ -64,7 +64,7 @@ def main() -> None:
         if task not in TASKS:
             raise MifoError(f"'{task}' is no task; take one of {', '.join(TASKS)}")
         if task == "table":  # composes many runs, so that it is no Hydra application itself
-            sys.exit(min(1, import_module("mifo.tasks.table").table(overrides)))
+            sys.exit(min(1, import_module("mifo.commands.table").table(overrides)))
         register_schemas()
         sys.argv = [f"mifo {task}", *recorded_overrides(overrides), *overrides]
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=task)(run_job)()
@@ -101,9 +101,9 @@ def run_job(config: DictConfig) -> Any:
             claim_gpu()
         settings = settings_of(config)
         import_module("mifo.config.checks").check(settings)
-        result = getattr(import_module(f"mifo.tasks.{config.task}"), config.task)(settings)
+        result = getattr(import_module(f"mifo.commands.{config.task}"), config.task)(settings)
         if wanted := getattr(settings, "objectives", None):
-            result = import_module("mifo.tasks.evaluate").objective_values(folder, wanted)
+            result = import_module("mifo.commands.evaluate").objective_values(folder, wanted)
     except BaseException as error:
         if code := _signalled(error):
             write_status(folder, "interrupted", overrides, "interrupted; it can be continued")

@@ -4,7 +4,7 @@
 
 Three kinds: alike (one category, one colour word), mixed (categories and colours differ) and rare (hues
 between two colour words, which no caption names). A scene is kept when its things are large, stay apart and
-differ to the eye. Hues are held out of pretraining (`mifo.miniature.scenes.sample_identities`), so that no
+differ to the eye. Hues are held out of pretraining (`mifo.world.scenes.sample_identities`), so that no
 scene was ever seen there.
 """
 
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from mifo.miniature.scenes import SceneSpec, ThingSpec, redraw_scene, render_scene
-from mifo.miniature.vocabulary import BACKGROUNDS, COLOURS, PATTERNS, THINGS
+from mifo.world.scenes import SceneSpec, ThingSpec, redraw_scene, render_scene
+from mifo.world.vocabulary import BACKGROUNDS, COLOURS, PATTERNS, THINGS
 
 SEED = 4
 FOLDER = Path(__file__).parents[1] / "conf" / "instances"

@@ -10,10 +10,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from mifo.data.instances import read_instances
+from mifo.data.saved_pictures import read_pictures
 from mifo.data.settings import InstancesSettings
-from mifo.metrics.pictures import read_pictures
-from mifo.miniature.scenes import mask_boxes
 from mifo.report.drawing import draw_layout
+from mifo.world.scenes import mask_boxes
 
 SIDE, GAP = 560, 20
 

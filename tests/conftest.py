@@ -41,8 +41,8 @@ def source(tmp_path_factory) -> str:
 def recordings(monkeypatch) -> Recordings:
     """CUDA graphs can be had without a GPU: their operations are recorded and replayed."""
     recordings = Recordings()
-    monkeypatch.setattr("mifo.performance.graphs.capture", recordings.capture)
-    monkeypatch.setattr("mifo.learning.learn.available", lambda settings, device: settings)
+    monkeypatch.setattr("mifo.acceleration.graphs.capture", recordings.capture)
+    monkeypatch.setattr("mifo.training.fit.available", lambda settings, device: settings)
     return recordings
 
 

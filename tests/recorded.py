@@ -51,7 +51,7 @@ class Recordings:
         self.count = 0
 
     def capture(self, function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        """Takes the place of `mifo.performance.graphs.capture`."""
+        """Takes the place of `mifo.acceleration.graphs.capture`."""
         self.count += 1
         samples = [each.detach().clone() for each in inputs]
         buffers, structure = tree_flatten(function(*samples))

@@ -9,10 +9,10 @@ from mifo.benchmark.measuring import Measurement, measured, tera_operations
 from mifo.benchmark.records import Circumstances, write_record, write_table
 from mifo.benchmark.rows import ROWS
 from mifo.benchmark.shapes import random_instances, random_model, row_of_boxes, stable_diffusion
+from mifo.commands.benchmark import benchmark
 from mifo.config import compose, settings_of
 from mifo.errors import MifoError
-from mifo.shapes.boxes import check_boxes
-from mifo.tasks.benchmark import benchmark
+from mifo.method.regions.boxes import check_boxes
 
 CPU = torch.device("cpu")
 

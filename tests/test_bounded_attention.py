@@ -4,9 +4,9 @@ import pytest
 import torch
 from interpreted import run_in_interpreter
 
-from mifo.performance import bounded_attention as bounded_attention_module
-from mifo.performance.bounded_attention import bounded_attention, sees
-from mifo.performance.graphs import capture
+from mifo.acceleration import bounded_attention as bounded_attention_module
+from mifo.acceleration.bounded_attention import bounded_attention, sees
+from mifo.acceleration.graphs import capture
 
 # relative to each number and to the largest: probabilities and the scores' gradients are rounded as well
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -92,7 +92,7 @@ def check_in_interpreter():
 
 
 def check_shapes():
-    from mifo.performance import bounded_attention_kernels as kernels
+    from mifo.acceleration import bounded_attention_kernels as kernels
 
     for shape in (
         (1, 2, 128, 192, 64),
@@ -136,7 +136,7 @@ def check_layouts():
 
 
 def check_wanted_gradients():
-    from mifo.performance import bounded_attention_kernels as kernels
+    from mifo.acceleration import bounded_attention_kernels as kernels
 
     *learnt, query_bits, key_bits, dy = drawn((1, 2, 70, 77, 16), torch.float16)
     theirs = found(*learnt, query_bits, key_bits, dy)[1:]

@@ -11,6 +11,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 from tiny import MeanColour, two_instances
 
+from mifo.backbones.loading import load_model
+from mifo.backbones.settings import ModelSettings
 from mifo.callbacks.announce import Announce, ranges
 from mifo.callbacks.attention_maps import AttentionMaps, attention_in_mask
 from mifo.callbacks.evaluation import EvaluatePictures
@@ -18,15 +20,13 @@ from mifo.callbacks.progress import StageProgress
 from mifo.callbacks.samples import SamplePictures
 from mifo.callbacks.statistics import LearningStatistics
 from mifo.callbacks.tokens import TokenStatistics
-from mifo.config.layouts import LayoutSettings
-from mifo.learning.learn import learn
-from mifo.learning.settings import LearningSettings, PriorSettings, StageSettings
+from mifo.data.layouts import LayoutSettings
+from mifo.data.saved_pictures import Picture
+from mifo.method.losses.settings import PenaltySettings
 from mifo.metrics.evaluation import PictureEvaluator
-from mifo.metrics.pictures import Picture
 from mifo.metrics.settings import MetricsSettings
-from mifo.models.loading import load_model
-from mifo.models.settings import ModelSettings
-from mifo.penalty.settings import PenaltySettings
+from mifo.training.fit import learn
+from mifo.training.settings import LearningSettings, PriorSettings, StageSettings
 
 BOXES = LayoutSettings(arrange="row")
 

@@ -98,8 +98,8 @@ def test_help_lists_every_task_and_its_keys(mifo, capsys):
     ],
 )
 def test_refusals_are_one_sentence_before_any_model_is_loaded(mifo, capsys, monkeypatch, arguments, words):
-    monkeypatch.setattr("mifo.tasks.learn.load_model", lambda *_: pytest.fail("a model was loaded"))
-    monkeypatch.setattr("mifo.tasks.synthesize.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("mifo.commands.learn.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("mifo.commands.synthesize.load_model", lambda *_: pytest.fail("a model was loaded"))
     assert mifo(*arguments) == 2
     told = capsys.readouterr().err.strip()
     assert told.startswith("mifo: error: ") and len(told.splitlines()) == 1
@@ -110,7 +110,7 @@ def test_a_layout_that_cannot_be_drawn_is_refused_before_the_model_is_loaded(
     mifo, model, capsys, monkeypatch
 ):
     assert mifo("learn", *model, "debug=default", "logger=none", "hydra.run.dir=L") == 0
-    monkeypatch.setattr("mifo.tasks.synthesize.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("mifo.commands.synthesize.load_model", lambda *_: pytest.fail("a model was loaded"))
     assert mifo("synthesize", *model, "learned=L", "layout.boxes={asset0: [0.2, 0.3, 0.21, 0.9]}") == 2
     assert "<asset0>, [0.2, 0.3, 0.21, 0.9], is too small" in capsys.readouterr().err
 
@@ -120,7 +120,7 @@ def test_missing_evaluators_are_refused_before_learning(mifo, model, capsys, mon
         raise MifoError("no weights")
 
     monkeypatch.setattr(PictureEvaluator, "from_settings", refuse)
-    monkeypatch.setattr("mifo.tasks.learn.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("mifo.commands.learn.load_model", lambda *_: pytest.fail("a model was loaded"))
     assert mifo("run", *model) == 2
     assert "no weights" in capsys.readouterr().err
 
@@ -170,7 +170,7 @@ def test_a_run_goes_on_after_a_kill_while_something_was_written(mifo, model, tmp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("mifo.metrics.pictures.write_whole", kill)
+        patched.setattr("mifo.data.saved_pictures.write_whole", kill)
         assert mifo("run", *model, "debug=default", "logger=none") == 130
     folder = only(tmp_path / "outputs" / "run")
     assert not (folder / "pictures" / "pictures.json").exists()
@@ -269,7 +269,7 @@ def test_a_signal_is_told_by_the_exit_code(mifo, model, tmp_path, monkeypatch, c
     def stopped(*_, **__):
         raise stop
 
-    monkeypatch.setattr("mifo.tasks.learn.fit", stopped)
+    monkeypatch.setattr("mifo.commands.learn.fit", stopped)
     assert mifo("learn", *model, "debug=default", "logger=none", "hydra.run.dir=here") == code
     assert status(tmp_path / "here") == "interrupted"
     told = capsys.readouterr().err
@@ -327,7 +327,7 @@ def test_a_sweep_makes_separate_results_and_a_bad_job_fails_alone(mifo, model, t
 
 def test_a_failed_run_is_recorded_and_closes_wandb(mifo, model, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr("mifo.tasks.learn.fit", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("mifo.commands.learn.fit", lambda *_, **__: 1 / 0)
     codes = []
     finish = wandb.finish
     monkeypatch.setattr(wandb, "finish", lambda exit_code: (codes.append(exit_code), finish(exit_code)))

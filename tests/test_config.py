@@ -14,14 +14,14 @@ from torchvision.ops import box_iou
 
 from mifo.config import compose, conf_folder, settings_of
 from mifo.config.checks import check
-from mifo.config.layouts import LayoutSettings, layouts
+from mifo.data.layouts import LayoutSettings, layouts
 from mifo.errors import MifoError
-from mifo.guidance.settings import GuidanceSettings
-from mifo.learning.settings import LearningSettings
-from mifo.penalty.active import active_term
-from mifo.penalty.settings import PenaltySettings
-from mifo.shapes.boxes import check_boxes
-from mifo.synthesis.settings import SynthesisSettings
+from mifo.method.guidance.settings import GuidanceSettings
+from mifo.method.losses.active import active_term
+from mifo.method.losses.settings import PenaltySettings
+from mifo.method.regions.boxes import check_boxes
+from mifo.method.synthesis.settings import SynthesisSettings
+from mifo.training.settings import LearningSettings
 
 OPTIONS = sorted(conf_folder().rglob("*.yaml"))
 

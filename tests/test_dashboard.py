@@ -46,20 +46,20 @@ def test_the_report_shows_the_same_runs(monkeypatch):
 
 
 def test_it_is_refused_without_a_login(mifo, capsys, monkeypatch):
-    monkeypatch.setattr("mifo.tasks.dashboard.has_wandb_key", lambda: False)
+    monkeypatch.setattr("mifo.commands.dashboard.has_wandb_key", lambda: False)
     assert mifo("dashboard", "entity=team") == 2
     assert "wandb login" in capsys.readouterr().err
 
 
 def test_a_setting_that_no_run_has_groups_nothing(mifo, capsys, monkeypatch):
-    monkeypatch.setattr("mifo.tasks.dashboard.has_wandb_key", lambda: True)
+    monkeypatch.setattr("mifo.commands.dashboard.has_wandb_key", lambda: True)
     assert mifo("dashboard", "entity=team", "group_by=methd") == 2
     assert "group_by=methd is no setting" in capsys.readouterr().err
 
 
 @needs_the_extra
 def test_a_server_that_does_not_answer_is_told_in_one_sentence(mifo, capsys, monkeypatch):
-    monkeypatch.setattr("mifo.tasks.dashboard.has_wandb_key", lambda: True)
+    monkeypatch.setattr("mifo.commands.dashboard.has_wandb_key", lambda: True)
 
     def refuse(*_):
         raise ConnectionError("no route to host")

@@ -13,19 +13,19 @@ import torch
 from PIL import Image
 from tiny import tiny_pipeline
 
+from mifo.acceleration.settings import PerformanceSettings
+from mifo.backbones.images import encode_images
+from mifo.backbones.loading import load_model
+from mifo.backbones.settings import ModelSettings
+from mifo.backbones.text import tokenize
+from mifo.backbones.tokens import add_instance_tokens
 from mifo.data.instances import InstanceSet, folder_digest, read_instances
 from mifo.data.learning_data import LearningData
-from mifo.data.prior import class_pictures, class_prompts
 from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
-from mifo.learning.settings import LearningSettings, PriorSettings, StageSettings
-from mifo.miniature.vocabulary import BACKGROUNDS
-from mifo.models.images import encode_images
-from mifo.models.loading import load_model
-from mifo.models.settings import ModelSettings
-from mifo.models.text import tokenize
-from mifo.models.tokens import add_instance_tokens
-from mifo.performance.settings import PerformanceSettings
+from mifo.making.class_pictures import class_pictures, class_prompts
+from mifo.training.settings import LearningSettings, PriorSettings, StageSettings
+from mifo.world.vocabulary import BACKGROUNDS
 
 WIDTH, HEIGHT = 40, 30
 
@@ -596,7 +596,7 @@ def test_class_pictures_are_made_once(model, instances, tmp_path, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("made again")
 
-    monkeypatch.setattr("mifo.data.prior.synthesize", never)
+    monkeypatch.setattr("mifo.making.class_pictures.synthesize", never)
     assert torch.equal(taken(model, prompts, settings, seed=0)[0], pictures)
     with pytest.raises(AssertionError, match="made again"):
         class_pictures(model, prompts, settings, seed=1)

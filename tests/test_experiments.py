@@ -12,11 +12,11 @@ from omegaconf import OmegaConf
 from tiny import tiny_pipeline
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args, load_sweep_config
 
+from mifo.commands.run import run
 from mifo.config import compose, conf_folder, settings_of
 from mifo.config.checks import check
 from mifo.metrics.evaluation import METRICS
 from mifo.tables.settings import read_table
-from mifo.tasks.run import run
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = [

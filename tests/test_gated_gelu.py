@@ -7,10 +7,10 @@ from interpreted import run_in_interpreter
 from test_group_norm import outcome, same, small_unet
 from torch.nn import functional as F
 
-from mifo.performance import gated_gelu as gated_gelu_module
-from mifo.performance.channels_last import keep_channels_last
-from mifo.performance.gated_gelu import gated_gelu
-from mifo.performance.graphs import capture
+from mifo.acceleration import gated_gelu as gated_gelu_module
+from mifo.acceleration.channels_last import keep_channels_last
+from mifo.acceleration.gated_gelu import gated_gelu
+from mifo.acceleration.graphs import capture
 
 # relative; the interpreter cuts where a GPU rounds
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}

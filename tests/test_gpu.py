@@ -11,16 +11,16 @@ from test_learning import TRAINER, Watch
 from test_synthesis import QUICK, SCHEDULE, run, subjects_of
 from tiny import two_instances
 
+from mifo.acceleration.channels_last import keep_channels_last
+from mifo.acceleration.settings import PerformanceSettings
+from mifo.backbones.loading import load_model
+from mifo.backbones.settings import ModelSettings
 from mifo.config import compose, settings_of
-from mifo.data.prior import class_pictures
-from mifo.learning.learn import learn
-from mifo.learning.settings import LearningSettings, PriorSettings, StageSettings
-from mifo.models.loading import load_model
-from mifo.models.settings import ModelSettings
-from mifo.penalty.settings import PenaltySettings
-from mifo.performance.channels_last import keep_channels_last
-from mifo.performance.settings import PerformanceSettings
-from mifo.synthesis.sampler import KeptPasses
+from mifo.making.class_pictures import class_pictures
+from mifo.method.losses.settings import PenaltySettings
+from mifo.method.synthesis.sampler import KeptPasses
+from mifo.training.fit import learn
+from mifo.training.settings import LearningSettings, PriorSettings, StageSettings
 
 pytestmark = pytest.mark.gpu
 
@@ -93,7 +93,7 @@ def steady_shapes(monkeypatch):
         smaller[..., ::2] = False
         return smaller.expand(len(self_map), -1, -1, -1), None
 
-    monkeypatch.setattr("mifo.synthesis.sampler.renew_shapes", renewed)
+    monkeypatch.setattr("mifo.method.synthesis.sampler.renew_shapes", renewed)
     return maps
 
 

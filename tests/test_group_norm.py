@@ -13,10 +13,10 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from mifo.performance import group_norm
-from mifo.performance.channels_last import keep_channels_last
-from mifo.performance.graphs import capture
-from mifo.performance.group_norm import group_norm_silu
+from mifo.acceleration import group_norm
+from mifo.acceleration.channels_last import keep_channels_last
+from mifo.acceleration.graphs import capture
+from mifo.acceleration.group_norm import group_norm_silu
 
 NHWC = torch.channels_last
 NCHW = torch.contiguous_format
@@ -65,7 +65,7 @@ def check_in_interpreter():
 
 
 def check_shapes():
-    from mifo.performance import group_norm_kernels as kernels
+    from mifo.acceleration import group_norm_kernels as kernels
 
     agrees((1, 320, 8, 8), 32)
     agrees((2, 60, 5, 7), 6, torch.bfloat16, layouts=(NCHW, NHWC))

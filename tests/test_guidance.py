@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mifo.guidance.alpha import penalty_weight, penalty_weights, step_size
-from mifo.guidance.descent import descend, loss_and_gradient
-from mifo.guidance.loss import attention_sums, guidance_loss, guidance_term
-from mifo.guidance.settings import GuidanceSettings
+from mifo.method.guidance.alpha import penalty_weight, penalty_weights, step_size
+from mifo.method.guidance.descent import descend, loss_and_gradient
+from mifo.method.guidance.loss import attention_sums, guidance_loss, guidance_term
+from mifo.method.guidance.settings import GuidanceSettings
 
 
 def test_alpha_follows_the_reference_schedule():

@@ -9,6 +9,9 @@ from test_learning import TRAINER, Watch
 from test_synthesis import QUICK, run, subjects_of
 from tiny import two_instances
 
+from mifo.acceleration.settings import PerformanceSettings
+from mifo.backbones.loading import load_model
+from mifo.backbones.settings import ModelSettings
 from mifo.benchmark import ideas as module
 from mifo.benchmark.ideas import IDEAS, MEASURES, ideas
 from mifo.benchmark.measuring import measured
@@ -17,12 +20,9 @@ from mifo.benchmark.rows import Bench
 from mifo.benchmark.settings import BenchmarkSettings
 from mifo.data.learning_data import LearningData
 from mifo.errors import MifoError
-from mifo.learning.learn import learn
-from mifo.learning.settings import LearningSettings, PriorSettings, StageSettings
-from mifo.models.loading import load_model
-from mifo.models.settings import ModelSettings
-from mifo.penalty.settings import PenaltySettings
-from mifo.performance.settings import PerformanceSettings
+from mifo.method.losses.settings import PenaltySettings
+from mifo.training.fit import learn
+from mifo.training.settings import LearningSettings, PriorSettings, StageSettings
 
 PLAIN = PerformanceSettings(learning_precision="float32", synthesis_precision="float32")
 # a descent in great steps lets the least difference grow on random weights

@@ -104,7 +104,7 @@ def test_layout_draws_layouts_of_the_same_boxes_once(mifo, tmp_path, monkeypatch
         seen.extend(layouts)
         return draw_layouts(layouts, picture)
 
-    monkeypatch.setattr("mifo.tasks.layout.draw_layouts", draw)
+    monkeypatch.setattr("mifo.commands.layout.draw_layouts", draw)
     assert mifo("layout", "layout=power_set", "hydra.run.dir=here") == 0
     assert [len(boxes) for boxes, _ in seen] == [1, 1, 1, 2, 2, 2, 3]
     assert all(len(prompts) == 10 for _, prompts in seen)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from tiny import tiny_pipeline
 
+from mifo.backbones.learned import load_learned, save_learned
+from mifo.backbones.loading import load_model
+from mifo.backbones.settings import ModelSettings
+from mifo.backbones.text import encode_prompts
+from mifo.backbones.tokens import add_instance_tokens
+from mifo.backbones.trainable import add_lora, new_rows, trainable_parameters
 from mifo.errors import MifoError
-from mifo.models.learned import load_learned, save_learned
-from mifo.models.loading import load_model
-from mifo.models.settings import ModelSettings
-from mifo.models.text import encode_prompts
-from mifo.models.tokens import add_instance_tokens
-from mifo.models.trainable import add_lora, new_rows, trainable_parameters
 
 TOKENS = ["<asset0>", "<asset1>"]
 

@@ -12,14 +12,14 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import MPIEnvironment
 from tiny import tiny_pipeline, two_instances
 
+from mifo.backbones.learned import load_learned
+from mifo.backbones.loading import load_model
+from mifo.backbones.settings import ModelSettings
+from mifo.backbones.trainable import new_rows
 from mifo.errors import MifoError
-from mifo.learning.learn import check_learning, learn
-from mifo.learning.settings import LearningSettings, PriorSettings, StageSettings
-from mifo.models.learned import load_learned
-from mifo.models.loading import load_model
-from mifo.models.settings import ModelSettings
-from mifo.models.trainable import new_rows
-from mifo.penalty.settings import AttentionTerm, PenaltySettings, TermSettings
+from mifo.method.losses.settings import AttentionTerm, PenaltySettings, TermSettings
+from mifo.training.fit import check_learning, learn
+from mifo.training.settings import LearningSettings, PriorSettings, StageSettings
 
 # total losses of the seeded run below: semantic learning, then fine-tuning; a change means another method
 GOLDEN = [0.25575, 0.51938, 0.36694, 0.3528, 1.60295, 1.58137, 1.38025]
@@ -327,7 +327,7 @@ def test_a_template_names_the_instances_once(settings, template):
 def test_what_would_end_learning_midway_is_refused_before_a_model_is_loaded(
     mifo, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("mifo.tasks.learn.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("mifo.commands.learn.load_model", lambda *_: pytest.fail("a model was loaded"))
     monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
     (tmp_path / "empty").mkdir()
     for argument, words in (

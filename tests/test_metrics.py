@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from mifo.config import compose, conf_folder, settings_of
+from mifo.data.saved_pictures import Picture, read_pictures, save_pictures
 from mifo.errors import MifoError
 from mifo.metrics.box_adherence import BoxAdherence, find_instance
 from mifo.metrics.class_accuracy import ClassAccuracy, class_texts
@@ -22,12 +23,11 @@ from mifo.metrics.crops import crop_box, mask_box, pad_square, reference_crops
 from mifo.metrics.evaluation import Evaluation, PictureEvaluator
 from mifo.metrics.evaluators import load_image_encoder, load_image_text_encoder
 from mifo.metrics.instance import Identification, InstanceConsistency, Leakage, leakage_matrix
-from mifo.metrics.pictures import Picture, read_pictures, save_pictures
 from mifo.metrics.prompt_similarity import PromptSimilarity
 from mifo.metrics.protocol import name_classes
 from mifo.metrics.scores import Evaluator, Score, score_table
 from mifo.metrics.settings import ClassWords, Fit, ImageSettings, ImageTextSettings, MetricsSettings
-from mifo.miniature.scenes import SceneSpec, ThingSpec, redraw_scene, render_scene
+from mifo.world.scenes import SceneSpec, ThingSpec, redraw_scene, render_scene
 
 RED, GREEN, BLUE = torch.eye(3)
 GREY = torch.full((3,), 1e-4)  # of texts that name no colour

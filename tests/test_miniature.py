@@ -14,7 +14,8 @@ from mifo.data.instances import read_instances
 from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
 from mifo.miniature.pretraining.corpus import tokenise, tokenise_captions
-from mifo.miniature.scenes import (
+from mifo.miniature.tokenizer import build_tokenizer
+from mifo.world.scenes import (
     SceneSpec,
     ThingSpec,
     captions,
@@ -26,8 +27,7 @@ from mifo.miniature.scenes import (
     sample_scenes,
     scene_batch,
 )
-from mifo.miniature.tokenizer import build_tokenizer
-from mifo.miniature.vocabulary import BACKGROUNDS, COLOURS, HELD_OUT_HUES, THINGS, words
+from mifo.world.vocabulary import BACKGROUNDS, COLOURS, HELD_OUT_HUES, THINGS, words
 
 SPEC = SceneSpec(
     [ThingSpec("car", "red", "striped"), ThingSpec("bird", "blue"), ThingSpec("cup", hue=78.0)],

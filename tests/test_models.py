@@ -7,13 +7,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 from tiny import tiny_pipeline
 
+from mifo.backbones.images import decode_latents, encode_images
+from mifo.backbones.loading import load_model
+from mifo.backbones.settings import ModelSettings
+from mifo.backbones.text import encode_ids, encode_prompts, tokenize
+from mifo.backbones.tokens import add_instance_tokens
+from mifo.backbones.trainable import add_lora, new_rows, set_trainable, trainable_parameters
 from mifo.errors import MifoError
-from mifo.models.images import decode_latents, encode_images
-from mifo.models.loading import load_model
-from mifo.models.settings import ModelSettings
-from mifo.models.text import encode_ids, encode_prompts, tokenize
-from mifo.models.tokens import add_instance_tokens
-from mifo.models.trainable import add_lora, new_rows, set_trainable, trainable_parameters
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ import torch
 from diffusers import DDIMScheduler
 from torch.nn import functional as F
 
-from mifo.diffusion.classifier_free_guidance import classifier_free_guidance
-from mifo.diffusion.ddim import ddim_step, ddim_timesteps
-from mifo.diffusion.denoising import denoising_loss, union_mask
-from mifo.diffusion.noise_schedule import NoiseSchedule
 from mifo.errors import MifoError
+from mifo.method.diffusion.classifier_free_guidance import classifier_free_guidance
+from mifo.method.diffusion.ddim import ddim_step, ddim_timesteps
+from mifo.method.diffusion.denoising import denoising_loss, union_mask
+from mifo.method.diffusion.noise_schedule import NoiseSchedule
 
 BETAS = ("scaled_linear", "linear", "squaredcos_cap_v2")
 

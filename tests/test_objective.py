@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mifo.attention.layers import attention_layers, choose_layers
-from mifo.attention.recording import AttentionRecorder
-from mifo.diffusion.noise_schedule import NoiseSchedule
-from mifo.learning.objective import LossParts, StepInputs, finetuning_loss, semantic_loss
-from mifo.penalty.active import Stage, active_term, layers_read
-from mifo.penalty.settings import AttentionTerm, PenaltySettings, TermSettings
+from mifo.backbones.unet.layers import attention_layers, choose_layers
+from mifo.backbones.unet.recording import AttentionRecorder
+from mifo.method.diffusion.noise_schedule import NoiseSchedule
+from mifo.method.losses.active import Stage, active_term, layers_read
+from mifo.method.losses.settings import AttentionTerm, PenaltySettings, TermSettings
+from mifo.method.objective import LossParts, StepInputs, finetuning_loss, semantic_loss
 
 SETTINGS = PenaltySettings()
 SCHEDULE = NoiseSchedule((1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000).square()).cumprod(0))

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mifo.attention.layers import choose_layers
-from mifo.penalty.active import active_term, attention_loss, layers_read, timestep_gate
-from mifo.penalty.break_a_scene import break_a_scene
-from mifo.penalty.masks import resize_masks
-from mifo.penalty.outside import penalty
-from mifo.penalty.reward import reward
-from mifo.penalty.settings import AttentionTerm, PenaltySettings
+from mifo.backbones.unet.layers import choose_layers
+from mifo.method.losses.active import active_term, attention_loss, layers_read, timestep_gate
+from mifo.method.losses.break_a_scene import break_a_scene
+from mifo.method.losses.masks import resize_masks
+from mifo.method.losses.penalty import penalty
+from mifo.method.losses.reward import reward
+from mifo.method.losses.settings import AttentionTerm, PenaltySettings
 
 MASK = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
 ATTENTION = torch.tensor([[0.5, 0.1], [0.2, 0.0]])

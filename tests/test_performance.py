@@ -18,23 +18,23 @@ from tiny import two_instances
 from torch import nn
 from torch.nn import functional as F
 
-from mifo.attention.masking import MaskedAttention
+from mifo.acceleration import libraries, rehearsal
+from mifo.acceleration.adamw_8bit import AdamW8bit, _levels
+from mifo.acceleration.graphs import GraphedFunction, GraphedStep
+from mifo.acceleration.profile import available, check_performance, ready_for_synthesis
+from mifo.acceleration.settings import PerformanceSettings
+from mifo.backbones.images import decode_latents
+from mifo.backbones.loading import load_model
+from mifo.backbones.settings import ModelSettings
+from mifo.backbones.unet.masking import MaskedAttention
 from mifo.config import compose, settings_of
-from mifo.data.prior import class_pictures
 from mifo.errors import MifoError
-from mifo.learning.learn import learn
-from mifo.learning.settings import LearningSettings, PriorSettings, StageSettings
-from mifo.learning.stages import LearningStage, _with_frozen_weights_rounded
-from mifo.models.images import decode_latents
-from mifo.models.loading import load_model
-from mifo.models.settings import ModelSettings
-from mifo.penalty.settings import PenaltySettings
-from mifo.performance import libraries, rehearsal
-from mifo.performance.adamw_8bit import AdamW8bit, _levels
-from mifo.performance.graphs import GraphedFunction, GraphedStep
-from mifo.performance.profile import available, check_performance, ready_for_synthesis
-from mifo.performance.settings import PerformanceSettings
-from mifo.synthesis.sampler import KeptPasses
+from mifo.making.class_pictures import class_pictures
+from mifo.method.losses.settings import PenaltySettings
+from mifo.method.synthesis.sampler import KeptPasses
+from mifo.training.fit import learn
+from mifo.training.settings import LearningSettings, PriorSettings, StageSettings
+from mifo.training.stages import LearningStage, _with_frozen_weights_rounded
 
 PLAIN = PerformanceSettings(learning_precision="float32", synthesis_precision="float32")
 
@@ -120,7 +120,7 @@ def test_nothing_of_a_run_stays_in_memory(source, losses, recordings, tmp_path, 
 
 
 def test_gradients_of_a_step_are_laid_out_as_the_weights_and_apart(monkeypatch):
-    monkeypatch.setattr("mifo.performance.graphs.capture", lambda function, inputs: function)
+    monkeypatch.setattr("mifo.acceleration.graphs.capture", lambda function, inputs: function)
     weights = [nn.Parameter(torch.randn(3, 4)) for _ in range(3)] + [nn.Parameter(torch.ones(2))]
     weights[1] = nn.Parameter(torch.randn(4, 3).t())  # another layout; the first two get the same gradient
 
@@ -179,12 +179,12 @@ def test_frozen_weights_rounded_once_give_what_autocast_gives(losses, monkeypatc
         return found
 
     bfloat16 = replace(PLAIN, learning_precision="bfloat16")
-    monkeypatch.setattr("mifo.learning.stages._with_frozen_weights_rounded", spied)
+    monkeypatch.setattr("mifo.training.stages._with_frozen_weights_rounded", spied)
     rounded = losses(bfloat16)
     # reward and penalty of the first stage; in the second everything learns
     both = [("CLIPTextModel", True), ("UNet2DConditionModel", True)]
     assert wrapped == both * 2 + [(name, False) for name, _ in both]
-    monkeypatch.setattr("mifo.learning.stages._with_frozen_weights_rounded", lambda part: part)
+    monkeypatch.setattr("mifo.training.stages._with_frozen_weights_rounded", lambda part: part)
     assert losses(bfloat16) == rounded
 
 
@@ -329,7 +329,7 @@ def test_a_graph_that_cannot_be_captured_is_an_ordinary_call_told_once(monkeypat
     def broken(*args, **options):
         raise RuntimeError("capture failed\nlong story")
 
-    monkeypatch.setattr("mifo.performance.graphs.capture", broken)
+    monkeypatch.setattr("mifo.acceleration.graphs.capture", broken)
     layer = nn.Linear(2, 2)
     graphed = GraphedFunction(layer, wanted=True)
     x = torch.ones(1, 2)
@@ -345,7 +345,7 @@ def test_a_graph_that_cannot_be_captured_is_an_ordinary_call_told_once(monkeypat
 
 
 def test_what_the_machine_lacks_is_left_out_in_one_line(monkeypatch, caplog):
-    monkeypatch.setattr("mifo.performance.profile._compiles", lambda device: False)
+    monkeypatch.setattr("mifo.acceleration.profile._compiles", lambda device: False)
     wanted = PerformanceSettings(name="mine", cuda_graphs=True, compile=True, learning_precision="float16")
     with caplog.at_level(logging.WARNING):
         resolved = available(wanted, "cpu")
@@ -468,8 +468,8 @@ def test_8_bit_states_go_on_from_a_checkpoint(tmp_path):
 KERNEL = """
 import torch, triton, triton.language as tl
 from torch import nn
-import mifo.performance.adamw_8bit as adamw
-import mifo.performance.adamw_kernel as kernel
+import mifo.acceleration.adamw_8bit as adamw
+import mifo.acceleration.adamw_kernel as kernel
 
 def learnt(fused, dtype):
     adamw.has_kernels = lambda device: fused
@@ -555,7 +555,7 @@ def test_the_optimisers_kernel_on_a_gpu():
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_libraries_are_loaded_ahead_only_for_a_gpu(device, caplog):
-    caplog.set_level("DEBUG", "mifo.performance.libraries")
+    caplog.set_level("DEBUG", "mifo.acceleration.libraries")
     before = set(threading.enumerate())
     libraries.load_libraries(torch.device(device))
     begun = set(threading.enumerate()) - before
@@ -569,14 +569,14 @@ def test_libraries_that_do_not_load_stop_nothing(monkeypatch, caplog):
     def fail(*args: object) -> None:
         raise RuntimeError("no such library")
 
-    caplog.set_level("DEBUG", "mifo.performance.libraries")
+    caplog.set_level("DEBUG", "mifo.acceleration.libraries")
     monkeypatch.setattr(torch.cuda, "Stream", fail)
     libraries._load(torch.device("cuda"))
     assert "no such library" in caplog.text
 
 
 def test_tasks_without_a_model_do_not_wait_for_diffusers():
-    code = "import sys, mifo.tasks.evaluate, mifo.tasks.dashboard; sys.exit('diffusers' in sys.modules)"
+    code = "import sys, mifo.commands.evaluate, mifo.commands.dashboard; sys.exit('diffusers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -27,7 +27,7 @@ from mifo.miniature.pretraining.text_encoder import TextEncoderPretraining
 from mifo.miniature.pretraining.training import fit
 from mifo.miniature.pretraining.vit import likeness
 from mifo.miniature.tokenizer import build_tokenizer
-from mifo.miniature.vocabulary import THINGS
+from mifo.world.vocabulary import THINGS
 
 
 def tiny(parts, steps):

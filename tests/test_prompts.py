@@ -9,8 +9,8 @@ from open_clip.tokenizer import bytes_to_unicode
 from transformers import CLIPTokenizer
 
 from mifo.errors import MifoError
-from mifo.prompts.function_words import is_function_word
-from mifo.prompts.instances import check_instances, find_instances
+from mifo.method.prompts.function_words import is_function_word
+from mifo.method.prompts.instances import check_instances, find_instances
 
 
 @pytest.fixture(scope="module")

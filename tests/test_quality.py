@@ -4,8 +4,10 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
+from mifo.commands.quality import quality, report
 from mifo.config import compose, settings_of
 from mifo.errors import MifoError
+from mifo.method.prompts.instances import check_instances
 from mifo.miniature.pretraining.segmenter import BACKGROUND
 from mifo.miniature.quality import (
     box_control,
@@ -15,10 +17,8 @@ from mifo.miniature.quality import (
     mean,
     share,
 )
-from mifo.miniature.scenes import draw, mask_boxes
-from mifo.miniature.vocabulary import THINGS
-from mifo.prompts.instances import check_instances
-from mifo.tasks.quality import quality, report
+from mifo.world.scenes import draw, mask_boxes
+from mifo.world.vocabulary import THINGS
 
 
 class Oracle(torch.nn.Module):

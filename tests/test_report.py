@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from mifo.data.saved_pictures import Picture
 from mifo.errors import MifoError
 from mifo.metrics.evaluation import Evaluation
-from mifo.metrics.pictures import Picture
 from mifo.metrics.scores import Evaluator, Score
 from mifo.report.html import sheet_html
 from mifo.report.png import wrap

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mifo.errors import MifoError
-from mifo.shapes.boxes import check_boxes, rasterise_boxes, resize_shapes
-from mifo.shapes.kmeans import kmeans
-from mifo.shapes.renewal import cluster_scores, renew_shapes, soft_maps
+from mifo.method.regions.boxes import check_boxes, rasterise_boxes, resize_shapes
+from mifo.method.regions.kmeans import kmeans
+from mifo.method.regions.renewal import cluster_scores, renew_shapes, soft_maps
 
 
 def test_halves_are_rounded_to_even_edges():

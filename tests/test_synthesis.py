@@ -7,13 +7,13 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from tiny import tiny_pipeline
 
-from mifo.diffusion.noise_schedule import NoiseSchedule
 from mifo.errors import MifoError
-from mifo.guidance.settings import GuidanceSettings
-from mifo.prompts.instances import find_instances
-from mifo.shapes.boxes import rasterise_boxes
-from mifo.synthesis.sampler import BoxSampler, Subject, synthesize
-from mifo.synthesis.settings import SynthesisSettings
+from mifo.method.diffusion.noise_schedule import NoiseSchedule
+from mifo.method.guidance.settings import GuidanceSettings
+from mifo.method.prompts.instances import find_instances
+from mifo.method.regions.boxes import rasterise_boxes
+from mifo.method.synthesis.sampler import BoxSampler, Subject, synthesize
+from mifo.method.synthesis.settings import SynthesisSettings
 
 SCHEDULER = {
     "beta_start": 0.00085,

@@ -16,11 +16,12 @@ from PIL import Image
 from scipy import stats
 from tiny import tiny_pipeline
 
+from mifo.commands.table import table
 from mifo.config import settings_of
 from mifo.config.compose import compose
+from mifo.data.saved_pictures import Picture, save_pictures
 from mifo.errors import MifoError
 from mifo.metrics.evaluation import Evaluation
-from mifo.metrics.pictures import Picture, save_pictures
 from mifo.metrics.scores import Evaluator, Score
 from mifo.report.comparison import SIDE
 from mifo.tables import execute, plan
@@ -29,7 +30,6 @@ from mifo.tables.plan import CodeVersion
 from mifo.tables.plot import draw_table
 from mifo.tables.record import read_record
 from mifo.tables.settings import TableSettings, read_table
-from mifo.tasks.table import table
 
 ROOT = Path(__file__).parents[1]
 TABLES = sorted(path.parent for path in (ROOT / "experiments").glob("*/table.yaml"))

@@ -8,7 +8,7 @@ from offline_wandb import OfflineRun, read_offline_run
 from PIL import Image
 from tiny import tiny_pipeline
 
-from mifo.learning.learn import learn
+from mifo.training.fit import learn
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_each_run_of_a_sweep_is_its_own_also_after_a_failure(mifo, model, tmp_pa
     def fit(*arguments, seed, **others):
         return learn(*arguments, seed=seed, **others) if seed != 2 else 1 / 0
 
-    monkeypatch.setattr("mifo.tasks.learn.fit", fit)
+    monkeypatch.setattr("mifo.commands.learn.fit", fit)
     sweep = ["hydra.sweep.dir=sweep", "seed=1,2,3"]
     assert mifo("learn", "-m", *model, "debug=fast_dev_run", "logger=wandb", *sweep) == 1
     told = [read(tmp_path / "sweep" / str(job)) for job in range(3)]

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from mifo.performance.graphs import GraphedStep
-from mifo.performance.weight_gradients import AHEAD, WeightGradientsBeside
+from mifo.acceleration.graphs import GraphedStep
+from mifo.acceleration.weight_gradients import AHEAD, WeightGradientsBeside
 
 CPU = torch.device("cpu")
 

@@ -11,17 +11,17 @@ from unittest.mock import patch
 
 from rich.progress import track
 
-import mifo.learning.learn
+import mifo.training.fit
+from mifo.acceleration.profile import available, ready_for_learning
+from mifo.backbones.tokens import add_instance_tokens
 from mifo.benchmark import without
 from mifo.benchmark.measuring import Measurement, Memory, measured, stopwatch
 from mifo.benchmark.records import AGAIN, BASELINE, WITHOUT
 from mifo.benchmark.rows import Bench, by_name, noise_pictures, picture, stage1_step, stage2_step, tried
 from mifo.benchmark.shapes import random_instances, random_model
 from mifo.data.learning_data import LearningData
-from mifo.data.prior import class_picture_files
 from mifo.errors import MifoError
-from mifo.models.tokens import add_instance_tokens
-from mifo.performance.profile import available, ready_for_learning
+from mifo.making.class_pictures import class_picture_files
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def stage2_under_autocast(bench: Bench) -> Measurement:
 def around_the_steps(bench: Bench) -> Measurement:
     """A few steps of both stages, from the model in memory to the model that has learned; without saving."""
     memory, seconds = Memory(bench.device), []
-    with patch.object(mifo.learning.learn, "save_learned", lambda *_, **__: None):
+    with patch.object(mifo.training.fit, "save_learned", lambda *_, **__: None):
         for _ in range(2):
             start = bench.learn((2, 2), [])
             seconds.append(perf_counter() - start)

@@ -14,6 +14,9 @@ from omegaconf import OmegaConf
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
+from mifo.acceleration.profile import available, ready_for_synthesis
+from mifo.acceleration.settings import PerformanceSettings
+from mifo.backbones.tokens import add_instance_tokens
 from mifo.benchmark.measuring import (
     LearningEnd,
     Losses,
@@ -28,19 +31,16 @@ from mifo.benchmark.measuring import (
 from mifo.benchmark.settings import BenchmarkSettings
 from mifo.benchmark.shapes import random_instances, random_model, row_of_boxes
 from mifo.benchmark.without import bits_for_masks
-from mifo.config.layouts import Layout
+from mifo.commands.synthesize import make_pictures
 from mifo.config.location import conf_folder
+from mifo.data.layouts import Layout
 from mifo.errors import MifoError
-from mifo.guidance.settings import GuidanceSettings
-from mifo.learning.learn import learn
-from mifo.learning.settings import LearningSettings, StageSettings
-from mifo.models.tokens import add_instance_tokens
-from mifo.penalty.settings import PenaltySettings
-from mifo.performance.profile import available, ready_for_synthesis
-from mifo.performance.settings import PerformanceSettings
-from mifo.synthesis.sampler import KeptPasses
-from mifo.synthesis.settings import SynthesisSettings
-from mifo.tasks.synthesize import make_pictures
+from mifo.method.guidance.settings import GuidanceSettings
+from mifo.method.losses.settings import PenaltySettings
+from mifo.method.synthesis.sampler import KeptPasses
+from mifo.method.synthesis.settings import SynthesisSettings
+from mifo.training.fit import learn
+from mifo.training.settings import LearningSettings, StageSettings
 
 
 @dataclass

@@ -5,10 +5,10 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from mifo.backbones.loading import DiffusionModel, model_folder
+from mifo.backbones.settings import ModelSettings
 from mifo.data.instances import InstanceSet
 from mifo.errors import MifoError
-from mifo.models.loading import DiffusionModel, model_folder
-from mifo.models.settings import ModelSettings
 
 SHAPES = ("sd21", "miniature")
 

@@ -15,25 +15,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-import mifo.attention.masking
-import mifo.attention.recording
+import mifo.acceleration.adamw_8bit
+import mifo.acceleration.channels_last
+import mifo.acceleration.graphs
+import mifo.backbones.unet.masking
+import mifo.backbones.unet.recording
 import mifo.data.learning_data
-import mifo.learning.stages
-import mifo.performance.adamw_8bit
-import mifo.performance.channels_last
-import mifo.performance.graphs
-import mifo.synthesis.sampler
-from mifo.attention.layers import AttentionLayer
-from mifo.attention.masking import MaskedAttention, _LastLayerRead
-from mifo.attention.processors import project_context
+import mifo.method.synthesis.sampler
+import mifo.training.stages
+from mifo.acceleration.graphs import GraphedStep, _laid_out
+from mifo.acceleration.rounding import frozen_products
+from mifo.backbones.images import encode_images
+from mifo.backbones.unet.layers import AttentionLayer
+from mifo.backbones.unet.masking import MaskedAttention, _LastLayerRead
+from mifo.backbones.unet.processors import project_context
 from mifo.data.learning_data import LearningBatch, LearningData
-from mifo.guidance.descent import loss_and_gradient
-from mifo.learning.stages import LearningStage
-from mifo.models.images import encode_images
-from mifo.performance.graphs import GraphedStep, _laid_out
-from mifo.performance.rounding import frozen_products
-from mifo.shapes.renewal import renew_shapes
-from mifo.synthesis.sampler import KeptPasses
+from mifo.method.guidance.descent import loss_and_gradient
+from mifo.method.regions.renewal import renew_shapes
+from mifo.method.synthesis.sampler import KeptPasses
+from mifo.training.stages import LearningStage
 
 Undoing = AbstractContextManager[Any]
 
@@ -123,13 +123,13 @@ def words_columns() -> Undoing:
         index = token_positions[:, None, :].expand(-1, every.shape[1], tokens)
         return every[-rows:].gather(-1, index)
 
-    return patch.object(mifo.attention.recording, "_columns", columns)
+    return patch.object(mifo.backbones.unet.recording, "_columns", columns)
 
 
 def _rounding(chosen: Callable[[nn.Module], bool]) -> Undoing:
     """Autocast rounds the frozen weights of these modules at each step."""
     return patch.object(
-        mifo.learning.stages,
+        mifo.training.stages,
         "frozen_products",
         lambda module: {} if chosen(module) else frozen_products(module),
     )
@@ -147,13 +147,13 @@ def text_encoder_rounded_once() -> Undoing:
 
 def fused_adamw() -> Undoing:
     """AdamW takes PyTorch's usual way on the device, several kernels over lists of parameters."""
-    usual = mifo.learning.stages._optimizer_class
+    usual = mifo.training.stages._optimizer_class
 
     class AdamW(torch.optim.AdamW):
         pass
 
     return patch.object(
-        mifo.learning.stages,
+        mifo.training.stages,
         "_optimizer_class",
         lambda name: AdamW if name == "adamw" else usual(name),
     )
@@ -177,7 +177,7 @@ def norm_handed_over() -> Undoing:
 
 def kernel_of_8_bit_states() -> Undoing:
     """8-bit AdamW is computed by PyTorch, parameter by parameter."""
-    return patch.object(mifo.performance.adamw_8bit, "has_kernels", lambda device: False)
+    return patch.object(mifo.acceleration.adamw_8bit, "has_kernels", lambda device: False)
 
 
 def backward_outside_autocast() -> Undoing:
@@ -194,17 +194,17 @@ def backward_outside_autocast() -> Undoing:
 
 def weight_gradients_beside() -> Undoing:
     """All gradients are computed in one stream."""
-    return patch.object(mifo.performance.graphs, "WeightGradientsBeside", lambda device: nullcontext())
+    return patch.object(mifo.acceleration.graphs, "WeightGradientsBeside", lambda device: nullcontext())
 
 
 def gated_gelu_kernel() -> Undoing:
     """The feed-forwards keep diffusers' GEGLU."""
-    return patch.object(mifo.performance.channels_last, "GEGLU", None)
+    return patch.object(mifo.acceleration.channels_last, "GEGLU", None)
 
 
 def group_norm_kernels() -> Undoing:
     """Normalisations, residual blocks and transformers stay diffusers' own; weights lie channels-last."""
-    return patch.object(mifo.performance.channels_last, "_is_affine", lambda module: False)
+    return patch.object(mifo.acceleration.channels_last, "_is_affine", lambda module: False)
 
 
 def stays_on_the_gpu() -> Undoing:
@@ -289,7 +289,7 @@ def masks_once() -> Undoing:
 
 def bits_for_masks() -> Undoing:
     """Masked attention of synthesis reads a mask of all pairs of pixels, or of pixels and tokens."""
-    return patch.object(mifo.attention.masking, "runs_as_kernels", lambda *_: False)
+    return patch.object(mifo.backbones.unet.masking, "runs_as_kernels", lambda *_: False)
 
 
 def few_starts() -> Undoing:
@@ -299,7 +299,7 @@ def few_starts() -> Undoing:
         *before, _, seed, centres = arguments
         return renew_shapes(*before, 100, seed, centres)
 
-    return patch.object(mifo.synthesis.sampler, "renew_shapes", renew)
+    return patch.object(mifo.method.synthesis.sampler, "renew_shapes", renew)
 
 
 def guidance_as_one_graph() -> Undoing:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 from lightning import Callback, Trainer
 
-from mifo.attention.layers import attention_layers, choose_layers
-from mifo.learning.stages import LearningStage
-from mifo.penalty.active import active_term, layers_read
-from mifo.penalty.settings import AttentionTerm
+from mifo.backbones.unet.layers import attention_layers, choose_layers
+from mifo.method.losses.active import active_term, layers_read
+from mifo.method.losses.settings import AttentionTerm
+from mifo.training.stages import LearningStage
 
 log = logging.getLogger(__name__)
 

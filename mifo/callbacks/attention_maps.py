@@ -5,14 +5,14 @@ from lightning import Callback, Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
-from mifo.attention.layers import attention_layers, choose_layers
-from mifo.attention.recording import AttentionRecorder
+from mifo.backbones.images import encode_images
+from mifo.backbones.text import encode_prompts
+from mifo.backbones.unet.layers import attention_layers, choose_layers
+from mifo.backbones.unet.recording import AttentionRecorder
 from mifo.callbacks.logging import is_due, log_image, log_values, steps_between
-from mifo.diffusion.noise_schedule import NoiseSchedule
-from mifo.learning.stages import LearningStage
-from mifo.models.images import encode_images
-from mifo.models.text import encode_prompts
+from mifo.method.diffusion.noise_schedule import NoiseSchedule
 from mifo.report.attention_panel import draw_attention
+from mifo.training.stages import LearningStage
 
 
 class AttentionMaps(Callback):

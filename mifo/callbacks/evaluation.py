@@ -6,12 +6,12 @@ from lightning import Trainer
 
 from mifo.callbacks.logging import log_image, log_values
 from mifo.callbacks.samples import MakePictures, SamplePictures
-from mifo.config.layouts import LayoutSettings
-from mifo.learning.stages import LearningStage
+from mifo.data.layouts import LayoutSettings
+from mifo.data.saved_pictures import Picture
 from mifo.metrics.evaluation import PictureEvaluator
-from mifo.metrics.pictures import Picture
 from mifo.metrics.settings import MetricsSettings
 from mifo.report.heat_map import draw_leakage
+from mifo.training.stages import LearningStage
 
 
 class EvaluatePictures(SamplePictures):

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from mifo.errors import MifoError
-from mifo.learning.stages import LearningStage
+from mifo.training.stages import LearningStage
 
 
 def log_image(trainer: Trainer, module: LearningStage, name: str, image: Image.Image) -> Path:

@@ -4,7 +4,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mifo.learning.stages import LearningStage
+from mifo.training.stages import LearningStage
 
 
 class StageProgress(ProgressBar):

@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 import torch
 from lightning import Callback, Trainer
 
+from mifo.backbones.loading import DiffusionModel
 from mifo.callbacks.logging import is_due, log_image, steps_between
-from mifo.config.layouts import Layout, LayoutSettings, layouts
-from mifo.learning.stages import LearningStage
-from mifo.metrics.pictures import Picture
-from mifo.models.loading import DiffusionModel
+from mifo.data.layouts import Layout, LayoutSettings, layouts
+from mifo.data.saved_pictures import Picture
 from mifo.report.picture_grid import draw_pictures
+from mifo.training.stages import LearningStage
 
 MakePictures = Callable[[DiffusionModel, Sequence[Layout]], list[Picture]]
 

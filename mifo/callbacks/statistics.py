@@ -8,7 +8,7 @@ import torch
 from lightning import Callback, Trainer
 from torch.optim import Optimizer
 
-from mifo.learning.stages import LearningStage, total_norm
+from mifo.training.stages import LearningStage, total_norm
 
 
 class LearningStatistics(Callback):

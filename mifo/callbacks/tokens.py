@@ -4,7 +4,7 @@ import torch
 from lightning import Callback, Trainer
 from torch.nn import functional as F
 
-from mifo.learning.stages import LearningStage
+from mifo.training.stages import LearningStage
 
 
 class TokenStatistics(Callback):

@@ -9,6 +9,7 @@ import torch
 from hydra.utils import get_class
 from lightning import Trainer
 
+from mifo.acceleration.profile import check_performance
 from mifo.config.schema import (
     LearnSettings,
     ModelTaskSettings,
@@ -17,11 +18,10 @@ from mifo.config.schema import (
     TaskSettings,
 )
 from mifo.errors import MifoError
-from mifo.guidance.settings import check_guidance
-from mifo.learning.learn import check_learning
+from mifo.method.guidance.settings import check_guidance
+from mifo.method.synthesis.settings import check_synthesis
 from mifo.metrics.evaluation import METRICS
-from mifo.performance.profile import check_performance
-from mifo.synthesis.settings import check_synthesis
+from mifo.training.fit import check_learning
 
 _DEVICES = ("auto", "cpu", "cuda")
 

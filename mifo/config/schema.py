@@ -8,17 +8,17 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from mifo.acceleration.settings import PerformanceSettings
+from mifo.backbones.settings import ModelSettings
 from mifo.benchmark.settings import BenchmarkSettings
-from mifo.config.layouts import LayoutSettings
+from mifo.data.layouts import LayoutSettings
 from mifo.data.settings import InstancesSettings
-from mifo.guidance.settings import GuidanceSettings
-from mifo.learning.settings import LearningSettings
+from mifo.method.guidance.settings import GuidanceSettings
+from mifo.method.losses.settings import PenaltySettings
+from mifo.method.synthesis.settings import SynthesisSettings
 from mifo.metrics.settings import MetricsSettings
 from mifo.miniature.pretraining.settings import PretrainSettings
-from mifo.models.settings import ModelSettings
-from mifo.penalty.settings import PenaltySettings
-from mifo.performance.settings import PerformanceSettings
-from mifo.synthesis.settings import SynthesisSettings
+from mifo.training.settings import LearningSettings
 
 
 @dataclass

@@ -188,7 +188,7 @@ def _one_each(key: str, values: Sequence[str | None], masks: Tensor) -> tuple[st
 def _draw(spec: Mapping[str, Any]) -> tuple[Tensor, Tensor, list[str]]:
     """Image, masks and class names of a scene of the miniature."""
     # imported here, since those who bring a picture need no drawing
-    from mifo.miniature.scenes import SceneSpec, render_scene
+    from mifo.world.scenes import SceneSpec, render_scene
 
     try:
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SceneSpec), spec))

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from mifo.acceleration.settings import PerformanceSettings
+from mifo.backbones.images import encode_images
+from mifo.backbones.loading import DiffusionModel
+from mifo.backbones.text import tokenize
 from mifo.data.instances import InstanceSet
-from mifo.data.prior import class_picture_files, class_pictures, class_prompts
 from mifo.errors import MifoError
-from mifo.learning.settings import LearningSettings, StageSettings
-from mifo.models.images import encode_images
-from mifo.models.loading import DiffusionModel
-from mifo.models.text import tokenize
-from mifo.performance.settings import PerformanceSettings
+from mifo.making.class_pictures import class_picture_files, class_pictures, class_prompts
+from mifo.training.settings import LearningSettings, StageSettings
 
 ENCODED_AT_ONCE = 16  # class pictures and mirror images
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from mifo.method.prompts.articles import article
 from mifo.metrics.settings import ClassWords
 from mifo.metrics.similarity import similarity_matrix
-from mifo.miniature.vocabulary import THINGS
-from mifo.prompts.articles import article
+from mifo.world.vocabulary import THINGS
 
 
 class ClassAccuracy(MeanMetric):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from mifo.data.saved_pictures import Picture
 from mifo.errors import MifoError
 from mifo.files import write_whole
 from mifo.metrics.box_adherence import BoxAdherence, find_instance
@@ -21,7 +22,6 @@ from mifo.metrics.evaluators import (
     load_image_text_encoder,
 )
 from mifo.metrics.instance import Identification, InstanceConsistency, Leakage, leakage_matrix
-from mifo.metrics.pictures import Picture
 from mifo.metrics.prompt_similarity import PromptSimilarity
 from mifo.metrics.protocol import name_classes
 from mifo.metrics.scores import Evaluator, Score

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mifo.metrics.pictures import Picture
-from mifo.miniature.scenes import SceneSpec, redraw_scene
+from mifo.data.saved_pictures import Picture
+from mifo.world.scenes import SceneSpec, redraw_scene
 
 CASES = {
     "perfect": "every thing in its own box",

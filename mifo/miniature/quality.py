@@ -22,8 +22,8 @@ from transformers import AutoTokenizer, ViTModel
 from mifo.miniature.pretraining.clip import PAIRS, normalise
 from mifo.miniature.pretraining.corpus import crop, crowd, draw_corpus, draw_views, jitter, tokenise
 from mifo.miniature.pretraining.segmenter import Segmenter, class_maps
-from mifo.miniature.scenes import SceneBatch, caption, describe, draw, mask_boxes, sample_scenes
-from mifo.miniature.vocabulary import BACKGROUNDS, COLOURS, THINGS
+from mifo.world.scenes import SceneBatch, caption, describe, draw, mask_boxes, sample_scenes
+from mifo.world.vocabulary import BACKGROUNDS, COLOURS, THINGS
 
 HELD_OUT_SEED = 1_000_003
 """Seed of the scenes for judging; pretraining draws from small seeds."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
-from mifo.miniature.vocabulary import words
+from mifo.world.vocabulary import words
 
 MAX_LENGTH = 32
 """Tokens of a prompt, start and end included."""

@@ -8,8 +8,8 @@ from textwrap import wrap
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from mifo.data.saved_pictures import Picture
 from mifo.metrics.crops import mask_box
-from mifo.metrics.pictures import Picture
 from mifo.report.content import LABELS
 from mifo.report.drawing import draw_layout, font_for
 from mifo.report.palette import INK, MUTED, PAPER, Colour

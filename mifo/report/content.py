@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from mifo.data.saved_pictures import Picture
 from mifo.metrics.evaluation import Evaluation
-from mifo.metrics.pictures import Picture
 from mifo.metrics.scores import Score
 
 LABELS = {

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from mifo.metrics.pictures import as_image
+from mifo.data.saved_pictures import as_image
 from mifo.report.palette import Colour, instance_colour, name_colours, text_colour
 
 Box = Sequence[float]

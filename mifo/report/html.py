@@ -8,8 +8,8 @@ import jinja2
 from markupsafe import Markup, escape
 from PIL import Image
 
+from mifo.data.saved_pictures import as_image
 from mifo.metrics.crops import mask_box
-from mifo.metrics.pictures import as_image
 from mifo.report.content import EXPLANATIONS, LABELS, Sheet
 from mifo.report.drawing import draw_masks, fit
 from mifo.report.palette import hexadecimal, instance_colour, name_colours, text_colour

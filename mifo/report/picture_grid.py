@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from mifo.metrics.pictures import Picture
+from mifo.data.saved_pictures import Picture
 from mifo.report.drawing import draw_layout
 
 

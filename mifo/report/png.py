@@ -4,8 +4,8 @@ import re
 
 from PIL import Image, ImageDraw
 
+from mifo.data.saved_pictures import Picture, as_image
 from mifo.metrics.crops import mask_box
-from mifo.metrics.pictures import Picture, as_image
 from mifo.report.content import EXPLANATIONS, LABELS, Sheet
 from mifo.report.drawing import draw_layout, draw_masks, fit, font_for
 from mifo.report.palette import INK, MUTED, PAPER, Colour, instance_colour, text_colour

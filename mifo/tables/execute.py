@@ -18,6 +18,8 @@ from queue import SimpleQueue
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from mifo.commands.evaluate import SCORES
+from mifo.commands.run import run as run_here
 from mifo.config.checks import check
 from mifo.config.compose import compose, settings_of
 from mifo.config.gpus import visible_gpus
@@ -26,8 +28,6 @@ from mifo.metrics.evaluation import Evaluation
 from mifo.tables.plan import Run, code_version
 from mifo.tables.record import Entry
 from mifo.tables.worker import LOG, Worker
-from mifo.tasks.evaluate import SCORES
-from mifo.tasks.run import run as run_here
 
 ABOUT = "table_run.json"
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from PIL import Image
 
 from mifo.data.instances import read_instances
+from mifo.data.saved_pictures import read_pictures
 from mifo.errors import MifoError
-from mifo.metrics.pictures import read_pictures
 from mifo.report.comparison import ComparedRow, draw_comparison
 from mifo.tables.collect import Measured
 from mifo.tables.execute import Done

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from mifo.miniature.pretraining.corpus import Corpus
 from mifo.miniature.pretraining.settings import PretrainSettings
 from mifo.miniature.pretraining.training import Pretraining
-from mifo.miniature.scenes import SIZE
+from mifo.world.scenes import SIZE
 
 KL_WEIGHT = 1e-5
 """Weight of the KL term per latent element: it only keeps the latents near unit size."""

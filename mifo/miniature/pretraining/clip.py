@@ -22,9 +22,9 @@ from mifo.miniature.pretraining.augmentation import soften, warp
 from mifo.miniature.pretraining.corpus import Corpus, crop, jitter, tokenise
 from mifo.miniature.pretraining.settings import PretrainSettings
 from mifo.miniature.pretraining.training import Pretraining
-from mifo.miniature.scenes import SIZE, caption, describe
 from mifo.miniature.tokenizer import MAX_LENGTH
-from mifo.miniature.vocabulary import BACKGROUNDS, COLOURS, PATTERNS, THINGS
+from mifo.world.scenes import SIZE, caption, describe
+from mifo.world.vocabulary import BACKGROUNDS, COLOURS, PATTERNS, THINGS
 
 MEAN = (0.5, 0.5, 0.5)
 STD = (0.5, 0.5, 0.5)

@@ -10,7 +10,8 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
-from mifo.miniature.scenes import (
+from mifo.miniature.tokenizer import MAX_LENGTH
+from mifo.world.scenes import (
     SIZE,
     Identities,
     Placements,
@@ -21,7 +22,6 @@ from mifo.miniature.scenes import (
     sample_identities,
     sample_scenes,
 )
-from mifo.miniature.tokenizer import MAX_LENGTH
 
 CHUNK = 2048
 """Scenes drawn in one call: thousands of small kernels cost the same for one scene or for hundreds."""

@@ -13,7 +13,7 @@ from mifo.miniature.pretraining.corpus import Corpus
 from mifo.miniature.pretraining.settings import PretrainSettings
 from mifo.miniature.pretraining.text_encoder import WIDTH
 from mifo.miniature.pretraining.training import Pretraining
-from mifo.miniature.scenes import SIZE
+from mifo.world.scenes import SIZE
 
 EMPTY_PROMPTS = 0.1
 """Share of prompts that are emptied, for classifier-free guidance (Ho & Salimans, arXiv 2207.12598)."""

@@ -25,8 +25,8 @@ from mifo.miniature.pretraining.settings import PARTS, PretrainSettings
 from mifo.miniature.pretraining.text_encoder import TextEncoderPretraining, build_text_encoder
 from mifo.miniature.pretraining.training import Pretraining, fit
 from mifo.miniature.pretraining.vit import VitPretraining, build_vit
-from mifo.miniature.scenes import SIZE
 from mifo.miniature.tokenizer import build_tokenizer
+from mifo.world.scenes import SIZE
 
 CHECKPOINTS = "checkpoints"
 """Folder in a run's own folder of what training goes on from, and of each part's averaged weights."""

@@ -21,8 +21,8 @@ from mifo.miniature.pretraining.augmentation import soften
 from mifo.miniature.pretraining.corpus import CHUNK
 from mifo.miniature.pretraining.settings import PretrainSettings
 from mifo.miniature.pretraining.training import Pretraining
-from mifo.miniature.scenes import SIZE, draw, sample_scenes
-from mifo.miniature.vocabulary import THINGS
+from mifo.world.scenes import SIZE, draw, sample_scenes
+from mifo.world.vocabulary import THINGS
 
 SIDE = SIZE // 2
 """Side in pixels of the pictures that are read and of the class maps."""

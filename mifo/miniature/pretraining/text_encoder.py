@@ -16,7 +16,7 @@ from mifo.miniature.pretraining.corpus import Corpus
 from mifo.miniature.pretraining.settings import PretrainSettings
 from mifo.miniature.pretraining.training import Pretraining
 from mifo.miniature.tokenizer import MAX_LENGTH
-from mifo.miniature.vocabulary import BACKGROUNDS, COLOURS, PATTERNS, THINGS
+from mifo.world.vocabulary import BACKGROUNDS, COLOURS, PATTERNS, THINGS
 
 WIDTH = 192
 

@@ -21,8 +21,8 @@ from mifo.miniature.pretraining.clip import normalise
 from mifo.miniature.pretraining.corpus import crowd, draw_views, portraits, with_siblings
 from mifo.miniature.pretraining.settings import PretrainSettings
 from mifo.miniature.pretraining.training import Pretraining
-from mifo.miniature.scenes import SIZE
-from mifo.miniature.vocabulary import THINGS
+from mifo.world.scenes import SIZE
+from mifo.world.vocabulary import THINGS
 
 VIEWS = 5
 """Views of each instance: the first on black, the others cut out of scenes."""

@@ -1,0 +1,103 @@
+"""Attention in which a query sees the keys that have a bit in common with it, without a mask in memory.
+
+PyTorch's fused attention reads a number for each pair, n · m of them in place of n + m.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from mifo.acceleration.kernels import kernels_take
+
+DTYPES = (torch.float16, torch.bfloat16)
+WIDTHS = (16, 32, 64, 128)
+
+
+def bounded_attention(
+    query: Tensor, key: Tensor, value: Tensor, query_bits: Tensor, key_bits: Tensor, scale: float
+) -> Tensor:
+    """softmax(scale · Q Kᵀ) V over the keys that each query sees, which must be one at least.
+
+    On a GPU with Triton one kernel computes it with probabilities rounded to 16 bits, as flash attention
+    does, and two its gradients, of which those of key and value only if they are wanted. They give the same
+    bits at each call, and can be captured in a CUDA graph after a first call, which compiles them. Elsewhere,
+    under `torch.compile` and for what they do not take, it is PyTorch's own with a mask.
+
+    Args:
+        query: (B, heads, n, d); the kernels take float16 and bfloat16, and a d of `WIDTHS`.
+        key, value: (B, heads, m, d), of the same dtype on the kernels' path.
+        query_bits: int32 (B or 1, n), see `sees`.
+        key_bits: int32 (B or 1, m).
+        scale: of the scores; the kernels take what is positive.
+
+    Returns:
+        (B, heads, n, d), of the query's dtype; on the kernels' path it lies in memory as (B, n, heads, d), so
+        that merging heads is a view, and so do the gradients.
+    """
+    if runs_as_kernels(query, key, value, scale):
+        return _BoundedAttention.apply(query, key, value, query_bits, key_bits, scale)
+    mask = sees(query_bits, key_bits)[:, None]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+def sees(query_bits: Tensor, key_bits: Tensor) -> Tensor:
+    """Which queries see which keys: those with a bit in common.
+
+    Args:
+        query_bits: integers (B or 1, n).
+        key_bits: integers (B or 1, m).
+
+    Returns:
+        Bool (B or 1, n, m).
+    """
+    return query_bits[:, :, None] & key_bits[:, None] != 0
+
+
+def runs_as_kernels(query: Tensor, key: Tensor, value: Tensor, scale: float) -> bool:
+    """Whether they can run; they look for the highest score before they scale, which must keep the order."""
+    batch, heads, _, width = query.shape
+    return (
+        kernels_take(query)
+        and query.dtype == key.dtype == value.dtype
+        and query.dtype in DTYPES
+        and key.shape == value.shape == (batch, heads, key.shape[2], width)
+        and width in WIDTHS
+        and scale > 0
+    )
+
+
+class _BoundedAttention(torch.autograd.Function):
+    """Keeps the sum of each query's exponentials, not probabilities, for its gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_bits: Tensor,
+        key_bits: Tensor,
+        scale: float,
+    ) -> Tensor:
+        from mifo.acceleration.bounded_attention_kernels import attended
+
+        heads = [each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value)]
+        query_bits = query_bits.contiguous().expand(len(query), query.shape[2])
+        key_bits = key_bits.contiguous().expand(len(query), key.shape[2])
+        known = (*heads, query_bits, key_bits)
+        y, level = attended(*known, scale)
+        ctx.save_for_backward(*known, y, level)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        from mifo.acceleration.bounded_attention_kernels import gradients
+
+        dy = dy.transpose(1, 2).contiguous().transpose(1, 2)
+        of_context = any(ctx.needs_input_grad[1:3])
+        return *gradients(dy, *ctx.saved_tensors, ctx.scale, of_context), None, None, None

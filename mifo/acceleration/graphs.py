@@ -1,0 +1,175 @@
+"""Functions of tensors replayed as CUDA graphs, so that the GPU need not wait for Python."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mifo.acceleration.weight_gradients import WeightGradientsBeside
+
+log = logging.getLogger(__name__)
+
+
+class GraphedFunction:
+    """A function of tensors, captured at its first call and replayed from then on.
+
+    What it returns is overwritten by the next call. Tensors it closes over are read anew at each replay, so
+    they may change in place; Python values are fixed at the capture: call `forget` when one has changed.
+    No gradient flows through. If `wanted` is false or the capture fails, which one line tells, it is an
+    ordinary call.
+
+    Args:
+        function: of tensors only, of one shape each, to a tree of tensors; it must not wait for the device.
+        wanted: whether to capture at all; that needs a GPU of NVIDIA.
+    """
+
+    def __init__(self, function: Callable[..., Any], wanted: bool) -> None:
+        self._function = function
+        self._wanted = wanted
+        self._replay: Callable[..., Any] | None = None
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        if not self._wanted:
+            return self._function(*inputs)
+        if self._replay is None:
+            self._replay = self._capture(inputs)
+        return self._replay(*inputs)
+
+    def forget(self) -> None:
+        """Capture anew at the next call."""
+        self._replay = None
+
+    def _capture(self, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
+        try:
+            return capture(self._function, inputs)
+        except RuntimeError as error:
+            _tell(error)
+            return self._function
+
+
+class GraphedStep:
+    """A loss and its gradients as one graph, captured at the first call and replayed from then on.
+
+    `.grad` of the parameters points to where the graph writes, so that no gradient is copied; the next call
+    overwrites it, so gradients can not add up over several calls. Otherwise as `GraphedFunction`.
+
+    Args:
+        function: of tensors only, of one shape each, to the loss and any tree of detached tensors beside it.
+        parameters: what the loss is differentiated by.
+        wanted: whether to capture at all; that needs a GPU of NVIDIA.
+        copies: what the function reads in place of some parameters, which get the gradients of their copies.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., tuple[Tensor, Any]],
+        parameters: Sequence[nn.Parameter],
+        wanted: bool,
+        copies: Mapping[nn.Parameter, Tensor] | None = None,
+    ) -> None:
+        self._function = function
+        self._parameters = parameters
+        copies = copies or {}
+        self._leaves = [copies.get(each, each) for each in parameters]
+        self._wanted = wanted
+        self._beside = WeightGradientsBeside(self._leaves[0].device)
+        self._replay: Callable[..., Any] | None = None
+        self._gradients: Sequence[Tensor | None] | None = None
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, Any]:
+        """The loss and what comes with it; call `backward` on the loss next."""
+        if self._wanted and self._replay is None:
+            try:
+                self._replay = capture(self._loss_and_gradients, inputs)
+            except RuntimeError as error:
+                _tell(error)
+                self._wanted = False
+        if self._replay is None:
+            return self._function(*inputs)
+        loss, rest, self._gradients = self._replay(*inputs)
+        return loss, rest
+
+    def backward(self, loss: Tensor) -> None:
+        """Give the parameters the gradients of the last call's loss; those of before must be gone."""
+        if self._gradients is None:
+            loss.backward()
+            for parameter, leaf in zip(self._parameters, self._leaves, strict=True):
+                if leaf is not parameter and leaf.grad is not None:
+                    parameter.grad = _laid_out([leaf.grad], [parameter])[0]
+                    leaf.grad = None
+            return
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+
+    def _loss_and_gradients(self, *inputs: Tensor) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
+        with self._beside:
+            loss, rest = self._function(*inputs)
+            # the engine would take autocast over to the products of the backward pass, which knows its
+            # precisions
+            with torch.autocast(loss.device.type, enabled=False):
+                gradients = torch.autograd.grad(loss, self._leaves, allow_unused=True)
+        return loss.detach(), rest, _laid_out(gradients, self._parameters)
+
+
+def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """A function as a CUDA graph: what it returns is overwritten at each call, and passes no gradients on.
+
+    Raises:
+        RuntimeError: it can not be captured, or there is no GPU.
+    """
+    buffers = [each.detach().clone() for each in inputs]
+    graph, stream = torch.cuda.CUDAGraph(), _stream_of_captures(torch.cuda.current_device())
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function(*buffers)  # libraries set themselves up, and what is kept gets computed
+    torch.cuda.current_stream().wait_stream(stream)
+    # relaxed: other threads may use the GPU meanwhile, as they do to load its libraries
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
+        outputs = function(*buffers)
+
+    def replay(*inputs: Tensor) -> Any:
+        for buffer, each in zip(buffers, inputs, strict=True):
+            buffer.copy_(each)
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+@cache
+def _stream_of_captures(device: int) -> torch.cuda.Stream:
+    """One for all captures, since cuBLAS keeps memory for each stream that it ever ran on."""
+    # operations of a graph go before those of the streams that it starts
+    return torch.cuda.Stream(device, priority=-1)
+
+
+def _laid_out(gradients: Sequence[Tensor | None], parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    """Gradients in memory of their own each, laid out as the parameters and in the precision they take."""
+    found, own = set(), []
+    for gradient, parameter in zip(gradients, parameters, strict=True):
+        if gradient is not None:
+            memory, dtype = gradient.untyped_storage().data_ptr(), _gradients_dtype(parameter)
+            if memory in found or gradient.stride() != parameter.stride() or gradient.dtype != dtype:
+                gradient = torch.empty_like(parameter, dtype=dtype).copy_(gradient)
+            found.add(memory)
+        own.append(gradient)
+    return own
+
+
+def take_gradients_in(parameter: nn.Parameter, dtype: torch.dtype) -> None:
+    """Let a parameter take gradients of another precision; before PyTorch 2.10 they are converted."""
+    if hasattr(parameter, "grad_dtype"):
+        parameter.grad_dtype = dtype
+
+
+def _gradients_dtype(parameter: nn.Parameter) -> torch.dtype:
+    """That of the parameter, unless it takes another one, see `take_gradients_in`."""
+    return getattr(parameter, "grad_dtype", None) or parameter.dtype
+
+
+def _tell(error: RuntimeError) -> None:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    log.warning("No CUDA graph could be captured (%s): going on without.", reason)

@@ -1,0 +1,121 @@
+"""A profile put into effect on a model, as far as the machine allows."""
+
+import logging
+from dataclasses import replace
+
+import torch
+from diffusers.models.attention import FeedForward
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+
+from mifo.acceleration.channels_last import keep_channels_last
+from mifo.acceleration.settings import PerformanceSettings
+from mifo.backbones.loading import DiffusionModel
+from mifo.errors import MifoError
+
+PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
+
+log = logging.getLogger(__name__)
+
+
+def check_performance(settings: PerformanceSettings) -> None:
+    """Refuse values that no machine knows.
+
+    Raises:
+        MifoError: naming the key and the values that it takes.
+    """
+    for key, known in (
+        ("matmul_precision", ("highest", "high", "medium")),
+        ("learning_precision", ("auto", *PRECISIONS)),
+        ("synthesis_precision", ("auto", *PRECISIONS)),
+    ):
+        if (value := getattr(settings, key)) not in known:
+            raise MifoError(f"performance.{key}={value} is not known; take one of {', '.join(known)}.")
+    if settings.threads is not None and settings.threads < 0:
+        raise MifoError(
+            f"performance.threads={settings.threads} is no number of threads; take at least 1, or null."
+        )
+    if settings.gradient_checkpointing and settings.cuda_graphs:
+        raise MifoError(
+            "performance.gradient_checkpointing excludes performance.cuda_graphs; switch one of them off."
+        )
+    if settings.gradient_checkpointing and not settings.autocast:
+        raise MifoError(
+            "performance.gradient_checkpointing excludes performance.autocast=false; leave one of them out."
+        )
+    if not settings.autocast and settings.learning_precision not in ("auto", "bfloat16"):
+        raise MifoError(
+            "performance.autocast=false needs performance.learning_precision=bfloat16 (or auto): other "
+            "precisions have no passes of their own."
+        )
+
+
+def available(settings: PerformanceSettings, device: torch.device | str) -> PerformanceSettings:
+    """What of a profile this machine can do; one line tells what is left out. "auto" is resolved."""
+    gpu = torch.device(device).type == "cuda"
+    # float16 needs scaled gradients, which the processor does not have
+    meant = {"auto": "bfloat16" if gpu and torch.cuda.is_bf16_supported() else "float32"}
+    meant |= {} if gpu else {"float16": "float32"}
+    resolved = replace(
+        settings,
+        learning_precision=meant.get(settings.learning_precision, settings.learning_precision),
+        synthesis_precision=meant.get(settings.synthesis_precision, settings.synthesis_precision),
+        cuda_graphs=settings.cuda_graphs and gpu,
+        compile=settings.compile and _compiles(device),
+    )
+    left_out = [
+        name
+        for name, key in (("CUDA graphs", "cuda_graphs"), ("compiled blocks", "compile"))
+        if getattr(settings, key) and not getattr(resolved, key)
+    ]
+    if left_out:
+        log.warning(
+            "performance=%s goes on without %s, which this machine lacks.",
+            settings.name,
+            " and ".join(left_out),
+        )
+    return resolved
+
+
+def ready_for_learning(model: DiffusionModel, settings: PerformanceSettings) -> None:
+    """Lay out, compile and checkpoint the model as the profile says, in place."""
+    _lay_out(model, settings)
+    if settings.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+        model.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def ready_for_synthesis(model: DiffusionModel, settings: PerformanceSettings) -> None:
+    """Bring U-Net and VAE to the profile's precision and layout, in place; learning needs the model anew.
+
+    In float16 the VAE stays in float32, since its activations leave that range.
+    """
+    dtype = getattr(torch, settings.synthesis_precision)
+    for part in (model.unet,) if dtype is torch.float16 else (model.unet, model.vae):
+        nn.Module.to(part, dtype)  # diffusers' own `to` warns about modules that it does not have
+    _lay_out(model, settings)
+
+
+def _lay_out(model: DiffusionModel, settings: PerformanceSettings) -> None:
+    if settings.channels_last:
+        for part in (model.unet, model.vae):
+            part.to(memory_format=torch.channels_last)
+        for network in (model.unet, model.vae.encoder, model.vae.decoder):
+            keep_channels_last(network)
+    if settings.compile:
+        # of the U-Net, blocks without attention, whose processors keep maps and differ from layer to layer
+        torch._dynamo.config.recompile_limit = 64
+        for block in (*model.unet.modules(), *model.text_encoder.modules()):
+            if isinstance(block, ResnetBlock2D | FeedForward | CLIPEncoderLayer):
+                block.compile(dynamic=False)
+
+
+def _compiles(device: torch.device | str) -> bool:
+    """Whether a function can be compiled here, found by trying."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
+    except Exception as error:  # a compiler can lack in many ways, each with an exception of its own
+        log.debug("torch.compile: %s", error)
+        return False
+    return True

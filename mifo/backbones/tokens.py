@@ -1,0 +1,93 @@
+"""New words: a token and one learnable row of the embedding table for each instance."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import AddedToken, CLIPTokenizer
+
+from mifo.backbones.loading import DiffusionModel
+from mifo.errors import MifoError
+
+
+class NewTokenRows(nn.Module):
+    """A frozen token embedding table and N new rows after it (Textual Inversion, arXiv 2208.01618).
+
+    The old rows can not change, since only `rows` is a parameter that learns.
+
+    Attributes:
+        table: the embedding of the base model, frozen.
+        rows: (N, width) float32, whatever the dtype of the table.
+        tokens: the N new words; word i has the id `first_id + i`.
+    """
+
+    def __init__(self, table: nn.Embedding, rows: Tensor, tokens: Sequence[str], first_id: int) -> None:
+        super().__init__()
+        self.table = table.requires_grad_(False)
+        self.rows = nn.Parameter(rows)
+        self.tokens = tuple(tokens)
+        self.first_id = first_id
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Embed `ids` (B, L) as (B, L, width)."""
+        known = self.table(ids.clamp(max=self.table.num_embeddings - 1))
+        new = self.rows[(ids - self.first_id).clamp(min=0)].to(known.dtype)
+        return torch.where((ids >= self.first_id)[..., None], new, known)
+
+
+def add_instance_tokens(
+    model: DiffusionModel,
+    tokens: Sequence[str],
+    initializers: Sequence[str | None] | None = None,
+    seed: int = 0,
+) -> NewTokenRows:
+    """Teach the tokenizer and the text encoder of `model`, in place, one new word per instance.
+
+    Args:
+        tokens: the new words, "<asset0>", "<asset1>", …
+        initializers: per instance a word or phrase whose mean embedding its row starts from, or None for a
+            random row with the mean and standard deviation of the table.
+        seed: of the random rows.
+
+    Raises:
+        MifoError: a token is known already, the model carries new rows already, or an initializer is empty.
+    """
+    vocabulary = model.tokenizer.get_vocab()
+    if clashes := [token for token in tokens if token in vocabulary]:
+        raise MifoError(
+            f"the tokenizer of {model.name} already has the token {clashes[0]}; "
+            "load the base model without learned tokens, or choose other tokens."
+        )
+    table = model.text_encoder.get_input_embeddings()
+    if isinstance(table, NewTokenRows):
+        raise MifoError(
+            f"{model.name} already carries {', '.join(table.tokens)}; load the base model anew first."
+        )
+    initial = _initial_rows(model.tokenizer, table.weight, initializers or [None] * len(tokens), seed)
+    add_words(model.tokenizer, tokens)
+    first_id = model.tokenizer.convert_tokens_to_ids(tokens[0])
+    rows = NewTokenRows(table, initial, tokens, first_id)
+    model.text_encoder.set_input_embeddings(rows)
+    return rows
+
+
+def add_words(tokenizer: CLIPTokenizer, tokens: Sequence[str]) -> None:
+    """Teach the tokenizer alone, in place, one new word per instance."""
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+
+
+def _initial_rows(
+    tokenizer: CLIPTokenizer, table: Tensor, initializers: Sequence[str | None], seed: int
+) -> Tensor:
+    table = table.detach().float()
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(initializers), table.shape[1], generator=generator).to(table.device)
+    rows = table.mean(0) + table.std(0) * noise
+    for row, word in zip(rows, initializers, strict=True):
+        if word is None:
+            continue
+        ids = tokenizer(word, add_special_tokens=False).input_ids
+        if not ids:
+            raise MifoError(f"the initializer {word!r} holds no word; name a word such as 'car', or null.")
+        row.copy_(table[ids].mean(0))
+    return rows

@@ -1,0 +1,123 @@
+"""`mifo calibrate`: the measures on drawn pictures whose leakage is known."""
+
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pandas as pd
+import torch
+from omegaconf import OmegaConf
+from rich.progress import track
+from scipy.stats import t as student
+
+from mifo.commands.evaluate import class_names
+from mifo.commands.setup import prepare
+from mifo.config.jobs import claim_folder
+from mifo.config.location import conf_folder
+from mifo.config.schema import CalibrateSettings
+from mifo.data.instances import read_instances
+from mifo.data.layouts import LayoutSettings, layouts
+from mifo.data.saved_pictures import as_image
+from mifo.data.settings import InstancesSettings
+from mifo.errors import MifoError
+from mifo.metrics.evaluation import METRICS, PictureEvaluator
+from mifo.metrics.settings import Fit
+from mifo.miniature.calibration import CASES, calibration_picture
+from mifo.world.scenes import SIZE, SceneSpec
+
+METRIC_NAMES = {name: f"{name} {'↑' if METRICS[name].higher_is_better else '↓'}" for name in METRICS}
+
+
+def calibrate(settings: CalibrateSettings) -> Path:
+    """Measure every case on every scene; write `pictures.csv`, `calibration.md`, `calibration.jpg`.
+
+    Returns their folder. Raises MifoError when no scene fits the names or the folder holds a calibration.
+    """
+    scenes = named_scenes(settings.scenes)
+    device = prepare(settings)
+    folder = claim_folder(settings)
+    if (folder / "pictures.csv").exists():
+        raise MifoError(f"{folder} holds a calibration; choose another folder by hydra.run.dir=FOLDER")
+    evaluator = PictureEvaluator.from_settings(settings.metrics, device)
+    layout = LayoutSettings(endings=settings.endings, arrange="spread")
+    rows, sheet = [], []
+    for given in track(scenes, "calibration"):
+        instances = read_instances(given)
+        spec = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SceneSpec), given.scene))
+        source = instances.image.float() / 255
+        shown = [source]
+        for case in CASES:
+            pictures = [
+                calibration_picture(spec, case, each.boxes, each.prompt, ending, settings.seed + number)
+                for number, (each, ending) in enumerate(
+                    zip(layouts(layout, instances.tokens), settings.endings, strict=True)
+                )
+            ]
+            shown.append(pictures[0].image)
+            found = evaluator.evaluate(
+                pictures, source, instances.masks, instances.tokens, class_names(instances)
+            )
+            rows += [
+                {
+                    "scene": given.name,
+                    "things": len(instances.tokens),
+                    "case": case,
+                    "ending": ending,
+                    **scores,
+                }
+                for ending, scores in zip(settings.endings, found.pictures, strict=True)
+            ]
+        sheet.append(torch.cat(shown, 2))
+    table = pd.DataFrame(rows)
+    table.to_csv(folder / "pictures.csv", index=False, float_format="%.5f")
+    (folder / "calibration.md").write_text(report(table, evaluator, settings.metrics.fit))
+    as_image(torch.cat(sheet, 1)).save(folder / "calibration.jpg", quality=85)
+    print((folder / "calibration.md").read_text())
+    print(f"calibration: {folder}")
+    return folder
+
+
+def named_scenes(patterns: list[str]) -> list[InstancesSettings]:
+    """The drawn scenes of conf/instances whose names fit one of `patterns`, in which * is any text."""
+    files = sorted((conf_folder() / "instances").glob("*.yaml"))
+    fitting = [file for file in files if any(fnmatch(file.stem, pattern) for pattern in patterns)]
+    schema = OmegaConf.structured(InstancesSettings)
+    scenes = [OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.load(file))) for file in fitting]
+    scenes = [scene for scene in scenes if scene.scene is not None]
+    if not scenes:
+        raise MifoError(
+            f"scenes={','.join(patterns)} fits no drawn scene of conf/instances; try scenes=[alike_*]"
+        )
+    return scenes
+
+
+def interval(values: pd.Series) -> str:
+    """Mean ± t₀.₉₇₅·s/√n."""
+    half = student.ppf(0.975, len(values) - 1) * values.std() / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return f"{values.mean():.3f} ± {half:.3f}"
+
+
+def report(table: pd.DataFrame, evaluator: PictureEvaluator, fit: Fit) -> str:
+    """The table in Markdown: cases by metrics, all scenes and each kind of scene; scenes are the sample."""
+    metrics = [name for name in METRICS if name in table]
+    scenes = table.groupby(["case", "scene"], sort=False)[metrics].mean().reset_index()
+    kinds = {
+        "all scenes": "",
+        **{kind: kind for kind in dict.fromkeys(n.split("_")[0] for n in scenes.scene)},
+    }
+    lines = [
+        "# The measures on drawn pictures",
+        "",
+        f"{SIZE}² drawings, {scenes.scene.nunique()} scenes, {len(table)} pictures; crops: {fit}; judged "
+        f"by {evaluator.image.evaluator} and {evaluator.image_text.evaluator}. "
+        "Mean ± 95 % interval over scenes.",
+        "",
+        *(f"- **{case}**: {about}" for case, about in CASES.items()),
+    ]
+    for title, start in kinds.items():
+        lines += ["", f"## {title}", "", "| case | " + " | ".join(METRIC_NAMES[m] for m in metrics) + " |"]
+        lines.append("| --- |" + " --- |" * len(metrics))
+        part = scenes[scenes.scene.str.startswith(start)]
+        for case in CASES:
+            values = part[part.case == case]
+            lines.append(f"| {case} | " + " | ".join(interval(values[m].dropna()) for m in metrics) + " |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,185 @@
+"""`mifo evaluate`: pictures against their prompts and the instances they were made from."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from mifo.commands.setup import open_loggers, prepare
+from mifo.config.jobs import CONFIG, claim_folder
+from mifo.config.schema import EvaluateSettings
+from mifo.data.instances import InstanceSet, read_instances
+from mifo.data.saved_pictures import Picture, read_pictures
+from mifo.data.settings import InstancesSettings
+from mifo.errors import MifoError
+from mifo.method.prompts.instances import INSTANCE
+from mifo.metrics.evaluation import Evaluation, PictureEvaluator, has_scores
+from mifo.metrics.scores import Score
+from mifo.metrics.settings import MetricsSettings
+from mifo.tracking.results import log_evaluation
+
+SCORES = "scores.json"
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(settings: EvaluateSettings) -> Evaluation:
+    """Score a folder of pictures, write `scores.json`, print a table.
+
+    Raises:
+        MifoError: no metrics, pictures that cannot be read, or instances that are not those of the pictures.
+    """
+    if settings.metrics is None:
+        raise MifoError(
+            "metrics=none leaves nothing to evaluate; choose metrics=miniature or metrics=standard"
+        )
+    source = pictures_folder(settings.pictures)
+    pictures = read_pictures(source)
+    instances = read_instances(settings.instances or recorded_instances(source))
+    check_tokens(pictures, instances)
+    if warning := other_instances(source, settings.instances):
+        log.warning(warning)
+    if warning := other_measure(source, settings.metrics):
+        log.warning(warning)
+    device = prepare(settings)
+    folder = claim_folder(settings)
+    with open_loggers(settings) as loggers:
+        evaluation = scored(settings.metrics, pictures, instances, folder, device)
+        log_evaluation(loggers, evaluation, pictures, instances)
+    print_scores(evaluation.scores)
+    print(f"scores: {folder / SCORES}")
+    return evaluation
+
+
+def scored(
+    settings: MetricsSettings,
+    pictures: Sequence[Picture],
+    instances: InstanceSet,
+    folder: Path,
+    device: torch.device,
+) -> Evaluation:
+    """The scores in `folder/scores.json`, measured first where they are not there yet."""
+    path = folder / SCORES
+    if not has_scores(path):
+        evaluator = PictureEvaluator.from_settings(settings, device)
+        evaluator.evaluate(
+            pictures,
+            instances.image.float() / 255,
+            instances.masks,
+            instances.tokens,
+            class_names(instances),
+            progress=lambda each: track(each, "evaluation"),
+        ).save(path)
+    return Evaluation.read(path)
+
+
+def pictures_folder(given: str) -> Path:
+    """The folder of pictures, given itself or the run that holds it."""
+    folder = Path(given).expanduser()
+    return folder / "pictures" if (folder / "pictures").is_dir() else folder
+
+
+def recorded_instances(pictures: Path) -> InstancesSettings:
+    """The instances that the tokens in the pictures were learned from.
+
+    Raises:
+        MifoError: nothing is recorded beside the pictures.
+    """
+    recorded = pictures / "instances.yaml"
+    if not recorded.is_file():
+        raise MifoError(f"{recorded} is missing, so the instances are not known; name them by instances=…")
+    return OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(InstancesSettings), OmegaConf.load(recorded))
+    )
+
+
+def other_instances(pictures: Path, given: InstancesSettings | None) -> str | None:
+    """A line that warns of `given` instances unlike those that the pictures' tokens were learned from."""
+    if given is None or not (pictures / "instances.yaml").is_file():
+        return None
+    recorded = recorded_instances(pictures)
+    if (recorded.folder, recorded.scene) == (given.folder, given.scene):
+        return None
+    return (
+        f"These pictures were learned from {recorded.name}, but are scored against {given.name}; leave "
+        "instances=… out to score them against their own."
+    )
+
+
+def check_tokens(pictures: Sequence[Picture], instances: InstanceSet) -> None:
+    """Refuse pictures of instances that are not among `instances`; boxes of other words are no instances.
+
+    Raises:
+        MifoError: a prompt or a box names an unknown token.
+    """
+    for picture in pictures:
+        for token in INSTANCE.findall(" ".join([picture.prompt, *picture.boxes])):
+            if token not in instances.tokens:
+                raise MifoError(
+                    f"the pictures show {token}, but {instances.name} has {', '.join(instances.tokens)}; "
+                    "name by instances=… what they were learned from, or leave it out where it is recorded"
+                )
+
+
+def other_measure(pictures: Path, metrics: MetricsSettings) -> str | None:
+    """A line that warns of `metrics` unlike those of the pictures' own run, or not meant for its model.
+
+    None where they agree or nothing is recorded.
+    """
+    recorded = pictures.parent / CONFIG
+    if not recorded.is_file():
+        return None
+    run = OmegaConf.to_container(OmegaConf.load(recorded))
+    if not isinstance(run, dict) or run.get("task") not in ("run", "synthesize"):
+        return None
+    if theirs := run.get("metrics"):
+        mine = OmegaConf.to_container(OmegaConf.structured(metrics), enum_to_str=True)
+        other = [f"metrics.{key}" for key in mine if key != "batch_size" and mine[key] != theirs.get(key)]
+        if other:
+            return (
+                f"The run of these pictures was measured with another {', '.join(other)} "
+                f"(protocol {theirs['protocol']}, here {metrics.protocol}): the scores do not compare."
+            )
+    elif metrics.protocol == "miniature" and run["model"]["source"] != "embedded":
+        return (
+            f"These pictures were made with {run['model']['name']}, but metrics=miniature knows the "
+            "miniature's drawings alone; metrics=standard measures others."
+        )
+    return None
+
+
+def objective_values(folder: Path, wanted: Sequence[str]) -> float | list[float]:
+    """The `wanted` scores of a run as a search reads them: one alone as a number.
+
+    Raises:
+        MifoError: one of them was not measured.
+    """
+    found = {score.metric: score.value for score in Evaluation.read(folder / SCORES).scores}
+    if missing := [name for name in wanted if name not in found]:
+        raise MifoError(f"objectives: {missing[0]} was not measured; take of {', '.join(found)}")
+    values = [found[name] for name in wanted]
+    return values[0] if len(values) == 1 else values
+
+
+def class_names(instances: InstanceSet) -> tuple[str | None, ...]:
+    """One class name, or None, for each instance."""
+    return instances.class_names or (None,) * len(instances.tokens)
+
+
+def print_scores(scores: tuple[Score, ...]) -> None:
+    """Print one line per metric."""
+    table = Table("metric", "better", "mean", "over", "measured by")
+    for score in scores:
+        table.add_row(
+            score.metric,
+            score.arrow,
+            f"{score.value:.3f}",
+            str(score.count),
+            f"{score.evaluator} ({score.protocol})",
+        )
+    Console().print(table)

@@ -1,0 +1,55 @@
+"""`mifo layout`: what a layout asks for, drawn before any model is loaded."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from mifo.config.jobs import claim_folder
+from mifo.config.schema import LayoutTaskSettings
+from mifo.data.instances import read_instances
+from mifo.data.layouts import Layout, layouts
+from mifo.errors import MifoError
+from mifo.method.regions.boxes import check_boxes
+from mifo.report.layout_page import draw_layouts
+
+SHAPES_SIDE = 16  # of the grid on which shapes are found, in Stable Diffusion as in the miniature
+
+log = logging.getLogger(__name__)
+
+
+def layout(settings: LayoutTaskSettings) -> Path:
+    """Draw the boxes with their names over a picture or an empty canvas; returns the drawing's path.
+
+    Layouts of the same boxes are drawn once.
+    """
+    wanted = layouts(settings.layout, read_instances(settings.instances).tokens)
+    picture = _picture(settings.picture)
+    _warn_of_small_boxes(wanted)
+    folder = claim_folder(settings)
+    path = folder / "layout.png"
+    prompts: dict[tuple, list[str]] = {}
+    for each in wanted:
+        prompts.setdefault(tuple(each.boxes.items()), []).append(each.prompt)
+    draw_layouts([(dict(boxes), told) for boxes, told in prompts.items()], picture).save(path)
+    for each in wanted:
+        print(each.prompt)
+    print(f"layout: {path}")
+    return path
+
+
+def _warn_of_small_boxes(wanted: Sequence[Layout]) -> None:
+    """Tell what sampling will refuse; no error, since another model may have a finer grid."""
+    for name, box in dict.fromkeys(item for layout in wanted for item in layout.boxes.items()):
+        try:
+            check_boxes({name: box}, SHAPES_SIDE)
+        except MifoError as error:
+            log.warning("%s Stable Diffusion and the miniature cannot sample it.", error)
+
+
+def _picture(source: str | None) -> Image.Image | None:
+    try:
+        return source and Image.open(source).convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise MifoError(f"picture={source} cannot be read as an image; give a PNG, JPEG or WebP") from error

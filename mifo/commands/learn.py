@@ -1,0 +1,74 @@
+"""`mifo learn`: the instances of one image, each as a new token."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning import Callback
+from lightning.pytorch.loggers import Logger
+
+from mifo.backbones.learned import load_learned
+from mifo.backbones.loading import DiffusionModel, load_model
+from mifo.commands.setup import open_loggers, prepare
+from mifo.config.compose import reason
+from mifo.config.jobs import CONFIG, claim_folder
+from mifo.config.schema import LearnSettings
+from mifo.data.instances import InstanceSet, read_instances
+from mifo.errors import MifoError
+from mifo.tracking.results import log_learned
+from mifo.training.fit import learn as fit
+
+
+def learn(settings: LearnSettings) -> Path:
+    """Learn both stages; returns the folder `learned/` of the run."""
+    instances = read_instances(settings.instances)
+    device = prepare(settings)
+    folder = claim_folder(settings)
+    with open_loggers(settings) as loggers:
+        learned_model(settings, instances, folder, device, loggers)
+    print(f"learned: {folder / 'learned'}")
+    return folder / "learned"
+
+
+def learned_model(
+    settings: LearnSettings,
+    instances: InstanceSet,
+    folder: Path,
+    device: torch.device,
+    loggers: Sequence[Logger],
+) -> DiffusionModel:
+    """The base model with what `folder/learned` holds, which is learned first if it is not there yet.
+
+    Raises:
+        MifoError: a callback does not take its arguments.
+    """
+    callbacks = [_callback(name, node) for name, node in settings.callbacks.items()]
+    model = load_model(settings.model, device)
+    if (folder / "learned").is_dir():
+        load_learned(folder / "learned", model)
+        return model
+    fit(
+        model,
+        instances,
+        settings.learning,
+        settings.penalty,
+        folder,
+        seed=settings.seed,
+        trainer=settings.trainer,
+        callbacks=callbacks,
+        loggers=loggers,
+        config=(folder / CONFIG).read_text(),
+        performance=settings.performance,
+    )
+    log_learned(loggers, folder / "learned", settings.group or settings.method, settings.seed)
+    return model.to(device)
+
+
+def _callback(name: str, node: dict[str, Any]) -> Callback:
+    try:
+        return instantiate(node)
+    except InstantiationException as error:
+        raise MifoError(f"callbacks.{name} does not take its arguments: {reason(error)}") from error

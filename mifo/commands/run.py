@@ -1,0 +1,68 @@
+"""`mifo run`: learn, synthesize and evaluate in one folder, and show the result on a contact sheet."""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+from mifo.acceleration.profile import available, ready_for_synthesis
+from mifo.commands.evaluate import SCORES, class_names, print_scores, scored
+from mifo.commands.learn import learned_model
+from mifo.commands.setup import open_loggers, prepare
+from mifo.commands.synthesize import check_layouts, make_pictures, record_instances
+from mifo.config.jobs import claim_folder
+from mifo.config.schema import RunSettings
+from mifo.data.instances import read_instances
+from mifo.data.layouts import layouts
+from mifo.data.saved_pictures import read_pictures, save_pictures
+from mifo.metrics.evaluation import PictureEvaluator, has_scores
+from mifo.report.sheet import Sheet, write_sheet
+from mifo.tracking.results import log_evaluation
+
+
+def run(settings: RunSettings) -> Path:
+    """Do what is not done yet in the run's folder; returns the folder."""
+    instances = read_instances(settings.instances)
+    wanted = layouts(settings.layout, instances.tokens)
+    if not (Path(settings.paths.output) / "pictures" / "pictures.json").is_file():
+        check_layouts(settings, wanted, instances.tokens)
+    device = prepare(settings)
+    folder = Path(settings.paths.output)
+    scores_wanted = settings.metrics is not None and not has_scores(folder / SCORES)
+    if scores_wanted:
+        # an evaluator that cannot be loaded is refused now rather than after learning
+        PictureEvaluator.from_settings(settings.metrics, "cpu")
+    claim_folder(settings)
+    pictures_wanted = not (folder / "pictures" / "pictures.json").is_file()
+    # what is finished was logged by then
+    with open_loggers(settings) if pictures_wanted or scores_wanted else nullcontext([]) as loggers:
+        if pictures_wanted:
+            model = learned_model(settings, instances, folder, device, loggers)
+            performance = available(settings.performance, device)
+            ready_for_synthesis(model, performance)
+            made = make_pictures(
+                model, wanted, settings.synthesis, settings.guidance, settings.seed, performance.cuda_graphs
+            )
+            record_instances(folder / "learned", folder / "pictures")
+            save_pictures(folder / "pictures", made)
+        pictures = read_pictures(folder / "pictures")
+        evaluation = None
+        if settings.metrics is not None:
+            evaluation = scored(settings.metrics, pictures, instances, folder, device)
+            steps = settings.learning.finetuning.steps or settings.learning.semantic.steps
+            log_evaluation(loggers, evaluation, pictures, instances, steps)
+    if settings.sheet and not (folder / "contact_sheet.html").is_file():
+        sheet = Sheet(
+            title=instances.name.replace("_", " "),
+            source=instances.image,
+            masks=instances.masks,
+            tokens=instances.tokens,
+            class_names=class_names(instances),
+            pictures=pictures,
+            evaluation=evaluation,
+            facts={"model": settings.model.name, "method": settings.method, "seed": str(settings.seed)},
+        )
+        write_sheet(folder, sheet)
+    if evaluation is not None:
+        print_scores(evaluation.scores)
+    for form in ("png", "html") if settings.sheet else ():
+        print(f"contact sheet: {folder / f'contact_sheet.{form}'}")
+    return folder

@@ -1,0 +1,116 @@
+"""What every task does first: seeds, device, loggers."""
+
+import logging
+import os
+import secrets
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+from typing import Any
+
+import torch
+import wandb
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, instantiate
+from lightning import seed_everything
+from lightning.pytorch.loggers import Logger, WandbLogger
+from omegaconf import OmegaConf
+from transformers.utils.logging import disable_progress_bar
+
+from mifo.acceleration.libraries import load_libraries
+from mifo.acceleration.repeatable import compute_repeatably
+from mifo.config.compose import reason
+from mifo.config.schema import EvaluateSettings, ModelTaskSettings, TaskSettings
+from mifo.errors import MifoError
+from mifo.files import write_whole
+from mifo.tracking.results import define_metrics
+
+log = logging.getLogger(__name__)
+
+
+def prepare(settings: TaskSettings) -> torch.device:
+    """Seed every generator, set how the hardware is used, and return the device to work on."""
+    # Lightning adds hints and a handler of its own, transformers a bar for each file: MIFO says what it does
+    lightning_log = logging.getLogger("lightning.pytorch")
+    lightning_log.setLevel(logging.WARNING)
+    lightning_log.handlers.clear()
+    warnings.filterwarnings("ignore", message=".*LeafSpec")
+    disable_progress_bar()
+    seed_everything(settings.seed, verbose=False)
+    if isinstance(settings, ModelTaskSettings):
+        torch.set_float32_matmul_precision(settings.performance.matmul_precision)
+        compute_repeatably(settings.performance.deterministic)
+        if settings.performance.threads:
+            torch.set_num_threads(settings.performance.threads)
+    gpu = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda" if gpu else "cpu")
+    if isinstance(settings, ModelTaskSettings):
+        load_libraries(device)
+    return device
+
+
+@contextmanager
+def open_loggers(settings: ModelTaskSettings | EvaluateSettings) -> Iterator[list[Logger]]:
+    """The loggers of the configuration; a Weights & Biases run is closed with the exit code of the block.
+
+    A run that is continued in its folder goes on in its own run there, and where no server answers it is kept
+    offline.
+
+    Raises:
+        MifoError: a logger does not take its arguments.
+    """
+    if not has_wandb_key():
+        os.environ.setdefault("WANDB_MODE", "offline")
+    facts = OmegaConf.to_container(OmegaConf.structured(settings), enum_to_str=True)
+    active: list[Logger] = []
+    failed = True
+    try:
+        for name, node in settings.logger.items():
+            active.append(_open_logger(name, node, Path(settings.paths.output), facts))
+        yield active
+        failed = False
+    finally:
+        for logger in active:
+            logger.finalize("failed" if failed else "success")
+        # an open run would be handed to the next job of this process
+        if wandb.run is not None:
+            wandb.finish(exit_code=int(failed))
+
+
+def _open_logger(name: str, node: dict[str, Any], folder: Path, facts: dict[str, Any]) -> Logger:
+    """One logger, which knows the configuration."""
+
+    def opened(**own: str) -> Logger:
+        logger = instantiate(node, **own)
+        logger.log_hyperparams(facts)  # which begins a run of Weights & Biases
+        return logger
+
+    try:
+        if get_class(node["_target_"]) is not WandbLogger:
+            return opened()
+        known = folder / "wandb_id.txt"
+        own = {"id": known.read_text() if known.is_file() else secrets.token_hex(4)}
+        try:
+            logger = opened(**own)
+        except wandb.errors.Error as error:
+            log.warning(
+                "Weights & Biases does not answer (%s): this run is kept offline; wandb sync sends it later.",
+                " ".join(str(error).split()),
+            )
+            logger = opened(**own, mode="offline")
+        write_whole(known, own["id"])
+        define_metrics(logger)
+        return logger
+    except (InstantiationException, TypeError) as error:
+        raise MifoError(f"logger.{name} does not take its arguments: {reason(error)}") from error
+
+
+def has_wandb_key() -> bool:
+    """Looked up here, because wandb settles its mode for the whole process once it is asked."""
+    try:
+        hosts = netrc().hosts
+    except (OSError, NetrcParseError):
+        hosts = {}
+    return "WANDB_API_KEY" in os.environ or any("wandb" in host for host in hosts)

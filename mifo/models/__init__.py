@@ -1,1 +1,0 @@
-"""Diffusion models: loading, new token rows, text and latents, saving and loading what was learned."""

@@ -1,0 +1,1 @@
+"""What loggers and dashboards are told about a run."""

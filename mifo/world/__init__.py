@@ -1,0 +1,1 @@
+"""The drawn world: things, backgrounds, scenes and their truth, words."""

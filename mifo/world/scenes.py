@@ -1,0 +1,499 @@
+"""Scenes of the miniature world: sampled, arranged, drawn, and described in words.
+
+A scene is a background with one to four things. A thing is an *identity* (category, colours, pattern,
+proportions: what makes it this one) and a *placement* (centre, size, turn, mirror: where it happens to be).
+Everything is batched over n scenes with T slots for things, on any device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mifo.errors import MifoError
+from mifo.method.prompts.articles import article
+from mifo.world import backgrounds, things
+from mifo.world.vocabulary import (
+    BACKGROUNDS,
+    COLOURS,
+    HELD_OUT_HUES,
+    PATTERNS,
+    PROMPT_START,
+    THINGS,
+)
+
+SIZE = 128
+"""Side of a scene in pixels."""
+
+MAX_THINGS = 4
+
+HALF_SIZES = {1: (0.2, 0.36), 2: (0.17, 0.25), 3: (0.14, 0.2), 4: (0.13, 0.17)}
+"""Number of things → range of a thing's half extent, as a share of the picture's side."""
+
+
+@dataclass
+class Identities:
+    """What makes each thing this one. Every field is (n, T) or (n, T, 3)."""
+
+    thing: Tensor
+    colour: Tensor
+    pattern: Tensor
+    body: Tensor
+    second: Tensor
+    accent: Tensor
+    proportions: Tensor
+    frequency: Tensor
+    angle: Tensor
+    phase: Tensor
+
+    def __getitem__(self, index) -> Identities:
+        return Identities(*(getattr(self, field.name)[index] for field in dataclasses.fields(self)))
+
+
+@dataclass
+class Placements:
+    """Centre (n, T, 2) and half size (n, T) in [0, 1], turn in radians and mirror ±1, both (n, T)."""
+
+    centre: Tensor
+    size: Tensor
+    turn: Tensor
+    mirror: Tensor
+
+
+@dataclass
+class SceneBatch:
+    """n scenes: things, how many slots are taken (``count`` (n,)), background (n,), its variation (n, 5)."""
+
+    identities: Identities
+    placements: Placements
+    count: Tensor
+    background: Tensor
+    variation: Tensor
+
+
+@dataclass
+class Scene:
+    """A scene and its truth: image (3, H, W) in [0, 1], masks (T, H, W) bool, boxes (T, 4) in [0, 1]."""
+
+    image: Tensor
+    masks: Tensor
+    boxes: Tensor
+    caption: str
+    class_names: list[str]
+    descriptions: list[str]
+
+
+def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
+    """Hue in degrees, saturation and value in [0, 1], any one shape; → (…, 3)."""
+    offsets = torch.tensor([5.0, 3.0, 1.0], device=hue.device)
+    k = (offsets + hue.unsqueeze(-1) / 60) % 6
+    chroma = torch.minimum(k, 4 - k).clamp(0, 1)
+    return value.unsqueeze(-1) * (1 - saturation.unsqueeze(-1) * chroma)
+
+
+def sample_identities(
+    shape: tuple[int, ...], generator: torch.Generator, held_out: bool = False
+) -> Identities:
+    """Draw identities of the given shape; ``held_out`` takes only hues that pretraining never sees."""
+    device = generator.device
+
+    def uniform(low: float = 0.0, high: float = 1.0, *last: int) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, *last, generator=generator, device=device)
+
+    def choice(options: int) -> Tensor:
+        return torch.randint(options, shape, generator=generator, device=device)
+
+    colour = choice(len(COLOURS))
+    low, high = HELD_OUT_HUES
+    fraction = uniform(low, high) if held_out else uniform(0.0, 1.0 - (high - low))
+    if not held_out:
+        fraction = torch.where(fraction >= low, fraction + (high - low), fraction)
+    ranges = torch.tensor(list(COLOURS.values()), device=device)[colour]
+    hue = ranges[..., 0] + fraction * (ranges[..., 1] - ranges[..., 0])
+    body = hsv_to_rgb(hue, uniform(0.62, 0.95), uniform(0.72, 0.98))
+    other = hsv_to_rgb(hue + uniform(90, 270), uniform(0.5, 0.95), uniform(0.45, 0.95))
+    grey = torch.where(uniform() < 0.6, 0.96, 0.12).unsqueeze(-1).expand_as(other)
+    second = torch.where(uniform().unsqueeze(-1) < 0.65, grey, other)
+    accent = hsv_to_rgb(uniform(0, 360), uniform(0.3, 0.95), uniform(0.45, 0.98))
+    return Identities(
+        thing=choice(len(THINGS)),
+        colour=colour,
+        pattern=choice(len(PATTERNS)),
+        body=body,
+        second=second,
+        accent=accent,
+        proportions=uniform(0.0, 1.0, 3),
+        frequency=uniform(2.2, 4.2),
+        angle=uniform(0, math.pi),
+        phase=uniform(),
+    )
+
+
+def arrange(
+    count: Tensor, generator: torch.Generator, slots: int = MAX_THINGS, tries: int = 48
+) -> Placements:
+    """Place ``count`` (n,) things in each scene, the least overlapping of ``tries`` random arrangements."""
+    n, device = count.shape[0], generator.device
+    limits = torch.tensor([HALF_SIZES[min(max(int(c), 1), 4)] for c in range(MAX_THINGS + 1)], device=device)[
+        count
+    ]
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(n, *shape, generator=generator, device=device)
+
+    size = limits[:, None, None, 0] + (limits[:, 1] - limits[:, 0])[:, None, None] * uniform(tries, slots)
+    centre = size.unsqueeze(-1) + (1 - 2 * size.unsqueeze(-1)) * uniform(tries, slots, 2)
+    taken = torch.arange(slots, device=device) < count[:, None]
+    gap = (centre.unsqueeze(-2) - centre.unsqueeze(-3)).abs().amax(-1) - (
+        size.unsqueeze(-1) + size.unsqueeze(-2)
+    )
+    pair = (taken.unsqueeze(-1) & taken.unsqueeze(-2)).unsqueeze(1) & ~torch.eye(
+        slots, dtype=torch.bool, device=device
+    )
+    overlap = (torch.where(pair, -gap, -1.0).clamp(min=-0.03)).sum((-1, -2))
+    best = overlap.argmin(1)
+    rows = torch.arange(n, device=device)
+    return Placements(
+        centre=centre[rows, best],
+        size=size[rows, best],
+        turn=(uniform(slots) - 0.5) * 0.44,
+        mirror=torch.where(uniform(slots) < 0.5, -1.0, 1.0),
+    )
+
+
+def sample_scenes(
+    n: int, generator: torch.Generator, counts: tuple[float, ...] = (0.4, 0.3, 0.2, 0.1)
+) -> SceneBatch:
+    """Draw n scenes of pretraining; ``counts`` are the odds of one, two, three and four things."""
+    device = generator.device
+    odds = torch.tensor(counts, device=device)
+    count = torch.multinomial(odds, n, replacement=True, generator=generator) + 1
+    return SceneBatch(
+        identities=sample_identities((n, MAX_THINGS), generator),
+        placements=arrange(count, generator),
+        count=count,
+        background=torch.randint(len(BACKGROUNDS), (n,), generator=generator, device=device),
+        variation=torch.rand(n, 5, generator=generator, device=device),
+    )
+
+
+def _pattern_share(pattern: Tensor, x: Tensor, y: Tensor, ident: Identities, sharpness: Tensor) -> Tensor:
+    """How much of the second colour shows at each pixel: (m, H, W) in [0, 1]."""
+
+    def column(values: Tensor) -> Tensor:
+        return values.view(-1, 1, 1)
+
+    frequency, angle, phase = column(ident.frequency), column(ident.angle), column(ident.phase)
+    u = (x * torch.cos(angle) + y * torch.sin(angle)) * frequency + phase
+    v = (y * torch.cos(angle) - x * torch.sin(angle)) * frequency + phase
+    fu, fv = u - torch.floor(u) - 0.5, v - torch.floor(v) - 0.5
+    edge = sharpness / frequency
+    stripes = ((0.2 - fu.abs()) * edge + 0.5).clamp(0, 1)
+    dots = ((0.29 - torch.hypot(fu, fv)) * edge + 0.5).clamp(0, 1)
+    su, sv = torch.sin(u * math.pi), torch.sin(v * math.pi)
+    checks = ((su * sv - 0.12) * edge / math.pi * 1.2 + 0.5).clamp(0, 1)
+    shares = torch.stack([torch.zeros_like(stripes), stripes, dots, checks])
+    return shares[pattern, torch.arange(len(pattern), device=pattern.device)]
+
+
+def _draw_things(identities: Identities, placements: Placements, size: int) -> tuple[Tensor, Tensor]:
+    """m things, each on a canvas of its own: colours (m, 3, H, W) and coverage (m, H, W)."""
+    device = identities.body.device
+    m = identities.thing.shape[0]
+    grid = (torch.arange(size, device=device) + 0.5) / size
+    half = placements.size.view(-1, 1, 1)
+    dx = (grid.view(1, 1, -1) - placements.centre[:, 0].view(-1, 1, 1)) / half
+    dy = (grid.view(1, -1, 1) - placements.centre[:, 1].view(-1, 1, 1)) / half
+    turn = placements.turn.view(-1, 1, 1)
+    x = (dx * torch.cos(turn) + dy * torch.sin(turn)) * placements.mirror.view(-1, 1, 1)
+    y = dy * torch.cos(turn) - dx * torch.sin(turn)
+    sharpness = half * size
+    share = _pattern_share(identities.pattern, x, y, identities, sharpness).unsqueeze(1)
+    body = identities.body[:, :, None, None] + (identities.second - identities.body)[:, :, None, None] * share
+    body = body * (1.04 - 0.1 * y.clamp(-1, 1)).unsqueeze(1)
+    colour = torch.zeros(m, 3, size, size, device=device)
+    coverage = torch.zeros(m, size, size, device=device)
+    for index, name in enumerate(THINGS):
+        rows = torch.nonzero(identities.thing == index).squeeze(1)
+        if not len(rows):
+            continue
+        p = tuple(identities.proportions[rows, i].view(-1, 1, 1) for i in range(3))
+        parts = things.DRAWINGS[name](x[rows], y[rows], p)
+        outline = things.union(*(distance for distance, _ in parts)) - 0.045
+        scale = sharpness[rows]
+        canvas = (identities.body[rows] * 0.32).view(-1, 3, 1, 1).expand(-1, -1, size, size)
+        for distance, role in parts:
+            if role == "body":
+                paint = body[rows]
+            elif role == "accent":
+                paint = identities.accent[rows].view(-1, 3, 1, 1)
+            else:
+                paint = torch.tensor(things.ROLE_COLOURS[role], device=device).view(1, 3, 1, 1)
+            canvas = canvas + (paint - canvas) * (0.5 - distance * scale).clamp(0, 1).unsqueeze(1)
+        colour[rows] = canvas
+        coverage[rows] = (0.5 - outline * scale).clamp(0, 1)
+    return colour.clamp(0, 1), coverage
+
+
+def _draw_backgrounds(kind: Tensor, variation: Tensor, size: int) -> Tensor:
+    device = kind.device
+    grid = (torch.arange(size, device=device) + 0.5) / size
+    canvas = torch.zeros(len(kind), 3, size, size, device=device)
+    for index, name in enumerate(BACKGROUNDS):
+        rows = torch.nonzero(kind == index).squeeze(1)
+        if len(rows):
+            x = grid.view(1, 1, -1).expand(len(rows), size, size)
+            y = grid.view(1, -1, 1).expand(len(rows), size, size)
+            q = [variation[rows, i].view(-1, 1, 1) for i in range(5)]
+            canvas[rows] = backgrounds.DRAWINGS[name](x, y, q).clamp(0, 1)
+    return canvas
+
+
+def draw(scenes: SceneBatch, size: int = SIZE, with_background: bool = True) -> tuple[Tensor, Tensor]:
+    """Draw n scenes: images (n, 3, size, size) in [0, 1] and the visible masks (n, T, size, size) in [0, 1].
+
+    Later things lie over earlier ones. Without background the things stand on black.
+    """
+    n, slots = scenes.identities.thing.shape
+    device = scenes.count.device
+    images = (
+        _draw_backgrounds(scenes.background, scenes.variation, size)
+        if with_background
+        else torch.zeros(n, 3, size, size, device=device)
+    )
+    masks = torch.zeros(n, slots, size, size, device=device)
+    for slot in range(slots):
+        rows = torch.nonzero(scenes.count > slot).squeeze(1)
+        if not len(rows):
+            continue
+        placed = Placements(
+            *(getattr(scenes.placements, field.name)[rows, slot] for field in dataclasses.fields(Placements))
+        )
+        colour, coverage = _draw_things(scenes.identities[rows, slot], placed, size)
+        images[rows] += (colour - images[rows]) * coverage.unsqueeze(1)
+        masks[rows, :slot] *= (1 - coverage).unsqueeze(1)
+        masks[rows, slot] = coverage
+    return images, masks
+
+
+def mask_boxes(masks: Tensor) -> Tensor:
+    """The tight box [x0, y0, x1, y1] in [0, 1] around each mask (…, H, W) > 0.5; zeros where it is empty."""
+    inside = masks > 0.5
+    edges = []
+    for hits in (inside.any(-2), inside.any(-1)):
+        length = hits.shape[-1]
+        low = hits.float().argmax(-1)
+        high = length - hits.flip(-1).float().argmax(-1)
+        empty = ~hits.any(-1)
+        edges.append((low.masked_fill(empty, 0) / length, high.masked_fill(empty, 0) / length))
+    (x0, x1), (y0, y1) = edges
+    return torch.stack([x0, y0, x1, y1], -1)
+
+
+def describe(thing: str, colour: str | None, pattern: str | None) -> str:
+    """The words of a thing without its article: "red striped car"."""
+    return " ".join(word for word in (colour, pattern if pattern != "plain" else None, thing) if word)
+
+
+def caption(things_words: list[str], background: str | None) -> str:
+    """ "a photo of a red striped car and a blue cup at the beach"; a thing may already carry its article."""
+    phrase = " and ".join(f"{article(words)} {words}" for words in things_words)
+    return " ".join(part for part in (PROMPT_START, phrase, background) if part)
+
+
+def captions(scenes: SceneBatch, seed: int, drop: float = 0.15) -> list[str]:
+    """One caption a scene, its things in random order.
+
+    Colour, pattern, articles and background are dropped at times, so that the text encoder also meets the
+    short prompts that people write.
+    """
+    rng = random.Random(seed)
+    columns = [getattr(scenes.identities, name).tolist() for name in ("thing", "colour", "pattern")] + [
+        scenes.count.tolist(),
+        scenes.background.tolist(),
+    ]
+    colours = list(COLOURS)
+    out = []
+    for kinds, hues, patterns, count, background in zip(*columns, strict=True):
+        phrases = []
+        for slot in rng.sample(range(count), count):
+            colour = None if rng.random() < drop else colours[hues[slot]]
+            pattern = None if rng.random() < drop else PATTERNS[patterns[slot]]
+            phrases.append(describe(THINGS[kinds[slot]], colour, pattern))
+        ending = None if rng.random() < drop else BACKGROUNDS[background]
+        text = caption(phrases, ending)
+        if rng.random() < drop:
+            text = " ".join(word for word in text.split() if word not in ("a", "an")).replace(
+                "photo", "a photo", 1
+            )
+        out.append(text)
+    return out
+
+
+@dataclass
+class ThingSpec:
+    """One thing of a scene in words; what the words leave open is drawn from the scene's seed.
+
+    `hue` in degrees stands for a body colour that no colour word names; `centre` and `size` (half extent) are
+    shares of the picture's side.
+    """
+
+    thing: str
+    colour: str | None = None
+    pattern: str = "plain"
+    centre: tuple[float, float] | None = None
+    size: float | None = None
+    hue: float | None = None
+
+
+@dataclass
+class SceneSpec:
+    """A scene of the benchmark world: never a scene of pretraining, since its hues are held out there."""
+
+    things: list[ThingSpec]
+    background: str
+    seed: int = 0
+
+
+def _index(options, word: str | None, what: str) -> int:
+    options = list(options)
+    if word not in options:
+        raise MifoError(f"instances.scene: {what} '{word}' is not known; choose one of {', '.join(options)}.")
+    return options.index(word)
+
+
+def scene_batch(spec: SceneSpec) -> SceneBatch:
+    """The one scene that ``spec`` describes, as a batch of one.
+
+    Raises MifoError for a word that the miniature does not know or a number of things outside 1…4.
+    """
+    count = len(spec.things)
+    if not 1 <= count <= MAX_THINGS:
+        raise MifoError(f"instances.scene.things: {count} things; a scene holds 1 to {MAX_THINGS}.")
+    generator = torch.Generator().manual_seed(spec.seed)
+    identities = sample_identities((1, count), generator, held_out=True)
+    for slot, thing in enumerate(spec.things):
+        # The held-out hue keeps its place inside the range when the colour word is the spec's own.
+        drawn = list(COLOURS.values())[int(identities.colour[0, slot])]
+        body = identities.body[0, slot]
+        value, low = body.max(), body.min()
+        fraction = ((_hue(body) - drawn[0]) % 360) / (drawn[1] - drawn[0])
+        if thing.hue is None:
+            identities.colour[0, slot] = _index(COLOURS, thing.colour, "colour")
+            wanted = COLOURS[thing.colour]
+            hue = wanted[0] + fraction * (wanted[1] - wanted[0])
+        else:
+            hue = torch.tensor(_unnamed_hue(thing))
+        identities.body[0, slot] = hsv_to_rgb(hue, (value - low) / value, value)
+        identities.thing[0, slot] = _index(THINGS, thing.thing, "thing")
+        identities.pattern[0, slot] = _index(PATTERNS, thing.pattern, "pattern")
+    placements = arrange(torch.tensor([count]), generator, slots=count, tries=4096)
+    for slot, thing in enumerate(spec.things):
+        if thing.centre is not None:
+            placements.centre[0, slot] = torch.tensor(thing.centre)
+        if thing.size is not None:
+            placements.size[0, slot] = thing.size
+    return SceneBatch(
+        identities=identities,
+        placements=placements,
+        count=torch.tensor([count]),
+        background=torch.tensor([_index(BACKGROUNDS, spec.background, "background")]),
+        variation=torch.rand(1, 5, generator=generator),
+    )
+
+
+def _unnamed_hue(thing: ThingSpec) -> float:
+    """The hue of a thing that gives one instead of a colour word. Raises MifoError for a hue with a word."""
+    if thing.colour is not None:
+        raise MifoError(
+            f"instances.scene: the {thing.thing} has the colour {thing.colour} and the hue {thing.hue:g}; "
+            "give one of them."
+        )
+    for word, (low, high) in COLOURS.items():
+        if (thing.hue - low) % 360 <= high - low:
+            raise MifoError(
+                f"instances.scene: the hue {thing.hue:g} lies inside '{word}' ({low:g} to {high:g}), where "
+                f"pretraining may have seen it; take colour: {word}, or a hue between two words."
+            )
+    return thing.hue
+
+
+def _hue(colour: Tensor) -> Tensor:
+    """Hue in degrees of one RGB colour (3,)."""
+    red, green, blue = colour
+    high, low = colour.max(), colour.min()
+    spread = (high - low).clamp(min=1e-6)
+    if high == red:
+        return 60 * ((green - blue) / spread % 6)
+    if high == green:
+        return 60 * ((blue - red) / spread + 2)
+    return 60 * ((red - green) / spread + 4)
+
+
+def render_scene(spec: SceneSpec, size: int = SIZE) -> Scene:
+    """Draw the scene that ``spec`` describes, with its truth."""
+    return _scene(scene_batch(spec), spec.things, spec.background, size)
+
+
+def redraw_scene(
+    spec: SceneSpec,
+    slots: Sequence[int],
+    boxes: Sequence[Sequence[float]],
+    background: str,
+    seed: int = 0,
+    colours: Sequence[int] | None = None,
+    size: int = SIZE,
+) -> Scene:
+    """The very things of ``spec`` in a new picture: what a perfect model would make of a layout.
+
+    In painter's order, the thing ``slots[i]`` of the scene fills ``boxes[i]`` ([x0, y0, x1, y1] in [0, 1]):
+    as large as its extent allows, in its middle, in a new turn and mirror of ``seed``. ``colours`` names the
+    things whose colours they wear instead of their own. Raises MifoError for an unknown background.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    known = scene_batch(spec).identities
+    identities = known[:, list(slots)]
+    if colours is not None:
+        worn = known[:, list(colours)]
+        identities = dataclasses.replace(
+            identities, colour=worn.colour, body=worn.body, second=worn.second, accent=worn.accent
+        )
+    turn = (torch.rand(1, len(slots), generator=generator) - 0.5) * 0.3
+    mirror = torch.where(torch.rand(1, len(slots), generator=generator) < 0.5, -1.0, 1.0)
+    trial = Placements(torch.full((1, len(slots), 2), 0.5), torch.full((1, len(slots)), 0.4), turn, mirror)
+    fitted = dataclasses.replace(trial, centre=trial.centre.clone(), size=trial.size.clone())
+    for place, box in enumerate(boxes):
+        alone = Placements(*(getattr(trial, f.name)[:, place] for f in dataclasses.fields(Placements)))
+        x0, y0, x1, y1 = mask_boxes(_draw_things(identities[:, place], alone, size)[1])[0]
+        left, top, right, bottom = torch.tensor(box)
+        scale = torch.minimum((right - left) / (x1 - x0), (bottom - top) / (y1 - y0))
+        fitted.size[0, place] = 0.4 * scale
+        middle = torch.stack([(x0 + x1) / 2, (y0 + y1) / 2]) - 0.5
+        fitted.centre[0, place] = torch.stack([(left + right) / 2, (top + bottom) / 2]) - middle * scale
+    batch = SceneBatch(
+        identities=identities,
+        placements=fitted,
+        count=torch.tensor([len(slots)]),
+        background=torch.tensor([_index(BACKGROUNDS, background, "background")]),
+        variation=torch.rand(1, 5, generator=generator),
+    )
+    return _scene(batch, [spec.things[slot] for slot in slots], background, size)
+
+
+def _scene(batch: SceneBatch, specs: Sequence[ThingSpec], background: str, size: int) -> Scene:
+    images, masks = draw(batch, size)
+    descriptions = [describe(thing.thing, thing.colour, thing.pattern) for thing in specs]
+    return Scene(
+        image=images[0],
+        masks=masks[0] > 0.5,
+        boxes=mask_boxes(masks[0]),
+        caption=caption(descriptions, background),
+        class_names=[thing.thing for thing in specs],
+        descriptions=descriptions,
+    )
