@@ -3,8 +3,8 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-
 from mifo.backbones.unet.layers import attention_layers, choose_layers
+
 from mifo.errors import MifoError
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from hydra.utils import instantiate
+from mifo.method.losses.active import active_term
 from omegaconf import OmegaConf
 from torchvision.ops import box_iou
 
@@ -17,7 +18,6 @@ from mifo.config.checks import check
 from mifo.data.layouts import LayoutSettings, layouts
 from mifo.errors import MifoError
 from mifo.method.guidance.settings import GuidanceSettings
-from mifo.method.losses.active import active_term
 from mifo.method.losses.settings import PenaltySettings
 from mifo.method.regions.boxes import check_boxes
 from mifo.method.synthesis.settings import SynthesisSettings

@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from mifo.backbones.images import encode_images
+from mifo.backbones.text import tokenize
 from PIL import Image
 from tiny import tiny_pipeline
 
 from mifo.acceleration.settings import PerformanceSettings
-from mifo.backbones.images import encode_images
 from mifo.backbones.loading import load_model
 from mifo.backbones.settings import ModelSettings
-from mifo.backbones.text import tokenize
 from mifo.backbones.tokens import add_instance_tokens
 from mifo.data.instances import InstanceSet, folder_digest, read_instances
 from mifo.data.learning_data import LearningData

@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
+from mifo.backbones.text import encode_prompts
+from mifo.backbones.trainable import add_lora, new_rows, trainable_parameters
 from tiny import tiny_pipeline
 
 from mifo.backbones.learned import load_learned, save_learned
 from mifo.backbones.loading import load_model
 from mifo.backbones.settings import ModelSettings
-from mifo.backbones.text import encode_prompts
 from mifo.backbones.tokens import add_instance_tokens
-from mifo.backbones.trainable import add_lora, new_rows, trainable_parameters
 from mifo.errors import MifoError
 
 TOKENS = ["<asset0>", "<asset1>"]

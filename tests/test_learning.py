@@ -10,12 +10,12 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import MPIEnvironment
+from mifo.backbones.trainable import new_rows
 from tiny import tiny_pipeline, two_instances
 
 from mifo.backbones.learned import load_learned
 from mifo.backbones.loading import load_model
 from mifo.backbones.settings import ModelSettings
-from mifo.backbones.trainable import new_rows
 from mifo.errors import MifoError
 from mifo.method.losses.settings import AttentionTerm, PenaltySettings, TermSettings
 from mifo.training.fit import check_learning, learn

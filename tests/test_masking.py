@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from mifo.backbones.unet.layers import choose_layers
+from mifo.backbones.unet.masking import MaskedAttention, cross_attention_bits, self_attention_bits
+from mifo.backbones.unet.recording import AttentionRecorder
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mifo.acceleration.bounded_attention import sees
-from mifo.backbones.unet.layers import choose_layers
-from mifo.backbones.unet.masking import MaskedAttention, cross_attention_bits, self_attention_bits
-from mifo.backbones.unet.recording import AttentionRecorder
 from mifo.method.regions.boxes import rasterise_boxes
 
 BOXES = [(0.0, 0.0, 0.75, 0.75), (0.375, 0.25, 1.0, 0.625)]  # they overlap

@@ -5,14 +5,14 @@ import shutil
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from mifo.backbones.images import decode_latents, encode_images
+from mifo.backbones.text import encode_ids, encode_prompts, tokenize
+from mifo.backbones.trainable import add_lora, new_rows, set_trainable, trainable_parameters
 from tiny import tiny_pipeline
 
-from mifo.backbones.images import decode_latents, encode_images
 from mifo.backbones.loading import load_model
 from mifo.backbones.settings import ModelSettings
-from mifo.backbones.text import encode_ids, encode_prompts, tokenize
 from mifo.backbones.tokens import add_instance_tokens
-from mifo.backbones.trainable import add_lora, new_rows, set_trainable, trainable_parameters
 from mifo.errors import MifoError
 
 

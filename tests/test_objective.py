@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn import functional as F
-
 from mifo.backbones.unet.layers import attention_layers, choose_layers
 from mifo.backbones.unet.recording import AttentionRecorder
-from mifo.method.diffusion.noise_schedule import NoiseSchedule
 from mifo.method.losses.active import Stage, active_term, layers_read
+from torch.nn import functional as F
+
+from mifo.method.diffusion.noise_schedule import NoiseSchedule
 from mifo.method.losses.settings import AttentionTerm, PenaltySettings, TermSettings
 from mifo.method.objective import LossParts, StepInputs, finetuning_loss, semantic_loss
 

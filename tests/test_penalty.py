@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
-
 from mifo.backbones.unet.layers import choose_layers
 from mifo.method.losses.active import active_term, attention_loss, layers_read, timestep_gate
-from mifo.method.losses.break_a_scene import break_a_scene
 from mifo.method.losses.masks import resize_masks
+from torch.nn import functional as F
+
+from mifo.method.losses.break_a_scene import break_a_scene
 from mifo.method.losses.penalty import penalty
 from mifo.method.losses.reward import reward
 from mifo.method.losses.settings import AttentionTerm, PenaltySettings

@@ -12,6 +12,8 @@ from dataclasses import replace
 import pytest
 import torch
 from interpreted import run_in_interpreter
+from mifo.backbones.images import decode_latents
+from mifo.backbones.unet.masking import MaskedAttention
 from test_learning import TRAINER, Watch
 from test_synthesis import QUICK, run, subjects_of
 from tiny import two_instances
@@ -23,10 +25,8 @@ from mifo.acceleration.adamw_8bit import AdamW8bit, _levels
 from mifo.acceleration.graphs import GraphedFunction, GraphedStep
 from mifo.acceleration.profile import available, check_performance, ready_for_synthesis
 from mifo.acceleration.settings import PerformanceSettings
-from mifo.backbones.images import decode_latents
 from mifo.backbones.loading import load_model
 from mifo.backbones.settings import ModelSettings
-from mifo.backbones.unet.masking import MaskedAttention
 from mifo.config import compose, settings_of
 from mifo.errors import MifoError
 from mifo.making.class_pictures import class_pictures

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
-
 from mifo.backbones.unet.layers import attention_layers, choose_layers
 from mifo.backbones.unet.recording import AttentionRecorder
+
 from mifo.errors import MifoError
 
 

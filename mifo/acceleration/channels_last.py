@@ -20,10 +20,10 @@ def keep_channels_last(network: nn.Module) -> None:
     `network.to(memory_format=torch.channels_last)`. A second call changes nothing.
 
     Args:
-        network: a `UNet2DConditionModel`, or the encoder or decoder of an `AutoencoderKL`; names of
-            parameters stay the same.
+        network: a `UNet2DConditionModel`, an `AutoencoderKL` or a part of it; names of parameters stay the
+            same.
     """
-    for module in network.modules():
+    for module in list(network.modules()):
         if _is_ordinary(module):
             module.__class__ = _ResnetBlock2D
             module.norm1.__class__ = module.norm2.__class__ = _GroupNormSiLU
@@ -32,10 +32,10 @@ def keep_channels_last(network: nn.Module) -> None:
             module.norm.__class__ = _GroupNorm
         elif type(module) is GEGLU:
             module.__class__ = _GEGLU
-    last = getattr(network, "conv_norm_out", None)
-    if _is_affine(last) and type(getattr(network, "conv_act", None)) is nn.SiLU:
-        last.__class__ = _GroupNormSiLU
-        network.conv_act = nn.Identity()
+        last = getattr(module, "conv_norm_out", None)
+        if _is_affine(last) and type(getattr(module, "conv_act", None)) is nn.SiLU:
+            last.__class__ = _GroupNormSiLU
+            module.conv_act = nn.Identity()
 
 
 def _is_ordinary(module: nn.Module) -> bool:

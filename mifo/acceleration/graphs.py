@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from mifo.acceleration.weight_gradients import WeightGradientsBeside
 
@@ -14,40 +15,39 @@ log = logging.getLogger(__name__)
 
 
 class GraphedFunction:
-    """A function of tensors, captured at its first call and replayed from then on.
+    """A function of trees of tensors, captured at its first call and replayed from then on.
 
     What it returns is overwritten by the next call. Tensors it closes over are read anew at each replay, so
-    they may change in place; Python values are fixed at the capture: call `forget` when one has changed.
-    No gradient flows through. If `wanted` is false or the capture fails, which one line tells, it is an
-    ordinary call.
+    they may change in place; Python values are fixed at the capture. Inputs of another form or shape are
+    captured anew, and the capture before is forgotten. No gradient flows through. If `wanted` is false or the
+    capture fails, which one line tells, it is an ordinary call.
 
     Args:
-        function: of tensors only, of one shape each, to a tree of tensors; it must not wait for the device.
+        function: of tuples, lists and dicts of tensors and None, to such a tree; it must not wait for the
+            device.
         wanted: whether to capture at all; that needs a GPU of NVIDIA.
     """
 
     def __init__(self, function: Callable[..., Any], wanted: bool) -> None:
         self._function = function
         self._wanted = wanted
+        self._form: Any = None
         self._replay: Callable[..., Any] | None = None
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Any) -> Any:
         if not self._wanted:
             return self._function(*inputs)
-        if self._replay is None:
-            self._replay = self._capture(inputs)
+        leaves, form = _leaves(inputs)
+        if form != self._form:
+            self._replay = None  # the memory of the old graph goes before a new one is captured
+            try:
+                self._replay = capture(self._function, inputs)
+            except RuntimeError as error:
+                _tell(error)
+                self._wanted = False
+                return self._function(*inputs)
+            self._form = form
         return self._replay(*inputs)
-
-    def forget(self) -> None:
-        """Capture anew at the next call."""
-        self._replay = None
-
-    def _capture(self, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
-        try:
-            return capture(self._function, inputs)
-        except RuntimeError as error:
-            _tell(error)
-            return self._function
 
 
 class GraphedStep:
@@ -57,7 +57,7 @@ class GraphedStep:
     overwrites it, so gradients can not add up over several calls. Otherwise as `GraphedFunction`.
 
     Args:
-        function: of tensors only, of one shape each, to the loss and any tree of detached tensors beside it.
+        function: of trees of tensors, of one form, to the loss and any tree of detached tensors beside it.
         parameters: what the loss is differentiated by.
         wanted: whether to capture at all; that needs a GPU of NVIDIA.
         copies: what the function reads in place of some parameters, which get the gradients of their copies.
@@ -79,7 +79,7 @@ class GraphedStep:
         self._replay: Callable[..., Any] | None = None
         self._gradients: Sequence[Tensor | None] | None = None
 
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, Any]:
+    def __call__(self, *inputs: Any) -> tuple[Tensor, Any]:
         """The loss and what comes with it; call `backward` on the loss next."""
         if self._wanted and self._replay is None:
             try:
@@ -92,10 +92,14 @@ class GraphedStep:
         loss, rest, self._gradients = self._replay(*inputs)
         return loss, rest
 
-    def backward(self, loss: Tensor) -> None:
-        """Give the parameters the gradients of the last call's loss; those of before must be gone."""
+    def backward(self, loss: Tensor, backward: Callable[[Tensor], None] = Tensor.backward) -> None:
+        """Give the parameters the gradients of the last call's loss; those of before must be gone.
+
+        Args:
+            backward: computes the gradients where no graph has.
+        """
         if self._gradients is None:
-            loss.backward()
+            backward(loss)
             for parameter, leaf in zip(self._parameters, self._leaves, strict=True):
                 if leaf is not parameter and leaf.grad is not None:
                     parameter.grad = _laid_out([leaf.grad], [parameter])[0]
@@ -104,7 +108,7 @@ class GraphedStep:
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
 
-    def _loss_and_gradients(self, *inputs: Tensor) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
+    def _loss_and_gradients(self, *inputs: Any) -> tuple[Tensor, Any, Sequence[Tensor | None]]:
         with self._beside:
             loss, rest = self._function(*inputs)
             # the engine would take autocast over to the products of the backward pass, which knows its
@@ -114,13 +118,13 @@ class GraphedStep:
         return loss.detach(), rest, _laid_out(gradients, self._parameters)
 
 
-def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[..., Any]:
+def capture(function: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..., Any]:
     """A function as a CUDA graph: what it returns is overwritten at each call, and passes no gradients on.
 
     Raises:
         RuntimeError: it can not be captured, or there is no GPU.
     """
-    buffers = [each.detach().clone() for each in inputs]
+    buffers = tree_map_only(Tensor, lambda each: each.detach().clone(), tuple(inputs))
     graph, stream = torch.cuda.CUDAGraph(), _stream_of_captures(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -129,14 +133,22 @@ def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[
     # relaxed: other threads may use the GPU meanwhile, as they do to load its libraries
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
         outputs = function(*buffers)
+    places = _leaves(buffers)[0]
 
-    def replay(*inputs: Tensor) -> Any:
-        for buffer, each in zip(buffers, inputs, strict=True):
-            buffer.copy_(each)
+    def replay(*inputs: Any) -> Any:
+        for place, each in zip(places, _leaves(inputs)[0], strict=True):
+            place.copy_(each)
         graph.replay()
         return outputs
 
     return replay
+
+
+def _leaves(inputs: Sequence[Any]) -> tuple[list[Tensor], Any]:
+    """The tensors of a tree of inputs, and its form with their shapes."""
+    leaves, structure = tree_flatten(tuple(inputs))
+    tensors = [each for each in leaves if isinstance(each, Tensor)]
+    return tensors, (structure, [each.shape for each in tensors])
 
 
 @cache

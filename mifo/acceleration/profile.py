@@ -1,7 +1,9 @@
 """A profile put into effect on a model, as far as the machine allows."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from diffusers.models.attention import FeedForward
@@ -11,12 +13,22 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from mifo.acceleration.channels_last import keep_channels_last
 from mifo.acceleration.settings import PerformanceSettings
-from mifo.backbones.loading import DiffusionModel
 from mifo.errors import MifoError
 
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 
 log = logging.getLogger(__name__)
+
+
+class Accelerated(Protocol):
+    """What a profile is applied to: the networks of a model, by what they do."""
+
+    denoiser: nn.Module
+    autoencoder: nn.Module
+    networks: Mapping[str, nn.Module]  # that can learn
+
+    def enable_checkpointing(self) -> None:
+        """Compute activations twice instead of keeping them."""
 
 
 def check_performance(settings: PerformanceSettings) -> None:
@@ -78,35 +90,33 @@ def available(settings: PerformanceSettings, device: torch.device | str) -> Perf
     return resolved
 
 
-def ready_for_learning(model: DiffusionModel, settings: PerformanceSettings) -> None:
+def ready_for_learning(model: Accelerated, settings: PerformanceSettings) -> None:
     """Lay out, compile and checkpoint the model as the profile says, in place."""
     _lay_out(model, settings)
     if settings.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
-        model.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_checkpointing()
 
 
-def ready_for_synthesis(model: DiffusionModel, settings: PerformanceSettings) -> None:
-    """Bring U-Net and VAE to the profile's precision and layout, in place; learning needs the model anew.
+def ready_for_synthesis(model: Accelerated, settings: PerformanceSettings) -> None:
+    """Bring denoiser and autoencoder to the profile's precision and layout, in place; learning needs the model anew.
 
-    In float16 the VAE stays in float32, since its activations leave that range.
+    In float16 the autoencoder stays in float32, since its activations leave that range.
     """
     dtype = getattr(torch, settings.synthesis_precision)
-    for part in (model.unet,) if dtype is torch.float16 else (model.unet, model.vae):
+    for part in (model.denoiser,) if dtype is torch.float16 else (model.denoiser, model.autoencoder):
         nn.Module.to(part, dtype)  # diffusers' own `to` warns about modules that it does not have
     _lay_out(model, settings)
 
 
-def _lay_out(model: DiffusionModel, settings: PerformanceSettings) -> None:
+def _lay_out(model: Accelerated, settings: PerformanceSettings) -> None:
     if settings.channels_last:
-        for part in (model.unet, model.vae):
+        for part in (model.denoiser, model.autoencoder):
             part.to(memory_format=torch.channels_last)
-        for network in (model.unet, model.vae.encoder, model.vae.decoder):
-            keep_channels_last(network)
+            keep_channels_last(part)
     if settings.compile:
-        # of the U-Net, blocks without attention, whose processors keep maps and differ from layer to layer
+        # blocks without attention, whose processors keep maps and differ from layer to layer
         torch._dynamo.config.recompile_limit = 64
-        for block in (*model.unet.modules(), *model.text_encoder.modules()):
+        for block in (each for network in model.networks.values() for each in network.modules()):
             if isinstance(block, ResnetBlock2D | FeedForward | CLIPEncoderLayer):
                 block.compile(dynamic=False)
 

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
 from mifo.acceleration.channels_last import keep_channels_last
-from mifo.backbones.unet.processors import quick_to_start
+from mifo.acceleration.fused_attention import quick_to_start
 
 _SIDE, _WIDTH, _TOKENS = 32, 64, 8  # pixels, channels and words; 32² pixels are enough for cuDNN's attention
 

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mifo.backbones.tokens import NewTokenRows
-
 
 class RoundedWeights:
     """Calls a module with copies in place of some of its parameters.
@@ -42,6 +40,11 @@ def frozen_products(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def every_weight(module: nn.Module) -> dict[str, nn.Parameter]:
-    """All weights by name but new token rows, which round themselves as they are looked up."""
-    rows = {id(part.rows) for part in module.modules() if isinstance(part, NewTokenRows)}
-    return {name: each for name, each in module.named_parameters() if id(each) not in rows}
+    """All weights by name but those of modules that round their own rows as they look them up."""
+    apart = {
+        id(own)
+        for part in module.modules()
+        if getattr(part, "rounds_itself", False)
+        for own in part.parameters(recurse=False)
+    }
+    return {name: each for name, each in module.named_parameters() if id(each) not in apart}

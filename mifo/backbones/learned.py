@@ -19,10 +19,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from mifo.backbones.loading import DiffusionModel
-from mifo.backbones.tokens import add_instance_tokens
-from mifo.backbones.trainable import add_lora, new_rows, trainable_parameters
+from mifo.backbones.model import DiffusionModel, Trainable
 from mifo.errors import MifoError
 
 FORMAT = 1
@@ -36,7 +35,7 @@ class Learned:
     class_names: list[str] | None
     initializers: list[str | None] | None
     stages: dict[str, int]
-    learn: str
+    trainable: str
     lora_rank: int
     base: dict[str, str | None]
     prediction_type: str
@@ -50,17 +49,17 @@ def save_learned(
     class_names: Sequence[str] | None,
     initializers: Sequence[str | None] | None,
     stages: Mapping[str, int],
-    learn: str,
+    trainable: Trainable,
     lora_rank: int,
     half: bool = False,
     config: str = "",
 ) -> Learned:
-    """Write the new token rows and the weights that `learn` names into the new folder `folder`.
+    """Write the new token rows and the weights that `trainable` names into the new folder `folder`.
 
     The folder appears whole or not at all.
 
     Args:
-        learn: see `trainable_parameters`; "tokens" saves nothing but the rows.
+        trainable: see `DiffusionModel.trainable`; "tokens" saves nothing but the rows.
         half: round the weights, not the rows, to float16.
         config: YAML text of the run's configuration.
 
@@ -70,21 +69,24 @@ def save_learned(
     folder = Path(folder)
     refuse_existing(folder)
     learned = Learned(
-        tokens=list(model.text_encoder.get_input_embeddings().tokens),
+        tokens=list(model.new_words),
         class_names=None if class_names is None else list(class_names),
         initializers=None if initializers is None else list(initializers),
         stages=dict(stages),
-        learn=learn,
+        trainable=trainable,
         lora_rank=lora_rank,
         base=_base(model),
-        prediction_type=model.prediction_type,
+        prediction_type=str(model.identity()["prediction_type"]),
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}") as unfinished:
         target = Path(unfinished) / folder.name
         target.mkdir()
-        save_file({"rows": new_rows(model).detach().float().cpu()}, target / "tokens.safetensors")
-        for part, parameters in trainable_parameters(model, learn).items():
+        save_file(
+            {name: rows.detach().float().cpu() for name, rows in _named_rows(model).items()},
+            target / "tokens.safetensors",
+        )
+        for part, parameters in model.trainable(trainable).items():
             dtype = torch.float16 if half else None
             tensors = {name: each.detach().to("cpu", dtype).contiguous() for name, each in parameters.items()}
             if tensors:
@@ -121,6 +123,9 @@ def read_learned(folder: Path | str) -> Learned:
         raise MifoError(
             f"{folder} has format {written}, this version of MIFO reads {FORMAT}; learn it again."
         )
+    if "learn" in content:  # of before the house was rebuilt
+        learn = content.pop("learn")
+        content["trainable"] = {"kv": "cross_attention_kv", "unet": "denoiser"}.get(learn, learn)
     return Learned(**content)
 
 
@@ -135,10 +140,10 @@ def load_learned(folder: Path | str, model: DiffusionModel) -> Learned:
         raise MifoError(
             f"{folder} was learned on {_told(learned.base)}, not on {_told(_base(model))}; load it on that."
         )
-    add_instance_tokens(model, learned.tokens)
-    if learned.learn == "lora":
-        add_lora(model, learned.lora_rank)
-    targets = {"tokens": {"rows": new_rows(model)}} | trainable_parameters(model, learned.learn)
+    model.add_words(learned.tokens)
+    if learned.trainable == "lora":
+        model.add_lora(learned.lora_rank)
+    targets = {"tokens": _named_rows(model)} | model.trainable(learned.trainable)
     for part, parameters in targets.items():
         file = Path(folder) / f"{part}.safetensors"
         if not parameters:
@@ -150,9 +155,16 @@ def load_learned(folder: Path | str, model: DiffusionModel) -> Learned:
                     parameter.copy_(tensors[name])
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
             raise MifoError(f"{file} is missing or damaged ({error}); learn it again.") from error
-    for part in (model.unet, model.text_encoder):
-        part.requires_grad_(False).eval()
+    model.freeze()
     return learned
+
+
+def _named_rows(model: DiffusionModel) -> dict[str, nn.Parameter]:
+    """The new rows as `tokens.safetensors` names them: those of the first text encoder are "rows"."""
+    return {
+        "rows" if place == 0 else f"rows.{network}": rows
+        for place, (network, rows) in enumerate(model.new_rows.items())
+    }
 
 
 def _base(model: DiffusionModel) -> dict[str, str | None]:

@@ -3,10 +3,8 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Self
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -15,69 +13,10 @@ from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from mifo.backbones.settings import ModelSettings
+from mifo.backbones.unet.model import UNetModel
 from mifo.errors import MifoError
 
 PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
-
-
-@dataclass
-class DiffusionModel:
-    """The parts of a latent diffusion model, and where they came from.
-
-    `fingerprint` tells base weights apart: it does not depend on where they lie, how they are sharded,
-    or the dtype they are loaded in.
-    """
-
-    tokenizer: CLIPTokenizer
-    text_encoder: CLIPTextModel
-    vae: AutoencoderKL
-    unet: UNet2DConditionModel
-    noise_scheduler: DDPMScheduler
-    name: str
-    source: str
-    revision: str | None
-    fingerprint: str
-
-    @property
-    def device(self) -> torch.device:
-        return self.unet.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.unet.dtype
-
-    @property
-    def latent_size(self) -> int:
-        """Side of a latent, in latent pixels."""
-        return self.unet.config.sample_size
-
-    @property
-    def image_size(self) -> int:
-        """Side of a picture, in pixels."""
-        return self.latent_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    @property
-    def prediction_type(self) -> str:
-        """ "epsilon" or "v_prediction"."""
-        return self.noise_scheduler.config.prediction_type
-
-    def to(self, device: torch.device | str) -> Self:
-        """Move every part to `device`, in place."""
-        for part in (self.text_encoder, self.vae, self.unet):
-            part.to(device)
-        return self
-
-
-@dataclass(frozen=True)
-class Outline:
-    """A pipeline without its weights, read in a moment: what prompts and boxes are checked against.
-
-    The U-Net has its layers and no numbers (device "meta").
-    """
-
-    tokenizer: CLIPTokenizer
-    unet: UNet2DConditionModel
-    noise_scheduler: DDPMScheduler
 
 
 def model_folder(settings: ModelSettings) -> Path:
@@ -120,7 +59,7 @@ def _from_hub(settings: ModelSettings) -> Path:
         ) from error
 
 
-def load_model(settings: ModelSettings, device: torch.device | str = "cpu") -> DiffusionModel:
+def load_model(settings: ModelSettings, device: torch.device | str = "cpu") -> UNetModel:
     """Load the pipeline of `settings` for inference, all weights frozen, the VAE in float32.
 
     Raises:
@@ -131,7 +70,7 @@ def load_model(settings: ModelSettings, device: torch.device | str = "cpu") -> D
     folder, dtype = model_folder(settings), getattr(torch, settings.dtype)
     options = {"use_safetensors": True, "local_files_only": True}
     with _refusing_damage(settings, folder):
-        model = DiffusionModel(
+        model = UNetModel(
             CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True),
             CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, **options),
             AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, **options),
@@ -147,17 +86,26 @@ def load_model(settings: ModelSettings, device: torch.device | str = "cpu") -> D
     return model.to(device)
 
 
-def load_outline(settings: ModelSettings) -> Outline:
-    """Read the pipeline of `settings` but for its weights. Raises MifoError as `load_model` does."""
+def load_outline(settings: ModelSettings) -> UNetModel:
+    """The model of `settings` without its weights, read in a moment: prompts, boxes and sites are checked on it.
+
+    Raises MifoError as `load_model` does.
+    """
     folder = model_folder(settings)
     with _refusing_damage(settings, folder), torch.device("meta"):
         config = UNet2DConditionModel.load_config(folder, subfolder="unet", local_files_only=True)
         unet = UNet2DConditionModel.from_config(config)
     with _refusing_damage(settings, folder):
-        return Outline(
+        return UNetModel(
             CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True),
+            None,
+            None,
             unet,
             DDPMScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True),
+            settings.name,
+            settings.source,
+            settings.revision,
+            "",
         )
 
 

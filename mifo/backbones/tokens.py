@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import AddedToken, CLIPTokenizer
+from transformers import AddedToken, CLIPTokenizer, PreTrainedModel
 
-from mifo.backbones.loading import DiffusionModel
 from mifo.errors import MifoError
 
 
@@ -20,6 +19,8 @@ class NewTokenRows(nn.Module):
         rows: (N, width) float32, whatever the dtype of the table.
         tokens: the N new words; word i has the id `first_id + i`.
     """
+
+    rounds_itself = True  # rows keep 32 bits, also where a pass reads rounded copies of all other weights
 
     def __init__(self, table: nn.Embedding, rows: Tensor, tokens: Sequence[str], first_id: int) -> None:
         super().__init__()
@@ -35,52 +36,45 @@ class NewTokenRows(nn.Module):
         return torch.where((ids >= self.first_id)[..., None], new, known)
 
 
-def add_instance_tokens(
-    model: DiffusionModel,
+def add_rows(
+    tokenizer: CLIPTokenizer,
+    text_encoder: PreTrainedModel,
     tokens: Sequence[str],
-    initializers: Sequence[str | None] | None = None,
-    seed: int = 0,
-) -> NewTokenRows:
-    """Teach the tokenizer and the text encoder of `model`, in place, one new word per instance.
-
-    Args:
-        tokens: the new words, "<asset0>", "<asset1>", …
-        initializers: per instance a word or phrase whose mean embedding its row starts from, or None for a
-            random row with the mean and standard deviation of the table.
-        seed: of the random rows.
+    initializers: Sequence[str | None],
+    generator: torch.Generator,
+) -> None:
+    """Teach a tokenizer and its text encoder, in place, new words; see `DiffusionModel.add_words`.
 
     Raises:
-        MifoError: a token is known already, the model carries new rows already, or an initializer is empty.
+        MifoError: a word is known already, the encoder has new words already, or an initializer is empty.
     """
-    vocabulary = model.tokenizer.get_vocab()
+    vocabulary = tokenizer.get_vocab()
     if clashes := [token for token in tokens if token in vocabulary]:
         raise MifoError(
-            f"the tokenizer of {model.name} already has the token {clashes[0]}; "
-            "load the base model without learned tokens, or choose other tokens."
+            f"the tokenizer already has the token {clashes[0]}; load the base model without learned tokens, or "
+            "choose other tokens."
         )
-    table = model.text_encoder.get_input_embeddings()
+    table = text_encoder.get_input_embeddings()
     if isinstance(table, NewTokenRows):
-        raise MifoError(
-            f"{model.name} already carries {', '.join(table.tokens)}; load the base model anew first."
-        )
-    initial = _initial_rows(model.tokenizer, table.weight, initializers or [None] * len(tokens), seed)
-    add_words(model.tokenizer, tokens)
-    first_id = model.tokenizer.convert_tokens_to_ids(tokens[0])
-    rows = NewTokenRows(table, initial, tokens, first_id)
-    model.text_encoder.set_input_embeddings(rows)
-    return rows
+        raise MifoError(f"the model already carries {', '.join(table.tokens)}; load the base model anew first.")
+    initial = _initial_rows(tokenizer, table.weight, initializers, generator)
+    extend(tokenizer, tokens)
+    first_id = tokenizer.convert_tokens_to_ids(tokens[0])
+    text_encoder.set_input_embeddings(NewTokenRows(table, initial, tokens, first_id))
 
 
-def add_words(tokenizer: CLIPTokenizer, tokens: Sequence[str]) -> None:
+def extend(tokenizer: CLIPTokenizer, tokens: Sequence[str]) -> None:
     """Teach the tokenizer alone, in place, one new word per instance."""
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
 
 
 def _initial_rows(
-    tokenizer: CLIPTokenizer, table: Tensor, initializers: Sequence[str | None], seed: int
+    tokenizer: CLIPTokenizer,
+    table: Tensor,
+    initializers: Sequence[str | None],
+    generator: torch.Generator,
 ) -> Tensor:
     table = table.detach().float()
-    generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(initializers), table.shape[1], generator=generator).to(table.device)
     rows = table.mean(0) + table.std(0) * noise
     for row, word in zip(rows, initializers, strict=True):

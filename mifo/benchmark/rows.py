@@ -10,13 +10,11 @@ from time import perf_counter
 
 import torch
 from lightning import Callback
-from omegaconf import OmegaConf
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
 from mifo.acceleration.profile import available, ready_for_synthesis
 from mifo.acceleration.settings import PerformanceSettings
-from mifo.backbones.tokens import add_instance_tokens
 from mifo.benchmark.measuring import (
     LearningEnd,
     Losses,
@@ -30,14 +28,11 @@ from mifo.benchmark.measuring import (
 )
 from mifo.benchmark.settings import BenchmarkSettings
 from mifo.benchmark.shapes import random_instances, random_model, row_of_boxes
-from mifo.benchmark.without import bits_for_masks
-from mifo.commands.synthesize import make_pictures
-from mifo.config.location import conf_folder
 from mifo.data.layouts import Layout
 from mifo.errors import MifoError
+from mifo.making.pictures import make_pictures, picture_sampler
 from mifo.method.guidance.settings import GuidanceSettings
 from mifo.method.losses.settings import PenaltySettings
-from mifo.method.synthesis.sampler import KeptPasses
 from mifo.method.synthesis.settings import SynthesisSettings
 from mifo.training.fit import learn
 from mifo.training.settings import LearningSettings, StageSettings
@@ -49,7 +44,7 @@ class Bench:
 
     Attributes:
         dtype: of U-Net and text encoder when they are loaded.
-        learning: how it is learned; its numbers of steps are set by the rows.
+        learning, penalty: how it is learned; most rows set the numbers of steps.
         peak: 10¹² operations a second of this machine, once it is measured.
     """
 
@@ -58,6 +53,7 @@ class Bench:
     device: torch.device
     dtype: str
     learning: LearningSettings
+    penalty: PenaltySettings
     peak: dict[str, float] = field(default_factory=dict)
 
     def learn(
@@ -91,7 +87,7 @@ class Bench:
                 model,
                 random_instances(count, model.image_size),
                 learning,
-                penalty or PenaltySettings(),
+                penalty or self.penalty,
                 folder,
                 seed=seed,
                 trainer={"accelerator": self.device.type, "devices": 1, "enable_progress_bar": False},
@@ -110,28 +106,26 @@ class Bench:
         performance = available(self.performance, self.device)
         model = random_model(self.settings.shapes, self.device, self.dtype, side)
         tokens = [f"<asset{i}>" for i in range(boxes)]
-        add_instance_tokens(model, tokens)
+        model.add_words(tokens)
         ready_for_synthesis(model, performance)
         layout = Layout(
             f"a photo of {' and '.join(tokens)}", dict(zip(tokens, row_of_boxes(boxes), strict=True))
         )
-        settings, kept = SynthesisSettings(samples=samples), KeptPasses()
+        settings, guidance = SynthesisSettings(samples=samples), GuidanceSettings()
+        sampler = picture_sampler(model, settings, guidance, performance.cuda_graphs)
 
         def make() -> None:
-            make_pictures(model, [layout], settings, GuidanceSettings(), 0, performance.cuda_graphs, kept)
+            make_pictures(model, [layout], settings, guidance, 0, sampler=sampler)
 
         stopwatch(self.device, make)  # compiles kernels
-        kept = KeptPasses()
+        sampler = picture_sampler(model, settings, guidance, performance.cuda_graphs)
         first = stopwatch(self.device, make)
         memory = Memory(self.device)
         row = measured([stopwatch(self.device, make) for _ in range(repeats)], memory.peak_gib())
         if self.settings.operations and operations:
-            # in float32 the latents reach the U-Net as a leaf, on which torch's counter fails
-            nn.Module.to(model.unet, torch.bfloat16)
-            with bits_for_masks():  # the plainer way: torch does not see the operations of our own kernels
-                row.tflop = tera_operations(
-                    lambda: make_pictures(model, [layout], settings, GuidanceSettings(), 0, graphs=False)
-                )
+            # our own kernels, whose operations torch does not see, do not take 64 bits
+            nn.Module.to(model.denoiser, torch.float64)
+            row.tflop = tera_operations(lambda: make_pictures(model, [layout], settings, guidance, 0))
             row.share_of_peak = self.share(row, performance.synthesis_precision)
         row.notes["first of its kind in a process, graphs captured"] = first
         row.notes["guidance"] = "random weights rarely fall below its threshold: all 75 iterations"
@@ -204,21 +198,15 @@ def stage2_step(bench: Bench) -> Measurement:
 
 def stage2_8bit(bench: Bench) -> Measurement:
     """One step of fine-tuning all weights with 8-bit states, activations computed twice, without graphs."""
-    finetuning = replace(bench.learning.finetuning, learn="full", optimizer="adamw_8bit")
+    finetuning = replace(bench.learning.finetuning, trainable="full", optimizer="adamw_8bit")
     performance = replace(bench.performance, gradient_checkpointing=True, cuda_graphs=False, autocast=True)
     learning = replace(bench.learning, finetuning=finetuning)
     return _step(replace(bench, dtype="float32", learning=learning, performance=performance), 2)
 
 
-def _miniature_steps() -> tuple[int, int]:
-    """Steps of both stages as the miniature's own configuration has them."""
-    learning = OmegaConf.load(conf_folder() / "learning" / "miniature.yaml").learning
-    return learning.semantic.steps, learning.finetuning.steps
-
-
 def both_stages(bench: Bench) -> Measurement:
     """Both stages from first to last, with the encoding of pictures, without loading and saving."""
-    steps = (600, 400) if bench.settings.shapes == "sd21" else _miniature_steps()
+    steps = bench.learning.semantic.steps, bench.learning.finetuning.steps
     memory, end = Memory(bench.device), LearningEnd()
     start = bench.learn(steps, [end])
     row = measured([end.time - start], memory.peak_gib())
@@ -243,7 +231,7 @@ def equivalence(bench: Bench) -> Measurement:
 
     def curve(performance: PerformanceSettings, seed: int) -> torch.Tensor:
         losses = Losses()
-        bench.learn(steps, [losses], performance, PenaltySettings(warmup_steps=steps[0] // 3), seed)
+        bench.learn(steps, [losses], performance, seed=seed)
         return losses.values()
 
     exact = torch.stack([curve(plain, seed) for seed in range(3)])

@@ -10,8 +10,7 @@ class BenchmarkSettings:
     """One record: some rows, of one profile, on this machine."""
 
     shapes: str = "sd21"  # sd21 (Stable Diffusion 2.1's shapes) | miniature, both with random weights
-    rows: list[str] = field(default_factory=list)  # see conf/benchmark.yaml; empty: all but ideas
-    ideas: list[str] = field(default_factory=list)  # of the row "ideas", names in its tables; empty: all
+    rows: list[str] = field(default_factory=list)  # see conf/benchmark.yaml; empty: all
     folder: str = MISSING  # records, and the table of all records that lie there
     repeats: int = 5  # of a picture; a step is timed `steps` times
     steps: int = 50  # timed steps of a stage, after `warmup`

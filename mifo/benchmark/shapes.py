@@ -5,15 +5,16 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from mifo.backbones.loading import DiffusionModel, model_folder
+from mifo.backbones.loading import model_folder
 from mifo.backbones.settings import ModelSettings
+from mifo.backbones.unet.model import UNetModel
 from mifo.data.instances import InstanceSet
 from mifo.errors import MifoError
 
 SHAPES = ("sd21", "miniature")
 
 
-def random_model(shapes: str, device: torch.device, dtype: str, side: int | None = None) -> DiffusionModel:
+def random_model(shapes: str, device: torch.device, dtype: str, side: int | None = None) -> UNetModel:
     """A model with the shapes of Stable Diffusion 2.1 base, or the miniature's, and random weights.
 
     The words are the miniature's, padded to the length of the shapes' prompts.
@@ -46,7 +47,7 @@ def random_model(shapes: str, device: torch.device, dtype: str, side: int | None
     for part in (unet, text, vae):
         part.requires_grad_(False).eval()
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    return DiffusionModel(tokenizer, text, vae, unet, scheduler, shapes, "random", None, "random")
+    return UNetModel(tokenizer, text, vae, unet, scheduler, shapes, "random", None, "random")
 
 
 def stable_diffusion() -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:

@@ -5,9 +5,6 @@ from collections.abc import Sequence
 
 from lightning import Callback, Trainer
 
-from mifo.backbones.unet.layers import attention_layers, choose_layers
-from mifo.method.losses.active import active_term, layers_read
-from mifo.method.losses.settings import AttentionTerm
 from mifo.training.stages import LearningStage
 
 log = logging.getLogger(__name__)
@@ -22,27 +19,22 @@ class Announce(Callback):
 
 def describe(module: LearningStage) -> str:
     """Describe a stage in one line."""
-    steps, penalty = module.settings.steps, module.penalty
-    change = penalty.warmup_steps if module.stage == "semantic" else 0
-    spans = (
-        [(0, f"before step {change}"), (change, f"from step {change}")] if 0 < change < steps else [(0, "")]
-    )
-    choice = choose_layers(module.unet)
-    cross = {layer.index: layer.cross_index for layer in attention_layers(module.unet)}
+    steps = module.settings.steps
+    words = [site for site in module.model.sites if site.kind == "words"]
     losses = ["denoising in the masks"]
     if module.prior_weight:
         losses.append(f"prior × {module.prior_weight:g}")
-    for start, when in spans:
-        term = active_term(penalty, module.stage, start)
-        if term.term is not AttentionTerm.none:
-            layers = layers_read(term.term, module.stage, choice)
-            where = f"on cross layers {ranges([cross[layer] for layer in layers])}"
-            losses.append(f"{term.term} × {term.weight:g} {where} {when}".rstrip())
+    for first, last, terms in module.timeline.spans():
+        for term in terms:
+            when = f"in steps {first} to {last - 1}" if last - first < steps else ""
+            where = f"on cross layers {ranges([words.index(site) for site in term.sites])}"
+            below = f"at times below {term.settings.time_below:g}" if term.settings.time_below < 1 else ""
+            weight = f"{term.name} × {module.timeline.weight(term, first):g}"
+            losses.append(" ".join(part for part in (weight, where, when, below) if part))
     learned = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     return (
-        f"{module.stage}: {steps} steps; {len(module.instances.tokens)} masks; {', '.join(losses)}; attention"
-        f" counts below timestep {penalty.timestep_limit}; {learned:,} parameters learn"
-        f" ({module.settings.learn})"
+        f"{module.stage}: {steps} steps; {len(module.instances.tokens)} masks; {', '.join(losses)}; "
+        f"{learned:,} parameters learn ({module.settings.trainable})"
     )
 
 

@@ -5,12 +5,9 @@ from lightning import Callback, Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
-from mifo.backbones.images import encode_images
-from mifo.backbones.text import encode_prompts
-from mifo.backbones.unet.layers import attention_layers, choose_layers
-from mifo.backbones.unet.recording import AttentionRecorder
 from mifo.callbacks.logging import is_due, log_image, log_values, steps_between
-from mifo.method.diffusion.noise_schedule import NoiseSchedule
+from mifo.method.backbone import Site
+from mifo.method.objective import word_maps
 from mifo.report.attention_panel import draw_attention
 from mifo.training.stages import LearningStage
 
@@ -33,9 +30,8 @@ class AttentionMaps(Callback):
             return
         model, instances = pl_module.model, pl_module.instances
         image, masks = instances.resized(model.image_size)
-        maps = self._maps(pl_module, image)
-        cross = {layer.index: layer.cross_index for layer in attention_layers(model.unet)}
-        named = {f"layer {cross[index]}": each for index, each in maps.items()}
+        words = [site for site in model.sites if site.kind == "words"]
+        named = {f"layer {words.index(site)}": each for site, each in self._maps(pl_module, image).items()}
         shares = torch.stack([attention_in_mask(each, masks) for each in named.values()])  # (layers, N)
         values = {}
         for column, token in zip(shares.T, instances.tokens, strict=True):
@@ -45,27 +41,20 @@ class AttentionMaps(Callback):
         log_image(trainer, pl_module, "attention_maps", draw_attention(image, masks, instances.tokens, named))
 
     @torch.no_grad()
-    def _maps(self, module: LearningStage, image: Tensor) -> dict[int, Tensor]:
-        """Maps (N, R, R) by layer of one noisy forward pass with all instances in the prompt."""
+    def _maps(self, module: LearningStage, image: Tensor) -> dict[Site, Tensor]:
+        """Maps (N, h, w) by site of one noisy pass with all instances in the prompt."""
         model, tokens = module.model, module.instances.tokens
-        schedule = NoiseSchedule.from_scheduler(model.noise_scheduler, model.device)
-        latents = encode_images(model, image[None].to(model.device))[0]
+        latents = model.encode_images([image])[0]
         generator = torch.Generator().manual_seed(self.seed)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        timesteps = torch.tensor([self.timestep], device=latents.device)
-        prompt = f"a photo of {' and '.join(tokens)}"
-        ids = model.tokenizer(prompt).input_ids
-        places = [ids.index(model.tokenizer.convert_tokens_to_ids(token)) for token in tokens]
-        positions = torch.tensor([places], device=latents.device)
-        with AttentionRecorder(model.unet, choose_layers(model.unet).semantic, positions) as recorder:
-            model.unet(
-                schedule.add_noise(latents, noise, timesteps), timesteps, encode_prompts(model, [prompt])
-            )
-        sides = {layer: round(each.shape[1] ** 0.5) for layer, each in recorder.probabilities.items()}
-        return {
-            layer: each[0].T.unflatten(1, (sides[layer], -1)).float().cpu()
-            for layer, each in recorder.probabilities.items()
-        }
+        times = torch.tensor([self.timestep], device=latents.device)
+        ids = model.tokenize([f"a photo of {' and '.join(tokens)}"])
+        positions = torch.stack([model.places(ids[0], token)[0] for token in tokens])[None].to(latents.device)
+        read = word_maps(positions)
+        reads = {site: read for site in model.default_sites.semantic}
+        noisy = model.process.add_noise(latents, noise, times)
+        _, maps = model.predict(noisy, times, model.encode(ids), reads)
+        return {site: each[0].T.unflatten(1, site.size).float().cpu() for site, each in maps.items()}
 
 
 def attention_in_mask(maps: Tensor, masks: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from lightning import Callback, Trainer
 
-from mifo.backbones.loading import DiffusionModel
+from mifo.backbones.model import DiffusionModel
 from mifo.callbacks.logging import is_due, log_image, steps_between
 from mifo.data.layouts import Layout, LayoutSettings, layouts
 from mifo.data.saved_pictures import Picture
@@ -39,7 +39,7 @@ class SamplePictures(Callback):
 
 def make_now(module: LearningStage, make: MakePictures, layout: LayoutSettings) -> list[Picture]:
     """Make pictures in the midst of learning; modes and random numbers are put back afterwards."""
-    parts = [part for part in (module.unet, module.text_encoder) if part.training]
+    parts = [part for part in module.model.networks.values() if part.training]
     for part in parts:
         part.eval()
     try:

@@ -2,6 +2,7 @@
 
 import torch
 from lightning import Callback, Trainer
+from torch import Tensor
 from torch.nn import functional as F
 
 from mifo.training.stages import LearningStage
@@ -14,7 +15,7 @@ class TokenStatistics(Callback):
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LearningStage) -> None:
-        self._start = pl_module.new_rows.detach().clone()
+        self._start = _rows(pl_module)
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -22,7 +23,7 @@ class TokenStatistics(Callback):
     ) -> None:
         if trainer.global_step % trainer.log_every_n_steps:
             return
-        rows = pl_module.new_rows.detach()
+        rows = _rows(pl_module)
         values = {}
         for token, row, start in zip(pl_module.instances.tokens, rows, self._start, strict=True):
             values[f"norm/{token}"] = row.norm()
@@ -31,3 +32,8 @@ class TokenStatistics(Callback):
             cosines = F.normalize(rows, dim=1) @ F.normalize(rows, dim=1).T
             values["nearest_pair_cosine"] = cosines.fill_diagonal_(-1).max()
         pl_module.log_dict({f"{pl_module.stage}/tokens/{name}": value for name, value in values.items()})
+
+
+def _rows(module: LearningStage) -> Tensor:
+    """The new rows of all text encoders side by side, (N, sum of widths), as they are now."""
+    return torch.cat([rows.detach() for rows in module.model.new_rows.values()], dim=1).clone()

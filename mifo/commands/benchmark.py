@@ -6,7 +6,6 @@ from pathlib import Path
 
 from rich.progress import track
 
-from mifo.benchmark.ideas import ideas
 from mifo.benchmark.measuring import Measurement
 from mifo.benchmark.records import Circumstances, write_record, write_table
 from mifo.benchmark.rows import ROWS, Bench, tried
@@ -24,26 +23,28 @@ def benchmark(settings: BenchmarkTaskSettings) -> Path:
         MifoError: a row that does not exist, or no row could be measured.
     """
     wanted = settings.benchmark.rows or list(ROWS)
-    known = [*ROWS, ideas.__name__]
-    if unknown := [name for name in wanted if name not in known]:
-        raise MifoError(
-            f"benchmark.rows names {unknown[0]}, which is no row; take some of {', '.join(known)}."
-        )
+    if unknown := [name for name in wanted if name not in ROWS]:
+        raise MifoError(f"benchmark.rows names {unknown[0]}, which is no row; take some of {', '.join(ROWS)}.")
     device = prepare(settings)
-    bench = Bench(settings.benchmark, settings.performance, device, settings.model.dtype, settings.learning)
+    bench = Bench(
+        settings.benchmark,
+        settings.performance,
+        device,
+        settings.model.dtype,
+        settings.learning,
+        settings.penalty,
+    )
     taken = Circumstances.now(device, settings.performance.name, settings.benchmark.shapes)
     slug = re.sub(r"[^a-z0-9]+", "-", f"{taken.device} {taken.shapes} {taken.profile}".lower()).strip("-")
     folder = Path(settings.benchmark.folder)
     file = folder / f"{re.sub(r'[^0-9]', '', taken.date[:19])}-{slug}.json"
     rows: dict[str, Measurement] = {}
     for name in track(wanted, "benchmark"):
-        several = name == ideas.__name__
-        for part, row in ideas(bench) if several else [(name, tried(ROWS[name], bench))]:
-            rows[part] = row
-            if reason := row.notes.get("failed"):
-                log.warning("%s: %s", part, reason)
-            write_record(file, taken, rows)
-            table = write_table(folder)
+        rows[name] = tried(ROWS[name], bench)
+        if reason := rows[name].notes.get("failed"):
+            log.warning("%s: %s", name, reason)
+        write_record(file, taken, rows)
+        table = write_table(folder)
     print(table.read_text())
     print(f"record: {file}")
     if all("failed" in row.notes for row in rows.values()):

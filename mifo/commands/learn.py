@@ -11,7 +11,8 @@ from lightning import Callback
 from lightning.pytorch.loggers import Logger
 
 from mifo.backbones.learned import load_learned
-from mifo.backbones.loading import DiffusionModel, load_model
+from mifo.backbones.loading import load_model
+from mifo.backbones.model import DiffusionModel
 from mifo.commands.setup import open_loggers, prepare
 from mifo.config.compose import reason
 from mifo.config.jobs import CONFIG, claim_folder

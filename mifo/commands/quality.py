@@ -16,7 +16,7 @@ from mifo.acceleration.profile import available
 from mifo.backbones.loading import load_model
 from mifo.backbones.settings import ModelSettings
 from mifo.commands.setup import prepare
-from mifo.commands.synthesize import make_pictures
+from mifo.making.pictures import make_pictures
 from mifo.config.jobs import claim_folder
 from mifo.config.schema import QualitySettings
 from mifo.data.layouts import Layout

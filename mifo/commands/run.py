@@ -7,7 +7,8 @@ from mifo.acceleration.profile import available, ready_for_synthesis
 from mifo.commands.evaluate import SCORES, class_names, print_scores, scored
 from mifo.commands.learn import learned_model
 from mifo.commands.setup import open_loggers, prepare
-from mifo.commands.synthesize import check_layouts, make_pictures, record_instances
+from mifo.commands.synthesize import check_layouts, record_instances
+from mifo.making.pictures import make_pictures
 from mifo.config.jobs import claim_folder
 from mifo.config.schema import RunSettings
 from mifo.data.instances import read_instances

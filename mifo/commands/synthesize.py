@@ -3,31 +3,22 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from omegaconf import OmegaConf
-from rich.progress import Progress
 
 from mifo.acceleration.profile import available, ready_for_synthesis
-from mifo.backbones.images import decode_latents
 from mifo.backbones.learned import load_learned, read_learned
-from mifo.backbones.loading import DiffusionModel, load_model, load_outline
-from mifo.backbones.text import encode_prompts, tokenize
-from mifo.backbones.tokens import add_words
+from mifo.backbones.loading import load_model, load_outline
 from mifo.commands.setup import prepare
 from mifo.config.jobs import CONFIG, claim_folder
 from mifo.config.schema import RunSettings, SynthesizeSettings
 from mifo.data.layouts import Layout, layouts
-from mifo.data.saved_pictures import Picture, save_pictures
+from mifo.data.saved_pictures import save_pictures
 from mifo.errors import MifoError
 from mifo.files import write_whole
-from mifo.method.diffusion.ddim import ddim_timesteps
-from mifo.method.diffusion.noise_schedule import NoiseSchedule
-from mifo.method.guidance.settings import GuidanceSettings
+from mifo.making.pictures import make_pictures
 from mifo.method.prompts.instances import find_instances
 from mifo.method.regions.boxes import check_boxes
-from mifo.method.synthesis.sampler import KeptPasses, Subject, layers_in_use
-from mifo.method.synthesis.sampler import synthesize as sample_latents
-from mifo.method.synthesis.settings import SynthesisSettings
+from mifo.method.synthesis.sampler import sites_in_use
 
 
 def learned_folder(given: str) -> Path:
@@ -90,59 +81,12 @@ def check_layouts(
             shapes' grid, layers or a number of steps that the model does not have.
     """
     outline = load_outline(settings.model)
-    add_words(outline.tokenizer, tokens)
-    ddim_timesteps(settings.synthesis.steps, NoiseSchedule.from_scheduler(outline.noise_scheduler))
-    tokenize(outline.tokenizer, [settings.synthesis.negative_prompt])
+    outline.add_words(tokens)
+    outline.process.times(settings.synthesis.steps)
+    outline.words(settings.synthesis.negative_prompt)
     for layout in wanted:
-        find_instances(outline.tokenizer, layout.prompt, list(layout.boxes))
+        find_instances(layout.prompt, list(layout.boxes), outline.words)
     if any(layout.boxes for layout in wanted):
-        *_, divisor = layers_in_use(outline.unet, settings.guidance)
+        _, shaping = sites_in_use(outline, settings.guidance)
         for layout in wanted:
-            check_boxes(layout.boxes, outline.unet.config.sample_size // divisor)
-
-
-def make_pictures(
-    model: DiffusionModel,
-    wanted: Sequence[Layout],
-    settings: SynthesisSettings,
-    guidance: GuidanceSettings,
-    seed: int,
-    graphs: bool = False,
-    kept: KeptPasses | None = None,
-) -> list[Picture]:
-    """Pictures of every layout; picture j of a prompt starts from the noise of seed + j on every device.
-
-    With `graphs` the U-Net's passes are replayed as CUDA graphs; `kept` hands them on to the next call with
-    this model.
-    """
-    schedule = NoiseSchedule.from_scheduler(model.noise_scheduler, model.device)
-    shape = (4, model.latent_size, model.latent_size)
-    seeds = range(seed, seed + settings.samples)
-    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(each)) for each in seeds])
-    pictures, kept = [], kept or KeptPasses()
-    with Progress() as progress:
-        bar = progress.add_task("synthesis", total=len(wanted) * settings.steps)
-        for layout in wanted:
-            found = find_instances(model.tokenizer, layout.prompt, list(layout.boxes))
-            prompts = [settings.negative_prompt] * len(noise) + [layout.prompt] * len(noise)
-            latents = sample_latents(
-                model.unet,
-                schedule,
-                encode_prompts(model, prompts).to(model.dtype),
-                noise.to(model.device),
-                [Subject(name, found.subjects[name], box) for name, box in layout.boxes.items()],
-                found.filter_indices,
-                found.eos_index,
-                settings,
-                guidance,
-                seed,
-                on_step=lambda report: progress.advance(bar),
-                graphs=graphs,
-                kept=kept,
-            )
-            images = decode_latents(model, latents)
-            pictures += [
-                Picture(image.cpu(), layout.prompt, layout.boxes, each)
-                for image, each in zip(images, seeds, strict=True)
-            ]
-    return pictures
+            check_boxes(layout.boxes, shaping[0].size[0])

@@ -158,10 +158,11 @@ class QualitySettings(TaskSettings):
 
 @dataclass
 class BenchmarkTaskSettings(ModelTaskSettings):
-    """`mifo benchmark`; of `model` it reads the dtype, of `learning` all but the steps."""
+    """`mifo benchmark`; of `model` it reads the dtype, of `learning` the steps in the row both_stages alone."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
     learning: LearningSettings = field(default_factory=LearningSettings)
+    penalty: PenaltySettings = field(default_factory=PenaltySettings)
     benchmark: BenchmarkSettings = field(default_factory=BenchmarkSettings)
 
 

@@ -1,11 +1,9 @@
 """What a learning step draws. All that is constant is computed once; a step only draws and picks.
 
-B instance samples, P class samples (P = B with a prior, else 0), N instances, L tokens, h × w latents,
-H × W pixels.
+B instance samples, P class samples (P = B with a prior, else 0), N instances, H × W pixels.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cache
 from itertools import count, groupby
 from operator import itemgetter
@@ -18,38 +16,27 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from mifo.acceleration.settings import PerformanceSettings
-from mifo.backbones.images import encode_images
-from mifo.backbones.loading import DiffusionModel
-from mifo.backbones.text import tokenize
+from mifo.backbones.model import DiffusionModel
+from mifo.data.class_pictures import ClassPictures
 from mifo.data.instances import InstanceSet
+from mifo.data.mask_pyramid import MaskPyramid
+from mifo.data.settings import DrawSettings
 from mifo.errors import MifoError
-from mifo.making.class_pictures import class_picture_files, class_pictures, class_prompts
-from mifo.training.settings import LearningSettings, StageSettings
+from mifo.method.objective import StepInputs
 
 ENCODED_AT_ONCE = 16  # class pictures and mirror images
 
 
-@dataclass
-class LearningBatch:
+class LearningBatch(NamedTuple):
     """One step's draw; class samples come first. All shapes are the same at every step.
 
     Attributes:
-        input_ids: (P + B, L) tokens of the prompts.
-        latents: (P + B, 4, h, w), drawn from the VAE's posterior.
-        noise: (P + B, 4, h, w) standard normal.
-        timesteps: (P + B,) uniform integers in [0, T).
-        token_positions: (B, N) place of each selected instance's token in its prompt; 0 beyond them.
-        masks: (B, N, H, W) in [0, 1], of the selected instances in the prompt's order; 0 beyond them.
-        valid: (B, N) 1 for a selected instance, else 0.
+        ids: tokens of the prompts, (P + B, …), as the model's `tokenize` gives them.
+        inputs: the tensors of the loss; K = N, and rows beyond the selected instances are not valid.
     """
 
-    input_ids: Tensor
-    latents: Tensor
-    noise: Tensor
-    timesteps: Tensor
-    token_positions: Tensor
-    masks: Tensor
-    valid: Tensor
+    ids: Tensor
+    inputs: StepInputs
 
 
 class _Choices(NamedTuple):
@@ -69,52 +56,53 @@ class _Choices(NamedTuple):
 class LearningData(lightning.LightningDataModule):
     """Draws of one stage, without end. A step's draw depends on its number alone, so a resumed run repeats.
 
-    The model must carry the instances' tokens and lie on the device where it learns.
+    The model must know the instances' words and lie on the device where it learns.
 
     Args:
-        prior: whether class samples are drawn too.
+        sizes: of the attention maps that are compared with masks.
         stream: tells the random draws of the stages apart.
-        performance: how class pictures are made and encoded; None: in float32, without CUDA graphs.
+        class_pictures: gives the class pictures and the prompt of each, made at its first call in one process;
+            None: no class samples.
+        performance: how class pictures are encoded; None: in float32.
     """
 
     def __init__(
         self,
         model: DiffusionModel,
         instances: InstanceSet,
-        settings: LearningSettings,
-        stage: StageSettings,
+        settings: DrawSettings,
+        steps: int,
+        batch_size: int,
+        sizes: Collection[tuple[int, int]],
         seed: int,
         stream: int = 0,
-        prior: bool = False,
+        class_pictures: Callable[[], tuple[ClassPictures, list[str]]] | None = None,
         performance: PerformanceSettings | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.instances = instances
         self.settings = settings
-        self.steps, self.batch_size = stage.steps, stage.batch_size
+        self.steps, self.batch_size, self.sizes = steps, batch_size, sizes
         self.seed = seed
         self.stream = stream
         self.performance = performance
-        self.prompts = class_prompts(instances, settings.prior) if prior else []
-        self._class_pictures = (model, self.prompts, settings.prior, seed, performance)
+        self._class_pictures = class_pictures
         self._prompt = cache(self._tokenized)
 
     def prepare_data(self) -> None:
         """Make the class pictures that are missing, in one process only."""
-        if self.prompts:
-            class_picture_files(*self._class_pictures)
+        if self._class_pictures:
+            self._class_pictures()
 
     def setup(self, stage: str) -> None:
         """Encode the image, its mirror image and what the steps draw of the class pictures, each once."""
         image, masks = self.instances.resized(self.model.image_size)
-        self.latents = encode_images(self.model, [image, image.flip(-1)])
-        self.masks = torch.stack([masks, masks.flip(-1)]).to(self.model.device)
-        # row N stands for no instance
-        self.masks = torch.cat([self.masks, torch.zeros_like(self.masks[:, :1])], 1)
-        if self.prompts:
-            self.pictures, told = class_pictures(*self._class_pictures)
-            self.class_ids = tokenize(self.model.tokenizer, told)
+        self.latents = self.model.encode_images([image, image.flip(-1)])
+        self.masks = MaskPyramid.of(masks.to(self.model.device), self.sizes, self.model.latent_shape[1:])
+        if self._class_pictures:
+            self.pictures, told = self._class_pictures()
+            self.class_ids = self.model.tokenize(told)
             self.class_latents: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
             rank, accumulated = 0, 1
             if self.trainer is not None:
@@ -135,11 +123,11 @@ class LearningData(lightning.LightningDataModule):
         prompts = [self._prompt(chosen) for chosen in selections]
         number = len(self.instances.tokens)
         padded = [list(chosen) + [number] * (number - len(chosen)) for chosen in selections]
-        input_ids = torch.stack([ids for ids, _ in prompts])
+        ids = torch.stack([each for each, _ in prompts])
         means, deviations = ([each[flip] for flip in flips] for each in self.latents)
-        if self.prompts:
+        if self._class_pictures:
             self._encode(pictures)
-            input_ids = torch.cat([self.class_ids[[i for i, _ in pictures]], input_ids])
+            ids = torch.cat([self.class_ids[[i for i, _ in pictures]], ids])
             encoded = zip(*(self.class_latents[pair] for pair in pictures), strict=True)
             means, deviations = (
                 [*each, *rest] for each, rest in zip(encoded, (means, deviations), strict=True)
@@ -148,23 +136,21 @@ class LearningData(lightning.LightningDataModule):
         # drawn on the CPU, so that a seed gives the same run on every device
         draws = torch.randn(2, *mean.shape, generator=generator, pin_memory=mean.is_cuda)
         sample, noise = draws.to(mean.device, non_blocking=True)
-        timesteps = self._integers(
-            self.model.noise_scheduler.config.num_train_timesteps, len(mean), generator
-        )
+        times = self._integers(self.model.process.length, len(mean), generator)
+        masks = [self.masks.rows(flip, rows) for flip, rows in zip(flips, padded, strict=True)]
         return LearningBatch(
-            input_ids=input_ids,
-            latents=mean + deviation * sample,
-            noise=noise,
-            timesteps=torch.tensor(timesteps),
-            token_positions=torch.stack([positions for _, positions in prompts]),
-            # picked one by one: a list as an index would travel to the GPU and wait for it
-            masks=torch.stack(
-                [
-                    torch.stack([self.masks[flip, row] for row in rows])
-                    for flip, rows in zip(flips, padded, strict=True)
-                ]
+            ids,
+            StepInputs(
+                latents=mean + deviation * sample,
+                noise=noise,
+                times=torch.tensor(times),
+                word_positions=torch.stack([positions for _, positions in prompts]),
+                masks={size: torch.stack([levels[size] for levels, _ in masks]) for size in self.sizes},
+                latent_masks=torch.stack([latent for _, latent in masks]),
+                valid=torch.tensor(
+                    [[float(i < len(chosen)) for i in range(number)] for chosen in selections]
+                ),
             ),
-            valid=torch.tensor([[float(i < len(chosen)) for i in range(number)] for chosen in selections]),
         )
 
     def _generator(self, step: int, rank: int) -> torch.Generator:
@@ -175,7 +161,7 @@ class LearningData(lightning.LightningDataModule):
         """What a step takes: the first draws of its generator."""
         selections = [self._selection(generator) for _ in range(self.batch_size)]
         flips = [self._flip(generator) for _ in selections]
-        pictures = self._integers(len(self.class_ids), self.batch_size, generator) if self.prompts else []
+        pictures = self._integers(len(self.class_ids), self.batch_size, generator) if self._class_pictures else []
         return _Choices(selections, flips, [(i, self._flip(generator)) for i in pictures])
 
     def _encode(self, pairs: Iterable[tuple[int, int]]) -> None:
@@ -184,10 +170,10 @@ class LearningData(lightning.LightningDataModule):
         if not missing:
             return
         rounded = self.performance is not None and self.performance.learning_precision == "bfloat16"
-        # who computes activations twice for want of memory has none for 16 pictures, which take 6 GiB
+        # with gradient checkpointing, one picture at a time: 16 need 6 GiB
         spare = self.performance is not None and self.performance.gradient_checkpointing
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=rounded):
-            encoded = encode_images(self.model, self._turned(missing), 1 if spare else ENCODED_AT_ONCE)
+            encoded = self.model.encode_images(self._turned(missing), 1 if spare else ENCODED_AT_ONCE)
         means, deviations = (each.float() for each in encoded)
         self.class_latents.update(zip(missing, zip(means, deviations, strict=True), strict=True))
 
@@ -195,7 +181,7 @@ class LearningData(lightning.LightningDataModule):
         """The class pictures or mirror images of sorted pairs, each picture read once."""
         numbers = list(dict.fromkeys(i for i, _ in pairs))
         turns = (turns for _, turns in groupby(pairs, itemgetter(0)))
-        device = self.model.device  # found by a walk through the U-Net
+        device = self.model.device  # found by a walk through the network
         for picture, turn in zip(self.pictures.read(numbers), turns, strict=True):
             there = picture.to(device)
             yield from (there.flip(-1) if mirror else there for _, mirror in turn)
@@ -216,18 +202,18 @@ class LearningData(lightning.LightningDataModule):
         return torch.randint(limit, (size,), generator=generator).tolist()
 
     def _tokenized(self, chosen: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Tokens (L,) of the prompt of these instances, and the places (N,) of their tokens, 0 as padding."""
+        """Ids of the prompt of these instances, and the places (N,) of their words, 0 as padding."""
         tokens = [self.instances.tokens[i] for i in chosen]
-        ids = tokenize(self.model.tokenizer, [self.settings.template.format(" and ".join(tokens))])[0]
+        ids = self.model.tokenize([self.settings.template.format(" and ".join(tokens))])[0]
         positions = torch.zeros(len(self.instances.tokens), dtype=torch.long)
         for place, token in enumerate(tokens):
-            found = (ids == self.model.tokenizer.convert_tokens_to_ids(token)).nonzero()
+            found = self.model.places(ids, token)
             if len(found) != 1:
                 raise MifoError(
                     f"learning.template={self.settings.template!r} must name each instance once, "
                     f"but {token} stands {len(found)} times in its prompt; use {{}} once: 'a photo of {{}}'."
                 )
-            positions[place] = found[0, 0]
+            positions[place] = found[0]
         return ids, positions
 
 

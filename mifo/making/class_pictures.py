@@ -3,62 +3,22 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from rich.progress import Progress
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.functional import to_pil_image
-from torchvision.transforms.v2.functional import center_crop, resize
 
+from mifo.acceleration.graphs import GraphedFunction
 from mifo.acceleration.settings import PerformanceSettings
-from mifo.backbones.images import decode_latents
-from mifo.backbones.loading import DiffusionModel
-from mifo.backbones.text import encode_prompts
-from mifo.data.instances import InstanceSet
-from mifo.errors import MifoError
-from mifo.method.diffusion.noise_schedule import NoiseSchedule
+from mifo.backbones.model import DiffusionModel
+from mifo.data.class_pictures import ClassPictures, own_picture_files
+from mifo.data.settings import PriorSettings
 from mifo.method.guidance.settings import GuidanceSettings
-from mifo.method.prompts.articles import article
-from mifo.method.synthesis.sampler import KeptPasses, synthesize
+from mifo.method.synthesis.sampler import Sampler
 from mifo.method.synthesis.settings import SynthesisSettings
-from mifo.training.settings import PriorSettings
-
-UNKNOWN_CLASS = "thing"
-READ_AT_ONCE = 16  # pictures in memory
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-
-
-@dataclass(frozen=True)
-class ClassPictures:
-    """Class pictures (3, H, W) in [0, 1], the middle squares of these files; read as they are taken.
-
-    Raises:
-        MifoError: when pictures are taken: one can not be read.
-    """
-
-    files: list[Path]
-    side: int
-
-    def read(self, numbers: Sequence[int]) -> Iterator[Tensor]:
-        """The pictures of these numbers only."""
-        with ThreadPoolExecutor() as pool:
-            for start in range(0, len(numbers), READ_AT_ONCE):
-                files = [self.files[i] for i in numbers[start : start + READ_AT_ONCE]]
-                yield from pool.map(partial(_read, side=self.side), files)
-
-
-def class_prompts(instances: InstanceSet, settings: PriorSettings) -> list[str]:
-    """The prompts of the class pictures: those of the settings, once for every class of the instances."""
-    names = dict.fromkeys(instances.class_names or [UNKNOWN_CLASS])
-    classes = [f"{article(name)} {name}" for name in names]
-    told = (prompt.replace("{class}", each) for prompt in settings.prompts for each in classes)
-    return list(dict.fromkeys(told))
 
 
 def class_pictures(
@@ -113,37 +73,6 @@ def class_picture_files(
     return files, told
 
 
-def own_picture_files(given: str) -> list[Path]:
-    """The pictures in the folder `settings.folder`.
-
-    Raises:
-        MifoError: it is no folder, or holds no picture.
-    """
-    folder = Path(given).expanduser()
-    if not folder.is_dir():
-        raise MifoError(
-            f"learning.prior.folder={folder} is not a folder; name one with pictures, or take null to have "
-            "them made."
-        )
-    files = sorted(file for file in folder.glob("*") if file.suffix.lower() in IMAGE_ENDINGS)
-    if not files:
-        raise MifoError(
-            f"learning.prior.folder={folder} holds no picture; put PNG, JPEG or WebP files there."
-        )
-    return files
-
-
-def _read(file: Path, side: int) -> Tensor:
-    """(3, side, side) in [0, 1], the middle square of the picture."""
-    try:
-        image = decode_image(str(file), ImageReadMode.RGB).float() / 255
-    except RuntimeError as error:
-        raise MifoError(
-            f"{file} can not be read as an image ({error}); remove it or save it anew."
-        ) from error
-    return center_crop(resize(image, [side], antialias=True), [side, side]).clamp(0, 1)
-
-
 def _folder(model: DiffusionModel, prompt: str, settings: PriorSettings, seed: int) -> Path:
     """Where pictures of a prompt are kept."""
     identity = (model.fingerprint, prompt, model.image_size, seed, settings.steps, settings.guidance_scale)
@@ -164,10 +93,10 @@ def _make(
     autocast = torch.autocast(
         model.device.type, dtype, enabled=dtype is not torch.float32, cache_enabled=False
     )
-    schedule = NoiseSchedule.from_scheduler(model.noise_scheduler, model.device)
     sampling = SynthesisSettings(steps=settings.steps, guidance_scale=settings.guidance_scale)
+    graphed = partial(GraphedFunction, wanted=performance.cuda_graphs)
+    sampler = Sampler(model, sampling, GuidanceSettings(), graphed)
     size = min(settings.batch_size or (16 if model.device.type == "cuda" else 4), len(missing))
-    kept = KeptPasses()
     with Progress(transient=True) as progress:
         bar = progress.add_task("class pictures", total=len(missing) * settings.steps)
         for start in range(0, len(missing), size):
@@ -176,21 +105,12 @@ def _make(
             padded = chosen + chosen[-1:] * (size - len(chosen) if performance.cuda_graphs else 0)
             step = partial(progress.advance, bar, len(chosen))
             with autocast:
-                latents = synthesize(
-                    model.unet,
-                    schedule,
-                    encode_prompts(model, [""] * len(padded) + [prompt for _, prompt, _ in padded]),
+                latents = sampler(
+                    model.encode_prompts([""] * len(padded) + [prompt for _, prompt, _ in padded]),
                     torch.stack([_initial_noise(model, seed, i) for *_, i in padded]).to(model.device),
-                    [],
-                    [],
-                    0,
-                    sampling,
-                    GuidanceSettings(),
                     on_step=lambda _, advance=step: advance(),
-                    graphs=performance.cuda_graphs,
-                    kept=kept,
                 )
-            images = decode_latents(model, latents[: len(chosen)], batch_size=2)
+            images = model.decode_latents(latents[: len(chosen)], 2)
             for (file, *_), image in zip(chosen, images.cpu(), strict=True):
                 # renamed when whole, so that a killed run or one beside this one leaves no half picture
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -201,9 +121,7 @@ def _make(
 
 def _initial_noise(model: DiffusionModel, seed: int, picture: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + picture)
-    return torch.randn(
-        model.unet.config.in_channels, model.latent_size, model.latent_size, generator=generator
-    )
+    return torch.randn(model.latent_shape, generator=generator)
 
 
 def _cache(settings: PriorSettings) -> Path:

@@ -1,40 +1,39 @@
-"""What both stages of learning minimise: denoising in the masks, prior preservation and an attention loss.
+"""What both stages of learning minimise: denoising in the masks, prior preservation and attention losses.
 
-B batch, K selected instances, L tokens, C × h × w latents, H × W masks, R² pixels of an attention map.
+B instance samples, P class samples (they come first; P = B, or 0 without a prior), K selected instances,
+L tokens, C × h × w latents.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from mifo.backbones.unet.recording import AttentionRecorder
-from mifo.method.diffusion.denoising import denoising_loss, union_mask
-from mifo.method.diffusion.noise_schedule import NoiseSchedule
-from mifo.method.losses.active import attention_loss, timestep_gate
-from mifo.method.losses.settings import TermSettings
+from mifo.method.backbone import Backbone, Conditioning, Read, Site
+from mifo.method.diffusion.denoising import denoising_loss
+from mifo.method.losses.timeline import Term, attention_loss
 
 
-@dataclass(frozen=True)
-class StepInputs:
+class StepInputs(NamedTuple):
     """The tensors of one learning step.
 
     Attributes:
-        latents: clean latents, (P + B, C, h, w): P class samples (or none), then B instance samples.
-        noise: of the same shape.
-        timesteps: (P + B,) integers.
-        encoder_hidden_states: prompts' embeddings, (P + B, L, width).
-        token_positions: place in its prompt of each selected instance's token, (B, K) integers below L.
-        masks: of the selected instances, (B, K, H, W) in [0, 1]; they may overlap.
+        latents, noise: (P + B, C, h, w).
+        times: (P + B,).
+        word_positions: place in the conditioning sequence of each selected instance's word, (B, K).
+        masks: of the selected instances, (B, K, *size) in [0, 1] by size; they may overlap.
+        latent_masks: the same at the size of the latents, by their nearest pixel, (B, K, h, w).
         valid: (B, K), 1 for a selected instance, 0 for padding, whose other entries do not matter.
     """
 
     latents: Tensor
     noise: Tensor
-    timesteps: Tensor
-    encoder_hidden_states: Tensor
-    token_positions: Tensor
-    masks: Tensor
+    times: Tensor
+    word_positions: Tensor
+    masks: dict[tuple[int, int], Tensor]
+    latent_masks: Tensor
     valid: Tensor
 
 
@@ -46,73 +45,60 @@ class LossParts:
         total: denoising + prior + attention, a scalar, as all of them.
         denoising: on the instance samples, inside the union of their masks.
         prior: weighted loss on the class samples; 0 without class samples.
-        attention: weighted attention loss; 0 for samples whose timestep is at or above the limit.
-        maps: by layer, the instances' cross-attention maps, (B, R², K), detached.
+        attention: weighted sum of the active terms; 0 for samples whose time is at or above a term's limit.
+        maps: the instances' attention maps by site, (B, K, h, w), detached.
     """
 
     total: Tensor
     denoising: Tensor
     prior: Tensor
     attention: Tensor
-    maps: dict[int, Tensor]
+    maps: dict[Site, Tensor]
 
 
-def semantic_loss(
-    unet: Callable[..., Tensor],
-    recorder: AttentionRecorder,
-    schedule: NoiseSchedule,
+def learning_loss(
+    backbone: Backbone,
+    conditioning: Conditioning,
     inputs: StepInputs,
-    attention: TermSettings,
-    timestep_limit: int,
+    terms: Sequence[Term],
+    weights: Tensor,
+    prior_weight: float = 0.0,
 ) -> LossParts:
-    """Stage 1, semantic learning (MIFO, arXiv 2511.00542): masked denoising and an attention loss.
+    """Masked denoising, attention losses and prior preservation (MIFO, arXiv 2511.00542).
+
+    Stage 1 has no class samples. Attention losses are gated by the times of the instance samples alone.
 
     Args:
-        unet: a diffusers U-Net or what wraps it, called as `unet(noisy, timesteps, encoder_hidden_states)`.
-        recorder: entered on that U-Net, with the layers that the attention loss reads.
-        schedule: on the device of the latents.
-        inputs: without class samples.
-        attention: the attention loss that is active at this step and its weight.
-        timestep_limit: the attention loss counts only for samples with a smaller timestep.
+        conditioning: of the prompts of all P + B samples.
+        terms: those active at this step. weights: their factors, (terms,).
+        prior_weight: of the denoising loss on the class samples (DreamBooth, arXiv 2208.12242, eq. 2).
     """
-    return finetuning_loss(unet, recorder, schedule, inputs, attention, timestep_limit, prior_weight=0.0)
+    process = backbone.process
+    noisy = process.add_noise(inputs.latents, inputs.noise, inputs.times)
+    read = word_maps(inputs.word_positions)
+    reads = {site: read for term in terms for site in term.sites}
+    prediction, maps = backbone.predict(noisy, inputs.times, conditioning, reads)
+    maps = {site: flat.transpose(1, 2).unflatten(-1, site.size) for site, flat in maps.items()}  # (B, K, h, w)
+    target = process.target(inputs.latents, inputs.noise, inputs.times)
 
-
-def finetuning_loss(
-    unet: Callable[..., Tensor],
-    recorder: AttentionRecorder,
-    schedule: NoiseSchedule,
-    inputs: StepInputs,
-    attention: TermSettings,
-    timestep_limit: int,
-    prior_weight: float,
-) -> LossParts:
-    """Stage 2, fine-tuning: the loss of stage 1, and DreamBooth's prior preservation on class samples.
-
-    The attention loss is gated by the timesteps of the instance samples alone. Other arguments are those of
-    `semantic_loss`.
-
-    Args:
-        prior_weight: weight of the denoising loss on the class samples (DreamBooth, arXiv 2208.12242, eq. 2).
-    """
-    recorder.token_positions = inputs.token_positions
-    noisy = schedule.add_noise(inputs.latents, inputs.noise, inputs.timesteps)
-    prediction = unet(noisy, inputs.timesteps, inputs.encoder_hidden_states, return_dict=False)[0]
-    maps = {layer: recorder.probabilities.pop(layer) for layer in recorder.layers}
-    target = schedule.target(inputs.latents, inputs.noise, inputs.timesteps)
-
-    classes = len(inputs.latents) - len(inputs.token_positions)
-    union = union_mask(inputs.masks, inputs.valid, inputs.latents.shape[-2:])
+    classes = len(inputs.latents) - len(inputs.word_positions)
+    union = (inputs.latent_masks * inputs.valid[:, :, None, None]).amax(1, keepdim=True)
     denoising = denoising_loss(prediction[classes:], target[classes:], union)
     prior = denoising.new_zeros(())
     if classes:
         prior = prior_weight * denoising_loss(prediction[:classes], target[:classes])
-    gate = timestep_gate(inputs.timesteps[classes:], timestep_limit)
-    attended = attention.weight * attention_loss(attention.term, maps, inputs.masks, inputs.valid, gate)
-    return LossParts(
-        total=denoising + prior + attended,
-        denoising=denoising,
-        prior=prior,
-        attention=attended,
-        maps={layer: each.detach() for layer, each in maps.items()},
-    )
+    share = process.share(inputs.times[classes:])
+    attended = attention_loss(terms, weights, maps, inputs.masks, inputs.valid, share)
+    total = denoising + prior + attended
+    return LossParts(total, denoising, prior, attended, {site: each.detach() for site, each in maps.items()})
+
+
+def word_maps(positions: Tensor) -> Read:
+    """Reads the maps of the words at `positions` (B, K) of the last B rows: (B, n, K), mean over heads."""
+    rows, words = positions.shape
+
+    def read(probabilities: Tensor) -> Tensor:
+        index = positions[:, None, None, :].expand(-1, *probabilities.shape[1:3], words)
+        return torch.gather(probabilities[-rows:], -1, index).mean(1)
+
+    return read

@@ -2,9 +2,10 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning
 import torch
@@ -19,17 +20,17 @@ from lightning.pytorch.plugins.environments import (
 from mifo.acceleration.profile import PRECISIONS, available, ready_for_learning
 from mifo.acceleration.settings import PerformanceSettings
 from mifo.backbones.learned import refuse_existing, save_learned
-from mifo.backbones.loading import DiffusionModel
-from mifo.backbones.tokens import add_instance_tokens
-from mifo.backbones.trainable import LEARN, add_lora
+from mifo.backbones.model import DiffusionModel, Trainable
+from mifo.data.class_pictures import class_prompts, own_picture_files
 from mifo.data.instances import InstanceSet
 from mifo.data.learning_data import LearningData
 from mifo.errors import MifoError
-from mifo.making.class_pictures import own_picture_files
+from mifo.making.class_pictures import class_pictures
+from mifo.method.backbone import Stage
 from mifo.method.losses.settings import PenaltySettings
 from mifo.method.prompts.instances import INSTANCE
 from mifo.training.settings import LearningSettings, StageSettings
-from mifo.training.stages import OPTIMIZERS, SCHEDULES, Finetuning, LearningStage, SemanticLearning
+from mifo.training.stages import OPTIMIZERS, SCHEDULES, LearningStage
 
 
 def check_learning(settings: LearningSettings) -> None:
@@ -40,8 +41,9 @@ def check_learning(settings: LearningSettings) -> None:
     """
     for name, stage in (("semantic", settings.semantic), ("finetuning", settings.finetuning)):
         key = f"learning.{name}"
-        if stage.learn not in LEARN:
-            raise MifoError(f"{key}.learn={stage.learn} is not known; take one of {', '.join(LEARN)}.")
+        if stage.trainable not in get_args(Trainable):
+            known = ", ".join(get_args(Trainable))
+            raise MifoError(f"{key}.trainable={stage.trainable} is not known; take one of {known}.")
         if stage.optimizer not in OPTIMIZERS:
             raise MifoError(
                 f"{key}.optimizer={stage.optimizer} is not known; take {' or '.join(OPTIMIZERS)}."
@@ -59,16 +61,16 @@ def check_learning(settings: LearningSettings) -> None:
                 raise MifoError(f"{key}.{value}={getattr(stage, value)} is negative; take at least 0.")
         if not all(0 <= beta < 1 for beta in stage.betas):
             raise MifoError(f"{key}.betas={list(stage.betas)} must be at least 0 and less than 1.")
-        if stage.learn == "lora" and stage.lora_rank < 1:
+        if stage.trainable == "lora" and stage.lora_rank < 1:
             raise MifoError(f"{key}.lora_rank={stage.lora_rank} is too small; take at least 1.")
-    if settings.semantic.learn != "tokens":
+    if settings.semantic.trainable != "tokens":
         raise MifoError(
-            "learning.semantic.learn must be tokens: the first stage learns the new token rows alone."
+            "learning.semantic.trainable must be tokens: the first stage learns the new token rows alone."
         )
     finetuned = settings.finetuning.steps > 0
-    if finetuned and settings.finetuning.learn == "lora" and find_spec("peft") is None:
+    if finetuned and settings.finetuning.trainable == "lora" and find_spec("peft") is None:
         raise MifoError(
-            "learning.finetuning.learn=lora needs the package peft; install it with: "
+            "learning.finetuning.trainable=lora needs the package peft; install it with: "
             "pip install 'mifo[low_vram]'."
         )
     if not _names_instances_once(settings.template):
@@ -143,38 +145,46 @@ def learn(
     target, checkpoints = Path(folder) / "learned", Path(folder) / "checkpoints"
     refuse_existing(target)
     lightning.seed_everything(seed, verbose=False)
-    add_instance_tokens(model, instances.tokens, instances.initializers, seed)
-    stages: list[tuple[type[LearningStage], StageSettings, float]] = [
-        (SemanticLearning, settings.semantic, 0.0),
-        (Finetuning, settings.finetuning, settings.prior.weight),
+    model.add_words(instances.tokens, instances.initializers, seed)
+    stages: list[tuple[Stage, StageSettings, float]] = [
+        ("semantic", settings.semantic, 0.0),
+        ("finetuning", settings.finetuning, settings.prior.weight),
     ]
     steps: dict[str, int] = {}
-    for stream, (stage_class, stage, prior_weight) in enumerate(stages):
+    for stream, (name, stage, prior_weight) in enumerate(stages):
         if not stage.steps:
             continue
-        runner = _trainer(stage_class.stage, stage, checkpoints, trainer, callbacks, loggers)
+        runner = _trainer(name, stage, checkpoints, trainer, callbacks, loggers)
         model.to(runner.strategy.root_device)
-        if stage.learn == "lora":
-            add_lora(model, stage.lora_rank)
-        data = LearningData(model, instances, settings, stage, seed, stream, prior_weight > 0, performance)
-        module = stage_class(model, instances, stage, penalty, prior_weight, graphs, passes_in)
-        last = checkpoints / stage_class.stage / "last.ckpt"
-        with module.recording():
+        if stage.trainable == "lora":
+            model.add_lora(stage.lora_rank)
+        module = LearningStage(name, model, instances, stage, penalty, prior_weight, graphs, passes_in)
+        prior = None
+        if prior_weight:
+            prompts = class_prompts(instances, settings.prior)
+            prior = partial(class_pictures, model, prompts, settings.prior, seed, performance)
+        sizes = {site.size for site in module.timeline.sites}
+        data = LearningData(
+            model, instances, settings, stage.steps, stage.batch_size, sizes, seed, stream, prior, performance
+        )
+        last = checkpoints / name / "last.ckpt"
+        try:
             runner.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
-        steps[stage_class.stage] = runner.global_step
+        finally:
+            module.release()
+        steps[name] = runner.global_step
     save_learned(
         target,
         model,
         class_names=instances.class_names,
         initializers=instances.initializers,
         stages=steps,
-        learn=settings.finetuning.learn if settings.finetuning.steps else "tokens",
+        trainable=settings.finetuning.trainable if settings.finetuning.steps else "tokens",
         lora_rank=settings.finetuning.lora_rank,
         half=settings.save_half,
         config=config,
     )
-    for part in (model.unet, model.text_encoder):
-        part.requires_grad_(False).eval()
+    model.freeze()
     shutil.rmtree(checkpoints, ignore_errors=True)
     return target
 
@@ -182,10 +192,10 @@ def learn(
 def _check_precision(model: DiffusionModel, settings: LearningSettings, trainer: Mapping[str, Any]) -> None:
     if model.dtype == torch.float32:
         return
-    if settings.finetuning.steps and settings.finetuning.learn not in ("tokens", "lora"):
+    if settings.finetuning.steps and settings.finetuning.trainable not in ("tokens", "lora"):
         raise MifoError(
-            f"learning.finetuning.learn={settings.finetuning.learn} needs model.dtype=float32, since small "
-            "updates are lost in half precision; take that, or learn=lora."
+            f"learning.finetuning.trainable={settings.finetuning.trainable} needs model.dtype=float32, since "
+            "small updates are lost in half precision; take that, or trainable=lora."
         )
     if "mixed" not in str(trainer.get("precision", "")):
         raise MifoError(
@@ -213,7 +223,6 @@ def _trainer(
     fixed = {
         "max_steps": stage.steps,
         "max_epochs": -1,
-        "gradient_clip_val": stage.gradient_clip or None,
         "default_root_dir": checkpoints.parent,
         "enable_checkpointing": bool(savers),
         "logger": list(loggers),

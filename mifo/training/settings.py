@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from mifo.data.settings import DrawSettings
+
 
 @dataclass
 class StageSettings:
@@ -9,8 +11,9 @@ class StageSettings:
 
     steps: int = 600
     batch_size: int = 1  # instance samples a step; with a prior as many class samples come on top
-    learn: str = "tokens"  # beside the new token rows: tokens (nothing) | kv | unet | full | lora
-    lora_rank: int = 16  # read by `learn: lora` only
+    # beside the new token rows: tokens (nothing) | cross_attention_kv | denoiser | full | lora
+    trainable: str = "tokens"
+    lora_rank: int = 16  # read by `trainable: lora` only
     optimizer: str = "adamw"  # adamw | adamw_8bit
     learning_rate: float = 5e-3
     schedule: str = "cosine_with_restarts"  # a schedule name of diffusers.optimization; one cycle
@@ -25,7 +28,7 @@ class StageSettings:
 def _finetuning() -> StageSettings:
     return StageSettings(
         steps=400,
-        learn="full",
+        trainable="full",
         optimizer="adamw_8bit",
         learning_rate=2e-6,
         schedule="constant",
@@ -35,28 +38,9 @@ def _finetuning() -> StageSettings:
 
 
 @dataclass
-class PriorSettings:
-    """Prior preservation (DreamBooth, arXiv 2208.12242, eq. 2) of the second stage."""
-
-    weight: float = 1.0  # of the loss on the class pictures; 0 leaves them out
-    pictures: int = 100  # in all, shared out among the class prompts
-    # {class} becomes "a car", "an apple": the class of each instance in turn
-    prompts: list[str] = field(default_factory=lambda: ["a photo of {class}"])
-    folder: str | None = None  # pictures of one's own, used instead of pictures made by the base model
-    cache: str | None = None  # where made pictures are kept; None: the user's cache folder
-    steps: int = 50  # DDIM steps of a made picture
-    guidance_scale: float = 7.5
-    batch_size: int | None = None  # pictures made at once; None: what suits the device
-
-
-@dataclass
-class LearningSettings:
+class LearningSettings(DrawSettings):
     """Both stages, what they draw at each step, and how the result is saved."""
 
     semantic: StageSettings = field(default_factory=StageSettings)
     finetuning: StageSettings = field(default_factory=_finetuning)
-    prior: PriorSettings = field(default_factory=PriorSettings)
-    template: str = "a photo of {}"  # {} becomes "<asset0> and <asset2>"
-    union_sampling: bool = True  # False: all instances in their order at every step
-    flip_probability: float = 0.5  # mirror image, left-right; 0 keeps text on objects readable
     save_half: bool = False  # save fine-tuned weights in half precision, half the size and rounded

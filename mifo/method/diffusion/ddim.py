@@ -1,5 +1,7 @@
 """Deterministic DDIM sampling (arXiv 2010.02502, eq. 12 with η = 0)."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from mifo.errors import MifoError
@@ -35,3 +37,22 @@ def ddim_step(
     """
     clean, noise = schedule.clean_and_noise(noisy, prediction, timestep)
     return schedule.add_noise(clean, noise, max(next_timestep, 0))
+
+
+class DDIM(NoiseSchedule):
+    """A noise schedule as the noise process of a model that is sampled by DDIM."""
+
+    @property
+    def length(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def share(self, time: Tensor) -> Tensor:
+        """t / T."""
+        return time / self.length
+
+    def times(self, steps: int) -> list[int]:
+        return ddim_timesteps(steps, self)
+
+    def step(self, noisy: Tensor, prediction: Tensor, times: Sequence[int], step: int) -> Tensor:
+        time = times[step]
+        return ddim_step(self, noisy, prediction, time, time - self.length // len(times))

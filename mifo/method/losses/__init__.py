@@ -1,1 +1,1 @@
-"""Losses on cross-attention maps: MIFO's and Break-a-Scene's, and when each is active."""
+"""Losses on the attention maps of words: one file a loss, `timeline.py` says which is active when."""

@@ -3,19 +3,23 @@
 import torch
 from torch import Tensor
 
+from mifo.method.backbone import DefaultSites, Site, Stage
+from mifo.method.losses.attention_loss import AttentionLoss, Maps, Masks
 
-def break_a_scene(attention: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the map of (A / max A − M)²: attention that fills the mask evenly and leaves the rest.
 
-    The map is averaged over the layers of one resolution first (16×16 on Stable Diffusion), then divided by
-    its maximum, since a probability shared among all tokens of a prompt never reaches the mask's 1 by itself.
+class BreakAScene(AttentionLoss):
+    """(A / max A − M)², mean over the map: attention that fills the mask M evenly and leaves the rest.
 
-    Args:
-        attention: cross-attention probabilities A of one token, mean over heads and layers, (…, R, R).
-        mask: the instance's mask M at that resolution, (…, R, R) in [0, 1].
-
-    Returns:
-        (…), one loss per map.
+    A is the mean over sites of one size (16×16 on Stable Diffusion), divided by its maximum, since a
+    probability shared among all words of a prompt never reaches the mask's 1 by itself.
     """
-    peak = attention.amax((-2, -1), keepdim=True).clamp_min(torch.finfo(attention.dtype).tiny)
-    return (attention / peak - mask).square().mean((-2, -1))
+
+    def sites(self, stage: Stage, defaults: DefaultSites) -> tuple[Site, ...]:
+        """In both stages those of fine-tuning, which have one size."""
+        return defaults.finetuning
+
+    def __call__(self, maps: Maps, masks: Masks) -> Tensor:
+        """(B, K)."""
+        mean = torch.stack(list(maps.values())).mean(0)
+        peak = mean.amax((-2, -1), keepdim=True).clamp_min(torch.finfo(mean.dtype).tiny)
+        return (mean / peak - masks[next(iter(maps)).size]).square().mean((-2, -1))

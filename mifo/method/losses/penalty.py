@@ -2,15 +2,12 @@
 
 from torch import Tensor
 
+from mifo.method.losses.attention_loss import AttentionLoss, Maps, Masks
 
-def penalty(attention: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the map of (A·(1 − M))²; inside the mask the word attends as it likes and stays editable.
 
-    Args:
-        attention: cross-attention probabilities A of one token, mean over heads, (…, R, R) in [0, 1].
-        mask: the instance's mask M at that resolution, (…, R, R) in [0, 1].
+class Penalty(AttentionLoss):
+    """(A·(1 − M))², mean over the map: inside the mask M the word attends as it likes and stays editable."""
 
-    Returns:
-        (…), one loss per map.
-    """
-    return (attention * (1 - mask)).square().mean((-2, -1))
+    def __call__(self, maps: Maps, masks: Masks) -> Tensor:
+        """Summed over sites, (B, K)."""
+        return sum((a * (1 - masks[site.size])).square().mean((-2, -1)) for site, a in maps.items())

@@ -2,15 +2,12 @@
 
 from torch import Tensor
 
+from mifo.method.losses.attention_loss import AttentionLoss, Maps, Masks
 
-def reward(attention: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the map of (0.5·M − A)²: half of each pixel's attention inside the mask, none outside.
 
-    Args:
-        attention: cross-attention probabilities A of one token, mean over heads, (…, R, R) in [0, 1].
-        mask: the instance's mask M at that resolution, (…, R, R) in [0, 1].
+class Reward(AttentionLoss):
+    """(0.5·M − A)², mean over the map: half of each pixel's attention inside the mask M, none outside."""
 
-    Returns:
-        (…), one loss per map.
-    """
-    return (0.5 * mask - attention).square().mean((-2, -1))
+    def __call__(self, maps: Maps, masks: Masks) -> Tensor:
+        """Summed over sites, (B, K)."""
+        return sum((0.5 * masks[site.size] - a).square().mean((-2, -1)) for site, a in maps.items())

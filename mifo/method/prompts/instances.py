@@ -1,16 +1,28 @@
 """Prompts that name instances, and where their tokens stand."""
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
 
 from mifo.errors import MifoError
 from mifo.method.prompts.function_words import is_function_word
 
 INSTANCE = re.compile(r"<asset\d+>")
-END_OF_WORD = "</w>"
+
+
+@dataclass(frozen=True)
+class PromptWords:
+    """The words of a prompt as a model reads them.
+
+    Attributes:
+        words: text and positions in the conditioning sequence of each word, in order.
+        end: position of the first end-of-text token.
+        length: of the conditioning sequence.
+    """
+
+    words: tuple[tuple[str, tuple[int, ...]], ...]
+    end: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -22,11 +34,13 @@ class PromptTokens:
             that of the last word, which in an English noun phrase is its noun.
         filter_indices: positions of function words outside all subjects.
         eos_index: position of the first end-of-text token.
+        length: of the conditioning sequence.
     """
 
     subjects: dict[str, tuple[int, ...]]
     filter_indices: tuple[int, ...]
     eos_index: int
+    length: int
 
 
 def check_instances(prompt: str, keys: Iterable[str], known: Collection[str]) -> None:
@@ -53,71 +67,45 @@ def check_instances(prompt: str, keys: Iterable[str], known: Collection[str]) ->
             raise MifoError(_lacking(prompt, key))
 
 
-def find_instances(tokenizer: PreTrainedTokenizerBase, prompt: str, keys: Sequence[str] = ()) -> PromptTokens:
+def find_instances(
+    prompt: str, keys: Sequence[str], words_of: Callable[[str], PromptWords]
+) -> PromptTokens:
     """Find the tokens of instances, of other boxed phrases and of function words.
 
     Every occurrence of a key counts. Longer keys are found first and keep their tokens, so that "red car" and
     "car" may both have boxes.
 
     Args:
-        tokenizer: a CLIP tokenizer that knows the learned instance tokens.
         keys: instance tokens such as "<asset0>", or whole words that follow each other in the prompt ("red
             car").
+        words_of: the words of a text as the model reads them.
 
     Raises:
-        MifoError: the prompt is too long for the tokenizer; it or a key names an instance that the tokenizer
-            does not know; or a key is not in the prompt.
+        MifoError: the prompt is too long for the model, or a key is not in the prompt.
     """
-    added = tokenizer.get_added_vocab()
-    check_instances(prompt, keys, [token for token in added if INSTANCE.fullmatch(token)])
-    ids = tokenizer(prompt, verbose=False)["input_ids"]
-    if len(ids) > tokenizer.model_max_length:
-        raise MifoError(
-            f"The prompt {prompt!r} has {len(ids)} tokens, but the model reads {tokenizer.model_max_length}: "
-            "shorten it."
-        )
-    words = _words(tokenizer, ids)
-    free = [True] * len(words)
+    words = words_of(prompt)
+    texts = [text for text, _ in words.words]
+    free = [True] * len(texts)
     found: dict[str, tuple[int, ...]] = {}
     for key in sorted(keys, key=lambda key: -len(key.split())):
-        wanted = [text for text, _ in _words(tokenizer, tokenizer(key)["input_ids"])]
+        wanted = [text for text, _ in words_of(key).words]
         positions: list[int] = []
-        for start in range(len(words) - len(wanted) + 1):
+        for start in range(len(texts) - len(wanted) + 1):
             span = range(start, start + len(wanted))
-            if [words[word][0] for word in span] == wanted and all(free[word] for word in span):
+            if texts[start : start + len(wanted)] == wanted and all(free[word] for word in span):
                 for word in span:
                     free[word] = False
-                    positions += words[word][1]
+                    positions += words.words[word][1]
         if not positions:
             raise MifoError(_lacking(prompt, key))
         found[key] = tuple(positions)
     filtered = [
         position
-        for (text, positions), unclaimed in zip(words, free, strict=True)
+        for (text, positions), unclaimed in zip(words.words, free, strict=True)
         if unclaimed and is_function_word(text)
         for position in positions
     ]
-    return PromptTokens(
-        {key: found[key] for key in keys}, tuple(filtered), ids.index(tokenizer.eos_token_id, 1)
-    )
-
-
-def _words(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
-    """Words of tokenised text and their positions: byte-pair pieces up to a word's end, or an added token."""
-    added = tokenizer.get_added_vocab()
-    special = set(tokenizer.all_special_ids)
-    words: list[tuple[str, list[int]]] = []
-    open_word = False
-    for position, piece in enumerate(tokenizer.convert_ids_to_tokens(ids)):
-        if ids[position] in special:
-            open_word = False
-            continue
-        if not open_word:
-            words.append(("", []))
-        text, positions = words[-1]
-        words[-1] = (text + piece.removesuffix(END_OF_WORD), [*positions, position])
-        open_word = piece not in added and not piece.endswith(END_OF_WORD)
-    return words
+    return PromptTokens({key: found[key] for key in keys}, tuple(filtered), words.end, words.length)
 
 
 def _lacking(prompt: str, key: str) -> str:

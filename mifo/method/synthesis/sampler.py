@@ -1,44 +1,32 @@
-"""The whole synthesis loop: DDIM with masked attention, latent guidance by boxes, and renewed shapes.
+"""The whole synthesis loop: sampling with masked attention, latent guidance by boxes, and renewed shapes.
 
 MIFO (arXiv 2511.00542), which builds on Bounded Attention (arXiv 2403.16990).
+
+Letters: B samples, S subjects, L tokens of the prompt, n = R² pixels of the sites that give the shapes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mifo.acceleration.graphs import GraphedFunction
-from mifo.backbones.unet.layers import attention_layers, choose_layers
-from mifo.backbones.unet.masking import MOST_SUBJECTS, MaskedAttention
 from mifo.errors import MifoError
+from mifo.method.backbone import Backbone, Conditioning, Kind, Read, Rules, Site
 from mifo.method.diffusion.classifier_free_guidance import classifier_free_guidance
-from mifo.method.diffusion.ddim import ddim_step, ddim_timesteps
-from mifo.method.diffusion.noise_schedule import NoiseSchedule
-from mifo.method.guidance.descent import descend
+from mifo.method.guidance.descent import descend, loss_and_gradient
+from mifo.method.guidance.loss import attention_sums
 from mifo.method.guidance.settings import GuidanceSettings
+from mifo.method.prompts.instances import PromptTokens
 from mifo.method.regions.boxes import check_boxes, rasterise_boxes, resize_shapes
 from mifo.method.regions.renewal import renew_shapes
+from mifo.method.regions.rules import MOST_SUBJECTS, SubjectWords, region_rules
 from mifo.method.synthesis.settings import SynthesisSettings
 
-
-@dataclass(frozen=True)
-class Subject:
-    """An instance, or any thing the prompt names, that has a box.
-
-    Attributes:
-        name: as the user wrote it, such as "<asset0>" or "red car".
-        token_indices: positions of its tokens in the prompt; the last is the leading one.
-        box: [x0, y0, x1, y1] in [0, 1].
-    """
-
-    name: str
-    token_indices: tuple[int, ...]
-    box: tuple[float, float, float, float]
+Accelerate = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""Gives a function that computes the same faster; what it returns may be overwritten by its next call."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +34,8 @@ class StepReport:
     """Where a synthesis stands after a denoising step.
 
     Attributes:
-        step: the step just done, from 0. steps: how many there are. timestep: of 1000.
-        latents: (B, 4, H, W) after the step.
+        step: the step just done, from 0. steps: how many there are. timestep: of the noise process.
+        latents: (B, C, h, w) after the step.
         shapes: bool (B, S, R, R) in force during the step, None without boxes.
         losses: guidance loss per sample and subject of each iteration of this step, on the latents' device.
     """
@@ -60,78 +48,233 @@ class StepReport:
     losses: Tensor
 
 
-class BoxSampler:
-    """One synthesis with boxes, step by step; `synthesize` is the loop. Use it in a `with` block.
-
-    Of each step, call `guide`, `renew` and `denoise`, in this order.
+class Sampler:
+    """Samples latents of one prompt after the other, with boxes or without, on one model.
 
     Attributes:
-        counter: readings of the penalty's weight α so far; set it to go on in the middle of a run.
-        shapes: bool (B or 1, S, R, R) in force.
+        times: of the sampling steps, from noise to clean.
+        gradient, prediction: the two functions of tensors in which the network runs, accelerated.
     """
 
     def __init__(
         self,
-        unet: nn.Module,
-        schedule: NoiseSchedule,
-        encoder_hidden_states: Tensor,
-        latent_size: int,
-        subjects: Sequence[Subject],
-        filter_indices: Sequence[int],
-        eos_index: int,
+        backbone: Backbone,
         settings: SynthesisSettings,
         guidance: GuidanceSettings,
-        seed: int = 0,
-        graphs: bool = False,
-        kept: "KeptPasses | None" = None,
+        accelerate: Accelerate = lambda function: function,
     ) -> None:
-        """Arguments as for `synthesize`; `latent_size` is the side of the latents."""
-        guidance_layers, shape_layers, divisor = layers_in_use(unet, guidance)
-        side = latent_size // divisor
-        check_boxes({subject.name: subject.box for subject in subjects}, side)
+        """With `accelerate` the two functions of tensors are wrapped, as by CUDA graphs."""
+        self.backbone, self.settings, self.guidance = backbone, settings, guidance
+        self.times = backbone.process.times(settings.steps)
+        self._times = torch.tensor(self.times)
+        self.gradient = accelerate(self._loss_and_gradient)
+        self.prediction = accelerate(self._prediction_and_maps)
 
-        self.schedule = schedule
-        self.settings = settings
-        self.guidance = guidance
-        self.seed = seed
-        self.timesteps = ddim_timesteps(settings.steps, schedule)
+    @torch.no_grad()
+    def __call__(
+        self,
+        conditioning: Conditioning,
+        latents: Tensor,
+        boxes: Mapping[str, Sequence[float]] | None = None,
+        tokens: PromptTokens | None = None,
+        seed: int = 0,
+        on_step: Callable[[StepReport], None] | None = None,
+    ) -> Tensor:
+        """Latents in which each subject stands in its box; without boxes this is plain sampling.
+
+        Args:
+            conditioning: 2B rows, unconditional ones first.
+            latents: (B, C, h, w) standard normal; h = w if there are boxes. Sampling keeps their precision.
+            boxes: [x0, y0, x1, y1] in [0, 1] by the name of the subject.
+            tokens: where the subjects and the function words stand in the prompt; needed with boxes.
+            seed: seeds k-means.
+            on_step: called after every step, for progress bars and pictures.
+
+        Returns:
+            (B, C, h, w) clean latents.
+
+        Raises:
+            MifoError: an impossible box, sites that do not fit, latents that are not square, or numbers of
+                rows that disagree.
+        """
+        if conditioning.samples != 2 * len(latents):
+            raise MifoError(
+                f"{len(latents)} samples need {2 * len(latents)} rows of conditioning, unconditional first, "
+                f"but there are {conditioning.samples}."
+            )
+        regions = None
+        if boxes:
+            if latents.shape[-1] != latents.shape[-2]:
+                raise MifoError("Box control needs square pictures: give latents of equal height and width.")
+            regions = Regions(self, boxes, tokens, len(latents), latents.device, seed)
+        for step, time in enumerate(self.times):
+            losses = latents.new_zeros(0)
+            if regions:
+                latents, losses = regions.guide(latents, conditioning, step)
+                regions.renew(step)
+            latents = self.denoise(latents, conditioning, step, regions)
+            if on_step:
+                shapes = regions and regions.shapes
+                on_step(StepReport(step, len(self.times), time, latents, shapes, losses))
+        return latents
+
+    def denoise(
+        self, latents: Tensor, conditioning: Conditioning, step: int, regions: "Regions | None" = None
+    ) -> Tensor:
+        """One sampling step of latents (B, C, h, w), bounded by regions."""
+        rules = regions.rules(guidance=False) if regions else None
+        leading = regions.words.leading if regions and regions.records else None
+        time = self.time(step, latents.device)
+        prediction, maps = self.prediction(latents, time, conditioning, rules, leading)
+        if regions:
+            regions.add(maps)
+        guided = classifier_free_guidance(*prediction.chunk(2), self.settings.guidance_scale)
+        return self.backbone.process.step(latents, guided, self.times, step)
+
+    def time(self, step: int, device: torch.device) -> Tensor:
+        """The time of a step, a scalar; the times go to the device once, since each way there waits for it."""
+        self._times = self._times.to(device)
+        return self._times[step]
+
+    def _prediction_and_maps(
+        self,
+        latents: Tensor,
+        time: Tensor,
+        conditioning: Conditioning,
+        rules: Rules | None,
+        leading: Tensor | None,
+    ) -> tuple[Tensor, dict[Kind, Tensor]]:
+        """Both halves of a prediction, (2B, C, h, w) in the latents' precision, and the mean maps of each kind.
+
+        Maps are read if `leading`, the position (S,) of each subject's leading token, is given: pixels (B, n, n)
+        and words (B, n, S), means over heads and sites, conditional half.
+        """
+        reads: dict[Site, Read] = {}
+        if leading is not None:
+            keep: dict[Kind, Read] = {
+                "pixels": lambda probabilities: probabilities.chunk(2)[1].mean(dim=1),
+                "words": lambda probabilities: probabilities.chunk(2)[1].mean(dim=1)[..., leading],
+            }
+            reads = {site: keep[site.kind] for site in sites_in_use(self.backbone, self.guidance)[1]}
+        both = torch.cat([latents, latents])
+        prediction, maps = self.backbone.predict(both, time, conditioning, reads, rules)
+        return prediction.to(latents.dtype), {
+            kind: torch.stack(of_kind).mean(0)
+            for kind in ("pixels", "words")
+            if (of_kind := [each for site, each in maps.items() if site.kind == kind])
+        }
+
+    def _loss_and_gradient(
+        self,
+        latents: Tensor,
+        time: Tensor,
+        alphas: Tensor,
+        conditional: Conditioning,
+        rules: Rules | None,
+        shapes: Mapping[tuple[int, int], Tensor],
+        context: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """`loss_and_gradient` of the latents by one guidance pass, of the conditional half alone.
+
+        Args:
+            shapes: bool (B, S, n) by size. context: bool (1, S, L), the words that the loss reads.
+        """
+        sites = sites_in_use(self.backbone, self.guidance)[0]
+        reads = {
+            site: partial(
+                attention_sums,
+                shapes=shapes[site.size],
+                context=context if site.kind == "words" else shapes[site.size],
+            )
+            for site in sites
+        }
+
+        def sums(z: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+            found = self.backbone.maps(z, time, conditional, reads, rules)
+            words, pixels = (
+                [each for site, each in found.items() if site.kind == kind] for kind in ("words", "pixels")
+            )
+            return words, pixels
+
+        return loss_and_gradient(latents, sums, alphas, self.guidance)
+
+
+class Regions:
+    """The regions of one prompt: boxes at first, later the shapes that form inside them.
+
+    Of each sampling step, call `guide` and `renew`, then `Sampler.denoise`, in this order.
+
+    Attributes:
+        shapes: bool (B, S, R, R) in force.
+        words: where the subjects' words stand.
+        records: whether shapes will be renewed, so that the maps of denoising passes are kept.
+        counter: readings of the penalty's weight α so far; set it to go on in the middle of a run.
+        totals, passes: sums of the maps over denoising passes, by kind, and how many they are.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        boxes: Mapping[str, Sequence[float]],
+        tokens: PromptTokens,
+        samples: int,
+        device: torch.device,
+        seed: int = 0,
+    ) -> None:
+        """Arguments as for `Sampler.__call__`; `samples` is B.
+
+        Raises:
+            MifoError: too many boxes, an impossible one, or one smaller than a pixel of the shapes.
+        """
+        self._sampler, self._guidance, self._seed = sampler, sampler.guidance, seed
+        guided, shaping = sites_in_use(sampler.backbone, sampler.guidance)
+        self._guided_sizes = {site.size for site in guided}
+        side = shaping[0].size[0]
+        if len(boxes) > MOST_SUBJECTS:
+            raise MifoError(f"{len(boxes)} boxes are too many: a prompt can have {MOST_SUBJECTS}.")
+        check_boxes(boxes, side)
+        self.words = SubjectWords.of([tokens.subjects[name] for name in boxes], tokens, device)
+        edges = list(boxes.values())
+        self.boxes = rasterise_boxes(edges, side, device)
+        self.shapes = self.boxes.expand(samples, -1, -1, -1)
+        self._shapes_at: Callable[[tuple[int, int]], Tensor] = lambda size: rasterise_boxes(
+            edges, size[0], device
+        ).expand(samples, -1, -1, -1)
+        self.records = any(self._renews_at(step) for step in range(1, len(sampler.times)))
         self.counter = 0
-        self._records = any(self._renews_at(step) for step in range(1, len(self.timesteps)))
-        device = encoder_hidden_states.device
-        boxes = [subject.box for subject in subjects]
-        self.boxes = rasterise_boxes(boxes, side, device)
-        self.shapes = self.boxes[None]
+        self.totals: dict[Kind, Tensor] = {}
+        self.passes = 0
         self._centres: Tensor | None = None
-        prompt = (
-            encoder_hidden_states,
-            [subject.token_indices for subject in subjects],
-            filter_indices,
-            eos_index,
-        )
-        form = (encoder_hidden_states.shape, latent_size, len(subjects), guidance_layers, shape_layers)
-        self._attention = (kept or KeptPasses()).of_form(
-            (*form, guidance.masked, guidance.cross_weight, guidance.self_weight),
-            lambda: MaskedAttention(
-                unet, *prompt, guidance_layers, shape_layers, guidance.masked, graphs, guidance
-            ),
-        )
-        self._attention.turn_to(*prompt)
-        # masks of a captured pass keep their form when each sample gets shapes of its own
-        samples = len(encoder_hidden_states) // 2 if graphs and self._records else 1
-        self._attention.bound(lambda side: rasterise_boxes(boxes, side, device).repeat(samples, 1, 1, 1))
-        self._times = torch.tensor(self.timesteps, device=device)
+        self._rules: dict[bool, Rules] = {}
 
-    def guide(self, latents: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Descend on the guidance loss, if the step is guided: latents (B, 4, H, W), losses (iterations,)."""
-        if step >= self.guidance.guided_steps:
+    def rules(self, guidance: bool) -> Rules | None:
+        """The rules of a guidance pass or of a denoising pass, made once for each set of shapes."""
+        if not self._guidance.masked:
+            return None
+        if guidance not in self._rules:
+            sizes = {site.size for site in self._sampler.backbone.sites}
+            self._rules[guidance] = region_rules(self._shapes_at, sizes, self.words, guidance)
+        return self._rules[guidance]
+
+    def guide(self, latents: Tensor, conditioning: Conditioning, step: int) -> tuple[Tensor, Tensor]:
+        """Descend on the guidance loss, if the step is guided: latents (B, C, h, w), losses (iterations,)."""
+        if step >= self._guidance.guided_steps:
             return latents, latents.new_zeros(0)
-        latents, losses, self.counter = descend(
-            latents,
-            lambda z, alphas: self._attention.guidance_gradient(z, self._times[step], alphas),
-            step,
-            self.counter,
-            self.guidance,
-        )
+        conditional = conditioning.rows(slice(len(latents), None))
+        shapes = {size: self._shapes_at(size).flatten(2) for size in self._guided_sizes}
+
+        def differentiate(z: Tensor, alphas: tuple[float, float]) -> tuple[Tensor, Tensor]:
+            return self._sampler.gradient(
+                z,
+                self._sampler.time(step, z.device),
+                torch.tensor(alphas, device=z.device),
+                conditional,
+                self.rules(guidance=True),
+                shapes,
+                self.words.context,
+            )
+
+        latents, losses, self.counter = descend(latents, differentiate, step, self.counter, self._guidance)
         return latents, losses
 
     def renew(self, step: int) -> None:
@@ -139,187 +282,56 @@ class BoxSampler:
         if not self._renews_at(step):
             return
         self.shapes, self._centres = renew_shapes(
-            self._attention.self_map,
-            self._attention.cross_map,
+            self.totals["pixels"] / self.passes,
+            self.totals["words"] / self.passes,
             self.shapes,
             self.boxes,
-            self.guidance.clusters_per_subject,
-            self.guidance.shape_threshold,
-            self.guidance.restarts,
-            self.seed,
+            self._guidance.clusters_per_subject,
+            self._guidance.shape_threshold,
+            self._guidance.restarts,
+            self._seed,
             self._centres,
         )
-        self._attention.bound(lambda side: resize_shapes(self.shapes, side))
+        self._shapes_at = lambda size: resize_shapes(self.shapes, size[0])
+        self._rules.clear()
 
-    def denoise(self, latents: Tensor, step: int) -> Tensor:
-        """One DDIM step of latents (B, 4, H, W)."""
-        prediction = self._attention.denoising_pass(latents, self._times[step], self._records)
-        return _ddim(self.schedule, self.settings, latents, prediction, self.timesteps[step])
+    def add(self, maps: Mapping[Kind, Tensor]) -> None:
+        """Add the maps of a denoising pass to the running means."""
+        for kind, each in maps.items():
+            self.totals[kind] = self.totals.get(kind, 0.0) + each
+        self.passes += bool(maps)
 
     def _renews_at(self, step: int) -> bool:
-        since = step - self.guidance.shapes_from
-        every = self.guidance.shapes_every
-        return self.guidance.masked and every > 0 and since >= 0 and since % every == 0
-
-    def __enter__(self) -> Self:
-        self._attention.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._attention.__exit__(kind, error, trace)
+        since = step - self._guidance.shapes_from
+        every = self._guidance.shapes_every
+        return self._guidance.masked and every > 0 and since >= 0 and since % every == 0
 
 
-class KeptPasses:
-    """The U-Net's passes of the last synthesis, so that one of the same form goes on with their CUDA graphs.
-
-    It serves one U-Net, with or without graphs throughout.
-    """
-
-    def __init__(self) -> None:
-        self._form: tuple[Any, ...] | None = None
-        self._passes: Any = None
-
-    def of_form(self, form: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        """What was kept of this form, else what `make` makes."""
-        if form != self._form:
-            self._passes = None  # the memory of old graphs goes before new ones are captured
-            self._form, self._passes = form, make()
-        return self._passes
-
-
-def layers_in_use(unet: nn.Module, guidance: GuidanceSettings) -> tuple[Sequence[int], Sequence[int], int]:
-    """The layers that the loss reads, those that give the shapes, and the divisor of the latter.
+def sites_in_use(backbone: Backbone, guidance: GuidanceSettings) -> tuple[Sequence[Site], Sequence[Site]]:
+    """The sites that the guidance loss reads, and those that give the shapes.
 
     Raises:
-        MifoError: a choice of layers that cannot be read.
+        MifoError: a choice of sites that cannot be read.
     """
-    layers, by_place = attention_layers(unet), choose_layers(unet)
-    guidance_layers = by_place.guidance if guidance.layers is None else guidance.layers
-    shape_layers = by_place.shapes if guidance.shape_layers is None else guidance.shape_layers
-    for option, chosen in (("layers", guidance_layers), ("shape_layers", shape_layers)):
-        if not chosen:
+    chosen = []
+    for option, default in (
+        ("layers", backbone.default_sites.guidance),
+        ("shape_layers", backbone.default_sites.shapes),
+    ):
+        wanted = getattr(guidance, option)
+        if wanted is None:
+            chosen.append(default)
+            continue
+        if not wanted:
             raise MifoError(f"guidance.{option} is empty: name at least one layer.")
-        if unknown := set(chosen) - {layer.index for layer in layers}:
+        if unknown := set(wanted) - {site.index for site in backbone.sites}:
             raise MifoError(
-                f"guidance.{option} names layer {min(unknown)}, but the U-Net has 0 to {len(layers) - 1}."
+                f"guidance.{option} names layer {min(unknown)}, but the model has 0 to {len(backbone.sites) - 1}."
             )
-    shaping = [layer for layer in layers if layer.index in shape_layers]
-    kinds, divisors = {layer.kind for layer in shaping}, {layer.divisor for layer in shaping}
-    if len(kinds) < 2 or len(divisors) > 1:
+        chosen.append(tuple(site for site in backbone.sites if site.index in wanted))
+    guided, shaping = chosen
+    if len({site.kind for site in shaping}) < 2 or len({site.size for site in shaping}) > 1:
         raise MifoError(
             "guidance.shape_layers must name a self- and a cross-attention layer at least, of one resolution."
         )
-    return guidance_layers, shape_layers, shaping[0].divisor
-
-
-@torch.no_grad()
-def synthesize(
-    unet: nn.Module,
-    schedule: NoiseSchedule,
-    encoder_hidden_states: Tensor,
-    latents: Tensor,
-    subjects: Sequence[Subject],
-    filter_indices: Sequence[int],
-    eos_index: int,
-    settings: SynthesisSettings,
-    guidance: GuidanceSettings,
-    seed: int = 0,
-    on_step: Callable[[StepReport], None] | None = None,
-    graphs: bool = False,
-    kept: KeptPasses | None = None,
-) -> Tensor:
-    """Sample latents in which each subject stands in its box; without subjects this is plain DDIM sampling.
-
-    Args:
-        unet: a diffusers `UNet2DConditionModel`, whose parameters need no gradients. Its attention processors
-            are as before on return, also after an exception.
-        encoder_hidden_states: (2B, L, width), unconditional rows first, in the U-Net's precision.
-        latents: (B, 4, H, W) standard normal; H = W if there are subjects. Sampling keeps their precision.
-        filter_indices: positions of the prompt's function words, see `mifo.method.prompts`.
-        eos_index: position of the first end-of-text token.
-        seed: seeds k-means.
-        on_step: called after every step, for progress bars and pictures.
-        graphs: replay the U-Net's passes as CUDA graphs; that needs a GPU of NVIDIA.
-        kept: given to one synthesis after the other, it saves those of the same form the capture.
-
-    Returns:
-        (B, 4, H, W) clean latents.
-
-    Raises:
-        MifoError: an impossible box, layers that do not fit, latents that are not square, or shapes that
-            disagree.
-    """
-    if len(encoder_hidden_states) != 2 * len(latents):
-        raise MifoError(
-            f"{len(latents)} samples need {2 * len(latents)} rows of text states, unconditional first, "
-            f"but there are {len(encoder_hidden_states)}."
-        )
-    if not subjects:
-        predict = (kept or KeptPasses()).of_form(
-            (latents.shape, encoder_hidden_states.shape),
-            lambda: GraphedFunction(partial(_prediction, unet), graphs),
-        )
-        return _sample_plainly(predict, schedule, encoder_hidden_states, latents, settings, on_step)
-    if latents.shape[-1] != latents.shape[-2]:
-        raise MifoError("Box control needs square pictures: give latents of equal height and width.")
-    if len(subjects) > MOST_SUBJECTS:
-        raise MifoError(f"{len(subjects)} boxes are too many: a prompt can have {MOST_SUBJECTS}.")
-    sampler = BoxSampler(
-        unet,
-        schedule,
-        encoder_hidden_states,
-        latents.shape[-1],
-        subjects,
-        filter_indices,
-        eos_index,
-        settings,
-        guidance,
-        seed,
-        graphs,
-        kept,
-    )
-    with sampler:
-        for step, timestep in enumerate(sampler.timesteps):
-            latents, losses = sampler.guide(latents, step)
-            sampler.renew(step)
-            latents = sampler.denoise(latents, step)
-            if on_step:
-                shapes = sampler.shapes.expand(len(latents), -1, -1, -1)
-                on_step(StepReport(step, settings.steps, timestep, latents, shapes, losses))
-    return latents
-
-
-def _prediction(unet: nn.Module, latents: Tensor, time: Tensor, text_states: Tensor) -> Tensor:
-    """Both halves (2B, 4, H, W) in the latents' precision."""
-    both = torch.cat([latents, latents]).to(text_states.dtype)
-    return unet(both, time, encoder_hidden_states=text_states).sample.to(latents.dtype)
-
-
-def _sample_plainly(
-    predict: Callable[[Tensor, Tensor, Tensor], Tensor],
-    schedule: NoiseSchedule,
-    encoder_hidden_states: Tensor,
-    latents: Tensor,
-    settings: SynthesisSettings,
-    on_step: Callable[[StepReport], None] | None,
-) -> Tensor:
-    """DDIM with the U-Net's own attention."""
-    timesteps = ddim_timesteps(settings.steps, schedule)
-    times = torch.tensor(timesteps, device=latents.device)
-    for step, timestep in enumerate(timesteps):
-        prediction = predict(latents, times[step], encoder_hidden_states)
-        latents = _ddim(schedule, settings, latents, prediction, timestep)
-        if on_step:
-            on_step(StepReport(step, settings.steps, timestep, latents, None, latents.new_zeros(0)))
-    return latents
-
-
-def _ddim(
-    schedule: NoiseSchedule, settings: SynthesisSettings, latents: Tensor, prediction: Tensor, timestep: int
-) -> Tensor:
-    """Combine both halves of a prediction (2B, 4, H, W) and take the DDIM step."""
-    guided = classifier_free_guidance(*prediction.chunk(2), settings.guidance_scale)
-    stride = len(schedule.alphas_cumprod) // settings.steps
-    return ddim_step(schedule, latents, guided, timestep, timestep - stride)
+    return guided, shaping

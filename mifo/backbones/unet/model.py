@@ -1,0 +1,299 @@
+"""Stable Diffusion's kind: a latent U-Net with cross-attention to the hidden states of CLIP text encoders.
+
+Letters: B samples, E text encoders, L tokens, n pixels of a site.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Any, Self
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from mifo.acceleration.fused_attention import quick_to_start
+from mifo.backbones.clip import prompt_words, tokenize
+from mifo.backbones.model import DiffusionModel, Trainable
+from mifo.backbones.tokens import NewTokenRows, add_rows, extend
+from mifo.backbones.unet.attention import BoundedAttention, FusedAttention, ReadAttention, bias_of
+from mifo.backbones.unet.sites import choose_sites, network_sites
+from mifo.backbones.unet.trainable import add_adapters, trainable_parameters
+from mifo.method.backbone import Conditioning, DefaultSites, Read, Rule, Rules, Site
+from mifo.method.diffusion.ddim import DDIM
+from mifo.method.prompts.instances import PromptWords
+
+Processors = Mapping[int, object]
+
+
+class AttentiveUNet:
+    """A U-Net whose attention can be read and bounded for one pass; its processors are put back afterwards.
+
+    Attributes:
+        unet: a diffusers `UNet2DConditionModel`, or what has its modules and configuration.
+        sites: in order of execution. default_sites: see `choose_sites`.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        self.unet = unet
+        placed = network_sites(unet)
+        self.sites = tuple(each.site for each in placed)
+        self.default_sites = choose_sites(placed)
+        self._modules = [unet.get_submodule(site.name) for site in self.sites]
+
+    def predict(
+        self,
+        noisy: Tensor,
+        time: Tensor,
+        conditioning: Conditioning,
+        reads: Mapping[Site, Read] | None = None,
+        rules: Rules | None = None,
+    ) -> tuple[Tensor, dict[Site, Tensor]]:
+        """See `Backbone.predict`."""
+        kept: dict[Site, Tensor] = {}
+        with self._installed(self._processors(reads or {}, rules, kept, None)):
+            return self._forward(noisy, time, conditioning), kept
+
+    def maps(
+        self,
+        noisy: Tensor,
+        time: Tensor,
+        conditioning: Conditioning,
+        reads: Mapping[Site, Read],
+        rules: Rules | None = None,
+    ) -> dict[Site, Tensor]:
+        """See `Backbone.maps`."""
+        kept: dict[Site, Tensor] = {}
+        last = max(reads, key=lambda site: site.index)
+        with suppress(_AllRead), self._installed(self._processors(reads, rules, kept, last)):
+            self._forward(noisy, time, conditioning)
+        return kept
+
+    def enable_checkpointing(self) -> None:
+        """Compute activations twice instead of keeping them; the second time finds the processors of the first."""
+
+        def twice(module: nn.Module, *inputs: Any) -> Any:
+            then = [each.processor for each in self._modules]
+            again = lambda: (nullcontext(), self._installed(then))  # noqa: E731
+            return checkpoint(module.__call__, *inputs, use_reentrant=False, context_fn=again)
+
+        self.unet.enable_gradient_checkpointing(gradient_checkpointing_func=twice)
+
+    def _forward(self, noisy: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        parts = dict(conditioning.parts)
+        states = parts.pop("states")
+        added = {"added_cond_kwargs": parts} if parts else {}
+        return self.unet(
+            noisy.to(states.dtype), time, encoder_hidden_states=states, return_dict=False, **added
+        )[0]
+
+    def _processors(
+        self, reads: Mapping[Site, Read], rules: Rules | None, kept: dict[Site, Tensor], last: Site | None
+    ) -> list[object]:
+        """A processor for each site; sites of one rule share its bias."""
+        biases: dict[tuple[int, torch.dtype], Tensor] = {}
+
+        def bias(rule: Rule, dtype: torch.dtype) -> Tensor:
+            name = (id(rule), dtype)
+            if name not in biases:
+                biases[name] = bias_of(rule, dtype)
+            return biases[name]
+
+        def keeper(site: Site) -> Any:
+            def keep(read: Tensor) -> None:
+                kept[site] = read
+                if site == last:
+                    raise _AllRead
+
+            return keep
+
+        found: list[object] = []
+        for site in self.sites:
+            rule = rules.of(site) if rules else None
+            if site in reads:
+                found.append(ReadAttention(reads[site], keeper(site), rule, bias))
+            else:
+                found.append(BoundedAttention(rule, bias) if rule else FusedAttention())
+        return found
+
+    @contextmanager
+    def _installed(self, processors: Sequence[object]) -> Iterator[None]:
+        before = [module.processor for module in self._modules]
+        try:
+            for module, processor in zip(self._modules, processors, strict=True):
+                module.processor = processor
+            yield
+        finally:
+            for module, processor in zip(self._modules, before, strict=True):
+                module.processor = processor
+
+
+class _AllRead(Exception):
+    """Ends a pass of which nothing further is read."""
+
+
+@dataclass
+class UNetModel(DiffusionModel):
+    """The parts of a latent diffusion model with a U-Net, and where they came from."""
+
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    noise_scheduler: DDPMScheduler
+    name: str
+    source: str
+    revision: str | None
+    fingerprint: str
+
+    @cached_property
+    def attentive(self) -> AttentiveUNet:
+        return AttentiveUNet(self.unet)
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        return {"unet": self.unet, "text_encoder": self.text_encoder}
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        side = self.unet.config.sample_size
+        return self.unet.config.in_channels, side, side
+
+    @property
+    def image_size(self) -> int:
+        return self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def process(self) -> DDIM:
+        schedule = self._process.get(self.device)
+        if schedule is None:
+            schedule = self._process[self.device] = DDIM.from_scheduler(self.noise_scheduler, self.device)
+        return schedule
+
+    @cached_property
+    def _process(self) -> dict[torch.device, DDIM]:
+        return {}
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self.attentive.sites
+
+    @property
+    def default_sites(self) -> DefaultSites:
+        return self.attentive.default_sites
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.unet
+
+    @property
+    def autoencoder(self) -> nn.Module:
+        return self.vae
+
+    def enable_checkpointing(self) -> None:
+        self.attentive.enable_checkpointing()
+        self.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def to(self, device: torch.device | str) -> Self:
+        for part in (self.text_encoder, self.vae, self.unet):
+            part.to(device)
+        return self
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Ids (B, E, L), padded; see `clip.tokenize` for what is refused."""
+        return tokenize(self.tokenizer, prompts)[:, None]
+
+    def encode(self, ids: Tensor) -> Conditioning:
+        """Hidden states (B, L, width) after the final norm, as Stable Diffusion has it, of ids (B, E, L)."""
+        # activations are computed a second time outside of this block, where they must find the same kernels
+        twice = self.text_encoder.is_gradient_checkpointing
+        with nullcontext() if twice else quick_to_start():
+            states = self.text_encoder(ids[:, 0].to(self.device)).last_hidden_state
+        return Conditioning({"states": states})
+
+    @torch.no_grad()
+    def encode_images(self, images: Iterable[Tensor], at_once: int = 8) -> tuple[Tensor, Tensor]:
+        """Images are taken `at_once` at a time, so that they need not all be in memory."""
+        scale, device = self.vae.config.scaling_factor, self.vae.device
+        images, posteriors = iter(images), []
+        while part := list(islice(images, at_once)):
+            inputs = torch.stack(part).to(device) * 2 - 1
+            posteriors.append(self.vae.encode(inputs).latent_dist)
+        return (
+            torch.cat([posterior.mean for posterior in posteriors]) * scale,
+            torch.cat([posterior.std for posterior in posteriors]) * scale,
+        )
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor, at_once: int = 4) -> Tensor:
+        parts = (latents.to(self.vae.dtype) / self.vae.config.scaling_factor).split(at_once)
+        return torch.cat([self.vae.decode(part).sample.float() for part in parts]).div(2).add(0.5).clamp(0, 1)
+
+    def predict(
+        self,
+        noisy: Tensor,
+        time: Tensor,
+        conditioning: Conditioning,
+        reads: Mapping[Site, Read] | None = None,
+        rules: Rules | None = None,
+    ) -> tuple[Tensor, dict[Site, Tensor]]:
+        return self.attentive.predict(noisy, time, conditioning, reads, rules)
+
+    def maps(
+        self,
+        noisy: Tensor,
+        time: Tensor,
+        conditioning: Conditioning,
+        reads: Mapping[Site, Read],
+        rules: Rules | None = None,
+    ) -> dict[Site, Tensor]:
+        return self.attentive.maps(noisy, time, conditioning, reads, rules)
+
+    def identity(self) -> dict[str, object]:
+        return {key: getattr(self, key) for key in ("name", "source", "revision", "fingerprint")} | {
+            "prediction_type": self.noise_scheduler.config.prediction_type
+        }
+
+    def words(self, prompt: str) -> PromptWords:
+        return prompt_words(self.tokenizer, prompt)
+
+    def add_words(
+        self, tokens: Sequence[str], initializers: Sequence[str | None] | None = None, seed: int = 0
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        if self.text_encoder is None:  # an outline, whose tokenizer alone learns the words
+            extend(self.tokenizer, tokens)
+            return
+        initial = initializers or [None] * len(tokens)
+        add_rows(self.tokenizer, self.text_encoder, tokens, initial, generator)
+
+    @property
+    def new_words(self) -> tuple[str, ...]:
+        table = self.text_encoder.get_input_embeddings()
+        return table.tokens if isinstance(table, NewTokenRows) else ()
+
+    @property
+    def new_rows(self) -> dict[str, nn.Parameter]:
+        table = self.text_encoder.get_input_embeddings()
+        return {"text_encoder": table.rows} if isinstance(table, NewTokenRows) else {}
+
+    def places(self, ids: Tensor, word: str) -> Tensor:
+        return (ids[0] == self.tokenizer.convert_tokens_to_ids(word)).nonzero()[:, 0]
+
+    def trainable(self, what: Trainable) -> dict[str, dict[str, nn.Parameter]]:
+        return trainable_parameters(self.networks, what)
+
+    def add_lora(self, rank: int) -> None:
+        add_adapters(self.networks, rank)

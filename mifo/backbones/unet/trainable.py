@@ -1,0 +1,59 @@
+"""Which parameters of a U-Net and its text encoders learn."""
+
+import re
+from collections.abc import Mapping
+
+from torch import nn
+
+from mifo.backbones.model import Trainable
+from mifo.errors import MifoError
+
+_KEYS_AND_VALUES = re.compile(r"\.attn2\.to_[kv]\.weight$")
+_ADAPTED = {"unet": ["to_q", "to_k", "to_v", "to_out.0"]}
+_ADAPTED_TEXT = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+def trainable_parameters(
+    networks: Mapping[str, nn.Module], what: Trainable
+) -> dict[str, dict[str, nn.Parameter]]:
+    """See `DiffusionModel.trainable`; `networks` are the U-Net and the text encoders by name."""
+    chosen: dict[str, dict[str, nn.Parameter]] = {}
+    for name, network in networks.items():
+        text = name != "unet"
+        apart = {id(each) for each in network.get_input_embeddings().parameters()} if text else set()
+        parameters = {
+            # transformers before 5.6 prefixes the names
+            own.removeprefix("text_model."): each
+            for own, each in network.named_parameters()
+            if id(each) not in apart
+        }
+        if what == "full" or (what == "denoiser" and not text):
+            chosen[name] = parameters
+        elif what == "cross_attention_kv" and not text:
+            chosen[name] = {own: each for own, each in parameters.items() if _KEYS_AND_VALUES.search(own)}
+        elif what == "lora":
+            chosen[name] = {own: each for own, each in parameters.items() if "lora_" in own}
+        else:
+            chosen[name] = {}
+    return chosen
+
+
+def add_adapters(networks: Mapping[str, nn.Module], rank: int) -> None:
+    """Put low-rank adapters (LoRA) on the attention projections of U-Net and text encoders.
+
+    Raises:
+        MifoError: peft, an optional dependency, is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise MifoError(
+            "trainable=lora needs the package peft; install it with: pip install 'mifo[low_vram]'."
+        ) from error
+    for name, network in networks.items():
+        # peft's own call: the models' `add_adapter` refuses releases of peft that do this just as well
+        targets = _ADAPTED.get(name, _ADAPTED_TEXT)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), network)
+        for own, parameter in network.named_parameters():
+            if "lora_" in own:  # learns in full precision, whatever that of the base model
+                parameter.data = parameter.data.float()

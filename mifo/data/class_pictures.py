@@ -1,0 +1,78 @@
+"""Pictures of the instances' classes, read from files, and the prompts that they are made of."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2.functional import center_crop, resize
+
+from mifo.data.instances import InstanceSet
+from mifo.data.settings import PriorSettings
+from mifo.errors import MifoError
+from mifo.method.prompts.articles import article
+
+UNKNOWN_CLASS = "thing"
+READ_AT_ONCE = 16  # pictures in memory
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(frozen=True)
+class ClassPictures:
+    """Class pictures (3, H, W) in [0, 1], the middle squares of these files; read as they are taken.
+
+    Raises:
+        MifoError: when pictures are taken: one can not be read.
+    """
+
+    files: list[Path]
+    side: int
+
+    def read(self, numbers: Sequence[int]) -> Iterator[Tensor]:
+        """The pictures of these numbers only."""
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, len(numbers), READ_AT_ONCE):
+                files = [self.files[i] for i in numbers[start : start + READ_AT_ONCE]]
+                yield from pool.map(partial(_read, side=self.side), files)
+
+
+def class_prompts(instances: InstanceSet, settings: PriorSettings) -> list[str]:
+    """The prompts of the class pictures: those of the settings, once for every class of the instances."""
+    names = dict.fromkeys(instances.class_names or [UNKNOWN_CLASS])
+    classes = [f"{article(name)} {name}" for name in names]
+    told = (prompt.replace("{class}", each) for prompt in settings.prompts for each in classes)
+    return list(dict.fromkeys(told))
+
+
+def own_picture_files(given: str) -> list[Path]:
+    """The pictures in the folder `settings.folder`.
+
+    Raises:
+        MifoError: it is no folder, or holds no picture.
+    """
+    folder = Path(given).expanduser()
+    if not folder.is_dir():
+        raise MifoError(
+            f"learning.prior.folder={folder} is not a folder; name one with pictures, or take null to have "
+            "them made."
+        )
+    files = sorted(file for file in folder.glob("*") if file.suffix.lower() in IMAGE_ENDINGS)
+    if not files:
+        raise MifoError(
+            f"learning.prior.folder={folder} holds no picture; put PNG, JPEG or WebP files there."
+        )
+    return files
+
+
+def _read(file: Path, side: int) -> Tensor:
+    """(3, side, side) in [0, 1], the middle square of the picture."""
+    try:
+        image = decode_image(str(file), ImageReadMode.RGB).float() / 255
+    except RuntimeError as error:
+        raise MifoError(
+            f"{file} can not be read as an image ({error}); remove it or save it anew."
+        ) from error
+    return center_crop(resize(image, [side], antialias=True), [side, side]).clamp(0, 1)

@@ -1,0 +1,62 @@
+"""Pictures of prompts and their boxes."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from rich.progress import Progress
+
+from mifo.acceleration.graphs import GraphedFunction
+from mifo.backbones.model import DiffusionModel
+from mifo.data.layouts import Layout
+from mifo.data.saved_pictures import Picture
+from mifo.method.guidance.settings import GuidanceSettings
+from mifo.method.prompts.instances import find_instances
+from mifo.method.synthesis.sampler import Sampler
+from mifo.method.synthesis.settings import SynthesisSettings
+
+
+def picture_sampler(
+    model: DiffusionModel, settings: SynthesisSettings, guidance: GuidanceSettings, graphs: bool = False
+) -> Sampler:
+    """A sampler of pictures; with `graphs` the network's passes are replayed as CUDA graphs."""
+    return Sampler(model, settings, guidance, partial(GraphedFunction, wanted=graphs))
+
+
+def make_pictures(
+    model: DiffusionModel,
+    wanted: Sequence[Layout],
+    settings: SynthesisSettings,
+    guidance: GuidanceSettings,
+    seed: int,
+    graphs: bool = False,
+    sampler: Sampler | None = None,
+) -> list[Picture]:
+    """Pictures of every layout; picture j of a prompt starts from the noise of seed + j on every device.
+
+    Args:
+        sampler: of an earlier call with the same model and settings, whose CUDA graphs are used again.
+    """
+    seeds = range(seed, seed + settings.samples)
+    noise = torch.stack(
+        [torch.randn(model.latent_shape, generator=torch.Generator().manual_seed(each)) for each in seeds]
+    ).to(model.device)
+    sampler = sampler or picture_sampler(model, settings, guidance, graphs)
+    pictures = []
+    with Progress() as progress:
+        bar = progress.add_task("synthesis", total=len(wanted) * settings.steps)
+        for layout in wanted:
+            prompts = [settings.negative_prompt] * len(noise) + [layout.prompt] * len(noise)
+            latents = sampler(
+                model.encode_prompts(prompts).to(model.dtype),
+                noise,
+                layout.boxes,
+                find_instances(layout.prompt, list(layout.boxes), model.words),
+                seed,
+                on_step=lambda report: progress.advance(bar),
+            )
+            pictures += [
+                Picture(image.cpu(), layout.prompt, layout.boxes, each)
+                for image, each in zip(model.decode_latents(latents), seeds, strict=True)
+            ]
+    return pictures

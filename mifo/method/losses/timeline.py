@@ -1,0 +1,133 @@
+"""Which terms of the attention loss are active at a step, with which weight."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mifo.errors import MifoError
+from mifo.method.backbone import Backbone, Site, Stage
+from mifo.method.losses.attention_loss import AttentionLoss, find_loss
+from mifo.method.losses.settings import PenaltySettings, Ramp, TermSettings, TermStage
+
+
+@dataclass(frozen=True)
+class Term:
+    """A term with its loss and the sites that it reads on a model."""
+
+    name: str
+    loss: AttentionLoss
+    sites: tuple[Site, ...]
+    settings: TermSettings
+
+
+class Timeline:
+    """The terms of one stage on one model."""
+
+    def __init__(self, settings: PenaltySettings, stage: Stage, steps: int, backbone: Backbone) -> None:
+        self._steps = steps
+        self._terms = [
+            Term(name, loss, _sites(name, each, loss, stage, backbone), each)
+            for name, each in settings.terms.items()
+            if each.stage in (stage, TermStage.both)
+            for loss in [find_loss(each.loss)]
+        ]
+
+    def active(self, step: int) -> tuple[Term, ...]:
+        """The terms that count at a step, which is counted from 0 within its stage."""
+        return tuple(
+            term
+            for term in self._terms
+            if term.settings.from_step <= step < self._end(term.settings)
+            and (term.settings.weight or term.settings.ramp is not Ramp.constant)
+        )
+
+    def weight(self, term: Term, step: int) -> float:
+        """The factor of a term at a step: constant, or between both ends on a line or half a cosine."""
+        settings = term.settings
+        if settings.ramp is Ramp.constant or settings.weight_end is None:
+            return settings.weight
+        done = (step - settings.from_step) / max(1, self._end(settings) - settings.from_step - 1)
+        if settings.ramp is Ramp.cosine:
+            done = (1 - math.cos(math.pi * done)) / 2
+        return settings.weight + (settings.weight_end - settings.weight) * done
+
+    def spans(self) -> list[tuple[int, int, tuple[Term, ...]]]:
+        """First step, step after the last, and the active terms, wherever the set of active terms changes."""
+        ends = {0, self._steps}
+        for term in self._terms:
+            ends |= {min(max(edge, 0), self._steps) for edge in (term.settings.from_step, self._end(term.settings))}
+        ordered = sorted(ends)
+        return [(first, last, self.active(first)) for first, last in zip(ordered, ordered[1:], strict=False)]
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """All sites that the stage may read, in order of execution."""
+        return tuple(sorted({site for term in self._terms for site in term.sites}, key=lambda site: site.index))
+
+    def _end(self, settings: TermSettings) -> int:
+        return self._steps if settings.to_step is None else min(settings.to_step, self._steps)
+
+
+def attention_loss(
+    terms: Sequence[Term],
+    weights: Sequence[Tensor] | Tensor,
+    maps: Mapping[Site, Tensor],
+    masks: Mapping[tuple[int, int], Tensor],
+    valid: Tensor,
+    share: Tensor,
+) -> Tensor:
+    """The weighted sum of the terms: each summed over sites and instances, mean over samples; a scalar.
+
+    Args:
+        weights: (terms,), one factor a term; a tensor, so that a captured step reads it anew.
+        maps, masks: see `attention_loss.py`; of all sites that some term reads.
+        valid: (B, K), 1 for an instance that counts and 0 for padding.
+        share: time of each sample as a share of the whole, (B,) in [0, 1].
+    """
+    total = valid.new_zeros(())
+    for term, weight in zip(terms, weights, strict=True):
+        losses = term.loss({site: maps[site] for site in term.sites}, masks)
+        gate = (share < term.settings.time_below).float()
+        total = total + weight * (losses * valid * gate[:, None]).sum(1).mean()
+    return total
+
+
+def check_penalty(settings: PenaltySettings) -> None:
+    """Refuse impossible terms before any model is loaded; sites need the model and are checked with it.
+
+    Raises:
+        MifoError: naming the key and the values that it takes.
+    """
+    for name, term in settings.terms.items():
+        key = f"penalty.terms.{name}"
+        find_loss(term.loss)
+        if term.weight < 0 or (term.weight_end or 0) < 0:
+            raise MifoError(f"{key}.weight={term.weight} is negative; take at least 0.")
+        if term.from_step < 0 or (term.to_step is not None and term.to_step < 0):
+            raise MifoError(f"{key}.from_step and to_step count steps; take at least 0.")
+        if not 0 <= term.time_below <= 1:
+            raise MifoError(f"{key}.time_below={term.time_below} is no share of the time; take 0 to 1.")
+        if (term.ramp is Ramp.constant) != (term.weight_end is None):
+            raise MifoError(f"{key}.ramp={term.ramp} and weight_end belong together; give ramp=linear or cosine with weight_end.")
+        if term.sites is not None and not term.sites:
+            raise MifoError(f"{key}.sites is empty; name at least one site, or null for the loss's own.")
+
+
+def _sites(
+    name: str, settings: TermSettings, loss: AttentionLoss, stage: Stage, backbone: Backbone
+) -> tuple[Site, ...]:
+    if settings.sites is None:
+        return loss.sites(stage, backbone.default_sites)
+    words = [site for site in backbone.sites if site.kind == "words"]
+    chosen = []
+    for wanted in settings.sites:
+        fitting = [site for site in words if wanted in (site.name, str(site.size[0]))]
+        if not fitting:
+            raise MifoError(
+                f"penalty.terms.{name}.sites names {wanted}, which the model does not have; take sizes "
+                f"({', '.join(sorted({str(site.size[0]) for site in words}, key=int))}) or names such as {words[0].name}"
+            )
+        chosen += fitting
+    return tuple(sorted(set(chosen), key=lambda site: site.index))
