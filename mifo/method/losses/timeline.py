@@ -12,9 +12,9 @@ from mifo.method.losses.attention_loss import AttentionLoss, find_loss
 from mifo.method.losses.settings import PenaltySettings, Ramp, TermSettings, TermStage
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Term:
-    """A term with its loss and the sites that it reads on a model."""
+    """A term with its loss and the sites that it reads on a model; two terms are never equal."""
 
     name: str
     loss: AttentionLoss
