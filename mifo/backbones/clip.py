@@ -53,4 +53,6 @@ def prompt_words(tokenizer: CLIPTokenizer, prompt: str) -> PromptWords:
         words[-1] = (text + piece.removesuffix(END_OF_WORD), [*positions, position])
         open_word = piece not in added and not piece.endswith(END_OF_WORD)
     end = ids.index(tokenizer.eos_token_id, 1)
-    return PromptWords(tuple((text, tuple(places)) for text, places in words), end, tokenizer.model_max_length)
+    return PromptWords(
+        tuple((text, tuple(places)) for text, places in words), end, tokenizer.model_max_length
+    )

@@ -56,7 +56,9 @@ def add_rows(
         )
     table = text_encoder.get_input_embeddings()
     if isinstance(table, NewTokenRows):
-        raise MifoError(f"the model already carries {', '.join(table.tokens)}; load the base model anew first.")
+        raise MifoError(
+            f"the model already carries {', '.join(table.tokens)}; load the base model anew first."
+        )
     initial = _initial_rows(tokenizer, table.weight, initializers, generator)
     extend(tokenizer, tokens)
     first_id = tokenizer.convert_tokens_to_ids(tokens[0])

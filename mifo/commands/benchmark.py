@@ -24,7 +24,9 @@ def benchmark(settings: BenchmarkTaskSettings) -> Path:
     """
     wanted = settings.benchmark.rows or list(ROWS)
     if unknown := [name for name in wanted if name not in ROWS]:
-        raise MifoError(f"benchmark.rows names {unknown[0]}, which is no row; take some of {', '.join(ROWS)}.")
+        raise MifoError(
+            f"benchmark.rows names {unknown[0]}, which is no row; take some of {', '.join(ROWS)}."
+        )
     device = prepare(settings)
     bench = Bench(
         settings.benchmark,

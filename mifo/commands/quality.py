@@ -16,12 +16,12 @@ from mifo.acceleration.profile import available
 from mifo.backbones.loading import load_model
 from mifo.backbones.settings import ModelSettings
 from mifo.commands.setup import prepare
-from mifo.making.pictures import make_pictures
 from mifo.config.jobs import claim_folder
 from mifo.config.schema import QualitySettings
 from mifo.data.layouts import Layout
 from mifo.data.saved_pictures import as_image
 from mifo.errors import MifoError
+from mifo.making.pictures import make_pictures
 from mifo.miniature import quality as measures
 from mifo.miniature.pretraining.segmenter import load_segmenter
 from mifo.tables.plan import code_version

@@ -161,7 +161,9 @@ class LearningData(lightning.LightningDataModule):
         """What a step takes: the first draws of its generator."""
         selections = [self._selection(generator) for _ in range(self.batch_size)]
         flips = [self._flip(generator) for _ in selections]
-        pictures = self._integers(len(self.class_ids), self.batch_size, generator) if self._class_pictures else []
+        pictures = (
+            self._integers(len(self.class_ids), self.batch_size, generator) if self._class_pictures else []
+        )
         return _Choices(selections, flips, [(i, self._flip(generator)) for i in pictures])
 
     def _encode(self, pairs: Iterable[tuple[int, int]]) -> None:

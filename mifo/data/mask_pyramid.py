@@ -22,7 +22,9 @@ class MaskPyramid:
     latent: Tensor
 
     @classmethod
-    def of(cls, masks: Tensor, sizes: Collection[tuple[int, int]], latent_size: tuple[int, int]) -> "MaskPyramid":
+    def of(
+        cls, masks: Tensor, sizes: Collection[tuple[int, int]], latent_size: tuple[int, int]
+    ) -> "MaskPyramid":
         """From masks (N, H, W) in [0, 1]."""
         both = torch.stack([masks, masks.flip(-1)])
         both = torch.cat([both, torch.zeros_like(both[:, :1])], 1)

@@ -78,7 +78,9 @@ def learning_loss(
     read = word_maps(inputs.word_positions)
     reads = {site: read for term in terms for site in term.sites}
     prediction, maps = backbone.predict(noisy, inputs.times, conditioning, reads)
-    maps = {site: flat.transpose(1, 2).unflatten(-1, site.size) for site, flat in maps.items()}  # (B, K, h, w)
+    maps = {
+        site: flat.transpose(1, 2).unflatten(-1, site.size) for site, flat in maps.items()
+    }  # (B, K, h, w)
     target = process.target(inputs.latents, inputs.noise, inputs.times)
 
     classes = len(inputs.latents) - len(inputs.word_positions)

@@ -1,23 +1,10 @@
-"""Break-a-Scene's protocol (arXiv 2305.16311, section 4): endings of its prompts, and the text to compare.
+"""Break-a-Scene's protocol (arXiv 2305.16311, section 4): the text that a picture is compared with.
 
-Its prompts run over all subsets of the instances: `layout=power_set`.
+Its prompts run over all subsets of the instances and ten endings: `layout=power_set`.
 """
 
 import re
 from collections.abc import Sequence
-
-ENDINGS = (
-    "at the beach",
-    "in the jungle",
-    "in the snow",
-    "in the street",
-    "on top of a pink fabric",
-    "on top of a wooden floor",
-    "with a city in the background",
-    "with a mountain in the background",
-    "with the Eiffel tower in the background",
-    "floating on top of water",
-)
 
 
 def name_classes(prompt: str, tokens: Sequence[str], class_names: Sequence[str | None]) -> str:

@@ -89,7 +89,12 @@ class LearningStage(lightning.LightningModule):
         self.last = LossParts(total.detach(), **parts, maps=maps)
         # values are read, which waits for the device, only at the steps that are logged
         if self.global_step % self.trainer.log_every_n_steps == 0:
-            self.log_dict({f"{self.stage}/loss/{name}": value for name, value in {"total": self.last.total, **parts}.items()})
+            self.log_dict(
+                {
+                    f"{self.stage}/loss/{name}": value
+                    for name, value in {"total": self.last.total, **parts}.items()
+                }
+            )
 
     def forward(
         self, terms: tuple[Term, ...], batch: LearningBatch, weights: Tensor

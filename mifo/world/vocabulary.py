@@ -4,10 +4,6 @@ Everything an instance is *beyond* its words (the exact hue inside a colour word
 proportions, the pattern's size and angle) is continuous, so that a caption never tells a whole instance.
 """
 
-from __future__ import annotations
-
-from mifo.metrics.protocol import ENDINGS
-
 THINGS = (
     "car",
     "house",
@@ -41,7 +37,18 @@ HELD_OUT_HUES = (0.6, 0.72)
 PATTERNS = ("plain", "striped", "dotted", "checked")
 """Pattern words; a plain thing carries no pattern word in a caption."""
 
-BACKGROUNDS = ENDINGS
+BACKGROUNDS = (
+    "at the beach",
+    "in the jungle",
+    "in the snow",
+    "in the street",
+    "on top of a pink fabric",
+    "on top of a wooden floor",
+    "with a city in the background",
+    "with a mountain in the background",
+    "with the Eiffel tower in the background",
+    "floating on top of water",
+)
 """The ten prompt endings of Break-a-Scene's evaluation (arXiv 2305.16311), each with a drawing of its own."""
 
 PROMPT_START = "a photo of"

@@ -31,7 +31,9 @@ class FusedAttention:
         bias = _own_mask(attn, attention_mask, key)
         return _merged(attn, self.attend(attn, query, key, value, bias))
 
-    def attend(self, attn: nn.Module, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    def attend(
+        self, attn: nn.Module, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
+    ) -> Tensor:
         """(B, heads, n, d) of queries (B, heads, n, d), keys and values (B, heads, m, d)."""
         with quick_to_start(min(query.shape[2], key.shape[2])):
             return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=attn.scale)
@@ -43,7 +45,9 @@ class BoundedAttention(FusedAttention):
     def __init__(self, rule: Rule, bias: Bias) -> None:
         self.rule, self.bias = rule, bias
 
-    def attend(self, attn: nn.Module, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    def attend(
+        self, attn: nn.Module, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
+    ) -> Tensor:
         if runs_as_kernels(query, key, value, attn.scale):
             return bounded_attention(query, key, value, *self.rule, attn.scale)
         with quick_to_start(query.shape[2]):
@@ -60,7 +64,9 @@ class ReadAttention(FusedAttention):
     def __init__(self, read: Read, keep: Callable[[Tensor], None], rule: Rule | None, bias: Bias) -> None:
         self.read, self.keep, self.rule, self.bias = read, keep, rule, bias
 
-    def attend(self, attn: nn.Module, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    def attend(
+        self, attn: nn.Module, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
+    ) -> Tensor:
         if self.rule is not None:
             bias = self.bias(self.rule, query.dtype)
         probabilities = attention_probabilities(query, key, attn.scale, bias)

@@ -41,13 +41,21 @@ def find_loss(name: str) -> AttentionLoss:
     except ModuleNotFoundError as error:
         raise MifoError(f"loss={name} does not exist; take one of {', '.join(known_losses())}") from error
     for each, value in vars(found).items():
-        own = inspect.isclass(value) and value.__module__ == found.__name__ and issubclass(value, AttentionLoss)
+        own = (
+            inspect.isclass(value) and value.__module__ == found.__name__ and issubclass(value, AttentionLoss)
+        )
         if own and each == (wanted if module else each):
             return value()
-    raise MifoError(f"loss={name} names no subclass of AttentionLoss; take one of {', '.join(known_losses())}")
+    raise MifoError(
+        f"loss={name} names no subclass of AttentionLoss; take one of {', '.join(known_losses())}"
+    )
 
 
 def known_losses() -> list[str]:
     """The names of the losses in this folder."""
     files = sorted(Path(__file__).parent.glob("*.py"))
-    return [file.stem for file in files if "(AttentionLoss)" in file.read_text(encoding="utf-8") and file.stem != Path(__file__).stem]
+    return [
+        file.stem
+        for file in files
+        if "(AttentionLoss)" in file.read_text(encoding="utf-8") and file.stem != Path(__file__).stem
+    ]

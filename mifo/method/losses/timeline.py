@@ -57,14 +57,18 @@ class Timeline:
         """First step, step after the last, and the active terms, wherever the set of active terms changes."""
         ends = {0, self._steps}
         for term in self._terms:
-            ends |= {min(max(edge, 0), self._steps) for edge in (term.settings.from_step, self._end(term.settings))}
+            ends |= {
+                min(max(edge, 0), self._steps) for edge in (term.settings.from_step, self._end(term.settings))
+            }
         ordered = sorted(ends)
         return [(first, last, self.active(first)) for first, last in zip(ordered, ordered[1:], strict=False)]
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """All sites that the stage may read, in order of execution."""
-        return tuple(sorted({site for term in self._terms for site in term.sites}, key=lambda site: site.index))
+        return tuple(
+            sorted({site for term in self._terms for site in term.sites}, key=lambda site: site.index)
+        )
 
     def _end(self, settings: TermSettings) -> int:
         return self._steps if settings.to_step is None else min(settings.to_step, self._steps)
@@ -110,7 +114,9 @@ def check_penalty(settings: PenaltySettings) -> None:
         if not 0 <= term.time_below <= 1:
             raise MifoError(f"{key}.time_below={term.time_below} is no share of the time; take 0 to 1.")
         if (term.ramp is Ramp.constant) != (term.weight_end is None):
-            raise MifoError(f"{key}.ramp={term.ramp} and weight_end belong together; give ramp=linear or cosine with weight_end.")
+            raise MifoError(
+                f"{key}.ramp={term.ramp} and weight_end belong together; give ramp=linear or cosine with weight_end."
+            )
         if term.sites is not None and not term.sites:
             raise MifoError(f"{key}.sites is empty; name at least one site, or null for the loss's own.")
 

@@ -67,9 +67,7 @@ def check_instances(prompt: str, keys: Iterable[str], known: Collection[str]) ->
             raise MifoError(_lacking(prompt, key))
 
 
-def find_instances(
-    prompt: str, keys: Sequence[str], words_of: Callable[[str], PromptWords]
-) -> PromptTokens:
+def find_instances(prompt: str, keys: Sequence[str], words_of: Callable[[str], PromptWords]) -> PromptTokens:
     """Find the tokens of instances, of other boxed phrases and of function words.
 
     Every occurrence of a key counts. Longer keys are found first and keep their tokens, so that "red car" and

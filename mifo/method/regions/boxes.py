@@ -1,10 +1,6 @@
-"""Boxes as grids of pixels, and grids at other resolutions."""
+"""Boxes: their edges in pixels, and what is refused. Needs no torch."""
 
 from collections.abc import Mapping, Sequence
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from mifo.errors import MifoError
 
@@ -16,25 +12,6 @@ def box_edges(box: Sequence[float], side: int) -> tuple[int, int, int, int]:
     """
     x0, y0, x1, y1 = (round(edge * side) for edge in box)
     return x0, y0, x1, y1
-
-
-def rasterise_boxes(
-    boxes: Sequence[Sequence[float]], side: int, device: torch.device | None = None
-) -> Tensor:
-    """Boxes (S, 4) in [0, 1] as bool grids (S, side, side), filled from round(x0·side) to round(x1·side) − 1.
-
-    A small box may hold no pixel of a coarse grid; see `check_boxes`.
-    """
-    grid = torch.zeros(len(boxes), side, side, dtype=torch.bool)
-    for subject, box in enumerate(boxes):
-        x0, y0, x1, y1 = box_edges(box, side)
-        grid[subject, y0:y1, x0:x1] = True
-    return grid.to(device)
-
-
-def resize_shapes(shapes: Tensor, side: int) -> Tensor:
-    """Bool shapes (B, S, R, R) at another resolution (B, S, side, side), by nearest-exact."""
-    return F.interpolate(shapes.float(), size=(side, side), mode="nearest-exact").bool()
 
 
 def check_boxes(boxes: Mapping[str, Sequence[float]], side: int | None = None) -> None:

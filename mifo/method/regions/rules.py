@@ -87,9 +87,7 @@ def pixel_rule(shapes: Tensor) -> Rule:
         Bits of pixels as queries and as keys, (B, n) both.
     """
     own = _memberships(shapes)
-    return Rule(
-        torch.where(own == 0, _ALL, own | _BACKGROUND), torch.where(own == 0, _BACKGROUND, own)
-    )
+    return Rule(torch.where(own == 0, _ALL, own | _BACKGROUND), torch.where(own == 0, _BACKGROUND, own))
 
 
 def region_rules(

@@ -20,7 +20,8 @@ from mifo.method.guidance.descent import descend, loss_and_gradient
 from mifo.method.guidance.loss import attention_sums
 from mifo.method.guidance.settings import GuidanceSettings
 from mifo.method.prompts.instances import PromptTokens
-from mifo.method.regions.boxes import check_boxes, rasterise_boxes, resize_shapes
+from mifo.method.regions.boxes import check_boxes
+from mifo.method.regions.grids import rasterise_boxes, resize_shapes
 from mifo.method.regions.renewal import renew_shapes
 from mifo.method.regions.rules import MOST_SUBJECTS, SubjectWords, region_rules
 from mifo.method.synthesis.settings import SynthesisSettings
