@@ -31,6 +31,7 @@ class DiffusionModel(Backbone, ABC):
     revision: str | None
     fingerprint: str
     networks: Mapping[str, nn.Module]
+    checkpointing = False  # whether activations are computed twice instead of kept
 
     @property
     @abstractmethod

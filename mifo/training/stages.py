@@ -192,8 +192,7 @@ class LearningStage(lightning.LightningModule):
             rounded = RoundedWeights(self, every_weight(self), self.passes_in)
             return rounded, {each: copy for each, copy in rounded.copies.items() if each.requires_grad}
         # not rounded anew at each step; weights that are read again in the backward pass must stay in place
-        checkpointing = any(network.is_gradient_checkpointing for network in self.model.networks.values())
-        if torch.is_autocast_enabled(self.device.type) and not checkpointing:
+        if torch.is_autocast_enabled(self.device.type) and not self.model.checkpointing:
             if chosen := frozen_products(self):
                 return RoundedWeights(self, chosen, torch.get_autocast_dtype(self.device.type)), {}
         return self, {}

@@ -1,4 +1,4 @@
-"""Stable Diffusion's kind: a latent U-Net with cross-attention to the hidden states of CLIP text encoders.
+"""Stable Diffusion 1.x, 2.x and XL: a latent U-Net with cross-attention to the states of CLIP text encoders.
 
 Letters: B samples, E text encoders, L tokens, n pixels of a site.
 """
@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from mifo.acceleration.fused_attention import quick_to_start
 from mifo.backbones.clip import prompt_words, tokenize
@@ -138,25 +138,40 @@ class _AllRead(Exception):
 
 @dataclass
 class UNetModel(DiffusionModel):
-    """The parts of a latent diffusion model with a U-Net, and where they came from."""
+    """The parts of a latent diffusion model with a U-Net, and where they came from.
+
+    The parts have diffusers' names; `tokenizer_2` and `text_encoder_2` are Stable Diffusion XL's. An outline,
+    which is a model without weights, has a U-Net on the device "meta", no text encoders and no autoencoder.
+    """
 
     tokenizer: CLIPTokenizer
-    text_encoder: CLIPTextModel
-    vae: AutoencoderKL
+    text_encoder: CLIPTextModel | None
+    vae: AutoencoderKL | None
     unet: UNet2DConditionModel
     noise_scheduler: DDPMScheduler
     name: str
     source: str
     revision: str | None
     fingerprint: str
+    tokenizer_2: CLIPTokenizer | None = None
+    text_encoder_2: CLIPTextModelWithProjection | None = None
 
     @cached_property
     def attentive(self) -> AttentiveUNet:
         return AttentiveUNet(self.unet)
 
     @property
+    def tokenizers(self) -> list[CLIPTokenizer]:
+        return [each for each in (self.tokenizer, self.tokenizer_2) if each is not None]
+
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        named = {"text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
+        return {name: each for name, each in named.items() if each is not None}
+
+    @property
     def networks(self) -> dict[str, nn.Module]:
-        return {"unet": self.unet, "text_encoder": self.text_encoder}
+        return {"unet": self.unet, **self.text_encoders}
 
     @property
     def device(self) -> torch.device:
@@ -204,24 +219,37 @@ class UNetModel(DiffusionModel):
 
     def enable_checkpointing(self) -> None:
         self.attentive.enable_checkpointing()
-        self.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        for encoder in self.text_encoders.values():
+            encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        self.checkpointing = True
 
     def to(self, device: torch.device | str) -> Self:
-        for part in (self.text_encoder, self.vae, self.unet):
+        for part in (*self.networks.values(), self.vae):
             part.to(device)
         return self
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Ids (B, E, L), padded; see `clip.tokenize` for what is refused."""
-        return tokenize(self.tokenizer, prompts)[:, None]
+        return torch.stack([tokenize(each, prompts) for each in self.tokenizers], 1)
 
     def encode(self, ids: Tensor) -> Conditioning:
-        """Hidden states (B, L, width) after the final norm, as Stable Diffusion has it, of ids (B, E, L)."""
+        """Hidden states of ids (B, E, L): (B, L, width).
+
+        Stable Diffusion 1.x and 2.x read those after the final norm. XL (arXiv 2307.01952, section 2.1) reads
+        those before the last layer of both encoders side by side, the second's pooled state, and sizes: that of
+        the original picture, where its crop begins, and that of the picture, all as if nothing was cropped.
+        """
+        ids = ids.to(self.device)
         # activations are computed a second time outside of this block, where they must find the same kernels
-        twice = self.text_encoder.is_gradient_checkpointing
-        with nullcontext() if twice else quick_to_start():
-            states = self.text_encoder(ids[:, 0].to(self.device)).last_hidden_state
-        return Conditioning({"states": states})
+        with nullcontext() if self.checkpointing else quick_to_start():
+            if self.text_encoder_2 is None:
+                return Conditioning({"states": self.text_encoder(ids[:, 0]).last_hidden_state})
+            encoders = self.text_encoders.values()
+            both = [each(ids[:, i], output_hidden_states=True) for i, each in enumerate(encoders)]
+        side = self.image_size
+        sizes = torch.tensor([side, side, 0, 0, side, side], device=self.device).expand(len(ids), -1)
+        states = torch.cat([each.hidden_states[-2] for each in both], -1)
+        return Conditioning({"states": states, "text_embeds": both[1].text_embeds, "time_ids": sizes})
 
     @torch.no_grad()
     def encode_images(self, images: Iterable[Tensor], at_once: int = 8) -> tuple[Tensor, Tensor]:
@@ -273,23 +301,28 @@ class UNetModel(DiffusionModel):
         self, tokens: Sequence[str], initializers: Sequence[str | None] | None = None, seed: int = 0
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        if self.text_encoder is None:  # an outline, whose tokenizer alone learns the words
-            extend(self.tokenizer, tokens)
+        if self.text_encoder is None:  # an outline, whose tokenizers alone learn the words
+            for tokenizer in self.tokenizers:
+                extend(tokenizer, tokens)
             return
         initial = initializers or [None] * len(tokens)
-        add_rows(self.tokenizer, self.text_encoder, tokens, initial, generator)
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders.values(), strict=True):
+            add_rows(tokenizer, encoder, tokens, initial, generator)
 
     @property
     def new_words(self) -> tuple[str, ...]:
-        table = self.text_encoder.get_input_embeddings()
-        return table.tokens if isinstance(table, NewTokenRows) else ()
+        return next((table.tokens for table in self._tables().values()), ())
 
     @property
     def new_rows(self) -> dict[str, nn.Parameter]:
-        table = self.text_encoder.get_input_embeddings()
-        return {"text_encoder": table.rows} if isinstance(table, NewTokenRows) else {}
+        return {name: table.rows for name, table in self._tables().items()}
+
+    def _tables(self) -> dict[str, NewTokenRows]:
+        found = {name: each.get_input_embeddings() for name, each in self.text_encoders.items()}
+        return {name: each for name, each in found.items() if isinstance(each, NewTokenRows)}
 
     def places(self, ids: Tensor, word: str) -> Tensor:
+        # CLIP's tokenizers cut text alike, so that a word stands at one place for all encoders
         return (ids[0] == self.tokenizer.convert_tokens_to_ids(word)).nonzero()[:, 0]
 
     def trainable(self, what: Trainable) -> dict[str, dict[str, nn.Parameter]]:

@@ -18,12 +18,19 @@ Place = Literal["down", "mid", "up"]
 
 @dataclass(frozen=True)
 class PlacedSite:
-    """A site and where it stands in the U-Net: which part, which block of it, and latent side over map side."""
+    """A site and where it stands in the U-Net.
+
+    Attributes:
+        place, block: part of the U-Net, and number of the block within it.
+        divisor: side of the latents over side of the map.
+        last: whether it is in the last transformer block of its attention module.
+    """
 
     site: Site
     place: Place
     block: int
     divisor: int
+    last: bool
 
 
 def network_sites(unet: nn.Module) -> tuple[PlacedSite, ...]:
@@ -36,7 +43,8 @@ def network_sites(unet: nn.Module) -> tuple[PlacedSite, ...]:
     side = unet.config.sample_size
     for place, number, divisor, path, block in _blocks(unet):
         for transformer, attention in enumerate(getattr(block, "attentions", None) or ()):
-            for inner, transformer_block in enumerate(getattr(attention, "transformer_blocks", ())):
+            blocks = getattr(attention, "transformer_blocks", ())
+            for inner, transformer_block in enumerate(blocks):
                 for attribute in ("attn1", "attn2"):
                     if (module := getattr(transformer_block, attribute)) is None:
                         continue
@@ -46,7 +54,7 @@ def network_sites(unet: nn.Module) -> tuple[PlacedSite, ...]:
                         "words" if module.is_cross_attention else "pixels",
                         (side // divisor, side // divisor),
                     )
-                    found.append(PlacedSite(site, place, number, divisor))
+                    found.append(PlacedSite(site, place, number, divisor, inner == len(blocks) - 1))
     unknown = {name.removesuffix(".processor") for name in unet.attn_processors} - {
         each.site.name for each in found
     }
@@ -65,10 +73,13 @@ def choose_sites(placed: tuple[PlacedSite, ...]) -> DefaultSites:
     `semantic` has the cross layers of the first two up blocks that have attention [cross 7–12], `finetuning`
     the cross layers of the down and up blocks of divisor D [cross 4, 5, 7, 8, 9], `guidance` all layers of the
     mid block and of the first up block that has attention [12–19], `shapes` all layers of that up block [14–19].
+    Of an attention module with several transformer blocks, as Stable Diffusion XL's, the last block stands for
+    all, so that as many sites are read as on Stable Diffusion and the weights of the losses mean the same.
 
     Raises:
         MifoError: no up block has cross-attention.
     """
+    placed = tuple(each for each in placed if each.last)
     up_blocks = sorted({each.block for each in placed if each.place == "up" and each.site.kind == "words"})
     if not up_blocks:
         raise MifoError(
