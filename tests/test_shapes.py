@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mifo.errors import MifoError
-from mifo.method.regions.boxes import check_boxes, rasterise_boxes, resize_shapes
+from mifo.method.regions.boxes import check_boxes
+from mifo.method.regions.grids import rasterise_boxes, resize_shapes
 from mifo.method.regions.kmeans import kmeans
 from mifo.method.regions.renewal import cluster_scores, renew_shapes, soft_maps
 
