@@ -79,7 +79,7 @@ def learning_loss(
     reads = {site: read for term in terms for site in term.sites}
     prediction, maps = backbone.predict(noisy, inputs.times, conditioning, reads)
     maps = {
-        site: flat.transpose(1, 2).unflatten(-1, site.size) for site, flat in maps.items()
+        site: flat.transpose(1, 2).reshape(len(flat), -1, *site.size) for site, flat in maps.items()
     }  # (B, K, h, w)
     target = process.target(inputs.latents, inputs.noise, inputs.times)
 

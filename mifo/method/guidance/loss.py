@@ -37,7 +37,8 @@ def guidance_term(sums: Sequence[Tensor], alpha: float | Tensor) -> Tensor:
     """
     foreground, background = torch.stack(list(sums)).mean(dim=0)
     # A box too small for every layer, in a picture without background, gives 0/0; no gradient can help it.
-    return (1 - foreground / (foreground + background).clamp(min=1e-8)) ** 2 + alpha * torch.log1p(background)
+    missed: Tensor = 1 - foreground / (foreground + background).clamp(min=1e-8)
+    return missed**2 + alpha * torch.log1p(background)
 
 
 def guidance_loss(

@@ -45,7 +45,8 @@ def find_loss(name: str) -> AttentionLoss:
             inspect.isclass(value) and value.__module__ == found.__name__ and issubclass(value, AttentionLoss)
         )
         if own and each == (wanted if module else each):
-            return value()
+            loss: AttentionLoss = value()
+            return loss
     raise MifoError(
         f"loss={name} names no subclass of AttentionLoss; take one of {', '.join(known_losses())}"
     )

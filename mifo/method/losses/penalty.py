@@ -1,5 +1,8 @@
 """MIFO's penalty, which only forbids a word to attend outside its instance (arXiv 2511.00542)."""
 
+from functools import reduce
+
+import torch
 from torch import Tensor
 
 from mifo.method.losses.attention_loss import AttentionLoss, Maps, Masks
@@ -10,4 +13,5 @@ class Penalty(AttentionLoss):
 
     def __call__(self, maps: Maps, masks: Masks) -> Tensor:
         """Summed over sites, (B, K)."""
-        return sum((a * (1 - masks[site.size])).square().mean((-2, -1)) for site, a in maps.items())
+        losses = [(a * (1 - masks[site.size])).square().mean((-2, -1)) for site, a in maps.items()]
+        return reduce(torch.add, losses)

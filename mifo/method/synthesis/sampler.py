@@ -104,7 +104,7 @@ class Sampler:
                 f"but there are {conditioning.samples}."
             )
         regions = None
-        if boxes:
+        if boxes and tokens:
             if latents.shape[-1] != latents.shape[-2]:
                 raise MifoError("Box control needs square pictures: give latents of equal height and width.")
             regions = Regions(self, boxes, tokens, len(latents), latents.device, seed)
@@ -115,7 +115,7 @@ class Sampler:
                 regions.renew(step)
             latents = self.denoise(latents, conditioning, step, regions)
             if on_step:
-                shapes = regions and regions.shapes
+                shapes = regions.shapes if regions else None
                 on_step(StepReport(step, len(self.times), time, latents, shapes, losses))
         return latents
 
@@ -129,7 +129,8 @@ class Sampler:
         prediction, maps = self.prediction(latents, time, conditioning, rules, leading)
         if regions:
             regions.add(maps)
-        guided = classifier_free_guidance(*prediction.chunk(2), self.settings.guidance_scale)
+        unconditional, conditional = prediction.chunk(2)
+        guided = classifier_free_guidance(unconditional, conditional, self.settings.guidance_scale)
         return self.backbone.process.step(latents, guided, self.times, step)
 
     def time(self, step: int, device: torch.device) -> Tensor:
@@ -265,7 +266,7 @@ class Regions:
         shapes = {size: self._shapes_at(size).flatten(2) for size in self._guided_sizes}
 
         def differentiate(z: Tensor, alphas: tuple[float, float]) -> tuple[Tensor, Tensor]:
-            return self._sampler.gradient(
+            loss, gradient = self._sampler.gradient(
                 z,
                 self._sampler.time(step, z.device),
                 torch.tensor(alphas, device=z.device),
@@ -274,6 +275,7 @@ class Regions:
                 shapes,
                 self.words.context,
             )
+            return loss, gradient
 
         latents, losses, self.counter = descend(latents, differentiate, step, self.counter, self._guidance)
         return latents, losses
