@@ -1,7 +1,9 @@
 """Learning from first to last: new tokens, both stages, the folder `learned/`."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,15 @@ from mifo.data.instances import InstanceSet
 from mifo.data.learning_data import LearningData
 from mifo.data.prior import own_picture_files
 from mifo.errors import MifoError
+from mifo.files import check_room, reason
+from mifo.learning.checkpoints import WholeCheckpoints, newest_checkpoint
+from mifo.learning.finite import FiniteNumbers
 from mifo.learning.settings import LearningSettings, StageSettings
 from mifo.learning.stages import OPTIMIZERS, SCHEDULES, Finetuning, LearningStage, SemanticLearning
 from mifo.models.learned import refuse_existing, save_learned
 from mifo.models.loading import DiffusionModel
 from mifo.models.tokens import add_instance_tokens
-from mifo.models.trainable import LEARN, add_lora
+from mifo.models.trainable import LEARN, add_lora, new_rows, trainable_parameters
 from mifo.penalty.settings import PenaltySettings
 from mifo.performance.profile import PRECISIONS, available, ready_for_learning
 from mifo.performance.settings import PerformanceSettings
@@ -114,7 +119,8 @@ def learn(
     """Learn the instances with both stages and save them into `folder/learned`.
 
     Called again with the same arguments and `folder` after an interruption, it continues from the last
-    checkpoint and ends with the same result as without. The checkpoints go when the result is saved.
+    checkpoint and ends with the same result as without. The checkpoints go when the result is saved; where
+    `folder` can not take the result, it goes to a temporary folder.
 
     Args:
         model: a base model without new tokens; afterwards what was learned is in it, on the trainer's device.
@@ -126,7 +132,9 @@ def learn(
         `folder/learned`.
 
     Raises:
-        MifoError: impossible settings, half-precision weights that can not learn, or `folder/learned` exists.
+        MifoError: impossible settings, half-precision weights that can not learn, `folder/learned` exists,
+            too little room on the disk, a damaged checkpoint, or a loss, gradient or weight that is not
+            finite.
     """
     check_learning(settings)
     trainer, graphs, passes_in = dict(trainer or {}), False, None
@@ -142,6 +150,7 @@ def learn(
     _check_precision(model, settings, trainer)
     target, checkpoints = Path(folder) / "learned", Path(folder) / "checkpoints"
     refuse_existing(target)
+    _remove_unfinished(Path(folder))
     lightning.seed_everything(seed, verbose=False)
     add_instance_tokens(model, instances.tokens, instances.initializers, seed)
     stages: list[tuple[type[LearningStage], StageSettings, float]] = [
@@ -156,15 +165,16 @@ def learn(
         model.to(runner.strategy.root_device)
         if stage.learn == "lora":
             add_lora(model, stage.lora_rank)
+        check_room(Path(folder), _room(model, stages[stream:], checkpoints, settings.save_half))
         data = LearningData(model, instances, settings, stage, seed, stream, prior_weight > 0, performance)
         module = stage_class(model, instances, stage, penalty, prior_weight, graphs, passes_in)
-        last = checkpoints / stage_class.stage / "last.ckpt"
+        last = newest_checkpoint(checkpoints / stage_class.stage)
         with module.recording():
-            runner.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
+            runner.fit(module, data, ckpt_path=last, weights_only=True)
         steps[stage_class.stage] = runner.global_step
-    save_learned(
-        target,
-        model,
+    save = partial(
+        save_learned,
+        model=model,
         class_names=instances.class_names,
         initializers=instances.initializers,
         stages=steps,
@@ -173,10 +183,57 @@ def learn(
         half=settings.save_half,
         config=config,
     )
+    _save(save, target)
     for part in (model.unet, model.text_encoder):
         part.requires_grad_(False).eval()
     shutil.rmtree(checkpoints, ignore_errors=True)
     return target
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what killed runs in `folder` left half written."""
+    for rest in (*folder.glob(".learned*"), *folder.glob("checkpoints/*/.*.unfinished")):
+        shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+
+
+def _room(
+    model: DiffusionModel,
+    stages: Sequence[tuple[type[LearningStage], StageSettings, float]],
+    checkpoints: Path,
+    half: bool,
+) -> int:
+    """Bytes that the checkpoints of these stages and the result will take; adapters count once they exist."""
+    total = 2**20  # of small files
+    for stage_class, stage, _ in stages:
+        parts = trainable_parameters(model, stage.learn).values() if stage.steps else ()
+        learning = [new_rows(model), *(each for part in parts for each in part.values())]
+        numbers = sum(each.numel() for each in learning)
+        result = numbers * 2 if half else sum(each.numel() * each.element_size() for each in learning)
+        if stage.steps and stage.checkpoint_every:
+            states = (2 + 8 / 256 if stage.optimizer == "adamw_8bit" else 8) * numbers
+            kept = 1 if stage.checkpoint_every >= stage.steps else 2
+            there = sum(file.stat().st_size for file in (checkpoints / stage_class.stage).glob("*.ckpt"))
+            total += max(0, int(kept * (numbers * 4 + states)) - there)
+    return total + result
+
+
+def _save(save: Callable[[Path], Any], target: Path) -> None:
+    """Save the result, and where that fails into a temporary folder, so that learning was not in vain.
+
+    Raises:
+        MifoError: it could not be saved in `target`; says where it is.
+    """
+    try:
+        save(target)
+    except OSError as error:
+        found = f"{target} cannot be written ({reason(error)}); make room and "
+        again = f"go on with resume={target.parent}"
+        try:
+            elsewhere = Path(tempfile.mkdtemp(prefix="mifo-")) / target.name
+            save(elsewhere)
+        except OSError:
+            raise MifoError(f"{found}{again}, from the last checkpoint") from error
+        raise MifoError(f"{found}move what was learned there from {elsewhere}, before you {again}") from error
 
 
 def _check_precision(model: DiffusionModel, settings: LearningSettings, trainer: Mapping[str, Any]) -> None:
@@ -217,15 +274,17 @@ def _trainer(
         "default_root_dir": checkpoints.parent,
         "enable_checkpointing": bool(savers),
         "logger": list(loggers),
+        "plugins": [WholeCheckpoints(), *_no_others(arguments)],
     }
     if clashes := sorted({*fixed, "callbacks"} & {*arguments}):
         raise MifoError(f"trainer.{clashes[0]} is fixed by learning and callbacks; take it out of trainer.")
-    usual = {"enable_model_summary": False, "log_every_n_steps": 10, **_no_others(arguments)}
-    return lightning.Trainer(callbacks=[*callbacks, *savers], **{**usual, **arguments, **fixed})
+    usual = {"enable_model_summary": False, "log_every_n_steps": 10}
+    watched = [FiniteNumbers(), *callbacks, *savers]
+    return lightning.Trainer(callbacks=watched, **{**usual, **arguments, **fixed})
 
 
-def _no_others(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _no_others(arguments: Mapping[str, Any]) -> list[LightningEnvironment]:
     """That one device has no other processes; Lightning would start MPI, where there is one, to ask."""
     alone = arguments.get("devices") == 1 and arguments.get("num_nodes", 1) == 1
     started = TorchElasticEnvironment.detect() or SLURMEnvironment.detect()
-    return {"plugins": [LightningEnvironment()]} if alone and not started else {}
+    return [LightningEnvironment()] if alone and not started else []

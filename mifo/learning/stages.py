@@ -17,6 +17,7 @@ from mifo.attention.recording import AttentionRecorder
 from mifo.data.instances import InstanceSet
 from mifo.data.learning_data import LearningBatch
 from mifo.diffusion.noise_schedule import NoiseSchedule
+from mifo.learning.checkpoints import check_checkpoint
 from mifo.learning.objective import LossParts, StepInputs, finetuning_loss, semantic_loss
 from mifo.learning.settings import StageSettings
 from mifo.models.loading import DiffusionModel
@@ -41,6 +42,8 @@ class LearningStage(lightning.LightningModule):
         model, instances, settings, penalty: as given.
         stage: "semantic" or "finetuning", also the prefix of what is logged.
         last: the `LossParts` of the last step, or None; reading its values waits for the device.
+        gradient_norm: of the last step before clipping, a scalar; None where it is not clipped, or where
+            float16 scales the gradients, which may overflow and are then left out.
         new_rows: the new token rows, (N, width).
         layers: index of each attention layer that the loss of the stage may read.
     """
@@ -68,6 +71,7 @@ class LearningStage(lightning.LightningModule):
         self.instances, self.settings, self.penalty = instances, settings, penalty
         self.prior_weight = prior_weight
         self.last: LossParts | None = None
+        self.gradient_norm: Tensor | None = None
         self.passes_in = passes_in
         self._graphs = graphs
         self._copies: dict[nn.Parameter, Tensor] = {}  # of what learns, as the passes read it
@@ -193,6 +197,7 @@ class LearningStage(lightning.LightningModule):
             return
         parameters = [each for group in optimizer.param_groups for each in group["params"]]
         norm = total_norm([each.grad for each in parameters if each.grad is not None])
+        self.gradient_norm = None if self.trainer.precision == "16-mixed" else norm
         if optimizer.defaults.get("fused") or isinstance(optimizer, AdamW8bit):
             # divides the gradients as it reads them, which spares a pass over them; also GradScaler's way
             optimizer.grad_scale = ((norm + 1e-6) / gradient_clip_val).clamp(min=1)
@@ -210,6 +215,9 @@ class LearningStage(lightning.LightningModule):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Only what learns."""
         return {name: each.detach() for name, each in self.named_parameters() if each.requires_grad}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_checkpoint(checkpoint, self.state_dict())
 
     def loss(self, unet: Callable[..., Any], inputs: StepInputs, term: TermSettings) -> LossParts:
         """The loss of the stage with the attention loss that is active, on this U-Net or what wraps it."""

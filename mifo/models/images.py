@@ -6,6 +6,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from mifo.errors import MifoError
 from mifo.models.loading import DiffusionModel
 
 
@@ -31,6 +32,16 @@ def encode_images(
 
 @torch.no_grad()
 def decode_latents(model: DiffusionModel, latents: Tensor, batch_size: int = 4) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] of scaled latents (B, 4, h, w)."""
+    """Images (B, 3, H, W) in [0, 1] of scaled latents (B, 4, h, w).
+
+    Raises:
+        MifoError: a pixel is NaN or infinite.
+    """
     parts = (latents.to(model.vae.dtype) / model.vae.config.scaling_factor).split(batch_size)
-    return torch.cat([model.vae.decode(part).sample.float() for part in parts]).div(2).add(0.5).clamp(0, 1)
+    images = torch.cat([model.vae.decode(part).sample.float() for part in parts])
+    if not images.isfinite().all():
+        raise MifoError(
+            f"the VAE of {model.name} gives pixels that are not finite in {model.vae.dtype}; take "
+            "model.dtype=float32 and performance.synthesis_precision=float32"
+        )
+    return images.div(2).add(0.5).clamp(0, 1)

@@ -2,7 +2,7 @@
 
 A folder `learned/` holds
 
-    learned.json                what it is: base model, tokens, class names, stages
+    learned.json                what it is: base model, tokens, class names, stages, checksums of the weights
     tokens.safetensors          the new token rows
     unet.safetensors            the U-Net's weights that learned, if any
     text_encoder.safetensors    the text encoder's weights that learned, if any
@@ -10,27 +10,32 @@ A folder `learned/` holds
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from mifo.errors import MifoError
+from mifo.files import as_record, read_json, whole_folder
 from mifo.models.loading import DiffusionModel
 from mifo.models.tokens import add_instance_tokens
-from mifo.models.trainable import add_lora, new_rows, trainable_parameters
+from mifo.models.trainable import LEARN, add_lora, new_rows, trainable_parameters
+from mifo.tensors import read_tensors, write_tensors
 
 FORMAT = 1
+ROWS = "tokens.safetensors"
+MOST_RANK = 4096  # of adapters; wider than any layer of Stable Diffusion
 
 
 @dataclass(frozen=True)
 class Learned:
-    """What `learned.json` says. `stages` maps the name of a stage to the steps it took."""
+    """What `learned.json` says.
+
+    Attributes:
+        stages: the steps that each stage took, by its name.
+        checksums: SHA-256 of each file of tensors, by its name; results of before December 2026 have none.
+    """
 
     tokens: list[str]
     class_names: list[str] | None
@@ -40,6 +45,7 @@ class Learned:
     lora_rank: int
     base: dict[str, str | None]
     prediction_type: str
+    checksums: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
 
@@ -65,33 +71,32 @@ def save_learned(
         config: YAML text of the run's configuration.
 
     Raises:
-        MifoError: `folder` exists already.
+        MifoError: `folder` exists already, or a number is NaN or infinite, or too large for float16.
+        OSError: the folder cannot be written.
     """
     folder = Path(folder)
     refuse_existing(folder)
-    learned = Learned(
-        tokens=list(model.text_encoder.get_input_embeddings().tokens),
-        class_names=None if class_names is None else list(class_names),
-        initializers=None if initializers is None else list(initializers),
-        stages=dict(stages),
-        learn=learn,
-        lora_rank=lora_rank,
-        base=_base(model),
-        prediction_type=model.prediction_type,
-    )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}") as unfinished:
-        target = Path(unfinished) / folder.name
-        target.mkdir()
-        save_file({"rows": new_rows(model).detach().float().cpu()}, target / "tokens.safetensors")
-        for part, parameters in trainable_parameters(model, learn).items():
-            dtype = torch.float16 if half else None
-            tensors = {name: each.detach().to("cpu", dtype).contiguous() for name, each in parameters.items()}
-            if tensors:
-                save_file(tensors, target / f"{part}.safetensors")
-        (target / "learned.json").write_text(json.dumps(asdict(learned), indent=2) + "\n", encoding="utf-8")
-        (target / "config.yaml").write_text(config, encoding="utf-8")
-        os.rename(target, folder)
+    checksums = {}
+    with whole_folder(folder) as unfinished:
+        for file, parameters in _files(model, learn).items():
+            dtype = torch.float16 if half and file != ROWS else None
+            tensors = {name: each.detach().to("cpu", dtype) for name, each in parameters.items()}
+            checksums[file] = write_tensors(unfinished / file, tensors)
+        learned = Learned(
+            tokens=list(model.text_encoder.get_input_embeddings().tokens),
+            class_names=None if class_names is None else list(class_names),
+            initializers=None if initializers is None else list(initializers),
+            stages=dict(stages),
+            learn=learn,
+            lora_rank=lora_rank,
+            base=_base(model),
+            prediction_type=model.prediction_type,
+            checksums=checksums,
+        )
+        (unfinished / "learned.json").write_text(
+            json.dumps(asdict(learned), indent=2) + "\n", encoding="utf-8"
+        )
+        (unfinished / "config.yaml").write_text(config, encoding="utf-8")
     return learned
 
 
@@ -107,21 +112,32 @@ def read_learned(folder: Path | str) -> Learned:
     """Read `learned.json` alone, before any model is loaded.
 
     Raises:
-        MifoError: `folder` holds no learned result, or one of another format.
+        MifoError: `folder` holds no learned result, a damaged one, or one of another format.
     """
     file = Path(folder) / "learned.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        written = content["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MifoError(
-            f"{folder} holds no learned result (a readable learned.json); name one that `mifo learn` wrote."
-        ) from error
+    if not file.exists():
+        raise MifoError(f"{folder} holds no learned result (learned.json); name one that `mifo learn` wrote.")
+    content = read_json(file)
+    written = content.get("format") if isinstance(content, dict) else FORMAT
     if written != FORMAT:
         raise MifoError(
             f"{folder} has format {written}, this version of MIFO reads {FORMAT}; learn it again."
         )
-    return Learned(**content)
+    learned = as_record(content, Learned, file)
+    count = len(learned.tokens)
+    wrong = {
+        "tokens": not all(learned.tokens) or len({*learned.tokens}) != max(count, 1),
+        "class_names": learned.class_names is not None and len(learned.class_names) != count,
+        "initializers": learned.initializers is not None and len(learned.initializers) != count,
+        "learn": learned.learn not in LEARN,
+        "lora_rank": learned.learn == "lora" and not 1 <= learned.lora_rank <= MOST_RANK,
+        "base": not {"name", "source", "revision"} < learned.base.keys()
+        or not learned.base.get("fingerprint"),
+    }
+    for key in wrong:
+        if wrong[key]:
+            raise MifoError(f"{file} is damaged: {key} holds {str(getattr(learned, key))[:40]}")
+    return learned
 
 
 def load_learned(folder: Path | str, model: DiffusionModel) -> Learned:
@@ -138,21 +154,22 @@ def load_learned(folder: Path | str, model: DiffusionModel) -> Learned:
     add_instance_tokens(model, learned.tokens)
     if learned.learn == "lora":
         add_lora(model, learned.lora_rank)
-    targets = {"tokens": {"rows": new_rows(model)}} | trainable_parameters(model, learned.learn)
-    for part, parameters in targets.items():
-        file = Path(folder) / f"{part}.safetensors"
-        if not parameters:
-            continue
-        try:
-            tensors = load_file(file)
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(tensors[name])
-        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-            raise MifoError(f"{file} is missing or damaged ({error}); learn it again.") from error
+    for file, parameters in _files(model, learned.learn).items():
+        shapes = {name: each.shape for name, each in parameters.items()}
+        tensors = read_tensors(Path(folder) / file, shapes, learned.checksums.get(file))
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[name])
     for part in (model.unet, model.text_encoder):
         part.requires_grad_(False).eval()
     return learned
+
+
+def _files(model: DiffusionModel, learn: str) -> dict[str, dict[str, torch.nn.Parameter]]:
+    """What each file of tensors holds, by name."""
+    parts = trainable_parameters(model, learn)
+    files = {f"{part}.safetensors": parameters for part, parameters in parts.items() if parameters}
+    return {ROWS: {"rows": new_rows(model)}, **files}
 
 
 def _base(model: DiffusionModel) -> dict[str, str | None]:

@@ -248,9 +248,10 @@ def synthesize(
         (B, 4, H, W) clean latents.
 
     Raises:
-        MifoError: an impossible box, layers that do not fit, latents that are not square, or shapes that
-            disagree.
+        MifoError: an impossible box, layers that do not fit, latents that are not square, shapes that
+            disagree, or latents that are not finite after a step.
     """
+    watch = _FiniteLatents(on_step)
     if len(encoder_hidden_states) != 2 * len(latents):
         raise MifoError(
             f"{len(latents)} samples need {2 * len(latents)} rows of text states, unconditional first, "
@@ -261,7 +262,9 @@ def synthesize(
             (latents.shape, encoder_hidden_states.shape),
             lambda: GraphedFunction(partial(_prediction, unet), graphs),
         )
-        return _sample_plainly(predict, schedule, encoder_hidden_states, latents, settings, on_step)
+        latents = _sample_plainly(predict, schedule, encoder_hidden_states, latents, settings, watch)
+        watch.check()
+        return latents
     if latents.shape[-1] != latents.shape[-2]:
         raise MifoError("Box control needs square pictures: give latents of equal height and width.")
     if len(subjects) > MOST_SUBJECTS:
@@ -285,10 +288,36 @@ def synthesize(
             latents, losses = sampler.guide(latents, step)
             sampler.renew(step)
             latents = sampler.denoise(latents, step)
-            if on_step:
-                shapes = sampler.shapes.expand(len(latents), -1, -1, -1)
-                on_step(StepReport(step, settings.steps, timestep, latents, shapes, losses))
+            shapes = sampler.shapes.expand(len(latents), -1, -1, -1)
+            watch(StepReport(step, settings.steps, timestep, latents, shapes, losses))
+    watch.check()
     return latents
+
+
+class _FiniteLatents:
+    """Passes on what each step reports; tells at the end from which step on latents were not finite."""
+
+    def __init__(self, on_step: Callable[[StepReport], None] | None) -> None:
+        self._on_step = on_step
+        self._sums: list[Tensor] = []  # of all latents, which are NaN or infinite where one number is
+
+    def __call__(self, report: StepReport) -> None:
+        self._sums.append(report.latents.sum(dtype=torch.float32))
+        if self._on_step:
+            self._on_step(report)
+
+    def check(self) -> None:
+        """Wait for the device once.
+
+        Raises:
+            MifoError: naming the first step whose latents are not finite.
+        """
+        finite = torch.stack(self._sums).isfinite().tolist()
+        if not all(finite):
+            raise MifoError(
+                f"latents are not finite after step {finite.index(False) + 1} of {len(finite)} of synthesis; "
+                "take performance.synthesis_precision=float32, or less guidance"
+            )
 
 
 def _prediction(unet: nn.Module, latents: Tensor, time: Tensor, text_states: Tensor) -> Tensor:
@@ -303,7 +332,7 @@ def _sample_plainly(
     encoder_hidden_states: Tensor,
     latents: Tensor,
     settings: SynthesisSettings,
-    on_step: Callable[[StepReport], None] | None,
+    on_step: Callable[[StepReport], None],
 ) -> Tensor:
     """DDIM with the U-Net's own attention."""
     timesteps = ddim_timesteps(settings.steps, schedule)
@@ -311,8 +340,7 @@ def _sample_plainly(
     for step, timestep in enumerate(timesteps):
         prediction = predict(latents, times[step], encoder_hidden_states)
         latents = _ddim(schedule, settings, latents, prediction, timestep)
-        if on_step:
-            on_step(StepReport(step, settings.steps, timestep, latents, None, latents.new_zeros(0)))
+        on_step(StepReport(step, settings.steps, timestep, latents, None, latents.new_zeros(0)))
     return latents
 
 
