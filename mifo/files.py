@@ -99,13 +99,17 @@ def regular_file(path: Path) -> Iterator[BinaryIO]:
     """
     try:
         # a pipe would wait for somebody who writes; a link to one too
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115, it is closed below
     except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
         raise MifoError(f"{path} cannot be read ({reason(error)})") from error
-    with open(handle, "rb") as file:
+    with file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise MifoError(f"{path} is no regular file; put a file there")
         yield file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def reason(error: Exception) -> str:

@@ -33,8 +33,7 @@ class FiniteNumbers(Callback):
         if norm is None:
             norm = torch.zeros_like(last.total)
         self._kept.append((step, torch.stack([last.denoising, last.prior, last.attention, norm])))
-        often = 1 if pl_module.device.type == "cpu" else min(trainer.log_every_n_steps, _MOST_STEPS)
-        if step % often == 0:
+        if step % _interval(trainer, pl_module) == 0:
             self._check(trainer, pl_module)
 
     def on_save_checkpoint(
@@ -61,6 +60,11 @@ class FiniteNumbers(Callback):
                     raise _refusal(module, step, f"{name} is {value}")
         if bad := not_finite(module.state_dict()):
             raise _refusal(module, trainer.global_step, f"weight {bad} is not finite")
+
+
+def _interval(trainer: Trainer, module: LearningStage) -> int:
+    """Steps between two readings."""
+    return 1 if module.device.type == "cpu" else max(1, min(trainer.log_every_n_steps, _MOST_STEPS))
 
 
 def _refusal(module: LearningStage, step: int, found: str) -> MifoError:
