@@ -2,7 +2,9 @@
 
 import json
 import math
+import random
 import shutil
+from dataclasses import asdict
 from functools import reduce
 
 import pytest
@@ -24,7 +26,7 @@ from mifo.metrics.evaluation import Evaluation, PictureEvaluator
 from mifo.metrics.pictures import Picture
 from mifo.metrics.scores import Evaluator, Score
 from mifo.models.images import decode_latents
-from mifo.models.learned import load_learned, read_learned
+from mifo.models.learned import Learned, load_learned, read_learned
 from mifo.models.loading import load_model
 from mifo.models.settings import ModelSettings
 from mifo.models.trainable import new_rows
@@ -322,3 +324,59 @@ def test_scores_that_are_not_finite_are_refused(tmp_path):
     path.write_text("1e999")
     with pytest.raises(MifoError, match="no finite number"):
         read_json(path)
+
+
+def damaged(content, draw):
+    """Bytes cut short, changed in a few places, or of another kind."""
+    kind = draw.choice(("cut", "changed", "other"))
+    if kind == "other":
+        return draw.randbytes(draw.randrange(300))
+    if kind == "cut":
+        return content[: draw.randrange(len(content))]
+    content, head = bytearray(content), draw.choice((200, len(content)))
+    for _ in range(draw.choice((1, 3, 64))):
+        content[draw.randrange(min(len(content), head))] = draw.randrange(256)
+    return bytes(content)
+
+
+def changed(record, draw):
+    """JSON in which one value is another one, or missing."""
+    places, record = [], json.loads(record)
+    waiting = [record]
+    while waiting:
+        node = waiting.pop()
+        keys = list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
+        places += [(node, key) for key in keys]
+        waiting += [node[key] for key in keys]
+    node, key = draw.choice(places)
+    node[key] = draw.choice([None, True, -1, 1e308, 10**30, "x", "", [], {}, [None], {"a": 1}, [[[]]]])
+    if draw.random() < 0.3:
+        del node[key]
+    return json.dumps(record).encode()
+
+
+def test_damaged_files_end_in_a_sentence(killed, tmp_path):
+    shape, draw = (2, 16), random.Random(0)
+    write_tensors(tmp_path / "tokens.safetensors", {"rows": torch.ones(shape)})
+    score = Score("leakage", 0.5, False, Evaluator("colour", "0" * 12), "test")
+    Evaluation((score,), ({"leakage": 0.5},), ((0.5, None), (None, 0.5))).save(tmp_path / "scores.json")
+    base = {"name": "tiny", "source": "tiny", "revision": None, "fingerprint": "0"}
+    record = Learned(["<asset0>"], ["car"], None, {"semantic": 4}, "tokens", 16, base, "epsilon")
+    (tmp_path / "learned.json").write_text(json.dumps(asdict(record)))
+    shutil.copy(killed / "checkpoints" / "semantic" / "last.ckpt", tmp_path)
+    for name, read in (
+        ("tokens.safetensors", lambda file: read_tensors(file, {"rows": shape})),
+        ("scores.json", Evaluation.read),
+        ("learned.json", lambda file: read_learned(file.parent)),
+        ("last.ckpt", lambda file: WholeCheckpoints().load_checkpoint(file)),
+    ):
+        refused, good = 0, (tmp_path / name).read_bytes()
+        for number in range(300):
+            harm = changed if name.endswith("json") and number % 2 else damaged
+            (tmp_path / name).write_bytes(harm(good, draw))
+            try:
+                read(tmp_path / name)
+            except MifoError as error:
+                assert str(tmp_path) in str(error) and "\n" not in str(error)
+                refused += 1
+        assert refused > 200
