@@ -1,20 +1,22 @@
 """Files that are whole or not there, and the one way in which a file from outside is read.
 
-A file or folder may come from a killed process, a full disk or a stranger. Every reader here gives the content in
-plain Python types or raises `MifoError`: one sentence with the file's name. None executes anything, waits for a
-pipe, or reads more than its limit.
+A file or folder may come from a killed process, a full disk or a stranger. Every reader here gives the
+content in plain Python types or raises `MifoError`: one sentence with the file's name. None executes
+anything, waits for a pipe, or reads more than its limit.
 """
 
 import json
+import math
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, BinaryIO, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from yaml import AliasEvent, SafeLoader, YAMLError
 
@@ -46,7 +48,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Give a new folder beside `path` to fill; afterwards its files are flushed and it is renamed to `path`.
 
-    `path` must not exist. A kill leaves `.NAME.unfinished`, which the next call removes; an exception nothing.
+    `path` must not exist. A kill leaves `.NAME.unfinished`, which the next call removes; an exception
+    nothing.
     """
     unfinished = path.with_name(f".{path.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -68,24 +71,65 @@ def write_whole(path: Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
 
 
+def check_room(folder: Path, needed: int) -> None:
+    """Make `folder` where it is missing, and see that files can be written there and `needed` bytes are free.
+
+    Raises:
+        MifoError: the folder cannot be written to, or its disk is too full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise MifoError(f"{folder} cannot be written to ({reason(error)}); choose another folder") from error
+    if free < needed:
+        raise MifoError(
+            f"{folder} needs {needed / 2**30:.2f} GiB, but its disk has {free / 2**30:.2f} GiB free; "
+            "make room or choose a folder on another disk"
+        )
+
+
+@contextmanager
+def regular_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a regular file, or a link to one, for reading bytes.
+
+    Raises:
+        MifoError: the file is missing, no regular file (a folder, a pipe) or unreadable.
+    """
+    try:
+        # a pipe would wait for somebody who writes; a link to one too
+        file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115, it is closed below
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        raise MifoError(f"{path} cannot be read ({reason(error)})") from error
+    with file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise MifoError(f"{path} is no regular file; put a file there")
+        yield file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def reason(error: Exception) -> str:
+    """What an error of the system says, in words alone."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split())
+
+
 def read_text(path: Path, limit: int = MOST_TEXT) -> str:
     """The text of a regular file of at most `limit` bytes, as UTF-8 with or without a byte-order mark.
 
     Raises:
-        MifoError: the file is missing, no regular file (a folder, a pipe), too large, unreadable or not UTF-8.
+        MifoError: as `regular_file`, or the file is too large or not UTF-8.
     """
-    try:
-        # a pipe would wait for somebody who writes; a link to one too
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            state = os.fstat(file.fileno())
-            if not stat.S_ISREG(state.st_mode):
-                raise MifoError(f"{path} is no regular file; put a file there")
-            if state.st_size > limit:
-                raise MifoError(f"{path} has {state.st_size} bytes, more than the {limit} that are read")
+    with regular_file(path) as file:
+        try:
+            if (size := os.fstat(file.fileno()).st_size) > limit:
+                raise MifoError(f"{path} has {size} bytes, more than the {limit} that are read")
             return file.read(limit + 1).decode("utf-8-sig")
-    except (OSError, ValueError) as error:  # a decoding error is a ValueError
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise MifoError(f"{path} cannot be read as text ({reason})") from error
+        except (OSError, ValueError) as error:  # a decoding error is a ValueError
+            raise MifoError(f"{path} cannot be read as text ({reason(error)})") from error
 
 
 def read_json(path: Path) -> Any:
@@ -96,13 +140,15 @@ def read_json(path: Path) -> Any:
     """
     text = read_text(path)
     try:
-        return json.loads(text, parse_constant=_no_number)
+        return json.loads(text, parse_constant=_number, parse_float=_number)
     except (ValueError, RecursionError) as error:
         raise MifoError(f"{path} is damaged: it is not JSON ({error})") from error
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML file in plain types. Aliases, which can multiply a few lines to gigabytes, are refused.
+    """The content of a YAML file in plain types.
+
+    Aliases, which can multiply a few lines to gigabytes, are refused.
 
     Raises:
         MifoError: as `read_text`, or the file is not YAML.
@@ -169,8 +215,11 @@ def _fits(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
-def _no_number(constant: str) -> None:
-    raise ValueError(f"{constant} is no number")
+def _number(text: str) -> float:
+    """A finite number of JSON; 1e400 is none."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return number
 
 
 def _flush(path: Path) -> None:

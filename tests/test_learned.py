@@ -102,7 +102,7 @@ def test_damaged_and_foreign_folders_are_refused(source, tmp_path):
     with pytest.raises(MifoError, match="holds no learned result"):
         load_learned(tmp_path, model)
     (tmp_path / "learned" / "unet.safetensors").write_bytes(b"damaged")
-    with pytest.raises(MifoError, match=r"unet\.safetensors is missing or damaged"):
+    with pytest.raises(MifoError, match=r"unet\.safetensors is damaged: its checksum"):
         load_learned(tmp_path / "learned", model)
     file = tmp_path / "learned" / "learned.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))

@@ -2,7 +2,7 @@
 
 A folder `learned/` holds
 
-    learned.json                what it is: base model, tokens, class names, stages
+    learned.json                what it is: base model, tokens, class names, stages, checksums of the weights
     tokens.safetensors          the new token rows
     unet.safetensors            the U-Net's weights that learned, if any
     text_encoder.safetensors    the text encoder's weights that learned, if any
@@ -10,26 +10,31 @@ A folder `learned/` holds
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
 
 from mifo.backbones.model import DiffusionModel, Trainable
 from mifo.errors import MifoError
+from mifo.files import as_record, read_json, whole_folder
+from mifo.tensors import read_tensors, write_tensors
 
 FORMAT = 1
+ROWS = "tokens.safetensors"
+MOST_RANK = 4096  # of adapters; wider than any layer of Stable Diffusion
 
 
 @dataclass(frozen=True)
 class Learned:
-    """What `learned.json` says. `stages` maps the name of a stage to the steps it took."""
+    """What `learned.json` says.
+
+    Attributes:
+        stages: the steps that each stage took, by its name.
+        checksums: SHA-256 of each file of tensors, by its name; results of before December 2026 have none.
+    """
 
     tokens: list[str]
     class_names: list[str] | None
@@ -39,6 +44,7 @@ class Learned:
     lora_rank: int
     base: dict[str, str | None]
     prediction_type: str
+    checksums: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
 
@@ -64,36 +70,32 @@ def save_learned(
         config: YAML text of the run's configuration.
 
     Raises:
-        MifoError: `folder` exists already.
+        MifoError: `folder` exists already, or a number is NaN or infinite, or too large for float16.
+        OSError: the folder cannot be written.
     """
     folder = Path(folder)
     refuse_existing(folder)
-    learned = Learned(
-        tokens=list(model.new_words),
-        class_names=None if class_names is None else list(class_names),
-        initializers=None if initializers is None else list(initializers),
-        stages=dict(stages),
-        trainable=trainable,
-        lora_rank=lora_rank,
-        base=_base(model),
-        prediction_type=str(model.identity()["prediction_type"]),
-    )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}") as unfinished:
-        target = Path(unfinished) / folder.name
-        target.mkdir()
-        save_file(
-            {name: rows.detach().float().cpu() for name, rows in _named_rows(model).items()},
-            target / "tokens.safetensors",
+    checksums = {}
+    with whole_folder(folder) as unfinished:
+        for file, parameters in _files(model, trainable).items():
+            dtype = torch.float16 if half and file != ROWS else None
+            tensors = {name: each.detach().to("cpu", dtype) for name, each in parameters.items()}
+            checksums[file] = write_tensors(unfinished / file, tensors)
+        learned = Learned(
+            tokens=list(model.new_words),
+            class_names=None if class_names is None else list(class_names),
+            initializers=None if initializers is None else list(initializers),
+            stages=dict(stages),
+            trainable=trainable,
+            lora_rank=lora_rank,
+            base=_base(model),
+            prediction_type=str(model.identity()["prediction_type"]),
+            checksums=checksums,
         )
-        for part, parameters in model.trainable(trainable).items():
-            dtype = torch.float16 if half else None
-            tensors = {name: each.detach().to("cpu", dtype).contiguous() for name, each in parameters.items()}
-            if tensors:
-                save_file(tensors, target / f"{part}.safetensors")
-        (target / "learned.json").write_text(json.dumps(asdict(learned), indent=2) + "\n", encoding="utf-8")
-        (target / "config.yaml").write_text(config, encoding="utf-8")
-        os.rename(target, folder)
+        (unfinished / "learned.json").write_text(
+            json.dumps(asdict(learned), indent=2) + "\n", encoding="utf-8"
+        )
+        (unfinished / "config.yaml").write_text(config, encoding="utf-8")
     return learned
 
 
@@ -109,24 +111,35 @@ def read_learned(folder: Path | str) -> Learned:
     """Read `learned.json` alone, before any model is loaded.
 
     Raises:
-        MifoError: `folder` holds no learned result, or one of another format.
+        MifoError: `folder` holds no learned result, a damaged one, or one of another format.
     """
     file = Path(folder) / "learned.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        written = content["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MifoError(
-            f"{folder} holds no learned result (a readable learned.json); name one that `mifo learn` wrote."
-        ) from error
+    if not file.exists():
+        raise MifoError(f"{folder} holds no learned result (learned.json); name one that `mifo learn` wrote.")
+    content = read_json(file)
+    written = content.get("format") if isinstance(content, dict) else FORMAT
     if written != FORMAT:
         raise MifoError(
             f"{folder} has format {written}, this version of MIFO reads {FORMAT}; learn it again."
         )
-    if "learn" in content:  # of before the house was rebuilt
+    if isinstance(content, dict) and "learn" in content:  # of before the house was rebuilt
         learn = content.pop("learn")
         content["trainable"] = {"kv": "cross_attention_kv", "unet": "denoiser"}.get(learn, learn)
-    return Learned(**content)
+    learned = as_record(content, Learned, file)
+    count = len(learned.tokens)
+    wrong = {
+        "tokens": not all(learned.tokens) or len({*learned.tokens}) != max(count, 1),
+        "class_names": learned.class_names is not None and len(learned.class_names) != count,
+        "initializers": learned.initializers is not None and len(learned.initializers) != count,
+        "trainable": learned.trainable not in get_args(Trainable),
+        "lora_rank": learned.trainable == "lora" and not 1 <= learned.lora_rank <= MOST_RANK,
+        "base": not {"name", "source", "revision"} < learned.base.keys()
+        or not learned.base.get("fingerprint"),
+    }
+    for key in wrong:
+        if wrong[key]:
+            raise MifoError(f"{file} is damaged: {key} holds {str(getattr(learned, key))[:40]}")
+    return learned
 
 
 def load_learned(folder: Path | str, model: DiffusionModel) -> Learned:
@@ -143,28 +156,25 @@ def load_learned(folder: Path | str, model: DiffusionModel) -> Learned:
     model.add_words(learned.tokens)
     if learned.trainable == "lora":
         model.add_lora(learned.lora_rank)
-    targets = {"tokens": _named_rows(model)} | model.trainable(learned.trainable)
-    for part, parameters in targets.items():
-        file = Path(folder) / f"{part}.safetensors"
-        if not parameters:
-            continue
-        try:
-            tensors = load_file(file)
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(tensors[name])
-        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-            raise MifoError(f"{file} is missing or damaged ({error}); learn it again.") from error
+    for file, parameters in _files(model, learned.trainable).items():
+        shapes = {name: each.shape for name, each in parameters.items()}
+        tensors = read_tensors(Path(folder) / file, shapes, learned.checksums.get(file))
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[name])
     model.freeze()
     return learned
 
 
-def _named_rows(model: DiffusionModel) -> dict[str, nn.Parameter]:
-    """The new rows as `tokens.safetensors` names them: those of the first text encoder are "rows"."""
-    return {
-        "rows" if place == 0 else f"rows.{network}": rows
-        for place, (network, rows) in enumerate(model.new_rows.items())
+def _files(model: DiffusionModel, trainable: Trainable) -> dict[str, dict[str, torch.nn.Parameter]]:
+    """What each file of tensors holds, by name."""
+    parts = model.trainable(trainable)
+    files = {f"{part}.safetensors": parameters for part, parameters in parts.items() if parameters}
+    rows = {
+        "rows" if place == 0 else f"rows.{network}": each
+        for place, (network, each) in enumerate(model.new_rows.items())
     }
+    return {ROWS: rows, **files}
 
 
 def _base(model: DiffusionModel) -> dict[str, str | None]:

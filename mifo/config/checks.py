@@ -1,6 +1,8 @@
 """What no single task checks, refused before any work begins."""
 
 import inspect
+import math
+from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ def check(settings: TaskSettings) -> None:
     Raises:
         MifoError: one sentence that names the key and the fix.
     """
+    _check_finite(asdict(settings))
     if settings.device not in _DEVICES:
         raise MifoError(f"device={settings.device} is not known; take one of {', '.join(_DEVICES)}")
     if settings.device == "cuda" and not torch.cuda.is_available():
@@ -60,6 +63,15 @@ def check(settings: TaskSettings) -> None:
         _check_trainer(settings.trainer)
         if settings.instances.folder:
             settings.instances.folder = str(Path(settings.instances.folder).expanduser().absolute())
+
+
+def _check_finite(node: Any, key: str = "") -> None:
+    """Refuse NaN and infinity anywhere; NaN would pass every comparison below."""
+    if isinstance(node, float) and not math.isfinite(node):
+        raise MifoError(f"{key}={node} is not finite; take a number")
+    if isinstance(node, dict | list | tuple):
+        for name, each in node.items() if isinstance(node, dict) else enumerate(node):
+            _check_finite(each, f"{key}.{name}" if key else str(name))
 
 
 def _check_target(key: str, node: Any) -> None:

@@ -1,5 +1,7 @@
 """Box adherence: is each instance found where its box is?"""
 
+import math
+
 from torch import Tensor
 from torchmetrics import MeanMetric
 from torchvision.ops import box_iou
@@ -27,7 +29,7 @@ def find_instance(
 
     The windows are the box itself and windows of its size at windows × windows even places over the picture;
     the box wins ties. No detector or segmenter is needed, and look-alikes are told apart; extent is not
-    measured, only place.
+    measured, only place. NaN four times where a feature is not finite.
     """
     width, height = box[2] - box[0], box[3] - box[1]
     places = [index / max(windows - 1, 1) for index in range(windows)]
@@ -37,4 +39,5 @@ def find_instance(
         for x in places
     ]
     features = encoder.encode_images([crop_box(image, candidate) for candidate in candidates])
-    return candidates[int(similarity_matrix(features, reference[None])[:, 0].argmax())]
+    similarity = similarity_matrix(features, reference[None])[:, 0]
+    return candidates[int(similarity.argmax())] if similarity.isfinite().all() else (math.nan,) * 4

@@ -1,9 +1,11 @@
 """Everything that is measured of a set of pictures made from one source image."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torchmetrics import MeanMetric
 
 from mifo.data.saved_pictures import Picture
 from mifo.errors import MifoError
-from mifo.files import write_whole
+from mifo.files import read_json, read_record, write_whole
 from mifo.metrics.box_adherence import BoxAdherence, find_instance
 from mifo.metrics.class_accuracy import ClassAccuracy, class_texts
 from mifo.metrics.crops import Box, crop_box, reference_crops
@@ -58,28 +60,47 @@ class Evaluation:
         """Write everything as JSON, whole or not at all.
 
         Raises:
-            MifoError: there are scores already. What an interrupted process left half written is replaced.
+            MifoError: there are scores already, or a score is not finite. What an interrupted process left
+                half written is replaced.
         """
         if has_scores(path):
             raise MifoError(f"{path} already exists: choose another output folder.")
-        write_whole(Path(path), json.dumps(asdict(self), indent=2))
+        try:
+            text = json.dumps(asdict(self), indent=2, allow_nan=False)
+        except ValueError as error:
+            raise MifoError(f"a score is not finite, so that {path} is not written") from error
+        write_whole(Path(path), text)
 
     @classmethod
     def read(cls, path: Path | str) -> "Evaluation":
-        try:
-            values = json.loads(Path(path).read_text())
-            scores = tuple(Score.from_dict(score) for score in values["scores"])
-            matrix = tuple(tuple(row) for row in values["leakage_matrix"])
-            return cls(scores, tuple(values["pictures"]), matrix)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise MifoError(f"{path} cannot be read: run `mifo evaluate` on the pictures again.") from error
+        """What `save` wrote.
+
+        Raises:
+            MifoError: the file is missing or damaged, or a score is not finite.
+        """
+        path = Path(path)
+        written = read_record(path, _Written)
+        return cls(
+            tuple(Score.from_dict(score, path) for score in written.scores),
+            tuple(written.pictures),
+            tuple(tuple(row) for row in written.leakage_matrix),
+        )
+
+
+@dataclass(frozen=True)
+class _Written:
+    """An `Evaluation` as JSON."""
+
+    scores: list[dict[str, Any]]
+    pictures: list[dict[str, float]]
+    leakage_matrix: list[list[float | None]] = field(default_factory=list)
 
 
 def has_scores(path: Path | str) -> bool:
-    """Whether `path` was written to its end; half a file is no JSON."""
+    """Whether `path` was written to its end; half a file is no JSON, nor is one with NaN."""
     try:
-        json.loads(Path(path).read_text())
-    except (FileNotFoundError, ValueError):
+        read_json(Path(path))
+    except MifoError:
         return False
     return True
 
@@ -156,10 +177,17 @@ class PictureEvaluator:
         for index, picture in enumerate(progress(pictures)):
             row: dict[str, float] = {}
 
-            def measure(name: str, *inputs: Tensor, row: dict[str, float] = row) -> None:
+            def measure(name: str, *inputs: Tensor, row: dict[str, float] = row, index: int = index) -> None:
                 values = [value.cpu() for value in inputs]
                 counts[name] += len(values[0])
-                row[name] = totals[name](*values).item()
+                # those of NaN are refused first: the choice of the largest would hide them
+                finite = all(value.isfinite().all() for value in values)
+                row[name] = totals[name](*values).item() if finite else math.nan
+                if not math.isfinite(row[name]):
+                    raise MifoError(
+                        f"{name} of picture {index} is not finite, as {self._evaluator(name)} measures it; "
+                        "take another evaluator in metrics"
+                    )
 
             measure("editability", whole[index : index + 1], asked[index : index + 1])
             if boxes := subjects[index]:

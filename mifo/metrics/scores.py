@@ -1,9 +1,11 @@
 """Scores that know how they were measured, and tables that refuse to mix them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 
 from mifo.errors import MifoError
+from mifo.files import as_record
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,12 @@ class Score:
     def arrow(self) -> str:
         return "↑" if self.higher_is_better else "↓"
 
-    def to_dict(self) -> dict:
-        return asdict(self)
-
     @classmethod
-    def from_dict(cls, values: Mapping) -> "Score":
-        return cls(**{**values, "evaluator": Evaluator(**values["evaluator"])})
+    def from_dict(cls, values: Mapping, path: Path) -> "Score":
+        """A score as JSON holds it. Raises MifoError, naming the file `path`, when it is damaged."""
+        return as_record(
+            {**values, "evaluator": as_record(values.get("evaluator"), Evaluator, path)}, cls, path
+        )
 
 
 def score_table(rows: Mapping[str, Sequence[Score]]) -> dict[str, dict[str, float]]:

@@ -1,7 +1,8 @@
 """Learning from first to last: new tokens, both stages, the folder `learned/`."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, get_args
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import (
     LightningEnvironment,
@@ -25,10 +26,13 @@ from mifo.data.class_pictures import class_prompts, own_picture_files
 from mifo.data.instances import InstanceSet
 from mifo.data.learning_data import LearningData
 from mifo.errors import MifoError
+from mifo.files import check_room, reason
 from mifo.making.class_pictures import class_pictures
 from mifo.method.backbone import Stage
 from mifo.method.losses.settings import PenaltySettings
 from mifo.method.prompts.instances import INSTANCE
+from mifo.training.checkpoints import NEWEST, SaveCheckpoints, WholeCheckpoints, newest_checkpoint
+from mifo.training.finite import FiniteNumbers
 from mifo.training.settings import LearningSettings, StageSettings
 from mifo.training.stages import OPTIMIZERS, SCHEDULES, LearningStage
 
@@ -116,7 +120,8 @@ def learn(
     """Learn the instances with both stages and save them into `folder/learned`.
 
     Called again with the same arguments and `folder` after an interruption, it continues from the last
-    checkpoint and ends with the same result as without. The checkpoints go when the result is saved.
+    checkpoint and ends with the same result as without. The checkpoints go when the result is saved; where
+    `folder` can not take the result, it goes to a temporary folder.
 
     Args:
         model: a base model without new tokens; afterwards what was learned is in it, on the trainer's device.
@@ -128,7 +133,9 @@ def learn(
         `folder/learned`.
 
     Raises:
-        MifoError: impossible settings, half-precision weights that can not learn, or `folder/learned` exists.
+        MifoError: impossible settings, half-precision weights that can not learn, `folder/learned` exists,
+            too little room on the disk, a damaged checkpoint, or a loss, gradient or weight that is not
+            finite.
     """
     check_learning(settings)
     trainer, graphs, passes_in = dict(trainer or {}), False, None
@@ -144,6 +151,7 @@ def learn(
     _check_precision(model, settings, trainer)
     target, checkpoints = Path(folder) / "learned", Path(folder) / "checkpoints"
     refuse_existing(target)
+    _remove_unfinished(Path(folder))
     lightning.seed_everything(seed, verbose=False)
     model.add_words(instances.tokens, instances.initializers, seed)
     stages: list[tuple[Stage, StageSettings, float]] = [
@@ -158,6 +166,7 @@ def learn(
         model.to(runner.strategy.root_device)
         if stage.trainable == "lora":
             model.add_lora(stage.lora_rank)
+        check_room(Path(folder), _room(model, stages[stream:], checkpoints, settings.save_half))
         module = LearningStage(name, model, instances, stage, penalty, prior_weight, graphs, passes_in)
         prior = None
         if prior_weight:
@@ -167,15 +176,15 @@ def learn(
         data = LearningData(
             model, instances, settings, stage.steps, stage.batch_size, sizes, seed, stream, prior, performance
         )
-        last = checkpoints / name / "last.ckpt"
+        last = newest_checkpoint(checkpoints / name)
         try:
-            runner.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
+            runner.fit(module, data, ckpt_path=last, weights_only=True)
         finally:
             module.release()
         steps[name] = runner.global_step
-    save_learned(
-        target,
-        model,
+    save = partial(
+        save_learned,
+        model=model,
         class_names=instances.class_names,
         initializers=instances.initializers,
         stages=steps,
@@ -184,9 +193,56 @@ def learn(
         half=settings.save_half,
         config=config,
     )
+    _save(save, target)
     model.freeze()
     shutil.rmtree(checkpoints, ignore_errors=True)
     return target
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what killed runs in `folder` left half written."""
+    for rest in (*folder.glob(".learned*"), *folder.glob("checkpoints/*/.*.unfinished")):
+        shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+
+
+def _room(
+    model: DiffusionModel,
+    stages: Sequence[tuple[Stage, StageSettings, float]],
+    checkpoints: Path,
+    half: bool,
+) -> int:
+    """Bytes that the checkpoints of these stages and the result will take; adapters count once they exist."""
+    total = 2**20  # of small files
+    for name, stage, _ in stages:
+        parts = model.trainable(stage.trainable).values() if stage.steps else ()
+        learning = [*model.new_rows.values(), *(each for part in parts for each in part.values())]
+        numbers = sum(each.numel() for each in learning)
+        result = numbers * 2 if half else sum(each.numel() * each.element_size() for each in learning)
+        if stage.steps and stage.checkpoint_every:
+            states = (2 + 8 / 256 if stage.optimizer == "adamw_8bit" else 8) * numbers
+            kept = 1 if stage.checkpoint_every >= stage.steps else 2
+            there = sum(file.stat().st_size for file in (checkpoints / name).glob("*.ckpt"))
+            total += max(0, int(kept * (numbers * 4 + states)) - there)
+    return total + result
+
+
+def _save(save: Callable[[Path], Any], target: Path) -> None:
+    """Save the result, and where that fails into a temporary folder, so that learning was not in vain.
+
+    Raises:
+        MifoError: it could not be saved in `target`; says where it is.
+    """
+    try:
+        save(target)
+    except OSError as error:
+        found = f"{target} cannot be written ({reason(error)}); make room and "
+        again = f"go on with resume={target.parent}"
+        try:
+            elsewhere = Path(tempfile.mkdtemp(prefix="mifo-")) / target.name
+            save(elsewhere)
+        except OSError:
+            raise MifoError(f"{found}{again}, from the last checkpoint") from error
+        raise MifoError(f"{found}move what was learned there from {elsewhere}, before you {again}") from error
 
 
 def _check_precision(model: DiffusionModel, settings: LearningSettings, trainer: Mapping[str, Any]) -> None:
@@ -215,26 +271,24 @@ def _trainer(
     savers = []
     if stage.checkpoint_every and not arguments.get("fast_dev_run"):
         every = min(stage.checkpoint_every, stage.steps)
-        savers = [
-            ModelCheckpoint(
-                checkpoints / name, "last", every_n_train_steps=every, enable_version_counter=False
-            )
-        ]
+        savers = [SaveCheckpoints(checkpoints / name / NEWEST, every)]
     fixed = {
         "max_steps": stage.steps,
         "max_epochs": -1,
         "default_root_dir": checkpoints.parent,
-        "enable_checkpointing": bool(savers),
+        "enable_checkpointing": False,
         "logger": list(loggers),
+        "plugins": [WholeCheckpoints(), *_no_others(arguments)],
     }
     if clashes := sorted({*fixed, "callbacks"} & {*arguments}):
         raise MifoError(f"trainer.{clashes[0]} is fixed by learning and callbacks; take it out of trainer.")
-    usual = {"enable_model_summary": False, "log_every_n_steps": 10, **_no_others(arguments)}
-    return lightning.Trainer(callbacks=[*callbacks, *savers], **{**usual, **arguments, **fixed})
+    usual = {"enable_model_summary": False, "log_every_n_steps": 10}
+    watched = [FiniteNumbers(), *callbacks, *savers]
+    return lightning.Trainer(callbacks=watched, **{**usual, **arguments, **fixed})
 
 
-def _no_others(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _no_others(arguments: Mapping[str, Any]) -> list[LightningEnvironment]:
     """That one device has no other processes; Lightning would start MPI, where there is one, to ask."""
     alone = arguments.get("devices") == 1 and arguments.get("num_nodes", 1) == 1
     started = TorchElasticEnvironment.detect() or SLURMEnvironment.detect()
-    return {"plugins": [LightningEnvironment()]} if alone and not started else {}
+    return [LightningEnvironment()] if alone and not started else []

@@ -19,6 +19,7 @@ from mifo.method.backbone import Stage
 from mifo.method.losses.settings import PenaltySettings
 from mifo.method.losses.timeline import Term, Timeline
 from mifo.method.objective import LossParts, learning_loss
+from mifo.training.checkpoints import check_checkpoint
 from mifo.training.settings import StageSettings
 
 OPTIMIZERS = ("adamw", "adamw_8bit")
@@ -162,6 +163,9 @@ class LearningStage(lightning.LightningModule):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Only what learns."""
         return {name: each.detach() for name, each in self.named_parameters() if each.requires_grad}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_checkpoint(checkpoint, self.state_dict())
 
     def eager_step(self, batch: LearningBatch) -> Tensor:
         """The loss of the first step's kind without a graph, for counting its operations."""

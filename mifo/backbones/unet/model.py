@@ -267,7 +267,13 @@ class UNetModel(DiffusionModel):
     @torch.no_grad()
     def decode_latents(self, latents: Tensor, at_once: int = 4) -> Tensor:
         parts = (latents.to(self.vae.dtype) / self.vae.config.scaling_factor).split(at_once)
-        return torch.cat([self.vae.decode(part).sample.float() for part in parts]).div(2).add(0.5).clamp(0, 1)
+        images = torch.cat([self.vae.decode(part).sample.float() for part in parts])
+        if not images.isfinite().all():
+            raise MifoError(
+                f"the autoencoder of {self.name} gives pixels that are not finite in {self.vae.dtype}; take "
+                "model.dtype=float32 and performance.synthesis_precision=float32"
+            )
+        return images.div(2).add(0.5).clamp(0, 1)
 
     def predict(
         self,

@@ -96,7 +96,7 @@ class Sampler:
 
         Raises:
             MifoError: an impossible box, sites that do not fit, latents that are not square, or numbers of
-                rows that disagree.
+                rows that disagree; or latents that are not finite after a step.
         """
         if conditioning.samples != 2 * len(latents):
             raise MifoError(
@@ -108,15 +108,23 @@ class Sampler:
             if latents.shape[-1] != latents.shape[-2]:
                 raise MifoError("Box control needs square pictures: give latents of equal height and width.")
             regions = Regions(self, boxes, tokens, len(latents), latents.device, seed)
+        sums = []  # of all latents, which are NaN or infinite where one number is
         for step, time in enumerate(self.times):
             losses = latents.new_zeros(0)
             if regions:
                 latents, losses = regions.guide(latents, conditioning, step)
                 regions.renew(step)
             latents = self.denoise(latents, conditioning, step, regions)
+            sums.append(latents.sum(dtype=torch.float32))
             if on_step:
                 shapes = regions.shapes if regions else None
                 on_step(StepReport(step, len(self.times), time, latents, shapes, losses))
+        finite = torch.stack(sums).isfinite().tolist()  # waits for the device once
+        if not all(finite):
+            raise MifoError(
+                f"latents are not finite after step {finite.index(False) + 1} of {len(finite)} of synthesis; "
+                "take performance.synthesis_precision=float32, or less guidance"
+            )
         return latents
 
     def denoise(
