@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, BinaryIO, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from yaml import AliasEvent, SafeLoader, YAMLError
 
@@ -68,24 +68,55 @@ def write_whole(path: Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
 
 
+def existing_folder(key: str, given: Path | str, content: str) -> Path:
+    """The folder that the setting `key` names, `~` expanded. `content` says what the folder holds.
+
+    Raises:
+        MifoError: it is a file, or is not there.
+    """
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        return folder
+    found = "is a file, not a folder" if folder.exists() else "is not a folder: nothing lies there"
+    raise MifoError(f"{key}={folder} {found}; name the folder that holds {content}")
+
+
+@contextmanager
+def regular_file(path: Path, limit: int) -> Iterator[BinaryIO]:
+    """Open a regular file of at most `limit` bytes, or a link to one, to read its bytes.
+
+    Raises:
+        MifoError: the file is missing, no regular file (a folder, a pipe, a device), too large or unreadable.
+    """
+    try:
+        # a pipe would wait for somebody who writes; a link to one too
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
+        raise MifoError(f"{path} cannot be read ({_reason(error)})") from error
+    with file:
+        state = os.fstat(file.fileno())
+        if not stat.S_ISREG(state.st_mode):
+            raise MifoError(f"{path} is no regular file; put a file there")
+        if state.st_size > limit:
+            raise MifoError(f"{path} has {state.st_size} bytes, more than the {limit} that are read")
+        yield file
+
+
 def read_text(path: Path, limit: int = MOST_TEXT) -> str:
     """The text of a regular file of at most `limit` bytes, as UTF-8 with or without a byte-order mark.
 
     Raises:
-        MifoError: the file is missing, no regular file (a folder, a pipe), too large, unreadable or not UTF-8.
+        MifoError: as `regular_file`, or the file is not UTF-8.
     """
-    try:
-        # a pipe would wait for somebody who writes; a link to one too
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            state = os.fstat(file.fileno())
-            if not stat.S_ISREG(state.st_mode):
-                raise MifoError(f"{path} is no regular file; put a file there")
-            if state.st_size > limit:
-                raise MifoError(f"{path} has {state.st_size} bytes, more than the {limit} that are read")
+    with regular_file(path, limit) as file:
+        try:
             return file.read(limit + 1).decode("utf-8-sig")
-    except (OSError, ValueError) as error:  # a decoding error is a ValueError
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise MifoError(f"{path} cannot be read as text ({reason})") from error
+        except (OSError, ValueError) as error:  # a decoding error is a ValueError
+            raise MifoError(f"{path} cannot be read as text ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def read_json(path: Path) -> Any:
