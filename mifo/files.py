@@ -86,20 +86,21 @@ def regular_file(path: Path, limit: int) -> Iterator[BinaryIO]:
     """Open a regular file of at most `limit` bytes, or a link to one, to read its bytes.
 
     Raises:
-        MifoError: the file is missing, no regular file (a folder, a pipe, a device), too large or unreadable.
+        MifoError: the file is missing, no regular file (a folder, a pipe, a device), too large or unreadable,
+            also where reading or decoding fails in the block.
     """
     try:
         # a pipe would wait for somebody who writes; a link to one too
-        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-    except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
-        raise MifoError(f"{path} cannot be read ({_reason(error)})") from error
-    with file:
-        state = os.fstat(file.fileno())
-        if not stat.S_ISREG(state.st_mode):
-            raise MifoError(f"{path} is no regular file; put a file there")
-        if state.st_size > limit:
-            raise MifoError(f"{path} has {state.st_size} bytes, more than the {limit} that are read")
-        yield file
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            state = os.fstat(file.fileno())
+            if not stat.S_ISREG(state.st_mode):
+                raise MifoError(f"{path} is no regular file; put a file there")
+            if state.st_size > limit:
+                raise MifoError(f"{path} has {state.st_size} bytes, more than the {limit} that are read")
+            yield file
+    except (OSError, ValueError) as error:  # a decoding error is a ValueError
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise MifoError(f"{path} cannot be read ({reason})") from error
 
 
 def read_text(path: Path, limit: int = MOST_TEXT) -> str:
@@ -109,14 +110,7 @@ def read_text(path: Path, limit: int = MOST_TEXT) -> str:
         MifoError: as `regular_file`, or the file is not UTF-8.
     """
     with regular_file(path, limit) as file:
-        try:
-            return file.read(limit + 1).decode("utf-8-sig")
-        except (OSError, ValueError) as error:  # a decoding error is a ValueError
-            raise MifoError(f"{path} cannot be read as text ({_reason(error)})") from error
-
-
-def _reason(error: Exception) -> str:
-    return (isinstance(error, OSError) and error.strerror) or str(error)
+        return file.read(limit + 1).decode("utf-8-sig")
 
 
 def read_json(path: Path) -> Any:

@@ -32,8 +32,8 @@ _SAME_COLOUR = 2
 
 log = logging.getLogger(__name__)
 
-# said below in one sentence
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# of large pictures, refused below, and of oddities in EXIF that do not concern the picture
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def read_picture(file: Path) -> Image.Image:

@@ -5,20 +5,23 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from rich.progress import Progress
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from mifo.data.instances import InstanceSet
+from mifo.data.pictures import ENDINGS, check_picture, is_whole, read_picture
 from mifo.diffusion.noise_schedule import NoiseSchedule
 from mifo.errors import MifoError
+from mifo.files import existing_folder
 from mifo.guidance.settings import GuidanceSettings
 from mifo.learning.settings import PriorSettings
 from mifo.models.images import decode_latents
@@ -31,7 +34,6 @@ from mifo.synthesis.settings import SynthesisSettings
 
 UNKNOWN_CLASS = "thing"
 READ_AT_ONCE = 16  # pictures in memory
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
@@ -94,54 +96,81 @@ def class_picture_files(
         performance: precision of learning and CUDA graphs are taken from it; None: float32, no graphs.
 
     Raises:
-        MifoError: see `own_picture_files`.
+        MifoError: see `own_picture_files`; or the cache can not be written.
     """
     if settings.folder is not None:
         files = own_picture_files(settings.folder)
         return files, [prompts[i % len(prompts)] for i in range(len(files))]
-    files, told, missing = [], [], []
-    for i, prompt in enumerate(prompts):
-        share = (settings.pictures + len(prompts) - 1 - i) // len(prompts)
-        wanted = [(_folder(model, prompt, settings, seed) / f"{j:04}.png", prompt, j) for j in range(share)]
-        files += [file for file, _, _ in wanted]
-        told += [prompt] * share
-        missing += [each for each in wanted if not each[0].exists()]
+    wanted = _wanted(model, prompts, settings, seed)
+    missing = [each for each in wanted if not is_whole(each[0], model.image_size)]
     if missing:
         _make(
             model, missing, settings, seed, performance or PerformanceSettings(learning_precision="float32")
         )
-    return files, told
+    return [file for file, *_ in wanted], [prompt for _, prompt, _ in wanted]
+
+
+def check_room(model: DiffusionModel, prompts: list[str], settings: PriorSettings, seed: int) -> None:
+    """Refuse a cache into which the class pictures that are missing can not be written.
+
+    Raises:
+        MifoError: naming the folder.
+    """
+    wanted = _wanted(model, prompts, settings, seed) if settings.folder is None else []
+    for folder in {file.parent for file, *_ in wanted if not is_whole(file, model.image_size)}:
+        with _writing(folder), TemporaryFile(dir=folder):
+            pass
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Make a folder of the cache; what the system refuses there becomes a sentence."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise MifoError(
+            f"{folder} can not be written ({error.strerror}), but class pictures are kept there; name "
+            "another folder by learning.prior.cache=PATH."
+        ) from error
 
 
 def own_picture_files(given: str) -> list[Path]:
     """The pictures in the folder `settings.folder`.
 
     Raises:
-        MifoError: it is no folder, or holds no picture.
+        MifoError: it is no folder or holds no picture, or one of its pictures can not be read.
     """
-    folder = Path(given).expanduser()
-    if not folder.is_dir():
-        raise MifoError(
-            f"learning.prior.folder={folder} is not a folder; name one with pictures, or take null to have "
-            "them made."
-        )
-    files = sorted(file for file in folder.glob("*") if file.suffix.lower() in IMAGE_ENDINGS)
+    folder = existing_folder("learning.prior.folder", given, "class pictures, or take null to have them made")
+    # a hidden file such as macOS's ._cat.jpg is no picture, whatever its ending
+    files = sorted(
+        file for file in folder.glob("*") if file.suffix.lower() in ENDINGS and not file.name.startswith(".")
+    )
     if not files:
         raise MifoError(
             f"learning.prior.folder={folder} holds no picture; put PNG, JPEG or WebP files there."
         )
+    for file in files:
+        check_picture(file)
     return files
 
 
 def _read(file: Path, side: int) -> Tensor:
     """(3, side, side) in [0, 1], the middle square of the picture."""
-    try:
-        image = decode_image(str(file), ImageReadMode.RGB).float() / 255
-    except RuntimeError as error:
-        raise MifoError(
-            f"{file} can not be read as an image ({error}); remove it or save it anew."
-        ) from error
+    image = pil_to_tensor(read_picture(file)).float() / 255
     return center_crop(resize(image, [side], antialias=True), [side, side]).clamp(0, 1)
+
+
+def _wanted(
+    model: DiffusionModel, prompts: list[str], settings: PriorSettings, seed: int
+) -> list[tuple[Path, str, int]]:
+    """The made pictures: the file, the prompt and the number among those of the prompt of each."""
+    wanted = []
+    for i, prompt in enumerate(prompts):
+        share = (settings.pictures + len(prompts) - 1 - i) // len(prompts)
+        folder = _folder(model, prompt, settings, seed)
+        wanted += [(folder / f"{j:04}.png", prompt, j) for j in range(share)]
+    return wanted
 
 
 def _folder(model: DiffusionModel, prompt: str, settings: PriorSettings, seed: int) -> Path:
@@ -193,10 +222,10 @@ def _make(
             images = decode_latents(model, latents[: len(chosen)], batch_size=2)
             for (file, *_), image in zip(chosen, images.cpu(), strict=True):
                 # renamed when whole, so that a killed run or one beside this one leaves no half picture
-                file.parent.mkdir(parents=True, exist_ok=True)
                 unfinished = file.with_suffix(f".{os.getpid()}.png")
-                to_pil_image(image).save(unfinished)
-                unfinished.replace(file)
+                with _writing(file.parent):
+                    to_pil_image(image).save(unfinished)
+                    unfinished.replace(file)
 
 
 def _initial_noise(model: DiffusionModel, seed: int, picture: int) -> Tensor:

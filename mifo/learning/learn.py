@@ -18,7 +18,7 @@ from lightning.pytorch.plugins.environments import (
 
 from mifo.data.instances import InstanceSet
 from mifo.data.learning_data import LearningData
-from mifo.data.prior import own_picture_files
+from mifo.data.prior import check_room, class_prompts, own_picture_files
 from mifo.errors import MifoError
 from mifo.learning.settings import LearningSettings, StageSettings
 from mifo.learning.stages import OPTIMIZERS, SCHEDULES, Finetuning, LearningStage, SemanticLearning
@@ -29,7 +29,7 @@ from mifo.models.trainable import LEARN, add_lora
 from mifo.penalty.settings import PenaltySettings
 from mifo.performance.profile import PRECISIONS, available, ready_for_learning
 from mifo.performance.settings import PerformanceSettings
-from mifo.prompts.instances import INSTANCE
+from mifo.prompts.instances import INSTANCE, check_placeholders
 
 
 def check_learning(settings: LearningSettings) -> None:
@@ -86,6 +86,8 @@ def check_learning(settings: LearningSettings) -> None:
         raise MifoError(
             "learning.prior.pictures must be at least 1; set learning.prior.weight=0 to leave them out."
         )
+    for prompt in settings.prior.prompts:
+        check_placeholders("learning.prior.prompts", prompt, ("class",))
     if finetuned and settings.prior.weight and settings.prior.folder is not None:
         own_picture_files(settings.prior.folder)
 
@@ -142,6 +144,8 @@ def learn(
     _check_precision(model, settings, trainer)
     target, checkpoints = Path(folder) / "learned", Path(folder) / "checkpoints"
     refuse_existing(target)
+    if settings.finetuning.steps and settings.prior.weight:
+        check_room(model, class_prompts(instances, settings.prior), settings.prior, seed)
     lightning.seed_everything(seed, verbose=False)
     add_instance_tokens(model, instances.tokens, instances.initializers, seed)
     stages: list[tuple[type[LearningStage], StageSettings, float]] = [

@@ -13,7 +13,7 @@ from mifo.config.schema import RunSettings, SynthesizeSettings
 from mifo.diffusion.ddim import ddim_timesteps
 from mifo.diffusion.noise_schedule import NoiseSchedule
 from mifo.errors import MifoError
-from mifo.files import write_whole
+from mifo.files import existing_folder, write_whole
 from mifo.guidance.settings import GuidanceSettings
 from mifo.metrics.pictures import Picture, save_pictures
 from mifo.models.images import decode_latents
@@ -22,7 +22,7 @@ from mifo.models.loading import DiffusionModel, load_model, load_outline
 from mifo.models.text import encode_prompts, tokenize
 from mifo.models.tokens import add_words
 from mifo.performance.profile import available, ready_for_synthesis
-from mifo.prompts.instances import find_instances
+from mifo.prompts.instances import check_placeholders, find_instances
 from mifo.shapes.boxes import check_boxes
 from mifo.synthesis.sampler import KeptPasses, Subject, layers_in_use
 from mifo.synthesis.sampler import synthesize as sample_latents
@@ -32,7 +32,7 @@ from mifo.tasks.setup import prepare
 
 def learned_folder(given: str) -> Path:
     """The folder of a learned result, given itself or the run that holds it."""
-    folder = Path(given).expanduser()
+    folder = existing_folder("learned", given, "what mifo learn or mifo run left")
     return folder / "learned" if (folder / "learned").is_dir() else folder
 
 
@@ -86,9 +86,11 @@ def check_layouts(
     """Refuse what the model cannot sample, before its weights are loaded.
 
     Raises:
-        MifoError: a prompt that is too long or lacks the words of a box, a box smaller than a pixel of the
-            shapes' grid, layers or a number of steps that the model does not have.
+        MifoError: a prompt that is too long or lacks the words of a box, a placeholder in the negative
+            prompt, a box smaller than a pixel of the shapes' grid, layers or a number of steps that the model
+            does not have.
     """
+    check_placeholders("synthesis.negative_prompt", settings.synthesis.negative_prompt)
     outline = load_outline(settings.model)
     add_words(outline.tokenizer, tokens)
     ddim_timesteps(settings.synthesis.steps, NoiseSchedule.from_scheduler(outline.noise_scheduler))
