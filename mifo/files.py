@@ -90,26 +90,38 @@ def check_room(folder: Path, needed: int) -> None:
         )
 
 
-@contextmanager
-def regular_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a regular file, or a link to one, for reading bytes.
+def existing_folder(key: str, given: Path | str, content: str) -> Path:
+    """The folder that the setting `key` names, `~` expanded. `content` says what the folder holds.
 
     Raises:
-        MifoError: the file is missing, no regular file (a folder, a pipe) or unreadable.
+        MifoError: it is a file, or is not there.
+    """
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        return folder
+    found = "is a file, not a folder" if folder.exists() else "is not a folder: nothing lies there"
+    raise MifoError(f"{key}={folder} {found}; name the folder that holds {content}")
+
+
+@contextmanager
+def regular_file(path: Path, limit: int | None = None) -> Iterator[BinaryIO]:
+    """Open a regular file, or a link to one, to read its bytes, of which there may be at most `limit`.
+
+    Raises:
+        MifoError: the file is missing, no regular file (a folder, a pipe, a device), too large or unreadable,
+            also where reading or decoding fails in the block.
     """
     try:
         # a pipe would wait for somebody who writes; a link to one too
-        file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115, it is closed below
-    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            state = os.fstat(file.fileno())
+            if not stat.S_ISREG(state.st_mode):
+                raise MifoError(f"{path} is no regular file; put a file there")
+            if limit is not None and state.st_size > limit:
+                raise MifoError(f"{path} has {state.st_size} bytes, more than the {limit} that are read")
+            yield file
+    except (OSError, ValueError) as error:  # a decoding error is a ValueError, as is a name with a zero byte
         raise MifoError(f"{path} cannot be read ({reason(error)})") from error
-    with file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise MifoError(f"{path} is no regular file; put a file there")
-        yield file
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def reason(error: Exception) -> str:
@@ -121,15 +133,10 @@ def read_text(path: Path, limit: int = MOST_TEXT) -> str:
     """The text of a regular file of at most `limit` bytes, as UTF-8 with or without a byte-order mark.
 
     Raises:
-        MifoError: as `regular_file`, or the file is too large or not UTF-8.
+        MifoError: as `regular_file`, or the file is not UTF-8.
     """
-    with regular_file(path) as file:
-        try:
-            if (size := os.fstat(file.fileno()).st_size) > limit:
-                raise MifoError(f"{path} has {size} bytes, more than the {limit} that are read")
-            return file.read(limit + 1).decode("utf-8-sig")
-        except (OSError, ValueError) as error:  # a decoding error is a ValueError
-            raise MifoError(f"{path} cannot be read as text ({reason(error)})") from error
+    with regular_file(path, limit) as file:
+        return file.read(limit + 1).decode("utf-8-sig")
 
 
 def read_json(path: Path) -> Any:

@@ -129,6 +129,22 @@ def test_each_ending_makes_a_prompt():
         layouts(LayoutSettings(endings=[]), ["<asset0>"])
 
 
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"prompt": "a photo of {instance} at the beach"}, r"\{instance\}.*take \{instances\} or \{subset\}"),
+        ({"endings": ["with {instances}"]}, r"layout\.endings=.*\{instances\}"),
+        ({"prompt": "a photo of asset0"}, "write <asset0>"),
+        ({"prompt": "a photo of <ASSET0>"}, "write <asset0>"),
+        ({"endings": ["with asset0"]}, "write <asset0>"),
+        ({"boxes": {"ASSET0": [0, 0, 1, 1]}}, "write <asset0>"),
+    ],
+)
+def test_prompts_that_would_give_no_instance_are_refused(given, sentence):
+    with pytest.raises(MifoError, match=sentence):
+        layouts(LayoutSettings(**given), ["<asset0>"])
+
+
 def test_prompts_run_over_the_power_set():
     tokens = ["<asset0>", "<asset1>", "<asset2>"]
     found = layouts(settings("run", "layout=power_set").layout, tokens)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import os
+import re
 from collections import Counter
 from copy import copy
 from itertools import islice
@@ -26,6 +28,16 @@ from mifo.errors import MifoError
 from mifo.making.class_pictures import class_pictures, class_prompts
 from mifo.training.settings import LearningSettings, PriorSettings, StageSettings
 from mifo.world.vocabulary import BACKGROUNDS
+from mifo.training.fit import check_learning, learn
+from mifo.training.settings import LearningSettings, PriorSettings, StageSettings
+from mifo.world.vocabulary import BACKGROUNDS
+from mifo.backbones.images import encode_images
+from mifo.backbones.loading import load_model
+from mifo.backbones.settings import ModelSettings
+from mifo.backbones.text import tokenize
+from mifo.backbones.tokens import add_instance_tokens
+from mifo.method.losses.settings import PenaltySettings
+from mifo.acceleration.settings import PerformanceSettings
 
 WIDTH, HEIGHT = 40, 30
 
@@ -72,9 +84,9 @@ def test_masks_of_every_format_mean_the_same(folder, mode):
 
 
 def soft(strength=200):
-    """A mask of three values."""
+    """A mask with an edge of many values."""
     mask = square(2, 3) // 255 * strength
-    mask[:3] = 20
+    mask[0] = np.linspace(0, 20, WIDTH)
     return mask
 
 
@@ -84,8 +96,8 @@ def test_soft_masks_keep_their_values(folder):
     torch.testing.assert_close(read(folder).masks[0], expected)
     Image.fromarray(soft().astype(np.uint16) * 257).save(folder / "mask0.png")
     torch.testing.assert_close(read(folder).masks[0], expected)
-    Image.fromarray(square(2, 3) // 255 * 200).convert("RGB").save(folder / "mask0.png")
-    assert read(folder).masks[0].max() == pytest.approx(200 / 255)
+    Image.fromarray(soft()).convert("RGB").save(folder / "mask0.png")
+    torch.testing.assert_close(read(folder).masks[0], expected)
 
 
 def labelled(colour):
@@ -95,7 +107,7 @@ def labelled(colour):
     return image
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "I;16", "1, dark red", "1, green"])
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16", "1, dark red", "1, green", "RGB", "RGB, green"])
 def test_the_one_value_of_a_label_image_marks_the_instance(folder, mode):
     grey = square(2, 3) // 255 * 100
     image = {
@@ -104,6 +116,8 @@ def test_the_one_value_of_a_label_image_marks_the_instance(folder, mode):
         "I;16": lambda: Image.fromarray(grey.astype(np.uint16)),
         "1, dark red": lambda: labelled((128, 0, 0)),
         "1, green": lambda: labelled((0, 128, 0)),
+        "RGB": lambda: Image.fromarray(grey).convert("RGB"),
+        "RGB, green": lambda: labelled((0, 128, 0)).convert("RGB"),
     }[mode]()
     image.save(folder / "mask0.png")
     assert torch.equal(read(folder).masks[0] * 255, torch.from_numpy(square(2, 3)).float())
@@ -194,12 +208,13 @@ def test_orientation_of_the_camera_is_honoured(folder):
     assert torch.equal(shown, torch.from_numpy(np.array(image.rotate(-90, expand=True))).permute(2, 0, 1))
 
 
-def test_grey_and_transparent_pictures(folder):
+def test_grey_and_transparent_pictures(folder, caplog):
     grey = np.arange(WIDTH * HEIGHT, dtype=np.uint16).reshape(HEIGHT, WIDTH) * 50
     Image.fromarray(grey).save(folder / "img.png")
     assert (read(folder).image.float() - torch.from_numpy(grey / 257)).abs().max() <= 0.5
     Image.new("RGBA", (WIDTH, HEIGHT), (10, 20, 30, 0)).save(folder / "img.png")
-    assert read(folder).image[:, 0, 0].tolist() == [10, 20, 30]
+    assert read(folder).image[:, 0, 0].tolist() == [255, 255, 255]
+    assert "img.png is transparent in 100.0 % of its pixels" in caplog.text
 
 
 def test_fitting_a_picture_that_is_not_square(folder):
@@ -239,6 +254,10 @@ def test_doubtful_masks_are_warned_of(folder, caplog):
     Image.fromarray(square(18, 10)).save(folder / "mask0.png")  # 6 of 8 columns are those of the other one
     read(folder)
     assert len(caplog.messages) == 1 and "share 7" in caplog.messages[0]
+    caplog.clear()
+    Image.fromarray(255 - square(8, 2, 25)).save(folder / "mask0.png")  # inverted
+    read(folder)
+    assert "mask0.png covers 48 % of the picture and 100 % of its border" in caplog.text
     caplog.clear()
     Image.fromarray(square(15, 10)).save(folder / "mask0.png")
     read(folder)
@@ -311,6 +330,43 @@ def damage_twice_the_number(folder):
     Image.fromarray(square(2, 3)).save(folder / "mask01.png")
 
 
+def damage_twice_in_other_writing(folder):
+    Image.fromarray(square(2, 3)).save(folder / "MASK_1.PNG")
+
+
+def damage_far_number(folder):
+    Image.fromarray(square(2, 3)).save(folder / "mask99999999999.png")
+
+
+def damage_left_out(name):
+    def damage(folder):
+        (folder / name).write_bytes((folder / "mask1.png").read_bytes())
+
+    return damage
+
+
+def damage_upper_twice(folder):
+    (folder / "IMG.PNG").write_bytes((folder / "img.png").read_bytes())
+
+
+def damage_iphone(folder):
+    (folder / "img.png").rename(folder / "img.HEIC")
+
+
+def damage_camera_name(folder):
+    (folder / "img.png").rename(folder / "IMG_1234.JPG")
+
+
+def damage_pipe(folder):
+    (folder / "mask1.png").unlink()
+    os.mkfifo(folder / "mask1.png")
+
+
+def damage_folder(folder):
+    (folder / "img.png").unlink()
+    (folder / "img.png").mkdir()
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
@@ -322,6 +378,17 @@ def damage_twice_the_number(folder):
         (damage_no_picture, "no image"),
         (damage_two_pictures, r"img\.png and img\.webp"),
         (damage_twice_the_number, "are both mask 1"),
+        (damage_twice_in_other_writing, "are both mask 1"),
+        (damage_far_number, r"mask2\.png is missing.*holds up to mask99999999999\.png"),
+        *(
+            (damage_left_out(name), rf"{re.escape(name)} looks like a mask.*save it as mask2\.png")
+            for name in ("mask1 (1).png", "mask2.tif", "Mask.png", "car_mask.jpg")
+        ),
+        (damage_upper_twice, r"IMG\.PNG and img\.png"),
+        (damage_iphone, r"img\.HEIC is not read.*PNG, JPEG or WebP"),
+        (damage_camera_name, r"no image.*rename IMG_1234\.JPG"),
+        (damage_pipe, r"mask1\.png is no regular file"),
+        (damage_folder, r"img\.png cannot be read \(Is a directory\)"),
     ],
 )
 def test_damaged_folders_are_refused_by_name(folder, damage, sentence):
@@ -330,7 +397,21 @@ def test_damaged_folders_are_refused_by_name(folder, damage, sentence):
         read(folder)
 
 
+@pytest.mark.parametrize("name", ["MASK1.PNG", "mask_1.png", "Mask-1.Png", "mask 1.webp", "mask1.jpg"])
+def test_masks_are_found_by_the_names_of_exports(folder, name):
+    mask = Image.open(folder / "mask1.png")
+    (folder / "mask1.png").unlink()
+    mask.save(folder / name, **({"lossless": True} if name.endswith("webp") else {}))
+    (folder / "img.png").rename(folder / "IMG.PNG")
+    (folder / "._mask7.png").write_bytes(b"of macOS")
+    found = read(folder).masks
+    torch.testing.assert_close(found[1] * 255, torch.from_numpy(square(20, 10)).float(), rtol=0, atol=60)
+    assert torch.equal(found[1] > 0.5, torch.from_numpy(square(20, 10)) > 0) and len(found) == 2
+
+
 def test_impossible_settings_are_refused(folder):
+    with pytest.raises(MifoError, match=r"instances\.folder=.*img\.png is a file, not a folder"):
+        read(folder / "img.png")
     with pytest.raises(MifoError, match="neither a folder nor a scene"):
         read_instances(InstancesSettings())
     with pytest.raises(MifoError, match="take instances=local"):
@@ -600,6 +681,50 @@ def test_class_pictures_are_made_once(model, instances, tmp_path, monkeypatch):
     assert torch.equal(taken(model, prompts, settings, seed=0)[0], pictures)
     with pytest.raises(AssertionError, match="made again"):
         class_pictures(model, prompts, settings, seed=1)
+
+
+def test_damaged_class_pictures_are_made_again(model, tmp_path):
+    settings = PriorSettings(pictures=2, steps=2, cache=str(tmp_path))
+    pictures, _ = taken(model, ["a photo of a car"], settings, seed=0)
+    first, second = sorted(tmp_path.rglob("*.png"))
+    first.write_bytes(first.read_bytes()[:-300])
+    second.write_bytes(b"")
+    assert torch.equal(taken(model, ["a photo of a car"], settings, seed=0)[0], pictures)
+
+
+def test_a_cache_that_can_not_be_written_is_refused_before_anything_is_learned(
+    model, instances, tmp_path, monkeypatch
+):
+    (tmp_path / "file").write_text("")
+    settings = LearningSettings(
+        prior=PriorSettings(pictures=2, steps=2, cache=str(tmp_path / "file" / "cache"))
+    )
+    monkeypatch.setattr("mifo.training.fit.add_instance_tokens", None)  # the first step of learning
+    with pytest.raises(MifoError, match=r"file/cache.* can not be written .*learning\.prior\.cache=PATH"):
+        learn(copy(model), instances, settings, PenaltySettings(), tmp_path / "run")
+
+
+def test_class_pictures_are_read_as_photographs_are(model, tmp_path, caplog):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # to be shown upside down
+    image = Image.new("RGB", (32, 32), "white")
+    image.paste("black", (0, 0, 32, 8))
+    image.save(tmp_path / "a.jpg", exif=exif)
+    Image.fromarray(np.full((32, 32), 51400, np.uint16)).save(tmp_path / "b.png")
+    Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(tmp_path / "c.PNG")
+    (tmp_path / "._a.jpg").write_bytes(b"of macOS")
+    pictures, _ = taken(model, ["a car"], PriorSettings(folder=str(tmp_path), prompts=["a car"]), seed=0)
+    assert len(pictures) == 3
+    assert pictures[0, :, 0].min() > 0.9 and pictures[0, :, -1].max() < 0.1
+    torch.testing.assert_close(pictures[1], torch.full((3, 32, 32), 200 / 255))
+    assert pictures[2].min() == 1 and "c.PNG is transparent in 100.0 % of its pixels" in caplog.text
+    (tmp_path / "d.webp").write_bytes(b"no picture")
+    settings = LearningSettings(prior=PriorSettings(folder=str(tmp_path)))
+    with pytest.raises(MifoError, match=r"d\.webp can not be read"):
+        check_learning(settings)
+    settings.prior.folder = str(tmp_path / "b.png")
+    with pytest.raises(MifoError, match=r"learning\.prior\.folder=.*b\.png is a file, not a folder"):
+        check_learning(settings)
 
 
 def test_class_pictures_of_ones_own(model, folder):

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,9 @@ from mifo.metrics.protocol import name_classes
 from mifo.metrics.scores import Evaluator, Score, score_table
 from mifo.metrics.settings import ClassWords, Fit, ImageSettings, ImageTextSettings, MetricsSettings
 from mifo.world.scenes import SceneSpec, ThingSpec, redraw_scene, render_scene
+from mifo.world.scenes import SceneSpec, ThingSpec, redraw_scene, render_scene
+from mifo.commands.evaluate import pictures_folder, recorded_instances
+from mifo.commands.synthesize import learned_folder
 
 RED, GREEN, BLUE = torch.eye(3)
 GREY = torch.full((3,), 1e-4)  # of texts that name no colour
@@ -270,6 +274,69 @@ def test_pictures_and_evaluations_survive_the_disk(tmp_path):
         evaluation.save(tmp_path / "scores.json")
 
 
+ROW = {"file": "000.png", "prompt": "a photo", "boxes": {}, "seed": 7}
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ("[", r"pictures\.json is damaged: it is not JSON"),
+        ({"a": 1}, "holds no list"),
+        ([[]], "holds no object"),
+        ([ROW | {"file": "../000.png"}], r"names '\.\./000\.png', which is no file of this folder"),
+        ([ROW | {"file": "/etc/hostname"}], "names '/etc/hostname'"),
+        ([ROW | {"file": ".."}], "is no regular file|Is a directory"),
+        ([ROW | {"file": "link.png"}], "names 'link.png'"),
+        ([ROW | {"file": "a\0b.png"}], "cannot be read"),
+        ([ROW | {"file": "gone.png"}], r"gone\.png cannot be read"),
+        ([ROW | {"file": "half.png"}], r"half\.png can not be read"),
+        ([ROW | {"file": "pipe.png"}], r"pipe\.png is no regular file"),
+        ([ROW | {"prompt": 3}], "prompt holds '3'"),
+        ([ROW | {"seed": "7"}], "seed holds '7'"),
+        ([ROW | {"boxes": [1]}], "boxes holds"),
+        ([ROW | {"boxes": {"<asset0>": [0, 0, 1]}}], r"pictures\.json is damaged: .*needs four numbers"),
+        ([ROW | {"boxes": {"<asset0>": [0, 0, 1, 7]}}], r"pictures\.json is damaged: .*leaves the picture"),
+        ([{"file": "000.png"}], "lacks the key boxes"),
+        ([ROW | {"target": 1}], "unknown key target"),
+    ],
+)
+def test_damaged_picture_folders_end_in_a_sentence(tmp_path, rows, sentence):
+    folder = save_pictures(tmp_path / "pictures", [Picture(torch.zeros(3, 8, 8), "a photo", {}, 7)])
+    content = (folder / "000.png").read_bytes()
+    (folder / "half.png").write_bytes(content[:-30])
+    (tmp_path / "outside.png").write_bytes(content)
+    (folder / "link.png").symlink_to("../outside.png")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "pictures.json").write_text(rows if isinstance(rows, str) else json.dumps(rows))
+    with pytest.raises(MifoError, match=sentence):
+        read_pictures(folder)
+
+
+@pytest.mark.parametrize(
+    ("record", "sentence"),
+    [
+        ("name: [", r"instances\.yaml is damaged"),
+        ("- a", r"instances\.yaml is damaged"),
+        ("name: a\nunknown: 3", r"instances\.yaml is damaged .*unknown"),
+        ("folder: ${nowhere}", r"instances\.yaml is damaged"),
+        ("class_names: {a: b}", r"instances\.yaml is damaged"),
+        ("a: &a [x]\nname: *a", r"instances\.yaml holds a YAML alias"),
+    ],
+)
+def test_damaged_records_of_instances_end_in_a_sentence(tmp_path, record, sentence):
+    (tmp_path / "instances.yaml").write_text(record)
+    with pytest.raises(MifoError, match=sentence):
+        recorded_instances(tmp_path)
+
+
+def test_a_file_is_no_folder_of_pictures(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(MifoError, match=r"pictures=.*a\.png is a file, not a folder"):
+        pictures_folder(str(tmp_path / "a.png"))
+    with pytest.raises(MifoError, match=r"learned=.*a\.png is a file, not a folder"):
+        learned_folder(str(tmp_path / "a.png"))
+
+
 def test_a_kill_while_scores_are_written_leaves_no_half_file(tmp_path, monkeypatch):
     evaluation, path = evaluate(draw(RED, GREEN, BLUE)), tmp_path / "scores.json"
 
@@ -334,6 +401,24 @@ def test_open_clip_folder_is_loaded_with_its_tokenizer(tmp_path):
     save_clip(tmp_path / "other", seed=1)
     other = load_image_text_encoder(ImageTextSettings(f"local-dir:{tmp_path / 'other'}"))
     assert encoder.evaluator.weights != other.evaluator.weights
+
+
+def test_a_prompt_that_the_evaluator_cuts_is_warned_of_once(tmp_path, caplog, monkeypatch):
+    save_clip(tmp_path)  # of 16 tokens, with start and end
+    encoder = load_image_text_encoder(ImageTextSettings(f"local-dir:{tmp_path}"))
+    fits, longer = ("a red car" + " red" * extra for extra in (11, 12))
+    features = encoder.encode_texts([fits, longer, f"{longer} cat", longer])
+    assert torch.equal(features[1], features[2])
+    assert caplog.messages == [
+        f"{tmp_path.name} reads 16 tokens and leaves out the end of the prompt {text!r}, which its scores do "
+        "not tell."
+        for text in (longer, f"{longer} cat")
+    ]
+    caplog.clear()
+    encoder.tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    monkeypatch.setattr(encoder.model, "encode_text", lambda tokens: tokens)
+    encoder.encode_texts(["very " * 75, "very " * 76])
+    assert len(caplog.messages) == 1 and f"{'very ' * 76!r}" in caplog.messages[0]
 
 
 @pytest.mark.parametrize(("weights", "quick"), [("openai", True), ("laion2b_s32b_b82k", False)])

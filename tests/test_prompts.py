@@ -11,6 +11,8 @@ from transformers import CLIPTokenizer
 from mifo.errors import MifoError
 from mifo.method.prompts.function_words import is_function_word
 from mifo.method.prompts.instances import check_instances, find_instances
+from mifo.method.prompts.function_words import is_function_word
+from mifo.method.prompts.instances import check_instances, check_placeholders, find_instances
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +106,24 @@ def test_instances_are_checked_without_a_tokenizer():
     check_instances("a <asset0> on a Red  Table", ["<asset0>", "red table"], ["<asset0>"])
     with pytest.raises(MifoError, match=r"<asset1>.*no instances"):
         check_instances("a photo of <asset1>", [], [])
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["a photo of asset0", "<ASSET0> at sea", "a photo of < asset0 >", "[asset0]", "a <asset 0>", "<asset0"],
+)
+def test_instances_written_otherwise_are_refused_with_the_fix(prompt):
+    for text, keys in ((prompt, []), (f"<asset0> {prompt}", []), ("a photo of <asset0>", [prompt])):
+        with pytest.raises(MifoError, match=r"which is no instance; write <asset0>"):
+            check_instances(text, keys, ["<asset0>"])
+    check_instances(prompt.replace("<asset0>", ""), [], [])  # where there are none, these are words
+    check_instances("assets in a vase, <asset0><asset1>", ["<asset1>"], ["<asset0>", "<asset1>"])
+
+
+@pytest.mark.parametrize("text", ["a {instance}", "{Instances}", "{}", "{instances", "{ ending }", "{class}"])
+def test_unknown_placeholders_are_refused_with_the_known_ones(text):
+    with pytest.raises(MifoError, match=r"layout\.prompt=.*take \{instances\} or \{ending\}"):
+        check_placeholders("layout.prompt", f"a photo of {text}", ("instances", "ending"))
+    with pytest.raises(MifoError, match=r"negative_prompt=.*take it out"):
+        check_placeholders("negative_prompt", text)
+    check_placeholders("layout.prompt", "{instances} {ending}", ("instances", "ending"))

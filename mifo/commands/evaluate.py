@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -17,6 +18,7 @@ from mifo.data.instances import InstanceSet, read_instances
 from mifo.data.saved_pictures import Picture, read_pictures
 from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
+from mifo.files import existing_folder, read_yaml
 from mifo.method.prompts.instances import INSTANCE
 from mifo.metrics.evaluation import Evaluation, PictureEvaluator, has_scores
 from mifo.metrics.scores import Score
@@ -79,8 +81,12 @@ def scored(
 
 
 def pictures_folder(given: str) -> Path:
-    """The folder of pictures, given itself or the run that holds it."""
-    folder = Path(given).expanduser()
+    """The folder of pictures, given itself or the run that holds it.
+
+    Raises:
+        MifoError: there is no such folder.
+    """
+    folder = existing_folder("pictures", given, "what mifo synthesize or mifo run made")
     return folder / "pictures" if (folder / "pictures").is_dir() else folder
 
 
@@ -88,14 +94,16 @@ def recorded_instances(pictures: Path) -> InstancesSettings:
     """The instances that the tokens in the pictures were learned from.
 
     Raises:
-        MifoError: nothing is recorded beside the pictures.
+        MifoError: nothing is recorded beside the pictures, or the record is damaged.
     """
     recorded = pictures / "instances.yaml"
-    if not recorded.is_file():
+    if not recorded.exists():
         raise MifoError(f"{recorded} is missing, so the instances are not known; name them by instances=…")
-    return OmegaConf.to_object(
-        OmegaConf.merge(OmegaConf.structured(InstancesSettings), OmegaConf.load(recorded))
-    )
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(InstancesSettings, read_yaml(recorded)))
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise MifoError(f"{recorded} is damaged ({reason}); name the instances by instances=…") from error
 
 
 def other_instances(pictures: Path, given: InstancesSettings | None) -> str | None:
@@ -134,20 +142,21 @@ def other_measure(pictures: Path, metrics: MetricsSettings) -> str | None:
     recorded = pictures.parent / CONFIG
     if not recorded.is_file():
         return None
-    run = OmegaConf.to_container(OmegaConf.load(recorded))
+    run = read_yaml(recorded)
     if not isinstance(run, dict) or run.get("task") not in ("run", "synthesize"):
         return None
-    if theirs := run.get("metrics"):
+    theirs, model = run.get("metrics"), run.get("model")
+    if isinstance(theirs, dict):
         mine = OmegaConf.to_container(OmegaConf.structured(metrics), enum_to_str=True)
         other = [f"metrics.{key}" for key in mine if key != "batch_size" and mine[key] != theirs.get(key)]
         if other:
             return (
                 f"The run of these pictures was measured with another {', '.join(other)} "
-                f"(protocol {theirs['protocol']}, here {metrics.protocol}): the scores do not compare."
+                f"(protocol {theirs.get('protocol')}, here {metrics.protocol}): the scores do not compare."
             )
-    elif metrics.protocol == "miniature" and run["model"]["source"] != "embedded":
+    elif isinstance(model, dict) and metrics.protocol == "miniature" and model.get("source") != "embedded":
         return (
-            f"These pictures were made with {run['model']['name']}, but metrics=miniature knows the "
+            f"These pictures were made with {model.get('name')}, but metrics=miniature knows the "
             "miniature's drawings alone; metrics=standard measures others."
         )
     return None

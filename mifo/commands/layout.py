@@ -4,12 +4,11 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
-
 from mifo.config.jobs import claim_folder
 from mifo.config.schema import LayoutTaskSettings
 from mifo.data.instances import read_instances
 from mifo.data.layouts import Layout, layouts
+from mifo.data.pictures import read_picture
 from mifo.errors import MifoError
 from mifo.method.regions.boxes import check_boxes
 from mifo.report.layout_page import draw_layouts
@@ -25,7 +24,7 @@ def layout(settings: LayoutTaskSettings) -> Path:
     Layouts of the same boxes are drawn once.
     """
     wanted = layouts(settings.layout, read_instances(settings.instances).tokens)
-    picture = _picture(settings.picture)
+    picture = settings.picture and read_picture(Path(settings.picture).expanduser())
     _warn_of_small_boxes(wanted)
     folder = claim_folder(settings)
     path = folder / "layout.png"
@@ -46,10 +45,3 @@ def _warn_of_small_boxes(wanted: Sequence[Layout]) -> None:
             check_boxes({name: box}, SHAPES_SIDE)
         except MifoError as error:
             log.warning("%s Stable Diffusion and the miniature cannot sample it.", error)
-
-
-def _picture(source: str | None) -> Image.Image | None:
-    try:
-        return source and Image.open(source).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise MifoError(f"picture={source} cannot be read as an image; give a PNG, JPEG or WebP") from error

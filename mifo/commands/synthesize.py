@@ -14,16 +14,16 @@ from mifo.config.schema import RunSettings, SynthesizeSettings
 from mifo.data.layouts import Layout, layouts
 from mifo.data.saved_pictures import save_pictures
 from mifo.errors import MifoError
-from mifo.files import write_whole
+from mifo.files import existing_folder, write_whole
 from mifo.making.pictures import make_pictures
-from mifo.method.prompts.instances import find_instances
+from mifo.method.prompts.instances import check_placeholders, find_instances
 from mifo.method.regions.boxes import check_boxes
 from mifo.method.synthesis.sampler import sites_in_use
 
 
 def learned_folder(given: str) -> Path:
     """The folder of a learned result, given itself or the run that holds it."""
-    folder = Path(given).expanduser()
+    folder = existing_folder("learned", given, "what mifo learn or mifo run left")
     return folder / "learned" if (folder / "learned").is_dir() else folder
 
 
@@ -77,9 +77,11 @@ def check_layouts(
     """Refuse what the model cannot sample, before its weights are loaded.
 
     Raises:
-        MifoError: a prompt that is too long or lacks the words of a box, a box smaller than a pixel of the
-            shapes' grid, layers or a number of steps that the model does not have.
+        MifoError: a prompt that is too long or lacks the words of a box, a placeholder in the negative
+            prompt, a box smaller than a pixel of the shapes' grid, layers or a number of steps that the model
+            does not have.
     """
+    check_placeholders("synthesis.negative_prompt", settings.synthesis.negative_prompt)
     outline = load_outline(settings.model)
     outline.add_words(tokens)
     outline.process.times(settings.synthesis.steps)

@@ -7,17 +7,18 @@ from functools import partial
 from pathlib import Path
 
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.functional import pil_to_tensor
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from mifo.data.instances import InstanceSet
+from mifo.data.pictures import ENDINGS, check_picture, read_picture
 from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
+from mifo.files import existing_folder
 from mifo.method.prompts.articles import article
 
 UNKNOWN_CLASS = "thing"
 READ_AT_ONCE = 16  # pictures in memory
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
@@ -51,28 +52,23 @@ def own_picture_files(given: str) -> list[Path]:
     """The pictures in the folder `settings.folder`.
 
     Raises:
-        MifoError: it is no folder, or holds no picture.
+        MifoError: it is no folder or holds no picture, or one of its pictures can not be read.
     """
-    folder = Path(given).expanduser()
-    if not folder.is_dir():
-        raise MifoError(
-            f"learning.prior.folder={folder} is not a folder; name one with pictures, or take null to have "
-            "them made."
-        )
-    files = sorted(file for file in folder.glob("*") if file.suffix.lower() in IMAGE_ENDINGS)
+    folder = existing_folder("learning.prior.folder", given, "class pictures, or take null to have them made")
+    # a hidden file such as macOS's ._cat.jpg is no picture, whatever its ending
+    files = sorted(
+        file for file in folder.glob("*") if file.suffix.lower() in ENDINGS and not file.name.startswith(".")
+    )
     if not files:
         raise MifoError(
             f"learning.prior.folder={folder} holds no picture; put PNG, JPEG or WebP files there."
         )
+    for file in files:
+        check_picture(file)
     return files
 
 
 def _read(file: Path, side: int) -> Tensor:
     """(3, side, side) in [0, 1], the middle square of the picture."""
-    try:
-        image = decode_image(str(file), ImageReadMode.RGB).float() / 255
-    except RuntimeError as error:
-        raise MifoError(
-            f"{file} can not be read as an image ({error}); remove it or save it anew."
-        ) from error
+    image = pil_to_tensor(read_picture(file)).float() / 255
     return center_crop(resize(image, [side], antialias=True), [side, side]).clamp(0, 1)

@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -14,14 +13,16 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
+from mifo.data.masks import read_mask
+from mifo.data.photo_folder import image_file, mask_files
+from mifo.data.pictures import MOST_BYTES, read_picture
 from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
+from mifo.files import regular_file
 
-IMAGE_NAMES = ("img.jpg", "img.jpeg", "img.png", "img.webp")
 FITS = ("squash", "crop", "pad")
 
 # names that nobody gave: the default, and that of conf/instances/local.yaml
@@ -29,6 +30,9 @@ UNNAMED = (InstancesSettings.name, "local")
 
 # Stable Diffusion's picture and latents, the finest on which a mask is learned; the miniature's are smaller
 _SIDE, _LATENT_SIDE = 512, 64
+
+# Of the picture, or of its border: a mask that covers more may be inverted
+_DOUBTFUL = 0.6
 
 log = logging.getLogger(__name__)
 
@@ -64,13 +68,13 @@ class InstanceSet:
 def read_instances(settings: InstancesSettings) -> InstanceSet:
     """Read the image and the masks that `settings` names; cheap, so it also serves as an early check.
 
-    A mask over almost the whole picture, and two of almost the same place, are warned of.
+    A mask over most of the picture or of its border, and two of almost the same place, are warned of.
 
     Raises:
         MifoError: neither or both of folder and scene; a missing or unreadable image or mask, a gap in the
-            numbers of the masks; a mask that is empty, nowhere above half, too small to be learned or of
-            other proportions than the image; names that do not match the number of masks, or an empty
-            initializer.
+            numbers of the masks, a file that looks like a mask and would be left out; a mask of several
+            labels, or that is empty, nowhere above half, too small to be learned or of other proportions than
+            the image; names that do not match the number of masks, or an empty initializer.
     """
     if settings.folder is not None and settings.scene is not None:
         raise MifoError(
@@ -115,7 +119,7 @@ def folder_digest(settings: InstancesSettings) -> str | None:
     """Tell whether a user's folder still holds the same image and masks, whatever its path.
 
     Returns:
-        The first 12 hex digits of SHA-256 over the bytes of the image, mask0.png, mask1.png, … in this order;
+        The first 12 hex digits of SHA-256 over the bytes of the image, mask 0, mask 1, … in this order;
         None for a drawn scene of the miniature, which its settings tell.
 
     Raises:
@@ -125,11 +129,9 @@ def folder_digest(settings: InstancesSettings) -> str | None:
         return None
     folder = Path(settings.folder).expanduser()
     found = hashlib.sha256()
-    for file in (_image_file(folder), *_mask_files(folder)):
-        try:
-            found.update(file.read_bytes())
-        except OSError as error:
-            raise MifoError(f"{file} can not be read ({error}); make it readable.") from error
+    for file in (image_file(folder), *mask_files(folder)):
+        with regular_file(file, MOST_BYTES) as stream:
+            found.update(stream.read())
     return found.hexdigest()[:12]
 
 
@@ -154,11 +156,17 @@ def _on_latents(masks: Tensor) -> Tensor:
 
 def _warn_of_doubtful(marked: Tensor, sources: Sequence[str]) -> None:
     """Warn of masks (N, h, w), bool and not empty, that hardly tell their instance from the rest."""
+    border = torch.ones(_LATENT_SIDE, _LATENT_SIDE, dtype=torch.bool)
+    border[1:-1, 1:-1] = False
     for mask, source in zip(marked, sources, strict=True):
-        share = float(mask.float().mean())
-        if share > 0.9:
+        share, edge = float(mask.float().mean()), float(mask[border].float().mean())
+        if max(share, edge) > _DOUBTFUL:
             log.warning(
-                "%s covers %.0f %% of the picture; is it white on its instance alone?", source, 100 * share
+                "%s covers %.0f %% of the picture and %.0f %% of its border; is it white on its instance, "
+                "not black on white?",
+                source,
+                100 * share,
+                100 * edge,
             )
     for (one, first), (other, second) in combinations(zip(marked, sources, strict=True), 2):
         share = float((one & other).sum() / min(one.sum(), other.sum()))
@@ -200,13 +208,10 @@ def _draw(spec: Mapping[str, Any]) -> tuple[Tensor, Tensor, list[str]]:
 
 def _read_folder(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
     """Image, masks at its size, and the files of the masks."""
-    file = _image_file(folder)
-    image = ImageOps.exif_transpose(_open(file))
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip rather than scale
-        image = Image.fromarray((_first_channel(image) * 255).round().astype(np.uint8))
-    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-    files = _mask_files(folder)
-    masks = [_read_mask(each) for each in files]
+    file = image_file(folder)
+    files = mask_files(folder)
+    pixels = torch.from_numpy(np.array(read_picture(file))).permute(2, 0, 1).contiguous()
+    masks = [read_mask(each) for each in files]
     for mask, source in zip(masks, files, strict=True):
         (height, width), (rows, columns) = pixels.shape[1:], mask.shape
         if not 1 / 1.02 <= (columns / rows) / (width / height) <= 1.02:
@@ -216,94 +221,6 @@ def _read_folder(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
             )
     resized = [_resize(torch.from_numpy(mask)[None], pixels.shape[1:])[0] for mask in masks]
     return pixels, torch.stack(resized), [str(each) for each in files]
-
-
-def _image_file(folder: Path) -> Path:
-    """The one image of a user's folder."""
-    if not folder.is_dir():
-        raise MifoError(
-            f"instances.folder={folder} is not a folder; name one with img.jpg, mask0.png, mask1.png, …"
-        )
-    images = [folder / name for name in IMAGE_NAMES if (folder / name).is_file()]
-    if len(images) != 1:
-        found = " and ".join(file.name for file in images) or "no image"
-        raise MifoError(f"{folder} holds {found}; it needs exactly one of {', '.join(IMAGE_NAMES)}.")
-    return images[0]
-
-
-def _mask_files(folder: Path) -> list[Path]:
-    """mask0.png, mask1.png, … by number, so that <asset0> is mask0.png."""
-    numbered = {}
-    for file in sorted(folder.glob("mask*.png")):
-        if match := re.fullmatch(r"mask(\d+)\.png", file.name):
-            number = int(match[1])
-            if number in numbered:
-                raise MifoError(
-                    f"{file} and {numbered[number].name} are both mask {number}; keep one of them."
-                )
-            numbered[number] = file
-    if not numbered:
-        raise MifoError(
-            f"{folder} holds no mask; add mask0.png, mask1.png, …, one for each instance, white on black."
-        )
-    gaps = [number for number in range(max(numbered)) if number not in numbered]
-    if gaps:
-        raise MifoError(
-            f"mask{gaps[0]}.png is missing from {folder}, which holds up to mask{max(numbered)}.png; "
-            "number the masks from 0 without gaps."
-        )
-    return [numbered[number] for number in sorted(numbered)]
-
-
-def _open(file: Path) -> Image.Image:
-    try:
-        image = Image.open(file)
-        image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise MifoError(
-            f"{file} can not be read as an image ({error}); save it anew as PNG or JPEG."
-        ) from error
-    return image
-
-
-def _read_mask(file: Path) -> np.ndarray:
-    """(H, W) float32 in [0, 1] of a mask, white on black or as tools for segmentation write it.
-
-    Alpha that is not opaque everywhere is the mask, as of a cut-out; otherwise the first channel is, as in
-    the reference. A grey or palette mask of two values, black and one other, is a label image: the other one,
-    be it 1, 100 or dark red, is scaled to 1; so is alpha of two values.
-    """
-    image = _open(file)
-    # Pillow clips 16 bits of grey, whose one transparent level it would then confuse with others
-    if image.has_transparency_data and not image.mode.startswith("I"):
-        alpha = image.convert("RGBA").getchannel("A")
-        if alpha.getextrema()[0] < 255:
-            image = alpha
-        elif image.mode == "LA":
-            image = image.convert("L")
-    colours = np.asarray(image.convert("RGB") if image.mode == "P" else image)
-    lit = colours != 0 if colours.ndim == 2 else colours.any(-1)
-    if image.mode not in ("RGB", "RGBA") and lit.any() and not lit.all():
-        label = colours[lit]
-        if (label == label[0]).all():
-            return lit.astype(np.float32)
-    mask = _first_channel(image)
-    if 0 < mask.max() <= 0.5:
-        raise MifoError(
-            f"{file} reaches {mask.max():.2f} of 1, but an instance is where its mask is above half; paint "
-            "it white on black."
-        )
-    return mask
-
-
-def _first_channel(image: Image.Image) -> np.ndarray:
-    """(H, W) float32 in [0, 1]: the first channel by the range of its format, or by 1 if it holds no more."""
-    if image.mode == "P":  # the colours, not their numbers
-        image = image.convert("RGB")
-    channel = np.asarray(image)
-    channel = channel[..., 0] if channel.ndim == 3 else channel
-    whole = 1 if channel.max() <= 1 else 65535 if image.mode.startswith("I") else 255
-    return channel.astype(np.float32) / whole
 
 
 def _fit(image: Tensor, masks: Tensor, fit: str) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import Any
 
 from mifo.errors import MifoError
-from mifo.method.prompts.instances import check_instances
+from mifo.method.prompts.instances import check_instances, check_placeholders
 from mifo.method.regions.boxes import check_boxes
 
 
@@ -40,7 +40,8 @@ def layouts(settings: LayoutSettings, tokens: list[str]) -> list[Layout]:
     """Every layout that `settings` describe for the instance `tokens`, by subset and then by ending.
 
     Raises:
-        MifoError: a box is impossible, or a prompt lacks a box's key or names an unknown instance.
+        MifoError: a box is impossible, or a prompt lacks a box's key, names an unknown instance or holds an
+            unknown placeholder.
     """
     if settings.arrange not in (None, *ARRANGEMENTS):
         known = ", ".join(ARRANGEMENTS)
@@ -51,6 +52,9 @@ def layouts(settings: LayoutSettings, tokens: list[str]) -> list[Layout]:
     }
     if not settings.endings:
         raise MifoError('layout.endings is empty, so there is no prompt; give at least one, [""] for none')
+    check_placeholders("layout.prompt", settings.prompt, ("instances", "subset", "ending"))
+    for ending in settings.endings:
+        check_placeholders("layout.endings", ending)
     found = []
     for subset in _subsets(tokens) if "{subset}" in settings.prompt else [tokens]:
         left_out = {*tokens} - {*subset}

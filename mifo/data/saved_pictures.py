@@ -1,16 +1,19 @@
 """A made picture with what it was made from, and folders of them."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
+from mifo.data.pictures import read_picture
 from mifo.errors import MifoError
-from mifo.files import write_whole
+from mifo.files import as_record, read_json, write_whole
+from mifo.method.regions.boxes import check_boxes
 
 
 @dataclass(frozen=True)
@@ -50,25 +53,40 @@ def save_pictures(folder: Path | str, pictures: Sequence[Picture]) -> Path:
     return folder
 
 
+@dataclass(frozen=True)
+class _Row:
+    """One picture in `pictures.json`."""
+
+    file: str
+    prompt: str
+    boxes: dict[str, list[float]]
+    seed: int | None
+
+
 def read_pictures(folder: Path | str) -> list[Picture]:
-    """Read what `save_pictures` wrote. Raises MifoError when the list or a picture cannot be read."""
-    listing = Path(folder) / "pictures.json"
+    """Read what `save_pictures` wrote.
+
+    Raises:
+        MifoError: the list or a picture is missing or damaged, or the list names a file outside `folder`.
+    """
+    folder = Path(folder)
+    listing = folder / "pictures.json"
+    if not listing.exists():
+        raise MifoError(f"{listing} does not exist: give a folder made by `mifo synthesize`.")
+    rows = read_json(listing)
+    if not isinstance(rows, list):
+        raise MifoError(f"{listing} is damaged: it holds no list")
+    return [_picture(folder, as_record(row, _Row, listing)) for row in rows]
+
+
+def _picture(folder: Path, row: _Row) -> Picture:
+    file = folder / row.file
+    # a folder that somebody sent is not to show other files of this machine
+    if row.file != file.name or os.path.islink(file):
+        raise MifoError(f"{folder / 'pictures.json'} names {row.file!r}, which is no file of this folder.")
     try:
-        rows = json.loads(listing.read_text())
-        return [
-            Picture(
-                pil_to_tensor(Image.open(listing.parent / row["file"]).convert("RGB")) / 255,
-                row["prompt"],
-                {name: tuple(box) for name, box in row["boxes"].items()},
-                row["seed"],
-            )
-            for row in rows
-        ]
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise MifoError(
-            f"{error.filename} does not exist: give a folder made by `mifo synthesize`."
-        ) from error
-    except (ValueError, KeyError, TypeError, UnidentifiedImageError) as error:
-        raise MifoError(
-            f"{listing} cannot be read: make the pictures again with `mifo synthesize`."
-        ) from error
+        check_boxes(row.boxes)
+    except MifoError as error:
+        raise MifoError(f"{folder / 'pictures.json'} is damaged: {error}") from error
+    image = pil_to_tensor(read_picture(file)) / 255
+    return Picture(image, row.prompt, {name: tuple(box) for name, box in row.boxes.items()}, row.seed)

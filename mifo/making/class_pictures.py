@@ -3,8 +3,11 @@
 import hashlib
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from rich.progress import Progress
@@ -15,7 +18,9 @@ from mifo.acceleration.graphs import GraphedFunction
 from mifo.acceleration.settings import PerformanceSettings
 from mifo.backbones.model import DiffusionModel
 from mifo.data.class_pictures import ClassPictures, own_picture_files
+from mifo.data.pictures import is_whole
 from mifo.data.settings import PriorSettings
+from mifo.errors import MifoError
 from mifo.method.guidance.settings import GuidanceSettings
 from mifo.method.synthesis.sampler import Sampler
 from mifo.method.synthesis.settings import SynthesisSettings
@@ -54,23 +59,55 @@ def class_picture_files(
         performance: precision of learning and CUDA graphs are taken from it; None: float32, no graphs.
 
     Raises:
-        MifoError: see `own_picture_files`.
+        MifoError: see `own_picture_files`; or the cache can not be written.
     """
     if settings.folder is not None:
         files = own_picture_files(settings.folder)
         return files, [prompts[i % len(prompts)] for i in range(len(files))]
-    files, told, missing = [], [], []
-    for i, prompt in enumerate(prompts):
-        share = (settings.pictures + len(prompts) - 1 - i) // len(prompts)
-        wanted = [(_folder(model, prompt, settings, seed) / f"{j:04}.png", prompt, j) for j in range(share)]
-        files += [file for file, _, _ in wanted]
-        told += [prompt] * share
-        missing += [each for each in wanted if not each[0].exists()]
+    wanted = _wanted(model, prompts, settings, seed)
+    missing = [each for each in wanted if not is_whole(each[0], model.image_size)]
     if missing:
         _make(
             model, missing, settings, seed, performance or PerformanceSettings(learning_precision="float32")
         )
-    return files, told
+    return [file for file, *_ in wanted], [prompt for _, prompt, _ in wanted]
+
+
+def check_cache(model: DiffusionModel, prompts: list[str], settings: PriorSettings, seed: int) -> None:
+    """Refuse a cache into which the class pictures that are missing can not be written.
+
+    Raises:
+        MifoError: naming the folder.
+    """
+    wanted = _wanted(model, prompts, settings, seed) if settings.folder is None else []
+    for folder in {file.parent for file, *_ in wanted if not is_whole(file, model.image_size)}:
+        with _writing(folder), TemporaryFile(dir=folder):
+            pass
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Make a folder of the cache; what the system refuses there becomes a sentence."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise MifoError(
+            f"{folder} can not be written ({error.strerror}), but class pictures are kept there; name "
+            "another folder by learning.prior.cache=PATH."
+        ) from error
+
+
+def _wanted(
+    model: DiffusionModel, prompts: list[str], settings: PriorSettings, seed: int
+) -> list[tuple[Path, str, int]]:
+    """The made pictures: the file, the prompt and the number among those of the prompt of each."""
+    wanted = []
+    for i, prompt in enumerate(prompts):
+        share = (settings.pictures + len(prompts) - 1 - i) // len(prompts)
+        folder = _folder(model, prompt, settings, seed)
+        wanted += [(folder / f"{j:04}.png", prompt, j) for j in range(share)]
+    return wanted
 
 
 def _folder(model: DiffusionModel, prompt: str, settings: PriorSettings, seed: int) -> Path:
@@ -113,10 +150,10 @@ def _make(
             images = model.decode_latents(latents[: len(chosen)], 2)
             for (file, *_), image in zip(chosen, images.cpu(), strict=True):
                 # renamed when whole, so that a killed run or one beside this one leaves no half picture
-                file.parent.mkdir(parents=True, exist_ok=True)
                 unfinished = file.with_suffix(f".{os.getpid()}.png")
-                to_pil_image(image).save(unfinished)
-                unfinished.replace(file)
+                with _writing(file.parent):
+                    to_pil_image(image).save(unfinished)
+                    unfinished.replace(file)
 
 
 def _initial_noise(model: DiffusionModel, seed: int, picture: int) -> Tensor:

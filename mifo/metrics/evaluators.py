@@ -24,6 +24,8 @@ from mifo.metrics.crops import pad_square
 from mifo.metrics.scores import Evaluator
 from mifo.metrics.settings import Fit, ImageSettings, ImageTextSettings
 
+log = logging.getLogger(__name__)
+
 DREAMSIM_SIZE = 224
 """Side of the pictures that DreamSim was trained on."""
 
@@ -123,8 +125,19 @@ class OpenClipEncoder(_BatchedEncoder):
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Encode texts, cut to the model's context length, into features (B, D)."""
-        tokens = self.tokenizer(list(texts)).to(self.mean.device)
+        """Encode texts into features (B, D). Each that is cut to the model's context length is warned of."""
+        tokens = self.tokenizer(list(texts))
+        length = tokens.shape[1]
+        # with room for one token more, a text that is cut has another token at the end
+        cut = (self.tokenizer(list(texts), context_length=length + 1)[:, :length] != tokens).any(1)
+        for text in dict.fromkeys(text for text, is_cut in zip(texts, cut, strict=True) if is_cut):
+            log.warning(
+                "%s reads %d tokens and leaves out the end of the prompt %r, which its scores do not tell.",
+                self.evaluator.name,
+                length,
+                text,
+            )
+        tokens = tokens.to(self.mean.device)
         return torch.cat([self.model.encode_text(batch) for batch in tokens.split(self.batch_size)])
 
 

@@ -27,10 +27,10 @@ from mifo.data.instances import InstanceSet
 from mifo.data.learning_data import LearningData
 from mifo.errors import MifoError
 from mifo.files import check_room, reason
-from mifo.making.class_pictures import class_pictures
+from mifo.making.class_pictures import check_cache, class_pictures
 from mifo.method.backbone import Stage
 from mifo.method.losses.settings import PenaltySettings
-from mifo.method.prompts.instances import INSTANCE
+from mifo.method.prompts.instances import INSTANCE, check_placeholders
 from mifo.training.checkpoints import NEWEST, SaveCheckpoints, WholeCheckpoints, newest_checkpoint
 from mifo.training.finite import FiniteNumbers
 from mifo.training.settings import LearningSettings, StageSettings
@@ -92,6 +92,8 @@ def check_learning(settings: LearningSettings) -> None:
         raise MifoError(
             "learning.prior.pictures must be at least 1; set learning.prior.weight=0 to leave them out."
         )
+    for prompt in settings.prior.prompts:
+        check_placeholders("learning.prior.prompts", prompt, ("class",))
     if finetuned and settings.prior.weight and settings.prior.folder is not None:
         own_picture_files(settings.prior.folder)
 
@@ -152,6 +154,8 @@ def learn(
     target, checkpoints = Path(folder) / "learned", Path(folder) / "checkpoints"
     refuse_existing(target)
     _remove_unfinished(Path(folder))
+    if settings.finetuning.steps and settings.prior.weight:
+        check_cache(model, class_prompts(instances, settings.prior), settings.prior, seed)
     lightning.seed_everything(seed, verbose=False)
     model.add_words(instances.tokens, instances.initializers, seed)
     stages: list[tuple[Stage, StageSettings, float]] = [

@@ -23,6 +23,7 @@ from mifo.backbones.tokens import NewTokenRows, add_rows, extend
 from mifo.backbones.unet.attention import BoundedAttention, FusedAttention, ReadAttention, bias_of
 from mifo.backbones.unet.sites import choose_sites, network_sites
 from mifo.backbones.unet.trainable import add_adapters, trainable_parameters
+from mifo.errors import MifoError
 from mifo.method.backbone import Conditioning, DefaultSites, Read, Rule, Rules, Site
 from mifo.method.diffusion.ddim import DDIM
 from mifo.method.prompts.instances import PromptWords

@@ -24,6 +24,10 @@ class PromptWords:
     end: int
     length: int
 
+# what people write for an instance: asset0, <ASSET0>, <asset 0>, [asset0]
+_MEANT = re.compile(r"[<\[]?\s*\basset[\s_-]*(\d+)\b\s*[>\]]?", re.IGNORECASE)
+_PLACEHOLDER = re.compile(r"\{[^{}]*\}?")
+
 
 @dataclass(frozen=True)
 class PromptTokens:
@@ -43,6 +47,23 @@ class PromptTokens:
     length: int
 
 
+def check_placeholders(key: str, text: str, known: Collection[str] = ()) -> None:
+    """Refuse a placeholder that nothing is put in for.
+
+    Args:
+        key: the setting that holds `text`.
+        known: names of placeholders, without braces.
+
+    Raises:
+        MifoError: naming the placeholder and those that are known.
+    """
+    for found in _PLACEHOLDER.findall(text):
+        if found[1:-1] not in known or not found.endswith("}"):
+            takes = " or ".join(f"{{{name}}}" for name in known)
+            fix = f"take {takes}" if known else "take it out"
+            raise MifoError(f"{key}={text!r} holds {found}, for which nothing is put in there; {fix}.")
+
+
 def check_instances(prompt: str, keys: Iterable[str], known: Collection[str]) -> None:
     """Refuse what can be refused without a tokenizer.
 
@@ -51,10 +72,16 @@ def check_instances(prompt: str, keys: Iterable[str], known: Collection[str]) ->
         known: the learned instance tokens.
 
     Raises:
-        MifoError: the prompt or a box names an instance that was not learned, or a box one that the prompt
-            lacks.
+        MifoError: the prompt or a box names an instance that was not learned, or writes one otherwise than
+            <asset0>, or a box names one that the prompt lacks.
     """
     keys = list(keys)
+    for text in (prompt, *keys) if known else ():
+        for meant in _MEANT.finditer(text):
+            if not INSTANCE.fullmatch(meant[0].strip()):
+                raise MifoError(
+                    f"{text!r} names {meant[0].strip()}, which is no instance; write <asset{meant[1]}>."
+                )
     for name in dict.fromkeys(INSTANCE.findall(" ".join([prompt, *keys]))):
         if name not in known:
             has = ", ".join(known) or "no instances"
