@@ -21,6 +21,7 @@ from mifo.diffusion.noise_schedule import NoiseSchedule
 from mifo.errors import MifoError
 from mifo.guidance.settings import GuidanceSettings
 from mifo.learning.settings import PriorSettings
+from mifo.models.base import sampling_of
 from mifo.models.images import decode_latents
 from mifo.models.loading import DiffusionModel
 from mifo.models.text import encode_prompts
@@ -146,7 +147,8 @@ def _read(file: Path, side: int) -> Tensor:
 
 def _folder(model: DiffusionModel, prompt: str, settings: PriorSettings, seed: int) -> Path:
     """Where pictures of a prompt are kept."""
-    identity = (model.fingerprint, prompt, model.image_size, seed, settings.steps, settings.guidance_scale)
+    sampled = (settings.steps, settings.guidance_scale, sampling_of(model))
+    identity = (model.fingerprint, prompt, model.image_size, seed, *sampled)
     key = hashlib.sha256(repr(identity).encode()).hexdigest()[:12]
     return _cache(settings) / f"{re.sub(r'[^a-z0-9]+', '_', prompt.lower()).strip('_')[:40]}-{key}"
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mifo.errors import MifoError
+from mifo.models.base import base_of, check_base
 from mifo.models.loading import DiffusionModel
 from mifo.models.tokens import add_instance_tokens
 from mifo.models.trainable import add_lora, new_rows, trainable_parameters
@@ -76,7 +77,7 @@ def save_learned(
         stages=dict(stages),
         learn=learn,
         lora_rank=lora_rank,
-        base=_base(model),
+        base=base_of(model),
         prediction_type=model.prediction_type,
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -131,10 +132,7 @@ def load_learned(folder: Path | str, model: DiffusionModel) -> Learned:
         MifoError: not a learned result, damaged files, or one that belongs to another base model.
     """
     learned = read_learned(folder)
-    if learned.base["fingerprint"] != model.fingerprint:
-        raise MifoError(
-            f"{folder} was learned on {_told(learned.base)}, not on {_told(_base(model))}; load it on that."
-        )
+    check_base(folder, learned.base | {"prediction_type": learned.prediction_type}, model)
     add_instance_tokens(model, learned.tokens)
     if learned.learn == "lora":
         add_lora(model, learned.lora_rank)
@@ -153,12 +151,3 @@ def load_learned(folder: Path | str, model: DiffusionModel) -> Learned:
     for part in (model.unet, model.text_encoder):
         part.requires_grad_(False).eval()
     return learned
-
-
-def _base(model: DiffusionModel) -> dict[str, str | None]:
-    return {key: getattr(model, key) for key in ("name", "source", "revision", "fingerprint")}
-
-
-def _told(base: Mapping[str, str | None]) -> str:
-    revision = f" at {base['revision']}" if base["revision"] else ""
-    return f"{base['name']} ({base['source']}{revision}, weights {base['fingerprint'][:8]})"

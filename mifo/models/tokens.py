@@ -9,6 +9,9 @@ from transformers import AddedToken, CLIPTokenizer
 from mifo.errors import MifoError
 from mifo.models.loading import DiffusionModel
 
+# of the table's standard deviation, as transformers has it, which makes new rows in the published code
+NOISE = 3e-5
+
 
 class NewTokenRows(nn.Module):
     """A frozen token embedding table and N new rows after it (Textual Inversion, arXiv 2208.01618).
@@ -45,9 +48,9 @@ def add_instance_tokens(
 
     Args:
         tokens: the new words, "<asset0>", "<asset1>", …
-        initializers: per instance a word or phrase whose mean embedding its row starts from, or None for a
-            random row with the mean and standard deviation of the table.
-        seed: of the random rows.
+        initializers: per instance a word or phrase whose mean embedding its row starts from, or None for the
+            table's mean plus noise of 3e-5 of its standard deviation, so that such words start nearly equal.
+        seed: of the noise.
 
     Raises:
         MifoError: a token is known already, the model carries new rows already, or an initializer is empty.
@@ -82,7 +85,7 @@ def _initial_rows(
     table = table.detach().float()
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(initializers), table.shape[1], generator=generator).to(table.device)
-    rows = table.mean(0) + table.std(0) * noise
+    rows = table.mean(0) + NOISE * table.std(0) * noise
     for row, word in zip(rows, initializers, strict=True):
         if word is None:
             continue
