@@ -1,6 +1,7 @@
 """What was learned survives saving and loading exactly, and goes only where it belongs."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -94,6 +95,53 @@ def test_another_base_model_is_refused_by_name(source, tmp_path):
     other = load_model(ModelSettings("another", str(tiny_pipeline(tmp_path / "other", seed=1))))
     with pytest.raises(MifoError, match=r"learned on tiny .* not on another"):
         load_learned(tmp_path / "learned", other)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "told"),
+    [
+        ("scheduler/scheduler_config.json", "prediction_type", "v_prediction", "prediction_type=epsilon"),
+        ("scheduler/scheduler_config.json", "beta_end", 0.02, "beta_end 0.012"),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", 500, "num_train_timesteps 1000"),
+        ("vae/config.json", "scaling_factor", 0.5, "vae_scaling_factor=0.18215"),
+    ],
+)
+def test_a_base_model_that_changed_under_a_result_is_refused_with_both_values(
+    source, tmp_path, file, key, value, told
+):
+    save(tmp_path / "learned", learned_model(source, "tokens"), "tokens")
+    changed = tmp_path / "changed"
+    shutil.copytree(source, changed)
+    (changed / file).write_text(json.dumps(json.loads((changed / file).read_text()) | {key: value}))
+    with pytest.raises(MifoError, match=rf"{told}.* but .*{key}.{value}.* put that back"):
+        load_learned(tmp_path / "learned", load_model(ModelSettings("tiny", str(changed))))
+
+
+def test_another_vocabulary_is_refused_and_sampling_settings_are_not_compared(source, tmp_path):
+    save(tmp_path / "learned", learned_model(source, "tokens"), "tokens")
+    model = load_model(ModelSettings("tiny", source))
+    model.noise_scheduler.register_to_config(steps_offset=0, timestep_spacing="trailing")
+    load_learned(tmp_path / "learned", model)
+    words = tmp_path / "words"
+    shutil.copytree(source, words)
+    content = json.loads((words / "tokenizer" / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["red</w>"], vocabulary["cat</w>"] = vocabulary["cat</w>"], vocabulary["red</w>"]
+    (words / "tokenizer" / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(MifoError, match=r"vocabulary=\w+, but .* vocabulary="):
+        load_learned(tmp_path / "learned", load_model(ModelSettings("tiny", str(words))))
+
+
+def test_results_of_earlier_versions_load_and_their_prediction_type_counts(source, tmp_path):
+    save(tmp_path / "learned", learned_model(source, "tokens"), "tokens")
+    file = tmp_path / "learned" / "learned.json"
+    content = json.loads(file.read_text())
+    content["base"] = {key: content["base"][key] for key in ("name", "source", "revision", "fingerprint")}
+    file.write_text(json.dumps(content))
+    load_learned(tmp_path / "learned", load_model(ModelSettings("tiny", source)))
+    file.write_text(json.dumps(content | {"prediction_type": "v_prediction"}))
+    with pytest.raises(MifoError, match=r"prediction_type=v_prediction, but .*prediction_type=epsilon"):
+        load_learned(tmp_path / "learned", load_model(ModelSettings("tiny", source)))
 
 
 def test_damaged_and_foreign_folders_are_refused(source, tmp_path):

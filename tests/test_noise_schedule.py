@@ -59,25 +59,67 @@ def test_latents_in_half_precision_stay_so(latents):
     assert noisy.dtype == torch.float16
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize(("steps", "offset"), [(1, 0), (7, 0), (20, 0), (50, 1)])
-def test_ddim_equals_diffusers_to_its_last_step(prediction_type, steps, offset, latents):
-    scheduler = scheduler_of(prediction_type, offset=offset)
-    scheduler.set_timesteps(steps)
+@pytest.mark.parametrize("set_alpha_to_one", [False, True])
+@pytest.mark.parametrize(
+    ("prediction_type", "rescale"), [("epsilon", False), ("v_prediction", False), ("v_prediction", True)]
+)
+@pytest.mark.parametrize(
+    ("spacing", "offset"), [("leading", 0), ("leading", 1), ("leading", 40), ("trailing", 1), ("linspace", 1)]
+)
+def test_ddim_equals_diffusers_to_its_last_step(
+    spacing, offset, prediction_type, rescale, set_alpha_to_one, latents
+):
+    scheduler = DDIMScheduler.from_config(
+        scheduler_of(prediction_type, offset=offset).config,
+        timestep_spacing=spacing,
+        rescale_betas_zero_snr=rescale,
+        set_alpha_to_one=set_alpha_to_one,
+    )
     schedule = NoiseSchedule.from_scheduler(scheduler)
-    timesteps = ddim_timesteps(steps, schedule, offset)
-    assert timesteps == scheduler.timesteps.tolist()
-    ours = theirs = latents[0]
-    for timestep in timesteps:
-        ours = ddim_step(schedule, ours, torch.sin(3 * ours), timestep, timestep - 1000 // steps)
-        theirs = scheduler.step(torch.sin(3 * theirs), timestep, theirs).prev_sample
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    for steps in (1, 7, 20):
+        scheduler.set_timesteps(steps)
+        timesteps = ddim_timesteps(steps, schedule)
+        assert timesteps == scheduler.timesteps.tolist()
+        ours = theirs = latents[0].double()
+        for timestep in timesteps:
+            ours = ddim_step(schedule, ours, torch.sin(3 * ours), timestep, timestep - 1000 // steps)
+            theirs = scheduler.step(torch.sin(3 * theirs), timestep, theirs).prev_sample
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("steps", [0, 1001])
-def test_impossible_numbers_of_steps_are_refused(steps):
-    with pytest.raises(MifoError, match="choose 1 to 1000"):
-        ddim_timesteps(steps, NoiseSchedule.from_scheduler(scheduler_of("epsilon")))
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_timesteps_are_those_of_diffusers_for_every_number_of_steps(spacing):
+    scheduler = DDIMScheduler.from_config(scheduler_of("epsilon").config, timestep_spacing=spacing)
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    for steps in range(1, 1001):
+        scheduler.set_timesteps(steps)
+        # for some numbers diffusers adds one step too many, at the timestep -1
+        assert ddim_timesteps(steps, schedule) == scheduler.timesteps.tolist()[:steps]
+
+
+@pytest.mark.parametrize(("steps", "offset", "most"), [(0, 0, 1000), (1001, 0, 1000), (1000, 1, 500)])
+def test_impossible_numbers_of_steps_are_refused(steps, offset, most):
+    schedule = NoiseSchedule.from_scheduler(scheduler_of("epsilon", offset=offset))
+    with pytest.raises(MifoError, match=f"{steps} sampling steps .* choose 1 to {most}"):
+        ddim_timesteps(steps, schedule)
+    assert ddim_timesteps(most, schedule)[0] == 999
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"clip_sample": True}, "clip_sample is true"),
+        ({"thresholding": True}, "thresholding is true"),
+        ({"rescale_betas_zero_snr": True}, "pure noise .* prediction_type epsilon"),
+        ({"timestep_spacing": "karras"}, "timestep_spacing is 'karras'; set leading, trailing or linspace"),
+        ({"steps_offset": -1}, "steps_offset is -1"),
+        ({"trained_betas": [0.1, 0.2]}, "2 betas, but num_train_timesteps is 1000"),
+    ],
+)
+def test_what_the_sampler_does_not_do_is_refused(changes, reason):
+    scheduler = DDIMScheduler.from_config(scheduler_of("epsilon").config, **changes)
+    with pytest.raises(MifoError, match=reason):
+        NoiseSchedule.from_scheduler(scheduler)
 
 
 def test_prediction_of_the_picture_itself_is_refused():

@@ -17,6 +17,7 @@ from typing import get_args
 
 import torch
 
+from mifo.backbones.base import check_base
 from mifo.backbones.model import DiffusionModel, Trainable
 from mifo.errors import MifoError
 from mifo.files import as_record, read_json, whole_folder
@@ -43,7 +44,6 @@ class Learned:
     trainable: str
     lora_rank: int
     base: dict[str, str | None]
-    prediction_type: str
     checksums: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -88,8 +88,7 @@ def save_learned(
             stages=dict(stages),
             trainable=trainable,
             lora_rank=lora_rank,
-            base=_base(model),
-            prediction_type=str(model.identity()["prediction_type"]),
+            base=model.identity(),
             checksums=checksums,
         )
         (unfinished / "learned.json").write_text(
@@ -125,6 +124,8 @@ def read_learned(folder: Path | str) -> Learned:
     if isinstance(content, dict) and "learn" in content:  # of before the house was rebuilt
         learn = content.pop("learn")
         content["trainable"] = {"kv": "cross_attention_kv", "unet": "denoiser"}.get(learn, learn)
+        if isinstance(content.get("base"), dict):
+            content["base"]["prediction_type"] = content.pop("prediction_type", None)
     learned = as_record(content, Learned, file)
     count = len(learned.tokens)
     wrong = {
@@ -149,10 +150,7 @@ def load_learned(folder: Path | str, model: DiffusionModel) -> Learned:
         MifoError: not a learned result, damaged files, or one that belongs to another base model.
     """
     learned = read_learned(folder)
-    if learned.base["fingerprint"] != model.fingerprint:
-        raise MifoError(
-            f"{folder} was learned on {_told(learned.base)}, not on {_told(_base(model))}; load it on that."
-        )
+    check_base(folder, learned.base, model)
     model.add_words(learned.tokens)
     if learned.trainable == "lora":
         model.add_lora(learned.lora_rank)
@@ -175,12 +173,3 @@ def _files(model: DiffusionModel, trainable: Trainable) -> dict[str, dict[str, t
         for place, (network, each) in enumerate(model.new_rows.items())
     }
     return {ROWS: rows, **files}
-
-
-def _base(model: DiffusionModel) -> dict[str, str | None]:
-    return {key: getattr(model, key) for key in ("name", "source", "revision", "fingerprint")}
-
-
-def _told(base: Mapping[str, str | None]) -> str:
-    revision = f" at {base['revision']}" if base["revision"] else ""
-    return f"{base['name']} ({base['source']}{revision}, weights {base['fingerprint'][:8]})"

@@ -13,6 +13,12 @@ from torch import Tensor, nn
 from mifo.method.backbone import Backbone, Conditioning
 from mifo.method.prompts.instances import PromptWords
 
+ORIGIN = (
+    "name",
+    "source",
+    "revision",
+    "fingerprint",
+)  # keys of a model's identity that say where it came from
 Trainable = Literal["tokens", "cross_attention_kv", "denoiser", "full", "lora"]
 
 
@@ -65,8 +71,12 @@ class DiffusionModel(Backbone, ABC):
         """Move every part to `device`, in place."""
 
     @abstractmethod
-    def identity(self) -> dict[str, object]:
-        """What must be the same for a learned result to fit: plain values, for `learned.json`."""
+    def identity(self) -> dict[str, str | None]:
+        """Name, source, revision, fingerprint, and what else must be the same for a learned result to fit."""
+
+    @abstractmethod
+    def sampling(self) -> str:
+        """What changes the pictures of plain sampling, beside weights, prompt, seed and steps."""
 
     @abstractmethod
     def words(self, prompt: str) -> PromptWords:

@@ -11,3 +11,4 @@ class ModelSettings:
     source: str = "embedded"  # "embedded" (the miniature inside the package), a local folder, or a hub id
     revision: str | None = None  # branch, tag or commit of a hub id; None: its main branch
     dtype: str = "float32"  # of U-Net and text encoder: float32 | float16 | bfloat16; the VAE stays float32
+    variant: str | None = None  # "fp16" loads model.fp16.safetensors and its like; None: model.safetensors

@@ -8,6 +8,9 @@ from transformers import AddedToken, CLIPTokenizer, PreTrainedModel
 
 from mifo.errors import MifoError
 
+# of the table's standard deviation, as transformers has it, which makes new rows in the published code
+NOISE = 3e-5
+
 
 class NewTokenRows(nn.Module):
     """A frozen token embedding table and N new rows after it (Textual Inversion, arXiv 2208.01618).
@@ -78,7 +81,7 @@ def _initial_rows(
 ) -> Tensor:
     table = table.detach().float()
     noise = torch.randn(len(initializers), table.shape[1], generator=generator).to(table.device)
-    rows = table.mean(0) + table.std(0) * noise
+    rows = table.mean(0) + NOISE * table.std(0) * noise
     for row, word in zip(rows, initializers, strict=True):
         if word is None:
             continue

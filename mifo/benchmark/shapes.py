@@ -1,7 +1,7 @@
 """Models of real shapes with random weights, and drawn instances to learn."""
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -46,8 +46,8 @@ def random_model(shapes: str, device: torch.device, dtype: str, side: int | None
         nn.Module.to(part, getattr(torch, dtype))
     for part in (unet, text, vae):
         part.requires_grad_(False).eval()
-    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    return UNetModel(tokenizer, text, vae, unet, scheduler, shapes, "random", None, "random")
+    scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+    return UNetModel(tokenizer, text, vae, unet, scheduler, shapes, "random", None, "random", "random")
 
 
 def stable_diffusion() -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:

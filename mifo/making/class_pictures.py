@@ -112,7 +112,8 @@ def _wanted(
 
 def _folder(model: DiffusionModel, prompt: str, settings: PriorSettings, seed: int) -> Path:
     """Where pictures of a prompt are kept."""
-    identity = (model.fingerprint, prompt, model.image_size, seed, settings.steps, settings.guidance_scale)
+    sampled = (settings.steps, settings.guidance_scale, model.sampling())
+    identity = (model.fingerprint, prompt, model.image_size, seed, *sampled)
     key = hashlib.sha256(repr(identity).encode()).hexdigest()[:12]
     return _cache(settings) / f"{re.sub(r'[^a-z0-9]+', '_', prompt.lower()).strip('_')[:40]}-{key}"
 

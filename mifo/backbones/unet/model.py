@@ -11,14 +11,14 @@ from itertools import islice
 from typing import Any, Self
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from mifo.acceleration.fused_attention import quick_to_start
 from mifo.backbones.clip import prompt_words, tokenize
-from mifo.backbones.model import DiffusionModel, Trainable
+from mifo.backbones.model import ORIGIN, DiffusionModel, Trainable
 from mifo.backbones.tokens import NewTokenRows, add_rows, extend
 from mifo.backbones.unet.attention import BoundedAttention, FusedAttention, ReadAttention, bias_of
 from mifo.backbones.unet.sites import choose_sites, network_sites
@@ -28,7 +28,16 @@ from mifo.method.backbone import Conditioning, DefaultSites, Read, Rule, Rules, 
 from mifo.method.diffusion.ddim import DDIM
 from mifo.method.prompts.instances import PromptWords
 
-Processors = Mapping[int, object]
+# keys of a scheduler's configuration: what weights mean, and at which times pictures are sampled
+NOISE = (
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "trained_betas",
+    "num_train_timesteps",
+    "rescale_betas_zero_snr",
+)
+SAMPLING = ("timestep_spacing", "steps_offset", "set_alpha_to_one")
 
 
 class AttentiveUNet:
@@ -149,11 +158,12 @@ class UNetModel(DiffusionModel):
     text_encoder: CLIPTextModel | None
     vae: AutoencoderKL | None
     unet: UNet2DConditionModel
-    noise_scheduler: DDPMScheduler
+    noise_scheduler: DDIMScheduler
     name: str
     source: str
     revision: str | None
     fingerprint: str
+    vocabulary: str  # a hash of the tokenizers' words without new ones
     tokenizer_2: CLIPTokenizer | None = None
     text_encoder_2: CLIPTextModelWithProjection | None = None
 
@@ -296,10 +306,25 @@ class UNetModel(DiffusionModel):
     ) -> dict[Site, Tensor]:
         return self.attentive.maps(noisy, time, conditioning, reads, rules)
 
-    def identity(self) -> dict[str, object]:
-        return {key: getattr(self, key) for key in ("name", "source", "revision", "fingerprint")} | {
-            "prediction_type": self.noise_scheduler.config.prediction_type
+    def identity(self) -> dict[str, str | None]:
+        return {
+            "name": self.name,
+            "source": self.source,
+            "revision": self.revision,
+            "fingerprint": self.fingerprint,
+            "prediction_type": self.noise_scheduler.config.prediction_type,
+            "noise": self._scheduler_values(NOISE),
+            "vae_scaling_factor": str(self.vae.config.scaling_factor),
+            "vocabulary": self.vocabulary,
+            "text_rows": ", ".join(str(each.config.vocab_size) for each in self.text_encoders.values()),
         }
+
+    def sampling(self) -> str:
+        conditions = {key: value for key, value in self.identity().items() if key not in ORIGIN}
+        return f"{conditions} {self._scheduler_values(SAMPLING)}"
+
+    def _scheduler_values(self, keys: tuple[str, ...]) -> str:
+        return ", ".join(f"{key} {self.noise_scheduler.config[key]}" for key in keys)
 
     def words(self, prompt: str) -> PromptWords:
         return prompt_words(self.tokenizer, prompt)

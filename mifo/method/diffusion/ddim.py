@@ -8,17 +8,35 @@ from mifo.errors import MifoError
 from mifo.method.diffusion.noise_schedule import NoiseSchedule
 
 
-def ddim_timesteps(steps: int, schedule: NoiseSchedule, offset: int = 0) -> list[int]:
-    """The "leading" timesteps, evenly spaced from high to `offset`: 20 of 1000 are 950, 900, …, 0.
+def ddim_timesteps(steps: int, schedule: NoiseSchedule) -> list[int]:
+    """The timesteps of a picture from high to low, those of diffusers' DDIMScheduler.
+
+    20 of 1000 are with "leading" spacing 950, 900, …, 0, each plus the offset; with "trailing" 999, 949, …,
+    49; with "linspace" 999, 946, …, 0.
 
     Raises:
         MifoError: fewer than one step or more than the schedule has timesteps.
     """
     length = len(schedule.alphas_cumprod)
-    if not 1 <= steps <= length - offset:
-        raise MifoError(f"{steps} sampling steps asked for; choose 1 to {length - offset}.")
-    stride = length // steps
-    return [step * stride + offset for step in reversed(range(steps))]
+    timesteps = _spaced(steps, length, schedule) if 1 <= steps <= length else []
+    if not timesteps or timesteps[0] >= length:
+        offset = schedule.steps_offset if schedule.timestep_spacing == "leading" else 0
+        raise MifoError(
+            f"{steps} sampling steps asked for, but the model's scheduler has {length} timesteps"
+            f"{f' and the steps_offset {offset}' if offset else ''}; choose 1 to {length // (offset + 1)}."
+        )
+    return timesteps
+
+
+def _spaced(steps: int, length: int, schedule: NoiseSchedule) -> list[int]:
+    # a half is rounded by the last bit of these products, which are formed as in diffusers' calls of numpy
+    if schedule.timestep_spacing == "linspace":
+        stride = (length - 1) / max(steps - 1, 1)
+        return [round(step * stride) for step in reversed(range(steps))]
+    if schedule.timestep_spacing == "trailing":
+        stride = (length - length / steps) - length
+        return [round(length + step * stride) - 1 for step in range(steps)]
+    return [step * (length // steps) + schedule.steps_offset for step in reversed(range(steps))]
 
 
 def ddim_step(
@@ -30,12 +48,15 @@ def ddim_step(
         schedule: the noise schedule, on the latents' device.
         noisy, prediction: (B, C, h, w).
         timestep: t, one of `ddim_timesteps`.
-        next_timestep: t − T // steps; below 0 at the last step, which ends at ᾱ of timestep 0, not at one.
+        next_timestep: t − T // steps, whatever the spacing; below 0 at the last step, which ends at ᾱ of
+            timestep 0, or at one if the schedule's `set_alpha_to_one` says so.
 
     Returns:
         (B, C, h, w).
     """
     clean, noise = schedule.clean_and_noise(noisy, prediction, timestep)
+    if next_timestep < 0 and schedule.set_alpha_to_one:
+        return clean
     return schedule.add_noise(clean, noise, max(next_timestep, 0))
 
 

@@ -12,22 +12,29 @@ from torch import Tensor
 from mifo.errors import MifoError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+SPACINGS = ("leading", "trailing", "linspace")
 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """A noise schedule and what the U-Net predicts on it.
+    """A noise schedule, what the U-Net predicts on it, and at which timesteps pictures are sampled.
 
     Attributes:
         alphas_cumprod: ᾱ by timestep, (T,), on the device of the latents.
         prediction_type: "epsilon" (the noise) or "v_prediction" (√ᾱ·ε − √(1 − ᾱ)·x_0, arXiv 2202.00512).
+        timestep_spacing: "leading", "trailing" or "linspace", see `ddim_timesteps`.
+        steps_offset: added to "leading" timesteps.
+        set_alpha_to_one: the last step ends at ᾱ = 1, a clean picture, in place of ᾱ of timestep 0.
 
     Raises:
-        MifoError: another prediction type.
+        MifoError: another prediction type, spacing or offset.
     """
 
     alphas_cumprod: Tensor
     prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+    set_alpha_to_one: bool = False
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
@@ -35,11 +42,49 @@ class NoiseSchedule:
                 f"The scheduler's prediction_type is {self.prediction_type!r}; "
                 f"use a model that predicts {' or '.join(PREDICTION_TYPES)}."
             )
+        if self.timestep_spacing not in SPACINGS:
+            raise MifoError(
+                f"The scheduler's timestep_spacing is {self.timestep_spacing!r}; "
+                f"set {', '.join(SPACINGS[:-1])} or {SPACINGS[-1]} in scheduler/scheduler_config.json."
+            )
+        if type(self.steps_offset) is not int or self.steps_offset < 0:
+            raise MifoError(
+                f"The scheduler's steps_offset is {self.steps_offset!r}; "
+                "set a whole number from 0 in scheduler/scheduler_config.json."
+            )
 
     @classmethod
     def from_scheduler(cls, scheduler: Any, device: torch.device | str = "cpu") -> Self:
-        """Take the betas and the prediction type of a diffusers scheduler."""
-        return cls(scheduler.alphas_cumprod.to(device), scheduler.config.prediction_type)
+        """Take over a diffusers scheduler whose betas were computed on the CPU.
+
+        Raises:
+            MifoError: the scheduler clips or thresholds samples; its betas do not fit its timesteps; or its
+                last timestep is pure noise, where a prediction of the noise tells nothing of the picture.
+        """
+        config, alphas = scheduler.config, scheduler.alphas_cumprod
+        for key in ("clip_sample", "thresholding"):
+            if config.get(key):
+                raise MifoError(
+                    f"The scheduler's {key} is true, which is for pictures and not for latents; "
+                    f"set {key} to false in scheduler/scheduler_config.json."
+                )
+        if len(alphas) != config.num_train_timesteps:
+            raise MifoError(
+                f"The scheduler has {len(alphas)} betas, but num_train_timesteps is "
+                f"{config.num_train_timesteps}; correct scheduler/scheduler_config.json."
+            )
+        if config.prediction_type == "epsilon" and alphas[-1] == 0:
+            raise MifoError(
+                "The scheduler's last timestep is pure noise (rescale_betas_zero_snr), which a model of "
+                "prediction_type epsilon cannot start from; use a model that predicts v_prediction."
+            )
+        return cls(
+            alphas.to(device),
+            config.prediction_type,
+            config.get("timestep_spacing", "leading"),
+            config.get("steps_offset", 0),
+            config.get("set_alpha_to_one", False),
+        )
 
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
         """x_t of (B, …) clean latents x_0 and noise ε at the timesteps (B,), or at one for all."""

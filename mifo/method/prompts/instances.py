@@ -24,6 +24,7 @@ class PromptWords:
     end: int
     length: int
 
+
 # what people write for an instance: asset0, <ASSET0>, <asset 0>, [asset0]
 _MEANT = re.compile(r"[<\[]?\s*\basset[\s_-]*(\d+)\b\s*[>\]]?", re.IGNORECASE)
 _PLACEHOLDER = re.compile(r"\{[^{}]*\}?")

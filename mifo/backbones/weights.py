@@ -1,0 +1,76 @@
+"""The files of weights that a part of a pipeline is loaded from, and what tells weights apart."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from mifo.errors import MifoError
+from mifo.files import read_json
+
+STEMS = {
+    "text_encoder": "model",
+    "vae": "diffusion_pytorch_model",
+    "unet": "diffusion_pytorch_model",
+}
+
+
+def weight_patterns(variant: str | None) -> list[str]:
+    """Patterns of the names of weight files in a repository of the hub."""
+    if variant:
+        return [f"{part}/{stem}*.{variant}*.safetensors" for part, stem in STEMS.items()]
+    return [
+        f"{part}/{stem}{ending}.safetensors"
+        for part, stem in STEMS.items()
+        for ending in ("", "-?????-of-?????")
+    ]
+
+
+def weight_files(folder: Path, part: str, variant: str | None = None) -> list[Path]:
+    """The files from which transformers and diffusers load `part` of the pipeline `folder`.
+
+    Raises:
+        MifoError: a file is missing, or the index of the shards is damaged.
+    """
+    stem, ending = STEMS[part], f".{variant}" if variant else ""
+    whole = folder / part / f"{stem}{ending}.safetensors"
+    index = folder / part / f"{stem}.safetensors.index{ending}.json"
+    # where both are there, transformers takes the whole file and diffusers the shards
+    if index.is_file() and not (part == "text_encoder" and whole.is_file()):
+        content = read_json(index)
+        shards = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise MifoError(f"{index} is damaged: it holds no weight_map; copy or download it again.")
+        files = [folder / part / name for name in sorted(set(shards.values()))]
+    else:
+        files = [whole]
+    for file in files:
+        if not file.is_file():
+            others = sorted(other.name for other in (folder / part).glob(f"{stem}*.safetensors"))
+            hint = f" (beside it lies {others[0]}: does model.variant name that?)" if others else ""
+            raise MifoError(f"{file} is missing{hint}; complete the model's folder.")
+    return files
+
+
+def fingerprint(files: Mapping[str, Sequence[Path]]) -> str:
+    """SHA-256 of the first row of every tensor: quick on gigabytes, yet any fine-tuning changes it.
+
+    Args:
+        files: the weight files of every part, by its name; how a part is sharded makes no difference.
+    """
+    digest = hashlib.sha256()
+    for part in STEMS:
+        rows = {}
+        for file in files[part]:
+            with safe_open(file, "pt") as tensors:
+                rows |= {
+                    name: tensors.get_slice(name)[:1]
+                    for name in sorted(tensors.keys())
+                    if "position_ids" not in name
+                }
+        for name in sorted(rows):
+            digest.update(name.encode())
+            digest.update(rows[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
