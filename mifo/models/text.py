@@ -38,7 +38,7 @@ def encode_ids(
         text_encoder: the model's own or what wraps it; None: the model's own.
     """
     # activations are computed a second time outside of this block, where they must find the same kernels
-    twice = model.text_encoder.is_gradient_checkpointing
+    twice = any(getattr(part, "gradient_checkpointing", False) for part in model.text_encoder.modules())
     with nullcontext() if twice else quick_to_start():
         return (text_encoder or model.text_encoder)(ids.to(model.device)).last_hidden_state
 

@@ -13,7 +13,7 @@ from mifo.config.schema import RunSettings, SynthesizeSettings
 from mifo.diffusion.ddim import ddim_timesteps
 from mifo.diffusion.noise_schedule import NoiseSchedule
 from mifo.errors import MifoError
-from mifo.files import write_whole
+from mifo.files import read_yaml, write_whole
 from mifo.guidance.settings import GuidanceSettings
 from mifo.metrics.pictures import Picture, save_pictures
 from mifo.models.images import decode_latents
@@ -77,7 +77,13 @@ def record_instances(learned: Path, pictures: Path) -> None:
     record = pictures / "instances.yaml"
     if not record.is_file():
         pictures.mkdir(parents=True, exist_ok=True)
-        write_whole(record, OmegaConf.to_yaml(OmegaConf.load(learned / CONFIG).instances))
+        try:
+            instances = read_yaml(learned / CONFIG)["instances"]
+        except (KeyError, TypeError) as error:
+            raise MifoError(
+                f"{learned / CONFIG} is damaged: it does not say which instances it had"
+            ) from error
+        write_whole(record, OmegaConf.to_yaml(OmegaConf.create(instances)))
 
 
 def check_layouts(
