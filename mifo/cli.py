@@ -1,26 +1,30 @@
-"""The console command `mifo`: each task is a Hydra application, and each refusal one sentence."""
+"""The console command `mifo`: each task is a Hydra application, and each refusal one sentence.
 
+What takes long to import is imported inside the functions, so that a signal finds this module ready.
+"""
+
+import io
 import logging
 import os
+import re
+import shlex
 import signal
 import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig
+from mifo.errors import MifoError, refuse
 
-from mifo.config.compose import REFUSALS, explain, register_schemas, settings_of
-from mifo.config.gpus import claim_gpu
-from mifo.config.jobs import begin_job, end_failed_job, recorded_overrides, report_sweep, write_status
-from mifo.config.location import conf_folder
-from mifo.errors import MifoError
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 log = logging.getLogger(__name__)
 TRACEBACK_WANTED = os.environ.get("HYDRA_FULL_ERROR") == "1"
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 TASKS = {
     "run": "learn, synthesize and evaluate, and end with a contact sheet",
@@ -52,82 +56,248 @@ mifo TASK --help lists the groups, their options and every key of a task."""
 
 
 def main() -> None:
-    """Run the task named first on the command line. Exit codes: 0 done, 1 failed, 2 refused."""
+    """Run the task named first on the command line.
+
+    Exit codes: 0 done, 1 failed, 2 refused, 128 + n stopped by signal n.
+    """
+    # a run that goes on changes the working folder, which must not become a place of modules
+    sys.path[:] = [place or os.getcwd() for place in sys.path]
+    _keep_output()
     arguments = sys.argv[1:]
+    with _signals_raised():
+        try:
+            _run(arguments)
+        except (KeyboardInterrupt, Interrupted) as error:
+            with _undisturbed() as held:
+                print("mifo: interrupted; what is finished stays", file=sys.stderr)
+                print(f"mifo: go on with: {_way_on(error, arguments)}", file=sys.stderr)
+                if jobs := sys.modules.get("mifo.config.jobs"):
+                    jobs.report_sweep()
+                held.clear()
+            sys.exit(error.code if isinstance(error, Interrupted) else 128 + signal.SIGINT)
+
+
+class Interrupted(BaseException):
+    """A job was asked to stop.
+
+    `code` is the exit code of the signal, `way_on` the command that continues the job.
+    """
+
+    def __init__(self, code: int, way_on: str | None = None) -> None:
+        super().__init__(code, way_on)
+        self.code, self.way_on = code, way_on
+
+
+def _run(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP)
         return
-    task, *overrides = arguments
+    task, *others = arguments
+    if task not in TASKS:
+        refuse(f"'{task}' is no task; take one of {', '.join(TASKS)}")
     # otherwise Hydra prints a traceback of its own and exits before the error reaches us
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    from mifo.config.compose import REFUSALS, explain
+    from mifo.config.jobs import report_sweep
+
     try:
-        if task not in TASKS:
-            raise MifoError(f"'{task}' is no task; take one of {', '.join(TASKS)}")
         if task == "table":  # composes many runs, so that it is no Hydra application itself
-            sys.exit(min(1, import_module("mifo.commands.table").table(overrides)))
-        register_schemas()
-        sys.argv = [f"mifo {task}", *recorded_overrides(overrides), *overrides]
-        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=task)(run_job)()
-    except (KeyboardInterrupt, Interrupted) as error:
-        print("mifo: interrupted; what is finished stays, and the run can be continued", file=sys.stderr)
-        if isinstance(error, Interrupted) and error.folder:
-            print(f"mifo: go on with: mifo {task} resume={error.folder}", file=sys.stderr)
-        sys.exit(error.code if isinstance(error, Interrupted) else 130)
+            sys.exit(min(1, import_module("mifo.commands.table").table(others)))
+        _run_with_hydra(task, others)
     except Exception as error:
         if report_sweep():
             sys.exit(1)
         if TRACEBACK_WANTED or not isinstance(error, (MifoError, OSError, *REFUSALS)):
             raise
-        _refuse(explain(error, task))
+        refuse(explain(error, task))
     report_sweep()
 
 
-class Interrupted(BaseException):
-    """A job was asked to stop. `code` is the exit code of its signal, `folder` where it can be continued."""
+def _run_with_hydra(task: str, arguments: Sequence[str]) -> None:
+    import hydra
 
-    def __init__(self, code: int, folder: Path | None = None) -> None:
-        super().__init__(code, folder)
-        self.code, self.folder = code, folder
+    from mifo.config.compose import register_schemas
+    from mifo.config.location import conf_folder
+    from mifo.config.resume import RESUMED, folder_to_resume, resume
+
+    register_schemas()
+    folder, arguments = folder_to_resume(arguments)
+    overrides, flags = _overrides_and_flags(task, arguments)
+    if folder is not None:
+        if {"-m", "--multirun"} & {*flags}:
+            raise MifoError(
+                "resume= goes on with one run; leave out -m, or repeat a sweep with its hydra.sweep.dir"
+            )
+        resume(task, folder, overrides)
+    sys.argv = [f"mifo {task}", *overrides, *flags]
+    application = hydra.main(str(conf_folder()), RESUMED if folder else task, version_base="1.3")
+    application(run_job)()
 
 
-def run_job(config: DictConfig) -> Any:
+def _overrides_and_flags(task: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Arguments in any order as Hydra reads them: every `key=value`, and the flags with their values.
+
+    Raises:
+        MifoError: a flag that Hydra does not know, or flags that exclude each other.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    def error(reason: str) -> None:
+        raise MifoError(
+            f"{reason}; keys are given as key=value, and mifo {task} --help lists them and the flags"
+        )
+
+    parser = get_args_parser()
+    parser.error = error
+    known = parser.parse_intermixed_args(arguments)
+    chosen = [flag for flag in ("run", "cfg", "multirun", "info", "shell_completion") if getattr(known, flag)]
+    if len(chosen) > 1 or (known.resolve and not (known.cfg or known.help)):
+        error("of --run, --cfg, --multirun and --info only one can be given, and --resolve with --cfg alone")
+    flags = list(arguments)
+    for text in known.overrides:
+        flags.remove(text)
+    return known.overrides, flags
+
+
+def run_job(config: "DictConfig") -> Any:
     """Run the task of one composed configuration, here or in a launcher's process, and record how it ends."""
-    job = HydraConfig.get()
-    folder, overrides = Path(job.runtime.output_dir), list(job.overrides.task)
-    before = begin_job(folder, overrides)
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from mifo.config.compose import settings_of
+    from mifo.config.gpus import claim_gpu
+    from mifo.config.jobs import Job, unlock_folder
+    from mifo.config.resume import recorded_command
+
+    here = HydraConfig.get()
+    folder, alone = Path(here.runtime.output_dir), here.mode == RunMode.RUN
+    overrides = recorded_command(folder).overrides if config.resume else list(here.overrides.task)
+    job = Job(folder, overrides, alone)
     try:
+        job.tell("running")
         # before diffusers or lightning are imported, which makes CUDA list the GPUs for good
-        if config.exclusive_gpu or job.runtime.choices["hydra/launcher"] == "gpus":
+        if config.exclusive_gpu or here.runtime.choices["hydra/launcher"] == "gpus":
             claim_gpu()
         settings = settings_of(config)
         import_module("mifo.config.checks").check(settings)
         result = getattr(import_module(f"mifo.commands.{config.task}"), config.task)(settings)
         if wanted := getattr(settings, "objectives", None):
             result = import_module("mifo.commands.evaluate").objective_values(folder, wanted)
+        job.tell("ok")
+        return result
     except BaseException as error:
-        if code := _signalled(error):
-            write_status(folder, "interrupted", overrides, "interrupted; it can be continued")
-            raise Interrupted(code, folder if job.mode == RunMode.RUN else None) from error
         reason = str(error) if isinstance(error, MifoError) else f"{type(error).__name__}: {error}"
-        # a sweep's summary is made of these files, so that its jobs always say how they ended
-        end_failed_job(folder, before if job.mode == RunMode.RUN else None, overrides, reason)
-        if job.mode == RunMode.MULTIRUN:
-            log.error("job %s failed: %s", job.job.num, reason, exc_info=not isinstance(error, MifoError))
+        code = _signalled(error)
+        with _undisturbed() as held:
+            with suppress(OSError):  # a full disk may be why the job ends, and must not hide it
+                if code:
+                    job.tell(
+                        "interrupted", f"stopped by {signal.Signals(code - 128).name}; it can be continued"
+                    )
+                else:  # a sweep's summary is made of these files, so that its jobs always say how they ended
+                    job.fail(reason)
+            if code:
+                held.clear()
+        if code:
+            raise Interrupted(code, _command_for(config.task, folder) if alone else None) from error
+        if not alone:
+            log.error("job %s failed: %s", here.job.num, reason, exc_info=not isinstance(error, MifoError))
         elif isinstance(error, MifoError) and not TRACEBACK_WANTED:
-            _refuse(reason)
+            refuse(reason)
         raise
-    write_status(folder, "ok", overrides)
-    return result
+    finally:
+        unlock_folder(folder)
 
 
-def _signalled(error: BaseException) -> int | None:
-    """The exit code of the signal that ended a job, None where it was none; Lightning exits for them."""
-    if type(error).__name__ == "SIGTERMException":
-        return 128 + signal.SIGTERM
-    causes = (error, error.__context__) if isinstance(error, SystemExit) else (error,)
-    return 128 + signal.SIGINT if any(isinstance(each, KeyboardInterrupt) for each in causes) else None
+def _command_for(task: str, folder: Path) -> str | None:
+    """The command that continues the run in `folder`; None where nothing has begun there."""
+    from mifo.config.resume import trusted_again
+
+    try:
+        return shlex.join(["mifo", task, f"resume={folder}", *trusted_again(folder, task)])
+    except MifoError:
+        return None
 
 
-def _refuse(reason: str) -> NoReturn:
-    print("mifo: error:", " ".join(reason.split()), file=sys.stderr)
-    sys.exit(2)
+def _way_on(error: BaseException, arguments: Sequence[str]) -> str:
+    """The command that goes on after an interruption, as a shell reads it."""
+    if isinstance(error, Interrupted) and error.way_on:
+        return error.way_on
+    repeated = [text for text in arguments if not text.startswith("hydra.sweep.dir=")]
+    jobs = sys.modules.get("mifo.config.jobs")
+    if jobs and (folder := jobs.sweep_folder()):
+        place = str(folder) if re.fullmatch(r"[A-Za-z0-9_./:-]+", str(folder)) else f'"{folder}"'
+        return shlex.join(["mifo", *repeated, f"hydra.sweep.dir={place}"])
+    return shlex.join(["mifo", *arguments])
+
+
+def _signalled(error: BaseException | None) -> int | None:
+    """The exit code of the signal that ended a job, None where it was none; Lightning exits for Ctrl-C."""
+    while error is not None:
+        if isinstance(error, Interrupted):
+            return error.code
+        if isinstance(error, KeyboardInterrupt):
+            return 128 + signal.SIGINT
+        if type(error).__name__ == "SIGTERMException":
+            return 128 + signal.SIGTERM
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextmanager
+def _signals_raised() -> Iterator[None]:
+    """A request to end and a terminal that closes end what is done by `Interrupted`, wherever it is."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Interrupted(128 + number)
+
+    before = {number: signal.getsignal(number) for number in STOPS}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if before[number] is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[list[int]]:
+    """Hold signals back while a status is written; they count afterwards, unless the list is cleared."""
+    held: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield held
+        return
+    before = {number: signal.getsignal(number) for number in STOPS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: held.append(number))
+    try:
+        yield held
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if held:
+            signal.raise_signal(held[0])
+
+
+class _Lasting(io.FileIO):
+    """A stream that forgets what cannot be written, to a closed pipe or a full disk: results matter more."""
+
+    def write(self, data: Any) -> int:
+        """Write, or forget what cannot be written."""
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def _keep_output() -> None:
+    """Let no output end a run: letters that the terminal lacks become "?", and a reader may leave."""
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is not None and stream is getattr(sys, f"__{name}__"):
+            lasting = io.BufferedWriter(_Lasting(descriptor, "w", closefd=False))
+            buffered = {"line_buffering": stream.line_buffering}
+            setattr(sys, name, io.TextIOWrapper(lasting, stream.encoding, "replace", **buffered))

@@ -15,6 +15,8 @@ FULL, LAST = 1, 4
 class OfflineRun:
     """One run: what it is called, its settings, its last values and how it ended."""
 
+    id: str = ""
+    steps: list[int] = field(default_factory=list)  # of the history
     group: str = ""
     job_type: str = ""
     tags: tuple[str, ...] = ()
@@ -34,7 +36,8 @@ def read_offline_run(folder: Path) -> OfflineRun:
     for record in _records(path.read_bytes()):
         kind = record.WhichOneof("record_type")
         if kind == "run":
-            run.group, run.job_type, run.tags = (
+            run.id, run.group, run.job_type, run.tags = (
+                record.run.run_id,
                 record.run.run_group,
                 record.run.job_type,
                 tuple(record.run.tags),
@@ -43,6 +46,7 @@ def read_offline_run(folder: Path) -> OfflineRun:
         elif kind == "config":
             run.config |= {item.key: json.loads(item.value_json) for item in record.config.update}
         elif kind == "history":
+            run.steps.append(record.history.step.num)
             for item in record.history.item:
                 run.history["/".join(item.nested_key) or item.key] = json.loads(item.value_json)
         elif kind == "metric":

@@ -56,7 +56,7 @@ def test_help_lists_every_task_and_its_keys(mifo, capsys):
         (["learn", "model=local"], "model.source must be given"),
         (["learn", "instances=local"], "instances.folder"),
         (["learn", "instances=local", "instances.folder=nowhere"], "nowhere"),
-        (["learn", "resume=nowhere"], "resume=nowhere"),
+        (["learn", "resume=nowhere"], "nowhere: no run to go on with"),
         (["run", "layout=custom"], "layout.prompt must be given"),
         (["run", 'layout.prompt="a photo of <asset7>"'], "<asset7>"),
         (["run", "layout.prompt=a <b>"], "quote"),
@@ -95,6 +95,25 @@ def test_help_lists_every_task_and_its_keys(mifo, capsys):
         (["evaluate", "pictures=nowhere"], "nowhere"),
         (["evaluate", "pictures=nowhere", "metrics=none"], "metrics=none"),
         (["layout", "picture=nowhere.png"], "picture=nowhere.png"),
+        (["learn", "seed=-1"], "seed=-1"),
+        (["learn", "learning.semantic.betas=[0.9]"], "learning.semantic.betas=[0.9]"),
+        (["learn", "instances.class_names=['',cat]"], "instances.class_names has an empty name"),
+        (["learn", "trainer.devices=2"], "trainer.devices and trainer.num_nodes must be 1"),
+        (["learn", "trainer.devices=auto"], "trainer.devices"),
+        (["learn", "+trainer.log_every_n_steps=0"], "trainer.log_every_n_steps must be at least 1"),
+        (
+            ["learn", "+callbacks.mine._target_=pathlib.Path"],
+            "callbacks.mine._target_=pathlib.Path is no Callback",
+        ),
+        (["learn", "logger.csv._target_=mifo.callbacks.announce.Announce"], "is no Logger of Lightning"),
+        (["learn", "logger=wandb", f"tags=[ok,{'x' * 65}]"], "65 letters; take 1 to 64"),
+        (["learn", "logger=wandb", "logger.wandb.project=a/b"], "logger.wandb.project=a/b is no name"),
+        (["learn", "logger=wandb", f"group={'x' * 129}"], "129 letters"),
+        (["learn", "logger=wandb", "group=null", f"method={'x' * 129}"], "method"),
+        (["learn", "--seed=1"], "unrecognized arguments: --seed=1; keys are given as key=value"),
+        (["learn", "--cfg", "task"], "invalid choice: 'task'"),
+        (["learn", "-m", "--cfg", "job", "seed=1,2"], "only one can be given"),
+        (["learn", "resume=nowhere", "-m"], "leave out -m"),
     ],
 )
 def test_refusals_are_one_sentence_before_any_model_is_loaded(mifo, capsys, monkeypatch, arguments, words):
@@ -239,7 +258,7 @@ def test_pictures_that_are_there_are_kept_when_a_sweep_is_repeated_or_resumed(mi
     assert "another seed" in json.loads((tmp_path / "S" / "0" / "status.json").read_text())["error"]
     (tmp_path / "S" / "0" / "config.yaml").unlink()
     for _ in range(2):
-        assert mifo("synthesize", "resume=S/0") == 2
+        assert mifo(*again[:1], *again[2:-1], "seed=1", "hydra.run.dir=S/0") == 2
         assert "already holds pictures" in capsys.readouterr().err
     assert listing.stat().st_mtime_ns == made
 
@@ -335,3 +354,43 @@ def test_a_failed_run_is_recorded_and_closes_wandb(mifo, model, tmp_path, monkey
         mifo("learn", *model, "debug=default", "logger=wandb")
     assert codes == [1] and wandb.run is None
     assert status(only(tmp_path / "outputs" / "learn")) == "failed"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"prompt:\n\tx", "layout/my.yaml, line 2: this is not YAML that MIFO reads (found character"),
+        (
+            b"prompt: a\nprompt: b\n",
+            "layout/my.yaml, line 2: this is not YAML that MIFO reads (found duplicate key",
+        ),
+        ("prompt: café".encode("latin-1"), "layout/my.yaml cannot be read"),
+    ],
+)
+def test_a_configuration_that_is_no_yaml_is_told_by_file_and_line(mifo, tmp_path, capsys, content, words):
+    (tmp_path / "layout").mkdir()
+    (tmp_path / "layout" / "my.yaml").write_bytes(content)
+    assert mifo("layout", "layout=my", "--config-dir", ".") == 2
+    told = capsys.readouterr().err.strip()
+    assert words in told and len(told.splitlines()) == 1
+
+
+def test_a_byte_order_mark_hides_no_package(mifo, tmp_path, capsys):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "my.yaml").write_text("\ufeff# @package _global_\nseed: 7\n")
+    assert mifo("learn", "experiment=my", "--config-dir", ".", "--cfg", "job") == 0
+    assert "\nseed: 7\n" in capsys.readouterr().out
+
+
+def test_flags_may_stand_anywhere(mifo, tmp_path, capsys):
+    assert mifo("layout", "--cfg", "job", "seed=7") == 0
+    assert "\nseed: 7\n" in capsys.readouterr().out
+    assert mifo("layout", "seed=7", "-m", "layout.arrange=row,spread", "hydra.sweep.dir=S") == 0
+    assert [status(tmp_path / "S" / number) for number in "01"] == ["ok", "ok"]
+
+
+def test_a_sweep_with_folders_in_folders_has_its_summary(mifo, capsys):
+    place = ["hydra.sweep.dir=S", "hydra.sweep.subdir='${task}/seed_${seed}'"]
+    assert mifo("layout", "-m", "seed=1,x", *place) == 1
+    told = capsys.readouterr().out
+    assert "layout/seed_1" in told and "layout/seed_x" in told and "failed" in told

@@ -1,6 +1,7 @@
 """What Weights & Biases is told: offline runs are read back."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,13 @@ def test_each_run_of_a_sweep_is_its_own_also_after_a_failure(mifo, model, tmp_pa
     assert [run.exit_code for run in told] == [0, 1, 0]
     (group,) = {run.group for run in told}
     assert group.startswith("local-three_cars-mifo-")
+
+
+def test_a_run_that_goes_on_offline_counts_its_steps_on(mifo, model, tmp_path):
+    run = ["learn", *model, "debug=fast_dev_run", "logger=wandb", "hydra.run.dir=made"]
+    assert mifo(*run) == 0
+    shutil.rmtree(tmp_path / "made" / "learned")
+    assert mifo("learn", "resume=made") == 0
+    parts = [read_offline_run(part) for part in sorted((tmp_path / "made").glob("wandb/offline-run-*"))]
+    assert len(parts) == 2 and parts[0].id == parts[1].id and parts[0].id
+    assert max(parts[0].steps) < min(step for step in parts[1].steps if step)

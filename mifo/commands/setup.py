@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import secrets
 import warnings
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from mifo.acceleration.repeatable import compute_repeatably
 from mifo.config.compose import reason
 from mifo.config.schema import EvaluateSettings, ModelTaskSettings, TaskSettings
 from mifo.errors import MifoError
-from mifo.files import write_whole
+from mifo.files import read_text, write_whole
 from mifo.tracking.results import define_metrics
 
 log = logging.getLogger(__name__)
@@ -55,8 +56,8 @@ def prepare(settings: TaskSettings) -> torch.device:
 def open_loggers(settings: ModelTaskSettings | EvaluateSettings) -> Iterator[list[Logger]]:
     """The loggers of the configuration; a Weights & Biases run is closed with the exit code of the block.
 
-    A run that is continued in its folder goes on in its own run there, and where no server answers it is kept
-    offline.
+    A run that is continued in its folder goes on in its own run there, offline in a further file whose steps
+    follow. Where no server answers, it is kept offline.
 
     Raises:
         MifoError: a logger does not take its arguments.
@@ -91,7 +92,9 @@ def _open_logger(name: str, node: dict[str, Any], folder: Path, facts: dict[str,
         if get_class(node["_target_"]) is not WandbLogger:
             return opened()
         known = folder / "wandb_id.txt"
-        own = {"id": known.read_text() if known.is_file() else secrets.token_hex(4)}
+        own = {"id": read_text(known).strip() if known.is_file() else secrets.token_hex(4)}
+        if not re.fullmatch(r"[\w-]{1,64}", own["id"], re.ASCII):
+            raise MifoError(f"{known} is damaged: it holds no id of a run; delete it to begin a new one")
         try:
             logger = opened(**own)
         except wandb.errors.Error as error:
@@ -101,6 +104,10 @@ def _open_logger(name: str, node: dict[str, Any], folder: Path, facts: dict[str,
             )
             logger = opened(**own, mode="offline")
         write_whole(known, own["id"])
+        parts = list(folder.glob("wandb/offline-run-*/*.wandb"))
+        if logger.experiment.offline and len(parts) > 1:
+            # nobody tells an offline run its last step; the parts before have more bytes than steps
+            logger.experiment.log({}, step=sum(part.stat().st_size for part in parts))
         define_metrics(logger)
         return logger
     except (InstantiationException, TypeError) as error:

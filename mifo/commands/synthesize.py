@@ -14,7 +14,7 @@ from mifo.config.schema import RunSettings, SynthesizeSettings
 from mifo.data.layouts import Layout, layouts
 from mifo.data.saved_pictures import save_pictures
 from mifo.errors import MifoError
-from mifo.files import existing_folder, write_whole
+from mifo.files import existing_folder, read_yaml, write_whole
 from mifo.making.pictures import make_pictures
 from mifo.method.prompts.instances import check_placeholders, find_instances
 from mifo.method.regions.boxes import check_boxes
@@ -68,7 +68,13 @@ def record_instances(learned: Path, pictures: Path) -> None:
     record = pictures / "instances.yaml"
     if not record.is_file():
         pictures.mkdir(parents=True, exist_ok=True)
-        write_whole(record, OmegaConf.to_yaml(OmegaConf.load(learned / CONFIG).instances))
+        try:
+            instances = read_yaml(learned / CONFIG)["instances"]
+        except (KeyError, TypeError) as error:
+            raise MifoError(
+                f"{learned / CONFIG} is damaged: it does not say which instances it had"
+            ) from error
+        write_whole(record, OmegaConf.to_yaml(OmegaConf.create(instances)))
 
 
 def check_layouts(

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 import torch
 from hydra.utils import get_class
-from lightning import Trainer
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import Logger, WandbLogger
 
 from mifo.acceleration.profile import check_performance
 from mifo.config.schema import (
@@ -21,11 +23,13 @@ from mifo.config.schema import (
 )
 from mifo.errors import MifoError
 from mifo.method.guidance.settings import check_guidance
+from mifo.method.losses.timeline import check_penalty
 from mifo.method.synthesis.settings import check_synthesis
 from mifo.metrics.evaluation import METRICS
 from mifo.training.fit import check_learning
 
 _DEVICES = ("auto", "cpu", "cuda")
+_KINDS = {"callbacks": Callback, "logger": Logger}
 
 
 def check(settings: TaskSettings) -> None:
@@ -39,9 +43,12 @@ def check(settings: TaskSettings) -> None:
         raise MifoError(f"device={settings.device} is not known; take one of {', '.join(_DEVICES)}")
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise MifoError("device=cuda, but torch sees no GPU; take device=cpu, or a torch built for this GPU")
-    for group in ("callbacks", "logger"):
+    if not 0 <= settings.seed < 2**32:
+        raise MifoError(f"seed={settings.seed} is no seed; take a whole number from 0 to {2**32 - 1}")
+    for group in _KINDS:
         for name, node in getattr(settings, group, {}).items():
-            _check_target(f"{group}.{name}", node)
+            if issubclass(_target(f"{group}.{name}", node, _KINDS[group]), WandbLogger):
+                _check_wandb(f"logger.{name}", node, settings)
             if isinstance(node.get("metrics"), dict) and node["metrics"].get("given", "own") is None:
                 raise MifoError(
                     f"{group}.{name} scores pictures, for which metrics=none leaves no judge; choose "
@@ -60,7 +67,10 @@ def check(settings: TaskSettings) -> None:
         check_guidance(settings.guidance)
     if isinstance(settings, LearnSettings):
         check_learning(settings.learning)
+        check_penalty(settings.penalty)
         _check_trainer(settings.trainer)
+        if "" in [text.strip() for text in settings.instances.class_names or []]:
+            raise MifoError("instances.class_names has an empty name; give each instance a word, such as car")
         if settings.instances.folder:
             settings.instances.folder = str(Path(settings.instances.folder).expanduser().absolute())
 
@@ -74,16 +84,41 @@ def _check_finite(node: Any, key: str = "") -> None:
             _check_finite(each, f"{key}.{name}" if key else str(name))
 
 
-def _check_target(key: str, node: Any) -> None:
+def _target(key: str, node: Any, kind: type) -> type:
+    """The class that a callback or a logger is made of."""
     target = node.get("_target_") if isinstance(node, dict) else None
     if target is None:
         raise MifoError(f"{key} needs a _target_, the class that it stands for; see conf/{key.split('.')[0]}")
     try:
-        get_class(target)
+        found = get_class(target)
     except Exception as error:
         raise MifoError(
             f"{key}._target_={target} cannot be imported ({error}); check its spelling"
         ) from error
+    if not issubclass(found, kind):
+        raise MifoError(
+            f"{key}._target_={target} is no {kind.__name__} of Lightning; name a class that is one"
+        )
+    return found
+
+
+def _check_wandb(key: str, node: dict[str, Any], settings: TaskSettings) -> None:
+    """Refuse what Weights & Biases would refuse after all learning, or without a word."""
+    project = str(node.get("project") or "")
+    if len(project) > 128 or re.search(r"[/\\#?%:]", project):
+        raise MifoError(
+            f"{key}.project={project} is no name for a project; take up to 128 letters without /\\#?%:"
+        )
+    for tag in node.get("tags") or []:
+        if not 1 <= len(str(tag)) <= 64:
+            raise MifoError(f"{key}.tags has the tag '{tag}' of {len(str(tag))} letters; take 1 to 64")
+    # what is learned is kept under the name of the group or the method
+    for name in ("group", "job_type", "name"):
+        if len(str(node.get(name) or "")) > 128:
+            raise MifoError(f"{key}.{name} has {len(str(node[name]))} letters; take up to 128")
+    for name in ("group", "method"):
+        if len(getattr(settings, name, None) or "") > 128:
+            raise MifoError(f"{name} has {len(getattr(settings, name))} letters; {key} takes up to 128")
 
 
 def _check_trainer(arguments: dict[str, Any]) -> None:
@@ -98,3 +133,11 @@ def _check_trainer(arguments: dict[str, Any]) -> None:
             near = get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}" if near else "see the arguments of lightning.Trainer"
             raise MifoError(f"trainer.{name} is no argument of lightning.Trainer; {hint}?")
+    if arguments.get("log_every_n_steps", 1) < 1:
+        raise MifoError("trainer.log_every_n_steps must be at least 1; take logger=none to log nothing")
+    # each process would make a folder of its own
+    if str(arguments.get("devices", 1)) not in ("1", "[0]") or arguments.get("num_nodes", 1) != 1:
+        raise MifoError(
+            "trainer.devices and trainer.num_nodes must be 1, since a run learns on one device; start "
+            "several runs by hydra/launcher=gpus for several GPUs, and choose one by CUDA_VISIBLE_DEVICES=N"
+        )

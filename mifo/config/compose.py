@@ -1,27 +1,62 @@
 """From Hydra's untyped composition to typed, checked settings."""
 
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
+from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.core_plugins import file_config_source
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
     OmegaConfBaseException,
 )
+from yaml import MarkedYAMLError, YAMLError
 
 from mifo.config.identity import register_resolvers
 from mifo.config.location import conf_folder
 from mifo.config.schema import SCHEMAS
 from mifo.errors import MifoError
+from mifo.files import read_text
 
 register_resolvers()
+
+
+class FileConfigSource(file_config_source.FileConfigSource):
+    """Hydra's reader of files, which names the file and the line of what cannot be read.
+
+    It takes the place of Hydra's own by bearing the same name.
+    """
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        path = Path(self.path) / self._normalize_file_name(config_path)
+        if not path.is_file():
+            return super().load_config(config_path)
+        stream = StringIO(read_text(path))
+        stream.name = str(path)
+        try:
+            config = OmegaConf.load(stream)
+        except (YAMLError, OSError, RecursionError) as error:
+            mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
+            place = f"{path}, line {mark.line + 1}" if mark else str(path)
+            told = error.problem if isinstance(error, MarkedYAMLError) else str(error)
+            raise MifoError(
+                f"{place}: this is not YAML that MIFO reads ({' '.join(str(told).split())})"
+            ) from error
+        header = self._get_header_dict(stream.getvalue())
+        return ConfigResult(self.provider, self.full_path(), config, header)
+
+
+SourcesRegistry.instance().types["file"] = FileConfigSource
 
 
 @cache
@@ -73,6 +108,11 @@ def settings_of(config: DictConfig) -> Any:
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise MifoError(explain(error, config.task)) from error
+
+
+def as_plain(settings: Any) -> dict[str, Any]:
+    """Typed settings in the plain types of YAML, as a run's folder records them."""
+    return OmegaConf.to_container(OmegaConf.create(asdict(settings)), enum_to_str=True)
 
 
 def explain(error: Exception, task: str) -> str:

@@ -1,8 +1,13 @@
 """The life of one job: its own folder, its recorded configuration, its status; and the summary of a sweep."""
 
+import errno
+import fcntl
 import json
 import os
-from dataclasses import asdict
+import shutil
+import socket
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,71 +18,151 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mifo.config.compose import as_plain, explain
+from mifo.config.resume import COMMAND, CONFIG, FREE, Command, read_settings
 from mifo.config.schema import TaskSettings
 from mifo.data.instances import folder_digest
-from mifo.errors import MifoError
-from mifo.files import write_whole
+from mifo.errors import MifoError, refuse
+from mifo.files import read_record, write_whole
 
 STATUS = "status.json"
-CONFIG = "config.yaml"
-COMMAND = "command.json"
-# what may differ when a run is continued, since it changes where and how fast, not what
-_FREE = {
-    "resume",
-    "paths",
-    "device",
-    "performance",
-    "trainer",
-    "logger",
-    "callbacks",
-    "tags",
-    "group",
-    "exclusive_gpu",
-    "objectives",
-}
+LOCK = ".lock"
 
 _sweep_folder: Path | None = None
 _claimed: set[Path] = set()  # folders that hold the runs of this process
+_locks: dict[Path, int] = {}  # folder → file descriptor; the lock ends with the process, however it ends
 
 
-class SweepFolder(Callback):
-    """Remembers the folder of a sweep, which Hydra tells its callbacks alone."""
+@dataclass(frozen=True)
+class Status:
+    """How a job stands. While it runs, its process, by which a job that was killed can be told."""
+
+    status: str  # running | ok | failed | interrupted
+    error: str | None
+    overrides: list[str]
+    pid: int | None = None
+    host: str | None = None
+    started: str | None = None
+
+
+class FoldersOfHydra(Callback):
+    """Knows a run's or a sweep's folder before Hydra writes there."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Lock the folder of a single run."""
+        try:
+            lock_folder(Path(os.path.abspath(config.hydra.run.dir)))
+        except (MifoError, OSError) as error:  # Hydra would only warn of it
+            refuse(explain(error, config.task))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Called by Hydra in the process that starts the jobs."""
+        """Called by Hydra in the process that starts the jobs; remembers the folder for the summary."""
         global _sweep_folder
-        _sweep_folder = Path(config.hydra.sweep.dir)
+        _sweep_folder = Path(os.path.abspath(config.hydra.sweep.dir))
+
+
+def lock_folder(folder: Path) -> None:
+    """Keep other processes out of a job's folder until `unlock_folder`, or until this process ends.
+
+    Raises:
+        MifoError: another process works there.
+    """
+    if folder in _locks:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise MifoError(
+            f"{folder} is in use by another process; wait for its end, or choose another folder"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
+            raise
+    _locks[folder] = handle
+
+
+def unlock_folder(folder: Path) -> None:
+    """Let other processes in again."""
+    if folder in _locks:
+        os.close(_locks.pop(folder))
 
 
 def write_status(folder: Path, status: str, overrides: list[str], error: str | None = None) -> None:
     """Write `status.json` into a job's folder; `status` is running, ok, failed or interrupted."""
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"status": status, "error": error, "overrides": overrides}
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    process = (os.getpid(), socket.gethostname(), now) if status == "running" else ()
+    record = asdict(Status(status, error, overrides, *process))
     write_whole(folder / STATUS, json.dumps(record, indent=2) + "\n")
 
 
-def begin_job(folder: Path, overrides: list[str]) -> dict[str, Any] | None:
-    """Say that a job begins in this folder; returns the status of the run that it holds already, if any."""
-    _claimed.discard(folder)
-    before = read_status(folder) if (folder / CONFIG).is_file() else None
-    write_status(folder, "running", overrides)
-    return before
-
-
-def end_failed_job(folder: Path, before: dict[str, Any] | None, overrides: list[str], reason: str) -> None:
-    """Say that a job failed, unless the run in its folder was another one, which has not."""
-    if before and folder not in _claimed:
-        write_status(folder, before["status"], before["overrides"], before["error"])
-    else:
-        write_status(folder, "failed", overrides, reason)
-
-
 def read_status(folder: Path) -> dict[str, Any] | None:
-    """What `status.json` of a job's folder says; None where there is no readable one."""
+    """What `status.json` of a job's folder says; None where there is no readable one.
+
+    A job whose process has gone from this host without a word has the status "died".
+    """
     try:
-        return json.loads((folder / STATUS).read_text())
-    except (OSError, ValueError):
+        known = read_record(folder / STATUS, Status)
+    except MifoError:
         return None
+    if known.status == "running" and known.host == socket.gethostname() and not _is_alive(known.pid or 0):
+        reason = f"process {known.pid} ended without a word, as by a kill or a power cut; it can be continued"
+        return asdict(known) | {"status": "died", "error": reason}
+    return asdict(known)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(max(pid, 1), 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
+
+
+class Job:
+    """A job in its folder, which is locked and cleaned of what a killed process left half written."""
+
+    def __init__(self, folder: Path, overrides: list[str], alone: bool) -> None:
+        """
+        Args:
+            alone: it is no job of a sweep. A run that lies in the folder is then another one until the
+                configuration is known to be the same.
+
+        Raises:
+            MifoError: another process works in the folder.
+        """
+        lock_folder(folder)
+        _claimed.discard(folder)
+        self.folder, self.overrides = folder, overrides
+        path, known = folder / STATUS, (folder / CONFIG).is_file()
+        self._before = path.read_bytes() if known and alone and path.is_file() else None
+        if known:
+            for rubbish in list(folder.rglob(".*.unfinished")):
+                if rubbish.is_dir() and not rubbish.is_symlink():
+                    shutil.rmtree(rubbish, ignore_errors=True)
+                else:
+                    rubbish.unlink(missing_ok=True)
+
+    def tell(self, status: str, reason: str | None = None) -> None:
+        """Record how the job stands."""
+        write_status(self.folder, status, self.overrides, reason)
+
+    def fail(self, reason: str) -> None:
+        """Record that the job failed, unless the run in its folder was another one, which has not."""
+        if self._before is not None and self.folder not in _claimed:
+            (self.folder / STATUS).write_bytes(self._before)
+        else:
+            self.tell("failed", reason)
+
+
+def sweep_folder() -> Path | None:
+    """The folder of the sweep that this process began and did not report yet."""
+    return _sweep_folder
 
 
 def report_sweep() -> bool:
@@ -86,46 +171,20 @@ def report_sweep() -> bool:
     if _sweep_folder is None:
         return False
     folder, _sweep_folder = _sweep_folder, None
-    paths = sorted(folder.glob(f"*/{STATUS}"), key=lambda path: (len(path.parent.name), path.parent.name))
-    jobs = {path.parent.name: json.loads(path.read_text()) for path in paths}
+    # a job's folder may lie deeper, as with hydra.sweep.subdir='${method}/seed_${seed}'
+    found = {str(path.parent.relative_to(folder)): read_status(path.parent) for path in folder.rglob(STATUS)}
+    jobs = {name: found[name] for name in sorted(found, key=lambda name: (len(name), name)) if found[name]}
     everywhere = (
         set.intersection(*(set(job["overrides"]) for job in jobs.values())) if len(jobs) > 1 else set()
     )
-    table = Table("job", "status", "overrides", "error", title=str(folder), title_justify="left")
+    table = Table("job", "status", "overrides", "error", title=escape(str(folder)), title_justify="left")
     for name, job in jobs.items():
         colour = {"ok": "green", "failed": "red"}.get(job["status"], "yellow")
         own = " ".join(text for text in job["overrides"] if text not in everywhere)
-        table.add_row(name, f"[{colour}]{job['status']}", escape(own), escape(job["error"] or ""))
+        table.add_row(escape(name), f"[{colour}]{job['status']}", escape(own), escape(job["error"] or ""))
     if jobs:
         Console().print(table)
     return bool(jobs)
-
-
-def recorded_overrides(overrides: list[str]) -> list[str]:
-    """What was typed for the run that `resume=FOLDER` continues, and that run's folder for its output.
-
-    The process goes on in the folder in which it was typed, so that relative paths mean what they did.
-
-    Raises:
-        MifoError: FOLDER is not the folder of a run.
-    """
-    folder = next(
-        (Path(text.removeprefix("resume=")) for text in overrides if text.startswith("resume=")), None
-    )
-    if folder is None or str(folder) == "null":
-        return []
-    given, folder = folder, folder.expanduser().absolute()
-    command, recorded = folder / COMMAND, folder / ".hydra" / "overrides.yaml"
-    if command.is_file():
-        known = json.loads(command.read_text())
-        typed, where = known["overrides"], Path(known["folder"])
-        if where.is_dir():
-            os.chdir(where)
-    elif recorded.is_file():  # it failed before its folder was its own
-        typed = list(OmegaConf.load(recorded))
-    else:
-        raise MifoError(f"resume={given}: no run to continue there (it lacks {COMMAND}); name a run's folder")
-    return [*(text for text in typed if not text.startswith("resume=")), f"hydra.run.dir='{folder}'"]
 
 
 def claim_folder(settings: TaskSettings) -> Path:
@@ -138,16 +197,16 @@ def claim_folder(settings: TaskSettings) -> Path:
     folder = Path(settings.paths.output)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CONFIG
-    mine = OmegaConf.to_container(OmegaConf.create(asdict(settings)), enum_to_str=True)
+    mine = as_plain(settings)
     if path.is_file():
-        before = OmegaConf.to_container(OmegaConf.load(path))
-        other = [key for key in {*mine, *before} - _FREE if mine.get(key) != before.get(key)]
+        before = read_settings(folder, settings.task)
+        other = [key for key in {*mine, *before} - FREE if mine.get(key) != before.get(key)]
         if other:
             raise MifoError(
                 f"{folder} holds a run with another {', '.join(sorted(other))}; choose another folder"
             )
     _record_command(folder, settings)
-    write_whole(path, OmegaConf.to_yaml(mine))
+    write_whole(path, OmegaConf.to_yaml(OmegaConf.create(mine)))
     _claimed.add(folder)
     return folder
 
@@ -157,12 +216,12 @@ def _record_command(folder: Path, settings: TaskSettings) -> None:
     command, instances = folder / COMMAND, getattr(settings, "instances", None)
     files = instances and folder_digest(instances)
     if command.is_file():
-        if json.loads(command.read_text())["files"] != files:
+        if read_record(command, Command).files != files:
             raise MifoError(
                 f"the image or the masks in {instances.folder} have changed since the run in {folder} began; "
                 "choose another folder"
             )
         return
     typed = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-    record = {"overrides": typed, "folder": str(Path.cwd()), "files": files}
+    record = asdict(Command(typed, str(Path.cwd()), files))
     write_whole(command, json.dumps(record, indent=2) + "\n")

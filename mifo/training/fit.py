@@ -63,8 +63,10 @@ def check_learning(settings: LearningSettings) -> None:
         for value in ("learning_rate", "weight_decay", "eps", "gradient_clip"):
             if getattr(stage, value) < 0:
                 raise MifoError(f"{key}.{value}={getattr(stage, value)} is negative; take at least 0.")
-        if not all(0 <= beta < 1 for beta in stage.betas):
-            raise MifoError(f"{key}.betas={list(stage.betas)} must be at least 0 and less than 1.")
+        if len(stage.betas) != 2 or not all(0 <= beta < 1 for beta in stage.betas):
+            raise MifoError(
+                f"{key}.betas={list(stage.betas)} must be two numbers of at least 0 and less than 1."
+            )
         if stage.trainable == "lora" and stage.lora_rank < 1:
             raise MifoError(f"{key}.lora_rank={stage.lora_rank} is too small; take at least 1.")
     if settings.semantic.trainable != "tokens":
