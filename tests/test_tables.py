@@ -21,7 +21,7 @@ from tiny import tiny_pipeline
 from mifo.config import settings_of
 from mifo.config.compose import compose
 from mifo.errors import MifoError
-from mifo.metrics.evaluation import Evaluation
+from mifo.metrics.evaluation import Evaluation, has_scores
 from mifo.metrics.pictures import Picture, save_pictures
 from mifo.metrics.scores import Evaluator, Score
 from mifo.report.comparison import SIDE
@@ -73,7 +73,8 @@ def made(monkeypatch):
         value = settings.seed / 10 + (settings.method == "mifo") / 2
         evaluator = Evaluator("colour", "0" * 12)
         scores = [Score(m, value, m != "leakage", evaluator, "test") for m in ("editability", "leakage")]
-        Evaluation(tuple(scores), ()).save(folder / "scores.json")
+        if not has_scores(folder / "scores.json"):
+            Evaluation(tuple(scores), ()).save(folder / "scores.json")
 
     monkeypatch.setattr(execute, "run_here", run)
     return seen
