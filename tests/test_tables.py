@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
 from tiny import tiny_pipeline
@@ -21,15 +23,18 @@ from mifo.config import settings_of
 from mifo.config.compose import compose
 from mifo.data.saved_pictures import Picture, save_pictures
 from mifo.errors import MifoError
-from mifo.metrics.evaluation import Evaluation
+from mifo.metrics.evaluation import Evaluation, has_scores
+from mifo.data.saved_pictures import Picture, save_pictures
 from mifo.metrics.scores import Evaluator, Score
 from mifo.report.comparison import SIDE
 from mifo.tables import execute, plan
 from mifo.tables.collect import Measured, cells, differences, estimate, estimate_runs, pareto_front
-from mifo.tables.plan import CodeVersion
+from mifo.tables.plan import CodeVersion, Run
 from mifo.tables.plot import draw_table
-from mifo.tables.record import read_record
+from mifo.tables.record import About, Entry, read_record, write_record
 from mifo.tables.settings import TableSettings, read_table
+from mifo.tables.write import claim_results, write_table
+from mifo.commands.table import table
 
 ROOT = Path(__file__).parents[1]
 TABLES = sorted(path.parent for path in (ROOT / "experiments").glob("*/table.yaml"))
@@ -70,7 +75,8 @@ def made(monkeypatch):
         value = settings.seed / 10 + (settings.method == "mifo") / 2
         evaluator = Evaluator("colour", "0" * 12)
         scores = [Score(m, value, m != "leakage", evaluator, "test") for m in ("editability", "leakage")]
-        Evaluation(tuple(scores), ()).save(folder / "scores.json")
+        if not has_scores(folder / "scores.json"):
+            Evaluation(tuple(scores), ()).save(folder / "scores.json")
 
     monkeypatch.setattr(execute, "run_here", run)
     return seen
@@ -503,7 +509,7 @@ def test_records_that_do_not_serve_are_refused(folder, made):
         table(["small", "table.record=first", "synthesis.samples=3"])
     rows = (folder / "first" / "runs.csv").read_text()
     (folder / "first" / "runs.csv").write_text(rows.replace("editability", "beauty"))
-    with pytest.raises(MifoError, match="record in first cannot be read"):
+    with pytest.raises(MifoError, match=r"first/runs\.csv is damaged: it lacks the column editability"):
         table(["small", "table.record=first"])
     assert not made
 
@@ -547,3 +553,127 @@ def test_other_masks_make_another_run(tmp_path):
         (run,) = plan.plan("own", settings, own)
         keys.append(run.key)
     assert len(set(keys)) == 2
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*/miniature*/runs.csv")), ids=str)
+def test_the_tables_of_the_repository_follow_from_their_records(path, tmp_path, monkeypatch):
+    monkeypatch.setattr("mifo.tables.write.draw_table", lambda *given: Figure())
+    kept, question = read_record(path.parent), json.loads((path.parent / "question.json").read_text())
+    known = {key: question[key] for key in ("title", "rows", "grid", "scenes", "seeds", "columns")}
+    settings = TableSettings(**known, plot="dots")
+    ended = []
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            run = Run(row["row"], row["scenes"], row["instances"], int(row["seed"]), (), None)
+            ended.append(execute.Done(run, None, kept=kept[row["folder"].partition("-")[0]]))
+    write_table(tmp_path, "mifo table", settings, ended)
+    for name in ("runs.csv", "evaluators.json"):
+        # older records say that nothing was changed where nobody knows
+        recorded = (path.parent / name).read_bytes().replace(b",False,", b",,")
+        assert (tmp_path / name).read_bytes().replace(b",False,", b",,") == recorded, name
+    for name, shown in (("table.csv", ""), ("table.tex", ""), ("table.md", "| ")):
+        # a record's values have six digits, a table was computed from all of them
+        (words, numbers), (recorded, figures) = (
+            words_and_numbers((folder / name).read_bytes().decode(), shown)
+            for folder in (tmp_path, path.parent)
+        )
+        assert words == recorded and numbers == pytest.approx(figures, abs=2e-3)
+
+
+def words_and_numbers(text, start):
+    lines = [line for line in text.split("\n") if line.startswith(start)]
+    pattern = r"(?<![\w.])-?\d+\.\d+"
+    return re.sub(pattern, "#", "\n".join(lines)), [
+        float(each) for each in re.findall(pattern, "\n".join(lines))
+    ]
+
+
+HOSTILE = r"=cmd|'/c calc'!A1 \input{secret} <script>alert(1)</script> `code` *bold* [link](x) $x$ %"
+
+
+def test_labels_are_text_in_every_form(tmp_path):
+    evaluator = Evaluator("colour|<b>", "0" * 12)
+    runs = [Run(row, "cars", "three_cars", 0, (), None) for row in (HOSTILE, "-1")]
+    scores = (Score("editability", 0.5, True, evaluator, "test"),)
+    settings = TableSettings(title=HOSTILE, columns=["editability"])
+    ended = [execute.Done(run, None, kept=Entry(f"{i}-0", scores, None)) for i, run in enumerate(runs)]
+    ended += [execute.Done(runs[0], None, "<script>\n| a |")]
+    write_table(tmp_path, f"mifo table small 'table.title={HOSTILE}'", settings, ended)
+    for name in ("runs.csv", "table.csv"):
+        with open(tmp_path / name, newline="") as file:
+            assert {row["row"] for row in csv.DictReader(file)} == {"'" + HOSTILE, "'-1"}
+    title, _, command, *others = (tmp_path / "table.md").read_text().splitlines()
+    assert command.startswith("``mifo table") and command.endswith("``")  # code may hold anything
+    assert not any(re.search(r"(?<!\\)[<\[]", line) for line in [title, *others] if "![" not in line)
+    (line,) = [line for line in others if line.startswith("| =cmd")]
+    assert len(re.findall(r"(?<!\\)\|", line)) == 6
+    comment, *lines = (tmp_path / "table.tex").read_text().splitlines()
+    assert comment == "% " + HOSTILE
+    (line,) = [line for line in lines if "cmd" in line]
+    assert r"\textbackslash input\{secret\}" in line.replace("textbackslash  ", "textbackslash ")
+
+
+def test_labels_of_several_lines_are_refused(folder):
+    with pytest.raises(MifoError, match="must be one line"):
+        read_table(folder / "small", [r'table.rows={"a\nb": [method=mifo]}'])
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"title": "Sm', b"\0" * 400])
+def test_a_torn_question_without_results_is_written_anew(tmp_path, torn):
+    asked = TableSettings(title="Small"), ["debug=default"]
+    (tmp_path / "question.json").write_bytes(torn)
+    claim_results(tmp_path, *asked)
+    assert json.loads((tmp_path / "question.json").read_text())["title"] == "Small"
+    (tmp_path / "question.json").write_bytes(torn)
+    (tmp_path / "runs.csv").write_text("row\n")
+    with pytest.raises(MifoError, match=r"/question\.json.* delete it if the results beside it"):
+        claim_results(tmp_path, *asked)
+    assert (tmp_path / "question.json").read_bytes() == torn
+
+
+@pytest.mark.parametrize("name", ["scores.json", "table_run.json", "status.json"])
+def test_a_run_with_a_damaged_file_is_made_again(folder, made, name):
+    asked = ["small", "table.workers=0", "table.seeds=[0]", "table.results=here"]
+    table(asked)
+    before = Path("here/table.csv").read_bytes()
+    for damage in (b"", b"{}", b"[]", b'{"scores": [', b"\xff" * 9):
+        path = next(folder.glob(f"outputs/runs/*/{name}"))
+        path.write_bytes(damage)
+        assert table(asked) == 0
+        json.loads(path.read_text())
+        assert Path("here/table.csv").read_bytes() == before
+    assert len(made) == 2 + 5
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("runs.csv", lambda content: b""),
+        ("runs.csv", lambda content: content[: len(content) // 2]),
+        ("runs.csv", lambda content: content.replace(b"0.0", b"nan")),
+        ("runs.csv", lambda content: content.replace(b",cars", b",cars,cars")),
+        ("runs.csv", lambda content: content.replace(b",cars", b',"cars')),
+        ("runs.csv", lambda content: b"\xff" + content),
+        ("evaluators.json", lambda content: b"[1]"),
+        ("evaluators.json", lambda content: content.replace(b"leakage", b"beauty")),
+        ("evaluators.json", lambda content: content.replace(b'"test"', b"1")),
+        ("evaluators.json", lambda content: b"[" * 100_000),
+    ],
+)
+def test_a_damaged_record_is_one_sentence_that_names_the_file(tmp_path, name, damage):
+    evaluator = Evaluator("colour", "0" * 12)
+    scores = tuple(Score(metric, 0.0, True, evaluator, "test") for metric in ("editability", "leakage"))
+    runs = [Run(row, "cars", "three_cars", 0, (), None) for row in ("MIFO", "none")]
+    write_record(tmp_path, [(run, Entry(f"{run.row}-0", scores, About("0"))) for run in runs])
+    assert len(read_record(tmp_path)) == 2
+    path = tmp_path / name
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(MifoError, match=f"/{name} (is damaged|cannot be read)"):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"- a", b"a:\t- b", b"a: &x [1]\nb: *x", b"", b"title: ['${'"])
+def test_a_damaged_table_is_one_sentence_that_names_it(folder, content):
+    Path("small/table.yaml").write_bytes(content)
+    with pytest.raises(MifoError, match=r"small/table\.yaml"):
+        read_table(Path("small"), [])

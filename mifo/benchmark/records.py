@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -10,9 +10,12 @@ from platform import processor, python_version
 from subprocess import run
 from typing import Any
 
+import pandas as pd
 import torch
 
 from mifo.benchmark.measuring import Measurement
+from mifo.files import as_record, read_record, write_whole
+from mifo.report.tables import markdown_table, markdown_text
 
 PACKAGES = ("diffusers", "transformers", "lightning")
 # what the published implementation needs on one H100, and the marks to reach: seconds, GiB (None: no figure)
@@ -30,6 +33,14 @@ MARKS = {
 BASELINE, WITHOUT, AGAIN = "with all ideas", " without ", ", again"
 LOW_VRAM_ROWS = ("stage1_step", "stage2_step", "picture")  # whose largest peak has a mark of its own
 LOW_VRAM_MARK = "8 GiB"
+HEADS = [
+    *("row", "profile", "median", "spread", "samples", "peak memory", "TFLOP", "share of peak"),
+    *("reference on an H100", "mark", "commit, date"),
+]
+IDEA_HEADS = [
+    *("idea", "row", "profile", "with all ideas, before / after", "without it", "time it gains"),
+    *("memory it gains", "commit, date"),
+]
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,21 @@ class Circumstances:
         return cls(name, profile, shapes, date, described.stdout.strip() or "unknown", versions)
 
 
+@dataclass(frozen=True)
+class Record(Circumstances):
+    """What was measured, row by row; `read` gives the rows as `Measurement`, JSON has them as objects."""
+
+    rows: dict[str, Any]
+
+    @classmethod
+    def read(cls, file: Path) -> "Record":
+        """Raises MifoError where the file is damaged."""
+        record = read_record(file, cls)
+        return replace(
+            record, rows={name: as_record(row, Measurement, file) for name, row in record.rows.items()}
+        )
+
+
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
@@ -69,97 +95,87 @@ def _processor() -> str:
 
 def write_record(file: Path, circumstances: Circumstances, rows: dict[str, Measurement]) -> None:
     """Write what is measured so far; a row that failed holds its reason in `notes`."""
-    record = asdict(circumstances) | {"rows": {name: asdict(row) for name, row in rows.items()}}
+    record = asdict(Record(**asdict(circumstances), rows=rows))
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_whole(file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_table(folder: Path) -> Path:
     """Write `folder/README.md`: of each machine, shapes and profile the newest of each row and each idea."""
-    records = sorted(
-        (json.loads(file.read_text()) for file in folder.glob("*.json")), key=lambda r: r["date"]
-    )
+    records = sorted(map(Record.read, folder.glob("*.json")), key=lambda record: record.date)
     newest = {
-        (record["device"], record["shapes"], record["profile"], name): (record, Measurement(**row))
+        (record.device, record.shapes, record.profile, name): (record, row)
         for record in records
-        for name, row in record["rows"].items()
+        for name, row in record.rows.items()
         if BASELINE not in name and WITHOUT not in name
     }
     lines = ["# Benchmark", "", "Written by `mifo benchmark`; docs/performance.md says how to read it.", ""]
     for machine in dict.fromkeys(key[:2] for key in newest):
-        lines += [
-            f"## {machine[0]}, shapes of {machine[1]}",
-            "",
-            "| row | profile | median | spread | samples | peak memory | TFLOP | share of peak "
-            "| reference on an H100 | mark | commit, date |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        ]
-        notes, low_vram = [], []
+        rows, notes, low_vram = [], [], []
         for (*where, profile, name), (record, row) in sorted(newest.items(), key=lambda item: item[0][3]):
             if tuple(where) != machine:
                 continue
-            comparable = record["shapes"] == "sd21" or name in ("demo", "throughput")
+            comparable = record.shapes == "sd21" or name in ("demo", "throughput")
             reference, mark = MARKS.get(name, ("–", "–")) if comparable else ("–", "–")
             if comparable and profile == "low_vram" and name in LOW_VRAM_ROWS:
                 mark = LOW_VRAM_MARK
                 low_vram.append(row.peak_gib)
-            cells = [
-                *(name, profile, _seconds(row.seconds)),
-                "–" if row.seconds is None else f"{_seconds(row.fastest)} – {_seconds(row.slowest)}",
-                *(str(row.samples or "–"), _number(row.peak_gib, "{:.1f} GiB")),
-                *(_number(row.tflop, "{:.3g}"), _number(row.share_of_peak, "{:.1%}")),
-                *(reference, mark, f"{record['commit']}, {record['date'][:10]}"),
+            rows.append(
+                [
+                    *(name, profile, _seconds(row.seconds)),
+                    "–" if row.seconds is None else f"{_seconds(row.fastest)} – {_seconds(row.slowest)}",
+                    *(str(row.samples or "–"), _number(row.peak_gib, "{:.1f} GiB")),
+                    *(_number(row.tflop, "{:.3g}"), _number(row.share_of_peak, "{:.1%}")),
+                    *(reference, mark, f"{record.commit}, {record.date[:10]}"),
+                ]
+            )
+            notes += [
+                f"- {markdown_text(f'{name}, {profile}: {key} = {_note(value)}')}"
+                for key, value in row.notes.items()
             ]
-            lines.append(f"| {' | '.join(cells)} |")
-            notes += [f"- {name}, {profile}: {key} = {_note(value)}" for key, value in row.notes.items()]
         if low_vram and None not in low_vram:
             notes.append(f"- largest peak of low_vram: {max(low_vram):.1f} GiB, mark {LOW_VRAM_MARK}")
-        last = [record for record in records if (record["device"], record["shapes"]) == machine][-1]
-        versions = ", ".join(f"{name} {number}" for name, number in last["versions"].items())
-        lines += ["", *notes, "", f"Newest record taken with {versions}.", ""]
+        last = [record for record in records if (record.device, record.shapes) == machine][-1]
+        versions = ", ".join(f"{name} {number}" for name, number in last.versions.items())
+        lines += [f"## {markdown_text(machine[0])}, shapes of {markdown_text(machine[1])}", ""]
+        lines += markdown_table(pd.DataFrame(rows, columns=HEADS))
+        lines += ["", *notes, "", f"Newest record taken with {markdown_text(versions)}.", ""]
     lines += _ideas(records)
     table = folder / "README.md"
-    table.write_text("\n".join(lines))
+    write_whole(table, "\n".join(lines))
     return table
 
 
-def _ideas(records: Sequence[dict[str, Any]]) -> list[str]:
+def _ideas(records: Sequence[Record]) -> list[str]:
     """What each idea gains: of each machine, shapes and profile its newest comparison, within one record."""
     newest: dict[tuple[str, ...], list[str]] = {}
     for record in records:
-        rows = {name: Measurement(**row) for name, row in record["rows"].items()}
-        for name, row in rows.items():
+        for name, row in record.rows.items():
             measure, found, idea = name.partition(WITHOUT)
             if not found:
                 continue
-            both = [rows.get(f"{measure} {BASELINE}{again}") for again in ("", AGAIN)]
+            both = [record.rows.get(f"{measure} {BASELINE}{again}") for again in ("", AGAIN)]
             usual = [each for each in both if each and each.seconds is not None]
-            where = f"{record['device']}, shapes of {record['shapes']}"
-            newest[where, record["profile"], measure, idea] = [
+            where = f"{record.device}, shapes of {record.shapes}"
+            newest[where, record.profile, measure, idea] = [
                 idea,
                 measure,
-                record["profile"],
+                record.profile,
                 " / ".join(_seconds(each.seconds) for each in usual) or "–",
-                row.notes.get("failed", _seconds(row.seconds)),
+                str(row.notes.get("failed", _seconds(row.seconds))),
                 _gain(row.seconds, [each.seconds for each in usual], _seconds),
                 # on a processor the peak is that of the whole process, with all that came before
                 _gain(row.peak_gib, [each.peak_gib for each in usual], "{:.1f} GiB".format)
-                if "cuda" in record["versions"]
+                if "cuda" in record.versions
                 else "–",
-                f"{record['commit']}, {record['date'][:10]}",
+                f"{record.commit}, {record.date[:10]}",
             ]
     lines = []
     for where in dict.fromkeys(key[0] for key in newest):
-        lines += [
-            *(f"## What each idea gains: {where}", ""),
-            "The first time was measured before and after the others, within one process.",
-            "",
-            "| idea | row | profile | with all ideas, before / after | without it | time it gains "
-            "| memory it gains | commit, date |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
-            *(f"| {' | '.join(cells)} |" for key, cells in newest.items() if key[0] == where),
-            "",
-        ]
+        rows = [cells for key, cells in newest.items() if key[0] == where]
+        lines += [f"## What each idea gains: {markdown_text(where)}", ""]
+        lines += ["The first time was measured before and after the others, within one process.", ""]
+        lines += [*markdown_table(pd.DataFrame(rows, columns=IDEA_HEADS)), ""]
     return lines
 
 

@@ -19,9 +19,11 @@ from mifo.data.layouts import LayoutSettings, layouts
 from mifo.data.saved_pictures import as_image
 from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
+from mifo.files import read_yaml, write_whole
 from mifo.metrics.evaluation import METRICS, PictureEvaluator
 from mifo.metrics.settings import Fit
 from mifo.miniature.calibration import CASES, calibration_picture
+from mifo.report.tables import markdown_table, write_csv
 from mifo.world.scenes import SIZE, SceneSpec
 
 METRIC_NAMES = {name: f"{name} {'↑' if METRICS[name].higher_is_better else '↓'}" for name in METRICS}
@@ -68,10 +70,11 @@ def calibrate(settings: CalibrateSettings) -> Path:
             ]
         sheet.append(torch.cat(shown, 2))
     table = pd.DataFrame(rows)
-    table.to_csv(folder / "pictures.csv", index=False, float_format="%.5f")
-    (folder / "calibration.md").write_text(report(table, evaluator, settings.metrics.fit))
+    markdown = report(table, evaluator, settings.metrics.fit)
+    write_whole(folder / "calibration.md", markdown)
     as_image(torch.cat(sheet, 1)).save(folder / "calibration.jpg", quality=85)
-    print((folder / "calibration.md").read_text())
+    write_csv(folder / "pictures.csv", table, digits=5)  # the last, since it says that the rest is there
+    print(markdown)
     print(f"calibration: {folder}")
     return folder
 
@@ -81,7 +84,7 @@ def named_scenes(patterns: list[str]) -> list[InstancesSettings]:
     files = sorted((conf_folder() / "instances").glob("*.yaml"))
     fitting = [file for file in files if any(fnmatch(file.stem, pattern) for pattern in patterns)]
     schema = OmegaConf.structured(InstancesSettings)
-    scenes = [OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.load(file))) for file in fitting]
+    scenes = [OmegaConf.to_object(OmegaConf.merge(schema, read_yaml(file))) for file in fitting]
     scenes = [scene for scene in scenes if scene.scene is not None]
     if not scenes:
         raise MifoError(
@@ -114,10 +117,11 @@ def report(table: pd.DataFrame, evaluator: PictureEvaluator, fit: Fit) -> str:
         *(f"- **{case}**: {about}" for case, about in CASES.items()),
     ]
     for title, start in kinds.items():
-        lines += ["", f"## {title}", "", "| case | " + " | ".join(METRIC_NAMES[m] for m in metrics) + " |"]
-        lines.append("| --- |" + " --- |" * len(metrics))
         part = scenes[scenes.scene.str.startswith(start)]
-        for case in CASES:
-            values = part[part.case == case]
-            lines.append(f"| {case} | " + " | ".join(interval(values[m].dropna()) for m in metrics) + " |")
+        rows = [
+            [case, *(interval(part[part.case == case][metric].dropna()) for metric in metrics)]
+            for case in CASES
+        ]
+        heads = ["case", *(METRIC_NAMES[metric] for metric in metrics)]
+        lines += ["", f"## {title}", "", *markdown_table(pd.DataFrame(rows, columns=heads))]
     return "\n".join(lines) + "\n"

@@ -9,6 +9,7 @@ from importlib.resources import files
 from operator import itemgetter
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torchvision.utils import draw_bounding_boxes, make_grid
 
@@ -21,9 +22,11 @@ from mifo.config.schema import QualitySettings
 from mifo.data.layouts import Layout
 from mifo.data.saved_pictures import as_image
 from mifo.errors import MifoError
+from mifo.files import write_whole
 from mifo.making.pictures import make_pictures
 from mifo.miniature import quality as measures
 from mifo.miniature.pretraining.segmenter import load_segmenter
+from mifo.report.tables import markdown_table
 from mifo.tables.plan import code_version
 
 SHEET = 24
@@ -54,9 +57,9 @@ def quality(settings: QualitySettings) -> Path:
         began = time.perf_counter()
         record["measured"] |= parts[part](settings, weights, device, folder)
         record["seconds"][part] = round(time.perf_counter() - began, 1)
-        (folder / "quality.json").write_text(json.dumps(record, indent=2) + "\n")
-        (folder / "quality.md").write_text(report(record))
-    print((folder / "quality.md").read_text())
+        write_whole(folder / "quality.json", json.dumps(record, indent=2) + "\n")
+        write_whole(folder / "quality.md", report(record))
+    print(report(record))
     print(f"quality: {folder}")
     return folder
 
@@ -134,11 +137,12 @@ def report(record: dict) -> str:
     lines = ["# Quality of the miniature", "", "Scenes and prompts are held out of pretraining.", ""]
     lines += [f"- {key}: {value}" for key, value in record["about"].items()]
     lines += [f"- {part}: {seconds} s" for part, seconds in record["seconds"].items()]
-    lines += ["", "| what | value | 95 % interval | n | at least | reached |", "|" + " --- |" * 6]
+    rows = []
     for name, found in record["measured"].items():
         target = measures.TARGETS.get(name)
         value, low, high = (figure(name, found[key]) for key in ("value", "low", "high"))
         reached = "" if target is None else "yes" if found["value"] >= target else "no"
         aim = "" if target is None else figure(name, target)
-        lines.append(f"| {name} | {value} | {low} – {high} | {found['n']} | {aim} | {reached} |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, value, f"{low} – {high}", str(found["n"]), aim, reached])
+    heads = ["what", "value", "95 % interval", "n", "at least", "reached"]
+    return "\n".join([*lines, "", *markdown_table(pd.DataFrame(rows, columns=heads)), ""])

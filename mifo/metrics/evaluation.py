@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric
 
 from mifo.data.saved_pictures import Picture
 from mifo.errors import MifoError
-from mifo.files import read_json, read_record, write_whole
+from mifo.files import read_record, write_whole
 from mifo.metrics.box_adherence import BoxAdherence, find_instance
 from mifo.metrics.class_accuracy import ClassAccuracy, class_texts
 from mifo.metrics.crops import Box, crop_box, reference_crops
@@ -43,6 +43,15 @@ METRICS: dict[str, type[MeanMetric]] = {
 def best_of(metric: str) -> str:
     """Which of several values of a metric is the best: "max" or "min"."""
     return "max" if METRICS[metric].higher_is_better else "min"
+
+
+@dataclass(frozen=True)
+class _Content:
+    """A file of scores as JSON has it."""
+
+    scores: list[dict[str, Any]]
+    pictures: list[dict[str, float]]
+    leakage_matrix: list[list[float | None]]
 
 
 @dataclass(frozen=True)
@@ -76,15 +85,14 @@ class Evaluation:
         """What `save` wrote.
 
         Raises:
-            MifoError: the file is missing or damaged, or a score is not finite.
+            MifoError: the file is missing or damaged, or a score is unknown or not finite.
         """
         path = Path(path)
         written = read_record(path, _Written)
-        return cls(
-            tuple(Score.from_dict(score, path) for score in written.scores),
-            tuple(written.pictures),
-            tuple(tuple(row) for row in written.leakage_matrix),
-        )
+        scores = tuple(Score.from_dict(score, path) for score in written.scores)
+        if unknown := {score.metric for score in scores} - METRICS.keys():
+            raise MifoError(f"{path} is damaged: {min(unknown)[:40]!r} is no metric")
+        return cls(scores, tuple(written.pictures), tuple(map(tuple, written.leakage_matrix)))
 
 
 @dataclass(frozen=True)
@@ -97,9 +105,9 @@ class _Written:
 
 
 def has_scores(path: Path | str) -> bool:
-    """Whether `path` was written to its end; half a file is no JSON, nor is one with NaN."""
+    """Whether `path` holds scores; what is damaged does not count."""
     try:
-        read_json(Path(path))
+        Evaluation.read(path)
     except MifoError:
         return False
     return True

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,9 +23,11 @@ from mifo.config.checks import check
 from mifo.config.compose import compose, settings_of
 from mifo.config.gpus import visible_gpus
 from mifo.config.jobs import read_status, write_status
+from mifo.errors import MifoError
+from mifo.files import read_record, whole_folder, write_whole
 from mifo.metrics.evaluation import Evaluation
 from mifo.tables.plan import Run, code_version
-from mifo.tables.record import Entry
+from mifo.tables.record import About, Entry
 from mifo.tables.worker import LOG, Worker
 
 ABOUT = "table_run.json"
@@ -47,9 +48,7 @@ class Done:
 
     def entry(self) -> Entry:
         """What a record says of it. Raises MifoError when the scores of a finished run cannot be read."""
-        if self.kept is not None:
-            return self.kept
-        return Entry(self.folder.name, Evaluation.read(self.folder / SCORES).scores, _about(self.folder))
+        return self.kept or _entry(self.folder)
 
 
 def finished(runs: Sequence[Run], pool: Path, any_code: bool, record: Mapping[str, Entry]) -> list[Done]:
@@ -150,23 +149,23 @@ def make_here(folder: Path, run: Run, others: Sequence[Path]) -> None:
         if _is_done(folder):
             return
         _borrow_learned(folder, others)
-        started = time.monotonic()
         _run_here(run, folder)
-        seconds = time.monotonic() - started + (_about(folder) or {}).get("seconds", 0)
-        about = {"seconds": round(seconds, 1), "overrides": run.overrides, **asdict(code_version())}
-        (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
 
 
 def _run_here(run: Run, folder: Path) -> None:
     write_status(folder, "running", list(run.overrides))
+    started = time.monotonic()
     try:
         settings = settings_of(compose("run", [*run.overrides, f"paths.output='{folder}'"]))
         check(settings)
         run_here(settings)
-    except Exception as error:
-        write_status(folder, "failed", list(run.overrides), f"{type(error).__name__}: {error}")
-    else:
-        write_status(folder, "ok", list(run.overrides))
+        error = None
+    except Exception as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    seconds = round(time.monotonic() - started + _seconds_before(folder), 1)
+    about = About(**asdict(code_version()), seconds=seconds, overrides=list(run.overrides))
+    write_whole(folder / ABOUT, json.dumps(asdict(about), indent=2) + "\n")
+    write_status(folder, "failed" if error else "ok", list(run.overrides), error)
 
 
 def _borrow_learned(folder: Path, others: Sequence[Path]) -> None:
@@ -174,10 +173,8 @@ def _borrow_learned(folder: Path, others: Sequence[Path]) -> None:
     source = next((other / "learned" for other in others if (other / "learned").is_dir()), None)
     if source is None or (folder / "learned").exists():
         return
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".learned") as unfinished:
-        copied = Path(unfinished) / "learned"
-        shutil.copytree(source, copied, copy_function=os.link)
-        copied.rename(folder / "learned")
+    with whole_folder(folder / "learned") as unfinished:
+        shutil.copytree(source, unfinished, copy_function=os.link, dirs_exist_ok=True)
 
 
 def _finished_folder(run: Run, pool: Path, any_code: bool) -> Path | None:
@@ -191,12 +188,32 @@ def _folder(run: Run, pool: Path) -> Path:
 
 
 def _is_done(folder: Path) -> bool:
-    return (read_status(folder) or {}).get("status") == "ok" and (folder / SCORES).is_file()
+    """Whether a run is finished; one whose files are damaged is made again from what is left of it."""
+    if (read_status(folder) or {}).get("status") != "ok":
+        return False
+    try:
+        _entry(folder)
+    except MifoError:
+        return False
+    return True
 
 
-def _about(folder: Path) -> dict | None:
+def _entry(folder: Path) -> Entry:
+    return Entry(folder.name, Evaluation.read(folder / SCORES).scores, _about(folder))
+
+
+def _about(folder: Path) -> About | None:
     path = folder / ABOUT
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_record(path, About) if path.exists() else None
+
+
+def _seconds_before(folder: Path) -> float:
+    """How long earlier attempts at a run took; none where their record is damaged."""
+    try:
+        about = _about(folder)
+    except MifoError:
+        return 0.0
+    return about.seconds if about else 0.0
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
@@ -45,13 +45,6 @@ class CodeVersion:
     digest: str
     commit: str | None
     dirty: bool | None
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> "CodeVersion":
-        """The version in a run's record; older ones without a commit say that nothing was changed."""
-        commit = record.get("commit")
-        dirty = record.get("dirty")
-        return cls(record["digest"], commit, None if commit is None and not dirty else dirty)
 
     def __str__(self) -> str:
         return f"{(self.commit or self.digest)[:8]}{_STATES[self.dirty]}"

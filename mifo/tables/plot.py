@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -15,8 +16,9 @@ Cells = Mapping[tuple[str, str], Mapping[str, Estimate]]
 
 def draw_table(cells: Cells, columns: Sequence[str], kind: str, title: str) -> Figure:
     """Draw `cells` as dots (a panel per metric), lines over the sets of scenes, or a Pareto plot."""
-    figure = _DRAW[kind](cells, columns)
-    figure.suptitle(title, fontsize=11)
+    with rc_context({"text.parse_math": False}):  # a label with two $ is no formula
+        figure = _DRAW[kind](cells, columns)
+        figure.suptitle(title, fontsize=11)
     return figure
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
@@ -10,6 +11,7 @@ from yaml import YAMLError
 
 from mifo.config.compose import nearest
 from mifo.errors import MifoError
+from mifo.files import read_yaml
 from mifo.metrics.evaluation import METRICS
 
 FILE = "table.yaml"
@@ -75,14 +77,15 @@ def read_table(folder: Path, arguments: list[str]) -> tuple[TableSettings, list[
         raise MifoError(f"{folder} holds no {FILE}; name a table, such as mifo table experiments/methods")
     own = [text.removeprefix("table.") for text in arguments if text.startswith("table.")]
     others = [text for text in arguments if not text.startswith("table.")]
+    content = read_yaml(file)
+    if not isinstance(content, dict):
+        raise MifoError(f"{file} is no table: it holds no keys with values")
     try:
-        given = OmegaConf.load(file)
         changed = OmegaConf.from_dotlist(own)
     except YAMLError as error:
-        raise MifoError(
-            f"{file} or a table.KEY=VALUE cannot be read: {' '.join(str(error).split())}"
-        ) from error
+        raise MifoError(f"a table.KEY=VALUE cannot be read: {' '.join(str(error).split())}") from error
     try:
+        given = OmegaConf.create(content)
         for key in LABELLED:  # replaced as a whole: a subset of them is what one wants
             if key in changed:
                 given.pop(key, None)
@@ -115,6 +118,9 @@ def _explain(error: OmegaConfBaseException, file: Path, changed: DictConfig) -> 
 def _check(settings: TableSettings, file: Path) -> None:
     if not (settings.rows or settings.grid) or not settings.scenes or not settings.seeds:
         raise MifoError(f"{file}: a table needs rows or a grid, scenes and seeds")
+    for label in (settings.title, *settings.rows, *settings.grid, *settings.scenes):
+        if not label.strip() or any(category(letter).startswith(("Cc", "Zl", "Zp")) for letter in label):
+            raise MifoError(f"{file}: the title and every label must be one line of text, unlike {label!r}")
     for key, value, known in (
         ("plot", settings.plot, PLOTS),
         ("code", settings.code, ("current", "any")),

@@ -1,6 +1,5 @@
 """A table as CSV, Markdown, LaTeX and a plot."""
 
-import csv
 import json
 import re
 from collections import Counter
@@ -8,15 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
 
 from mifo.errors import MifoError
+from mifo.files import read_json, whole_file, write_whole
 from mifo.metrics.evaluation import METRICS
+from mifo.report.tables import markdown_code, markdown_table, markdown_text, write_csv
 from mifo.tables.collect import Estimate, Measured, cells, differences, measured
 from mifo.tables.execute import Done
 from mifo.tables.pages import draw_pages
 from mifo.tables.plan import Run
 from mifo.tables.plot import draw_table, name
-from mifo.tables.record import Entry, write_record
+from mifo.tables.record import RUNS, Entry, write_record
 from mifo.tables.settings import TableSettings
 
 _HOW = {"workers", "code", "missing", "runs", "record", "results", "pages"}
@@ -32,14 +36,26 @@ def claim_results(folder: Path, settings: TableSettings, overrides: Sequence[str
     """
     asked = {key: value for key, value in asdict(settings).items() if key not in _HOW}
     asked["overrides"] = list(overrides)
-    text = json.dumps(asked, indent=2, ensure_ascii=False) + "\n"
     path = folder / QUESTION
-    if path.is_file() and path.read_text() != text:
+    if path.exists() and not _is_asked(path, asked):
         raise MifoError(
             f"{folder} holds a table of other runs; choose another folder by table.results=FOLDER"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    write_whole(path, json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
+
+
+def _is_asked(path: Path, asked: dict[str, Any]) -> bool:
+    """Whether a recorded question is `asked`, as a torn one counts where no results belong to it."""
+    try:
+        return read_json(path) == asked
+    except MifoError as error:
+        if path.is_file() and not (path.parent / RUNS).exists():
+            return True
+        raise MifoError(
+            f"{error}; delete it if the results beside it belong to this table, or choose another folder by "
+            "table.results=FOLDER"
+        ) from error
 
 
 def write_table(folder: Path, command: str, settings: TableSettings, ended: Sequence[Done]) -> str:
@@ -55,32 +71,35 @@ def write_table(folder: Path, command: str, settings: TableSettings, ended: Sequ
             raise MifoError("no run of the table is finished yet; make them without table.missing=leave")
         raise MifoError("no run of the table is finished; the reasons stand above and in each run's log.txt")
     runs = measured(entries)
-    columns = [column for column in settings.columns if any(column in run.values for run in runs)]
+    known = {metric for run in runs for metric in run.values}
+    columns = [column for column in dict.fromkeys(settings.columns) if column in known]
     found = cells(runs, columns)
     write_record(folder, entries)
     _write_estimates(folder / "table.csv", found)
     pages = {}
     for scenes, page in draw_pages(finished, runs, columns, settings.pages, settings.title).items():
         pages[scenes] = f"pictures-{re.sub(r'[^A-Za-z0-9]+', '-', scenes)}.jpg"
-        page.save(folder / pages[scenes], quality=80)
+        with whole_file(folder / pages[scenes]) as unfinished:
+            page.save(unfinished, "JPEG", quality=80)
     failed = [done for done in ended if not done.is_finished]
     markdown = _markdown(command, settings, entries, failed, runs, columns, found, pages)
-    (folder / "table.md").write_text(markdown)
-    (folder / "table.tex").write_text(_latex(settings.title, found, columns))
+    write_whole(folder / "table.md", markdown)
+    write_whole(folder / "table.tex", _latex(settings.title, found, columns))
     figure = draw_table(found, columns, settings.plot, settings.title)
     for form in ("png", "pdf"):
-        figure.savefig(folder / f"table.{form}")
+        with whole_file(folder / f"table.{form}") as unfinished:
+            figure.savefig(unfinished, format=form)
     return markdown
 
 
 def _write_estimates(path: Path, found: Mapping[tuple[str, str], Mapping[str, Estimate]]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["row", "scenes", "metric", "mean", "half_width_95", "values", "runs"])
-        for (row, scenes), estimates in found.items():
-            for metric, each in estimates.items():
-                half = "" if each.half is None else f"{each.half:.6f}"
-                writer.writerow([row, scenes, metric, f"{each.mean:.6f}", half, each.count, each.runs])
+    rows = [
+        (row, scenes, metric, each.mean, each.half, each.count, each.runs)
+        for (row, scenes), estimates in found.items()
+        for metric, each in estimates.items()
+    ]
+    heads = ["row", "scenes", "metric", "mean", "half_width_95", "values", "runs"]
+    write_csv(path, pd.DataFrame(rows, columns=heads), digits=6)
 
 
 def _markdown(
@@ -96,11 +115,11 @@ def _markdown(
     codes = Counter(str(entry.code or "unknown") for _, entry in entries)
     minutes = round(sum(entry.minutes for _, entry in entries), 2)
     scores = [score for _, entry in entries for score in entry.scores]
-    evaluators = ", ".join(sorted({f"{score.evaluator} ({score.protocol})" for score in scores}))
+    evaluators = markdown_text(", ".join(sorted({f"{each.evaluator} ({each.protocol})" for each in scores})))
     lines = [
-        f"# {settings.title}",
+        f"# {markdown_text(settings.title)}",
         "",
-        f"`{command}`",
+        markdown_code(command),
         "",
         f"{len(entries)} of {len(entries) + len(failed)} runs, {minutes} minutes, "
         f"{datetime.now(UTC):%Y-%m-%d}; "
@@ -112,13 +131,15 @@ def _markdown(
     ]
     first = runs[0].row
     if paired := differences(runs, columns, first):
-        lines += ["", f"Minus *{first}*, paired by scene and seed:", "", *_markdown_table(paired, columns)]
+        lines += ["", f"Minus *{markdown_text(first)}*, paired by scene and seed:", ""]
+        lines += _markdown_table(paired, columns)
     if failed:
-        lines += ["", "Without a result:", "", *(f"- {done.run}: {done.error}" for done in failed[:MOST])]
+        lines += ["", "Without a result:", ""]
+        lines += [f"- {markdown_text(f'{done.run}: {done.error}')}" for done in failed[:MOST]]
         lines += [f"- and {len(failed) - MOST} more"] if len(failed) > MOST else []
     lines += ["", "![The table as a plot](table.png)", ""]
     lines += [
-        f"![Pictures of {scenes}, a row for each row of the table]({file})\n"
+        f"![Pictures of {markdown_text(scenes)}, a row for each row of the table]({file})\n"
         for scenes, file in pages.items()
     ]
     return "\n".join(lines)
@@ -127,19 +148,17 @@ def _markdown(
 def _markdown_table(
     found: Mapping[tuple[str, str], Mapping[str, Estimate]], columns: Sequence[str], bold: bool = False
 ) -> list[str]:
-    best = _best(found, columns) if bold else set()
-    lines = [
-        f"| row | scenes | {' | '.join(name(column) for column in columns)} | n | runs |",
-        f"| --- | --- | {' | '.join('---' for _ in columns)} | --- | --- |",
-    ]
-    for (row, scenes), estimates in found.items():
-        shown = [
-            f"**{estimates[column]}**" if (row, scenes, column) in best else str(estimates.get(column, "–"))
-            for column in columns
+    rows = [
+        [
+            *(row, scenes, *(str(estimates.get(column, "–")) for column in columns)),
+            *(str(max(getattr(each, of) for each in estimates.values())) for of in ("count", "runs")),
         ]
-        behind = [max(getattr(each, of) for each in estimates.values()) for of in ("count", "runs")]
-        lines.append(f"| {row} | {scenes} | {' | '.join([*shown, *map(str, behind)])} |")
-    return lines
+        for (row, scenes), estimates in found.items()
+    ]
+    heads = ["row", "scenes", *map(name, columns), "n", "runs"]
+    best = _best(found, columns) if bold else set()
+    marks = [[(*cell, column) in best for column in ("", "", *columns, "", "")] for cell in found]
+    return markdown_table(pd.DataFrame(rows, columns=heads), pd.DataFrame(marks, columns=heads))
 
 
 def _latex(
@@ -148,14 +167,8 @@ def _latex(
     """A `booktabs` table."""
     best = _best(found, columns)
     arrows = {True: r"$\uparrow$", False: r"$\downarrow$"}
-    heads = [f"{_tex(c.replace('_', ' '))} {arrows[METRICS[c].higher_is_better]}" for c in columns]
-    lines = [
-        rf"% {title}",
-        rf"\begin{{tabular}}{{ll{'c' * len(columns)}}}",
-        r"\toprule",
-        " & ".join(["", "scenes", *heads]) + r" \\",
-        r"\midrule",
-    ]
+    heads = [f"{c.replace('_', ' ')} {arrows[METRICS[c].higher_is_better]}" for c in columns]
+    rows = []
     for (row, scenes), estimates in found.items():
         shown = []
         for column in columns:
@@ -164,8 +177,13 @@ def _latex(
             mean = rf"\mathbf{{{mean}}}" if (row, scenes, column) in best else mean
             half = "" if each is None or each.half is None else rf" \pm {each.half:.3f}"
             shown.append(f"${mean}{half}$")
-        lines.append(" & ".join([_tex(row), _tex(scenes), *shown]) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+        rows.append([row, scenes, *shown])
+    labels = ["", "scenes"]
+    styled = pd.DataFrame(rows, columns=[*labels, *heads]).style.hide(axis="index")
+    written = styled.format(escape="latex", subset=labels).to_latex(
+        hrules=True, column_format=f"ll{'c' * len(columns)}"
+    )
+    return f"% {title}\n" + written.replace("α", r"$\alpha$")
 
 
 def _best(
@@ -184,9 +202,3 @@ def _best(
                 choose = max if METRICS[column].higher_is_better else min
                 best.add((choose(means, key=means.get), scenes, column))
     return best
-
-
-def _tex(text: str) -> str:
-    for character, replacement in (("_", r"\_"), ("%", r"\%"), ("&", r"\&"), ("α", r"$\alpha$")):
-        text = text.replace(character, replacement)
-    return text

@@ -1,0 +1,490 @@
+"""Damage the files that MIFO reads, run the command that reads them, and look how it ends.
+
+    python scripts/fuzz_inputs.py --cases 5000 --jobs 16
+
+Every command is `mifo.cli.main` in a forked process on a tiny random pipeline. It may end with its result
+(that of the undamaged file, where a checksum can tell) or with one sentence. The exit code is 1 if anything
+else was seen; the files then stay:
+
+    hang       the command took longer than 60 seconds
+    trace      a traceback was printed, or the process died
+    silent     it failed without a sentence
+    different  another result than that of the undamaged files, without a word
+    wrong      numbers that are not finite in a result
+"""
+
+import argparse
+import csv
+import functools
+import gc
+import io
+import json
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import struct
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kill_runs import SYNTHESIS, TINY, TWO_PROMPTS, Harness, end, prepare, results, start, wait
+
+LIMIT = 60  # seconds of one command
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    10**30,
+    1e308,
+    "",
+    "../..",
+    "/dev/zero",
+    [],
+    {},
+    [[]],
+    "\x00",
+    "é",
+    "NaN",
+    "a" * 5000,
+]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A folder of inputs and the command that reads it.
+
+    Attributes:
+        given: the undamaged folder.
+        place: where the command looks for it.
+        files: patterns of the files that are damaged.
+        checked: whether a change of their content must be noticed; else other content is another input.
+    """
+
+    name: str
+    given: Path
+    place: str
+    files: tuple[str, ...]
+    command: list[str]
+    checked: bool
+
+
+def kinds(harness: Harness) -> list[Kind]:
+    """Every kind of input, with a folder of each."""
+    made = harness.folder / "undisturbed"
+    source = next(text for text in harness.commands["learn"] if text.startswith("model.source="))
+    model = ["device=cpu", "model=local", source]
+    short = ["learning.semantic.steps=1", "learning.finetuning.steps=1", "hydra.run.dir=run"]
+    photo = ["instances=local", "instances.class_names=[car,cat]"]
+    learn = ["learn", *TINY, source, *photo, *short]
+    own = f"instances.folder={harness.folder / 'photo'}"
+    classes = harness.folder / "class_pictures"
+    classes.mkdir()
+    for number, picture in enumerate(sorted((made / "run" / "run" / "pictures").glob("*.png"))):
+        shutil.copy(picture, classes / f"{number}.png")
+    half = half_learned(harness)
+    write_small_table(harness.folder / "table")
+    synthesis = [*model, *SYNTHESIS, *TWO_PROMPTS, "hydra.run.dir=run"]
+    table = ["table", "given/small", "table.workers=0", "table.missing=leave", "table.record=given/record"]
+    table += ["table.results=run", "table.runs=runs"]
+    resume = ["learn", "resume=run"]
+    records = ("status.json", "command.json", "config.yaml", ".hydra/*.yaml")
+    learned, pictures = made / "learn" / "run" / "learned", made / "run" / "run" / "pictures"
+    return [
+        Kind("photo", harness.folder / "photo", "given", ("*",), [*learn, "instances.folder=given"], False),
+        Kind("class pictures", classes, "given", ("*",), [*learn, own, "learning.prior.folder=given"], False),
+        Kind("learned", learned, "given", ("*",), ["synthesize", "learned=given", *synthesis], True),
+        Kind(
+            "pictures", pictures, "given", ("*",), ["evaluate", "pictures=given", "hydra.run.dir=run"], False
+        ),
+        Kind("checkpoints", half, "run", ("checkpoints/**/*",), resume, True),
+        Kind("run records", half, "run", records, resume, False),
+        Kind("table", harness.folder / "table", "given", ("small/*", "record/*"), table, False),
+        Kind(
+            "model",
+            Path(source.partition("=")[2]),
+            "given",
+            ("**/*",),
+            ["synthesize", f"learned={learned}", *model[:2], "model.source=given", *synthesis[3:]],
+            True,
+        ),
+    ]
+
+
+def half_learned(harness: Harness) -> Path:
+    """The folder of a run that was killed in its second stage."""
+    import signal
+
+    for _ in range(20):
+        place = harness.folder / "half"
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        pid = start(harness.commands["learn"], place, place / "tmp")
+        while not [*(place / "run" / "checkpoints").glob("finetuning/*.ckpt")]:
+            if wait(pid, 0.001) is not None:
+                break
+        else:
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return place / "run"
+    raise SystemExit("no run could be killed in its second stage")
+
+
+def write_small_table(folder: Path) -> None:
+    """A table of two runs whose record holds both, written in a process of its own: it composes."""
+    worker = multiprocessing.get_context("fork").Process(target=_write_small_table, args=(folder,))
+    worker.start()
+    worker.join()
+    if worker.exitcode:
+        raise SystemExit("the small table could not be written")
+
+
+def _write_small_table(folder: Path) -> None:
+    from mifo.metrics.scores import Evaluator, Score
+    from mifo.tables.plan import plan
+    from mifo.tables.record import Entry, write_record
+    from mifo.tables.settings import read_table
+
+    for name in ("small", "record"):
+        (folder / name).mkdir(parents=True)
+    (folder / "small" / "table.yaml").write_text(
+        "title: Small\nrows:\n  MIFO: [method=mifo]\n  none: [method=no_attention_loss]\n"
+        "scenes:\n  cars: [three_cars]\nseeds: [0]\ncolumns: [editability]\n"
+    )
+    runs = plan("small", *read_table(folder / "small", []))
+    score = Score("editability", 0.5, True, Evaluator("colour", "0" * 12), "test")
+    write_record(folder / "record", [(run, Entry(f"{run.key}-{'0' * 12}", (score,), None)) for run in runs])
+
+
+# damage: each takes the file and a source of randomness, and changes the file in place
+
+
+def flip(file: Path, choose: random.Random) -> None:
+    content = bytearray(file.read_bytes())
+    for _ in range(choose.choice([1, 1, 2, 8, 64])):
+        content[choose.randrange(len(content))] ^= 1 << choose.randrange(8)
+    file.write_bytes(content)
+
+
+def cut(file: Path, choose: random.Random) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: choose.randrange(len(content))])
+
+
+def lengthen(file: Path, choose: random.Random) -> None:
+    file.write_bytes(file.read_bytes() + choose.randbytes(choose.randint(1, 500)))
+
+
+def scramble(file: Path, choose: random.Random) -> None:
+    content = bytearray(file.read_bytes())
+    length = min(64, len(content))
+    start = choose.randrange(len(content) - length + 1)
+    content[start : start + length] = choose.randbytes(length)
+    file.write_bytes(content)
+
+
+def empty(file: Path, choose: random.Random) -> None:
+    file.write_bytes(b"")
+
+
+def zeros(file: Path, choose: random.Random) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def noise(file: Path, choose: random.Random) -> None:
+    file.write_bytes(choose.randbytes(choose.randint(1, 3000)))
+
+
+def huge_header(file: Path, choose: random.Random) -> None:
+    content = file.read_bytes()
+    head = choose.choice([struct.pack("<Q", 1 << 40), struct.pack("<Q", 90_000_000), b"\xff" * 8])
+    if content.startswith(b"\x89PNG"):
+        head = content[:16] + struct.pack(">II", *choose.choice([(1 << 30, 1 << 30), (60_000, 60_000)]))
+    file.write_bytes(head + content[len(head) :])
+
+
+def missing(file: Path, choose: random.Random) -> None:
+    file.unlink()
+
+
+def pipe(file: Path, choose: random.Random) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def link(file: Path, choose: random.Random) -> None:
+    file.unlink()
+    file.symlink_to(choose.choice(["/dev/zero", "/dev/random", "nowhere", file.name, "/proc/self/mem", ".."]))
+
+
+def folder_instead(file: Path, choose: random.Random) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def deep(file: Path, choose: random.Random) -> None:
+    if file.suffix in (".yaml", ".yml"):
+        names = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]" for i in range(12)]
+        file.write_text("\n".join(names))
+    else:
+        file.write_text(choose.choice(["[", '{"a":']) * 200_000)
+
+
+def odd_value(file: Path, choose: random.Random) -> None:
+    """Content of the right form with one value that makes no sense."""
+    if file.suffix == ".json":
+        content = json.loads(file.read_text())
+        _replace_one(content, choose)
+        file.write_text(json.dumps(content))
+    elif file.suffix in (".yaml", ".yml"):
+        lines = file.read_text().splitlines()
+        at = choose.randrange(len(lines))
+        key = lines[at].partition(":")[0]
+        lines[at] = choose.choice(
+            [f"{key}: {json.dumps(choose.choice(ODD))}", f"\t{lines[at]}", lines[at] * 2, f"{key}: ${{oops"]
+        )
+        file.write_text("\n".join(lines))
+    elif file.suffix == ".csv":
+        rows = list(csv.reader(io.StringIO(file.read_text())))
+        row = choose.choice(rows)
+        row[choose.randrange(len(row))] = str(choose.choice(ODD))
+        with file.open("w", newline="") as text:
+            csv.writer(text).writerows(rows)
+    elif file.suffix == ".safetensors":
+        _odd_tensors(file, choose)
+    elif file.suffix == ".ckpt":
+        _odd_checkpoint(file, choose)
+    elif file.suffix == ".png":
+        _odd_image(file, choose)
+    else:
+        scramble(file, choose)
+
+
+def _replace_one(content: object, choose: random.Random) -> None:
+    while True:
+        keys = list(content) if isinstance(content, dict) else list(range(len(content)))
+        key = choose.choice(keys)
+        inner = content[key]
+        if not (isinstance(inner, dict | list) and inner) or choose.random() < 0.2:
+            if isinstance(content, dict) and choose.random() < 0.2:
+                del content[key]
+            else:
+                content[key] = choose.choice([*ODD, math.nan, math.inf])
+            return
+        content = inner
+
+
+def _odd_tensor(tensor, choose: random.Random):
+    import torch
+
+    return choose.choice(
+        [
+            lambda: torch.full_like(tensor, math.nan) if tensor.is_floating_point() else tensor * 0 - 1,
+            lambda: tensor * math.inf if tensor.is_floating_point() else tensor * 0,
+            lambda: tensor.flatten()[:1],
+            lambda: tensor[None],
+            lambda: tensor.to(torch.int64),
+            lambda: tensor.to(torch.float16),
+            lambda: tensor.bool(),
+            lambda: torch.zeros(()),
+            lambda: tensor * 0,
+            lambda: tensor[..., :-1].contiguous() if tensor.ndim else tensor,
+        ]
+    )()
+
+
+def _odd_tensors(file: Path, choose: random.Random) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    name = choose.choice(sorted(tensors))
+    if choose.random() < 0.15:
+        tensors[name + "x"] = tensors.pop(name)
+    else:
+        tensors[name] = _odd_tensor(tensors[name], choose)
+    save_file(tensors, file)
+
+
+def _odd_checkpoint(file: Path, choose: random.Random) -> None:
+    import torch
+
+    content = torch.load(file, weights_only=False)
+    change = choose.randrange(4)
+    states = content.get("state_dict") or {}
+    if change == 0 and states:
+        name = choose.choice(sorted(states))
+        states[name] = _odd_tensor(states[name], choose)
+    elif change == 1:
+        content["state_dict"] = {}
+    elif change == 2:
+        content.pop(choose.choice(sorted(content)))
+    else:
+        content[choose.choice(sorted(content))] = choose.choice(ODD)
+    torch.save(content, file)
+
+
+def _odd_image(file: Path, choose: random.Random) -> None:
+    from PIL import Image
+
+    image = Image.open(file)
+    changes: dict[str, Callable[[], Image.Image]] = {
+        "small": lambda: image.resize((1, 1)),
+        "wide": lambda: image.resize((500, 2)),
+        "grey": lambda: image.convert("LA"),
+        "transparent": lambda: image.convert("RGBA"),
+        "palette": lambda: image.convert("P"),
+        "bits": lambda: image.convert("1"),
+        "deep": lambda: image.convert("I;16") if image.mode == "L" else image.convert("I"),
+        "black": lambda: Image.new(image.mode, image.size),
+        "bomb": lambda: Image.new("1", (20_000, 20_000)),
+    }
+    form = choose.choice(["PNG", "PNG", "PNG", "JPEG", "GIF", "TIFF"])
+    try:
+        changes[choose.choice(sorted(changes))]().save(file, form)
+    except OSError:  # this form cannot hold it
+        image.convert("RGB").save(file, "JPEG")
+
+
+DAMAGE = [
+    *(flip, flip, flip, cut, cut, lengthen, scramble, scramble, empty, zeros, noise, huge_header, missing),
+    *(pipe, link, folder_instead, deep, odd_value, odd_value, odd_value, odd_value),
+]
+
+
+def fuzz(harness: Harness, all_kinds: list[Kind], expected: dict[str, dict[str, str]], seed: int) -> dict:
+    """Damage one file, run its command, and say how it ended."""
+    choose = random.Random(seed)
+    kind = all_kinds[seed % len(all_kinds)]
+    place = harness.folder / "cases" / f"{seed:06d}"
+    shutil.copytree(kind.given, place / kind.place)
+    root = place / kind.place
+    files = sorted(file for pattern in kind.files for file in root.glob(pattern) if file.is_file())
+    file = choose.choice(files)
+    before = file.read_bytes()
+    if choose.random() < 0.05:
+        other = choose.choice(files)
+        how, content = f"swap with {other.name}", other.read_bytes()
+        file.write_bytes(content)
+    else:
+        damage = choose.choice(DAMAGE if before else [noise, missing, pipe, link, folder_instead])
+        how = damage.__name__
+        damage(file, choose)
+    same = file.is_file() and not file.is_symlink() and file.read_bytes() == before
+    began = time.monotonic()
+    pid = start(kind.command, place, place / "tmp")
+    code = wait(pid, LIMIT)
+    seconds = time.monotonic() - began
+    if code is None:
+        end(pid)
+    told = Path(f"{place}.stderr").read_text(errors="replace")
+    found = results(place)
+    problem = None
+    if code is None:
+        problem = "hang"
+    elif "Traceback (most recent call last)" in told or code < 0:
+        problem = "trace"
+    elif code != 0 and "mifo: error: " not in told:
+        problem = "silent"
+    elif code == 0 and (kind.checked or same) and found != expected[kind.name]:
+        problem = "different"
+    elif code == 0 and not finite(place / "run"):
+        problem = "wrong"
+    record = {"seed": seed, "kind": kind.name, "file": str(file.relative_to(root)), "damage": how}
+    record |= {"problem": problem, "seconds": seconds, "code": code, "folder": str(place)}
+    record["told"] = " ".join(told.split())[-300:] if problem else ""
+    if not problem:
+        shutil.rmtree(place)
+        for stream in ("stdout", "stderr"):
+            Path(f"{place}.{stream}").unlink()
+    return record
+
+
+def finite(run: Path) -> bool:
+    """Whether every number of a result is finite."""
+    import torch
+    from safetensors.torch import load_file
+
+    tensors = [t for file in run.glob("learned/*.safetensors") for t in load_file(file).values()]
+    text = "".join(file.read_text() for file in [*run.glob("scores.json"), *run.glob("*.csv")])
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors) and "nan" not in text.lower()
+
+
+def share(one: Callable[[int], dict], seeds: list[int], file: Path) -> None:
+    """Run cases one after the other, and write a line for each."""
+    with file.open("w") as lines:
+        for seed in seeds:
+            try:
+                record = one(seed)
+            except Exception as error:
+                record = {"seed": seed, "kind": "harness", "file": "", "damage": "", "problem": "harness"}
+                record |= {"seconds": 0.0, "code": None, "folder": "", "told": repr(error)}
+            lines.write(json.dumps(record) + "\n")
+            lines.flush()
+
+
+def main() -> int:
+    """Run the harness; returns 1 if anything was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--cases", type=int, default=100)
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2))
+    parser.add_argument("--seed", type=int, default=0, help="of the first case; one more for each other")
+    parser.add_argument("--kind", help="damage files of this kind only, such as learned")
+    parser.add_argument("--folder", help="where to work; kept. None: a temporary folder")
+    given = parser.parse_args()
+    began = time.monotonic()
+    folder = Path(given.folder or tempfile.mkdtemp(prefix="fuzz_inputs-")).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    prepare()
+    harness = Harness(folder, folder)
+    wanted = [kind for kind in kinds(harness) if given.kind in (None, kind.name)]
+    expected = {}
+    for kind in wanted:
+        place = folder / "undamaged" / kind.name.replace(" ", "_")
+        shutil.copytree(kind.given, place / kind.place)
+        code = wait(start(kind.command, place, place / "tmp"), 600)
+        expected[kind.name] = results(place)
+        if code != 0 or not expected[kind.name]:
+            print(Path(f"{place}.stderr").read_text(), file=sys.stderr)
+            raise SystemExit(f"mifo {kind.command[0]} does not run on an undamaged {kind.name} (code {code})")
+    print(f"{folder}: ready after {time.monotonic() - began:.0f} s", flush=True)
+    gc.freeze()
+    (folder / "cases").mkdir()
+    one = functools.partial(fuzz, harness, wanted, expected)
+    files = [folder / f"share-{job}.jsonl" for job in range(given.jobs)]
+    last = given.seed + given.cases
+    context = multiprocessing.get_context("fork")
+    workers = [
+        context.Process(target=share, args=(one, [*range(given.seed + job, last, given.jobs)], file))
+        for job, file in enumerate(files)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    seen: dict[str, Counter] = defaultdict(Counter)
+    for record in records:
+        ended = record["problem"] or ("result" if record["code"] == 0 else "sentence")
+        seen[record["kind"]][ended] += 1
+    found = [record for record in records if record["problem"]]
+    for record in found[:60]:
+        print("{problem}: {kind} {file}, {damage}, seed {seed}, {folder}\n    {told}".format(**record))
+    columns = ["result", "sentence", "hang", "trace", "silent", "different", "wrong", "harness"]
+    print(f"{'':<16}" + "".join(f"{column:>10}" for column in columns))
+    for name, counts in seen.items():
+        print(f"{name:<16}" + "".join(f"{counts[column]:>10}" for column in columns))
+    slow = max((record["seconds"] for record in records), default=0.0)
+    print(f"{len(records)} cases, slowest {slow:.1f} s, {len(found)} found, {time.monotonic() - began:.0f} s")
+    if not found and not given.folder:
+        shutil.rmtree(folder)
+    return int(bool(found) or len(records) != given.cases)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
