@@ -97,9 +97,9 @@ def existing_folder(key: str, given: Path | str, content: str) -> Path:
         MifoError: it is a file, or is not there.
     """
     folder = Path(given).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):  # Path.is_dir raises where a name is too long or a parent closed
         return folder
-    found = "is a file, not a folder" if folder.exists() else "is not a folder: nothing lies there"
+    found = "is a file, not a folder" if os.path.exists(folder) else "is not a folder: nothing lies there"
     raise MifoError(f"{key}={folder} {found}; name the folder that holds {content}")
 
 

@@ -4,6 +4,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from mifo.config.jobs import claim_folder
 from mifo.config.schema import LayoutTaskSettings
 from mifo.data.instances import read_instances
@@ -24,7 +26,7 @@ def layout(settings: LayoutTaskSettings) -> Path:
     Layouts of the same boxes are drawn once.
     """
     wanted = layouts(settings.layout, read_instances(settings.instances).tokens)
-    picture = settings.picture and read_picture(Path(settings.picture).expanduser())
+    picture = settings.picture and _picture(settings.picture)
     _warn_of_small_boxes(wanted)
     folder = claim_folder(settings)
     path = folder / "layout.png"
@@ -45,3 +47,10 @@ def _warn_of_small_boxes(wanted: Sequence[Layout]) -> None:
             check_boxes({name: box}, SHAPES_SIDE)
         except MifoError as error:
             log.warning("%s Stable Diffusion and the miniature cannot sample it.", error)
+
+
+def _picture(given: str) -> Image.Image:
+    try:
+        return read_picture(Path(given).expanduser())
+    except MifoError as error:
+        raise MifoError(f"picture={given}: {error}") from error

@@ -71,7 +71,7 @@ def read_pictures(folder: Path | str) -> list[Picture]:
     """
     folder = Path(folder)
     listing = folder / "pictures.json"
-    if not listing.exists():
+    if not os.path.lexists(listing):
         raise MifoError(f"{listing} does not exist: give a folder made by `mifo synthesize`.")
     rows = read_json(listing)
     if not isinstance(rows, list):

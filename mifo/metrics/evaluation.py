@@ -46,15 +46,6 @@ def best_of(metric: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Content:
-    """A file of scores as JSON has it."""
-
-    scores: list[dict[str, Any]]
-    pictures: list[dict[str, float]]
-    leakage_matrix: list[list[float | None]]
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """Mean `scores`, the scores of each picture by metric, and the mean leakage matrix.
 
