@@ -179,8 +179,7 @@ def run_job(config: "DictConfig") -> Any:
         if config.exclusive_gpu or here.runtime.choices["hydra/launcher"] == "gpus":
             claim_gpu()
         settings = settings_of(config)
-        import_module("mifo.config.checks").check(settings)
-        result = getattr(import_module(f"mifo.commands.{config.task}"), config.task)(settings)
+        result = import_module("mifo.config.launch").perform(settings)
         if wanted := getattr(settings, "objectives", None):
             result = import_module("mifo.commands.evaluate").objective_values(folder, wanted)
         job.tell("ok")

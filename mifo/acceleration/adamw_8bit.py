@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mifo.acceleration.kernels import has_kernels
+from mifo.acceleration.kernels import BLOCK, has_kernels
 
-BLOCK = 256  # numbers that share a scale
 SMALLEST = 4096  # numbers of a parameter below which its moments stay in 32 bits, as in bitsandbytes
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mifo.acceleration.adamw_8bit import BLOCK
+from mifo.acceleration.kernels import BLOCK
 
 WARPS = 1  # of a program, which takes a block
 

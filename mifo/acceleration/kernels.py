@@ -6,6 +6,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+BLOCK = 256  # numbers of an 8-bit state of an optimiser that share a scale
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from mifo.acceleration.profile import available, ready_for_synthesis
-from mifo.commands.evaluate import SCORES, class_names, print_scores, scored
+from mifo.commands.evaluate import class_names, print_scores, scored
 from mifo.commands.learn import learned_model
 from mifo.commands.setup import open_loggers, prepare
 from mifo.commands.synthesize import check_layouts, record_instances
@@ -14,7 +14,7 @@ from mifo.data.instances import read_instances
 from mifo.data.layouts import layouts
 from mifo.data.saved_pictures import read_pictures, save_pictures
 from mifo.making.pictures import make_pictures
-from mifo.metrics.evaluation import PictureEvaluator, has_scores
+from mifo.metrics.evaluation import SCORES, PictureEvaluator, has_scores
 from mifo.report.sheet import Sheet, write_sheet
 from mifo.tracking.results import log_evaluation
 

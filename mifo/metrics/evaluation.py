@@ -29,6 +29,8 @@ from mifo.metrics.protocol import name_classes
 from mifo.metrics.scores import Evaluator, Score
 from mifo.metrics.settings import ClassWords, MetricsSettings
 
+SCORES = "scores.json"  # what `Evaluation.save` writes in the folder of a run
+
 METRICS: dict[str, type[MeanMetric]] = {
     "editability": PromptSimilarity,
     "instance_consistency": InstanceConsistency,

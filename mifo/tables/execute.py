@@ -17,15 +17,13 @@ from queue import SimpleQueue
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mifo.commands.evaluate import SCORES
-from mifo.commands.run import run as run_here
-from mifo.config.checks import check
 from mifo.config.compose import compose, settings_of
 from mifo.config.gpus import visible_gpus
 from mifo.config.jobs import read_status, write_status
+from mifo.config.launch import perform
 from mifo.errors import MifoError
 from mifo.files import read_record, whole_folder, write_whole
-from mifo.metrics.evaluation import Evaluation
+from mifo.metrics.evaluation import SCORES, Evaluation
 from mifo.tables.plan import Run, code_version
 from mifo.tables.record import About, Entry
 from mifo.tables.worker import LOG, Worker
@@ -156,9 +154,7 @@ def _run_here(run: Run, folder: Path) -> None:
     write_status(folder, "running", list(run.overrides))
     started = time.monotonic()
     try:
-        settings = settings_of(compose("run", [*run.overrides, f"paths.output='{folder}'"]))
-        check(settings)
-        run_here(settings)
+        perform(settings_of(compose("run", [*run.overrides, f"paths.output='{folder}'"])))
         error = None
     except Exception as raised:
         error = f"{type(raised).__name__}: {raised}"
