@@ -26,7 +26,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         OSError: the file cannot be written.
     """
     if bad := not_finite(tensors):
-        raise MifoError(f"{bad} is not finite and is not saved in {path.name}")
+        raise MifoError(f"{path.name} is not saved: {bad} is not finite in {tensors[bad].dtype}")
     try:
         save_file({name: each.cpu().contiguous() for name, each in tensors.items()}, path)
     except SafetensorError as error:  # which hides the error of the system

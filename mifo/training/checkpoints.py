@@ -52,7 +52,9 @@ class WholeCheckpoints(CheckpointIO):
                     path.replace(previous)
         except (OSError, RuntimeError) as error:
             # what torch raises while it closes the file hides the error of the system
-            told = error if isinstance(error, OSError) else error.__context__ or error
+            told = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(told, OSError):
+                raise
             raise MifoError(
                 f"{path} cannot be written ({reason(told)}); make room and go on with "
                 f"resume={path.parents[2]}, from the last checkpoint"
