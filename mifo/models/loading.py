@@ -90,6 +90,10 @@ def model_folder(settings: ModelSettings) -> Path:
         folder = Path(str(files("mifo"))) / "miniature" / "weights" / "pipeline"
     elif Path(settings.source).expanduser().is_dir():
         folder = Path(settings.source).expanduser()
+    elif Path(settings.source).expanduser().is_file():
+        raise MifoError(
+            f"model.source={settings.source} is a single file; name a folder in the diffusers layout."
+        )
     else:
         folder = _from_hub(settings)
     missing = [part for part in PARTS if not (folder / part).is_dir()]
