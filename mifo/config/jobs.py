@@ -96,7 +96,8 @@ def write_status(folder: Path, status: str, overrides: list[str], error: str | N
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     process = (os.getpid(), socket.gethostname(), now) if status == "running" else ()
     record = asdict(Status(status, error, overrides, *process))
-    write_whole(folder / STATUS, json.dumps(record, indent=2) + "\n")
+    told = {name: value for name, value in record.items() if value is not None or name == "error"}
+    write_whole(folder / STATUS, json.dumps(told, indent=2) + "\n")
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
