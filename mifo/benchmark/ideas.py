@@ -176,7 +176,6 @@ IDEAS = (
     Idea("keys and values once", ("picture",), without.keys_and_values_once),
     Idea("masks once", ("picture",), without.masks_once, graphs=False),
     Idea("bits for masks", ("picture",), without.bits_for_masks),
-    Idea("10 starts of k-means", ("picture",), without.few_starts),
     Idea("graphs of synthesis", ("picture",), otherwise=_profile(cuda_graphs=False), graphs=True),
     Idea("guidance as one graph", ("picture",), without.guidance_as_one_graph, graphs=True),
     Idea("graphs kept", ("picture",), without.graphs_kept, graphs=True),

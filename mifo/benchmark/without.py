@@ -22,7 +22,6 @@ import mifo.learning.stages
 import mifo.performance.adamw_8bit
 import mifo.performance.channels_last
 import mifo.performance.graphs
-import mifo.synthesis.sampler
 from mifo.attention.layers import AttentionLayer
 from mifo.attention.masking import MaskedAttention, _LastLayerRead
 from mifo.attention.processors import project_context
@@ -32,7 +31,6 @@ from mifo.learning.stages import LearningStage
 from mifo.models.images import encode_images
 from mifo.performance.graphs import GraphedStep, _laid_out
 from mifo.performance.rounding import frozen_products
-from mifo.shapes.renewal import renew_shapes
 from mifo.synthesis.sampler import KeptPasses
 
 Undoing = AbstractContextManager[Any]
@@ -290,16 +288,6 @@ def masks_once() -> Undoing:
 def bits_for_masks() -> Undoing:
     """Masked attention of synthesis reads a mask of all pairs of pixels, or of pixels and tokens."""
     return patch.object(mifo.attention.masking, "runs_as_kernels", lambda *_: False)
-
-
-def few_starts() -> Undoing:
-    """k-means takes the published 100 starts."""
-
-    def renew(*arguments: Any) -> tuple[Tensor, Tensor]:
-        *before, _, seed, centres = arguments
-        return renew_shapes(*before, 100, seed, centres)
-
-    return patch.object(mifo.synthesis.sampler, "renew_shapes", renew)
 
 
 def guidance_as_one_graph() -> Undoing:
