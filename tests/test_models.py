@@ -20,8 +20,10 @@ from mifo.errors import MifoError
 from safetensors.torch import load_file, save_file
 from tiny import tiny_pipeline
 
+from mifo.making.class_pictures import class_picture_files
 from mifo.method.diffusion.noise_schedule import NoiseSchedule
 from mifo.errors import MifoError
+from mifo.training.settings import PriorSettings
 from mifo.backbones.images import decode_latents, encode_images
 from mifo.backbones.loading import load_model, load_outline
 from mifo.backbones.settings import ModelSettings
@@ -243,6 +245,14 @@ def test_a_tokenizer_without_a_length_takes_that_of_the_text_encoder(source, tmp
     assert without.tokenizer.model_max_length == 32
     prompts = ["a photo of a red car"]
     assert torch.equal(encode_prompts(without, prompts), encode_prompts(model, prompts))
+
+
+def test_class_pictures_of_other_timesteps_are_made_anew(model, tmp_path):
+    prior = PriorSettings(pictures=1, steps=1, cache=str(tmp_path))
+    (first,), _ = class_picture_files(model, ["a car"], prior, 0)
+    model.noise_scheduler.register_to_config(steps_offset=0)
+    (second,), _ = class_picture_files(model, ["a car"], prior, 0)
+    assert first != second and first.read_bytes() != second.read_bytes()
 
 
 def test_a_word_without_a_row_in_the_table_is_refused_by_name(source, tmp_path, model):

@@ -45,7 +45,7 @@ class GuidanceSettings:
     shape_layers: list[int] | None = None
     clusters_per_subject: int = 3
     shape_threshold: float = 0.2
-    restarts: int = 10
+    restarts: int = 100
 
 
 def check_guidance(settings: GuidanceSettings) -> None:

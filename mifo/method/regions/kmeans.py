@@ -28,7 +28,7 @@ def kmeans(
     """
     points = points.double()
     starts = _plus_plus(points, clusters, restarts, seed) if centres is None else centres[:, None].double()
-    labels, centres, inertia = _lloyd(points[:, None], starts)
+    labels, centres, inertia = _lloyd(points, starts)
     best = inertia.argmin(dim=1)  # (B,)
     rows = torch.arange(len(points), device=points.device)
     return labels[rows, best], centres[rows, best]
@@ -57,16 +57,19 @@ def _lloyd(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Lloyd's iterations until no label changes: labels (B, r, n), centres (B, r, K, d), inertia (B, r).
 
     Args:
-        points: (B, 1, n, d). centres: (B, r, K, d). A cluster that loses all its points keeps its centre.
+        points: (B, n, d). centres: (B, r, K, d). A cluster that loses all its points keeps its centre.
     """
-    clusters = centres.shape[2]
+    starts, clusters = centres.shape[1:3]
     labels = None
     for _ in range(MAX_ITERATIONS):
-        nearest, new_labels = torch.cdist(points, centres).min(dim=-1)
+        # the centres of all starts are rows of one product, so that points are not copied for each start
+        distances = torch.cdist(points, centres.flatten(1, 2)).unflatten(-1, (starts, clusters))
+        nearest, new_labels = distances.min(dim=-1)  # (B, n, r)
         if labels is not None and torch.equal(labels, new_labels):
             break
         labels = new_labels
-        members = torch.nn.functional.one_hot(labels, clusters).to(points.dtype)  # (B, r, n, K)
-        sizes = members.sum(dim=-2)[..., None]
-        centres = torch.where(sizes > 0, members.mT @ points / sizes.clamp(min=1), centres)
-    return labels, centres, nearest.square().sum(dim=-1)
+        members = torch.nn.functional.one_hot(labels, clusters).to(points.dtype)  # (B, n, r, K)
+        sizes = members.sum(dim=1)[..., None]
+        sums = (members.flatten(2).mT @ points).unflatten(1, (starts, clusters))
+        centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
+    return labels.mT, centres, nearest.square().sum(dim=1)

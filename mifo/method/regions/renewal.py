@@ -53,7 +53,7 @@ def renew_shapes(
     boxes: Tensor,
     clusters_per_subject: int = 3,
     threshold: float = 0.2,
-    restarts: int = 10,
+    restarts: int = 100,
     seed: int = 0,
     centres: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
