@@ -164,7 +164,7 @@ def run_job(config: "DictConfig") -> Any:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from mifo.config.compose import settings_of
+    from mifo.config.compose import explain, settings_of
     from mifo.config.gpus import claim_gpu
     from mifo.config.jobs import Job, unlock_folder
     from mifo.config.resume import recorded_command
@@ -201,8 +201,8 @@ def run_job(config: "DictConfig") -> Any:
             raise Interrupted(code, _command_for(config.task, folder) if alone else None) from error
         if not alone:
             log.error("job %s failed: %s", here.job.num, reason, exc_info=not isinstance(error, MifoError))
-        elif isinstance(error, MifoError) and not TRACEBACK_WANTED:
-            refuse(reason)
+        elif isinstance(error, MifoError | OSError) and not TRACEBACK_WANTED:
+            refuse(explain(error, config.task))
         raise
     finally:
         unlock_folder(folder)

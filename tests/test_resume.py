@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from PIL import Image
 
 from mifo.config import compose, settings_of
 from mifo.config.compose import as_plain
@@ -280,6 +281,16 @@ def test_what_a_killed_run_left_half_written_is_removed(mifo, drawn):
     (drawn / "kept.unfinished").write_text("of the user")
     assert mifo("layout", "resume=drawn") == 0
     assert not list(drawn.rglob(".*.unfinished")) and (drawn / "kept.unfinished").is_file()
+
+
+def test_a_folder_that_is_deleted_midway_is_told_in_a_sentence(mifo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "mifo.tasks.layout.draw_layouts", lambda *_: shutil.rmtree("R") or Image.new("L", (1, 1))
+    )
+    assert mifo("layout", "hydra.run.dir=R") == 2
+    told = capsys.readouterr().err.strip()
+    assert "R/layout.png: No such file or directory" in told and len(told.splitlines()) == 1
+    assert status(tmp_path / "R") == "failed"
 
 
 @pytest.mark.slow
