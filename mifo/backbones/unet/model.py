@@ -65,6 +65,8 @@ class AttentiveUNet:
     ) -> tuple[Tensor, dict[Site, Tensor]]:
         """See `Backbone.predict`."""
         kept: dict[Site, Tensor] = {}
+        if reads is None and rules is None:  # the network's own attention serves
+            return self._forward(noisy, time, conditioning), kept
         with self._installed(self._processors(reads or {}, rules, kept, None)):
             return self._forward(noisy, time, conditioning), kept
 

@@ -167,7 +167,7 @@ class Sampler:
             }
             reads = {site: keep[site.kind] for site in sites_in_use(self.backbone, self.guidance)[1]}
         both = torch.cat([latents, latents])
-        prediction, maps = self.backbone.predict(both, time, conditioning, reads, rules)
+        prediction, maps = self.backbone.predict(both, time, conditioning, reads or None, rules)
         return prediction.to(latents.dtype), {
             kind: torch.stack(of_kind).mean(0)
             for kind in ("pixels", "words")
