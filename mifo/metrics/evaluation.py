@@ -4,14 +4,13 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
 from mifo.errors import MifoError
-from mifo.files import as_record, read_record, write_whole
+from mifo.files import write_whole
 from mifo.metrics.box_adherence import BoxAdherence, find_instance
 from mifo.metrics.class_accuracy import ClassAccuracy, class_texts
 from mifo.metrics.crops import Box, crop_box, reference_crops
@@ -45,15 +44,6 @@ def best_of(metric: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Content:
-    """A file of scores as JSON has it."""
-
-    scores: list[dict[str, Any]]
-    pictures: list[dict[str, float]]
-    leakage_matrix: list[list[float | None]]
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """Mean `scores`, the scores of each picture by metric, and the mean leakage matrix.
 
@@ -76,23 +66,20 @@ class Evaluation:
 
     @classmethod
     def read(cls, path: Path | str) -> "Evaluation":
-        """Read what `save` wrote. Raises MifoError where it is missing, damaged or not finite."""
-        path = Path(path)
-        content = read_record(path, _Content)
-        scores = [
-            as_record(score | {"evaluator": as_record(score.get("evaluator"), Evaluator, path)}, Score, path)
-            for score in content.scores
-        ]
-        if unknown := {score.metric for score in scores} - METRICS.keys():
-            raise MifoError(f"{path} is damaged: {min(unknown)[:40]!r} is no metric")
-        return cls(tuple(scores), tuple(content.pictures), tuple(map(tuple, content.leakage_matrix)))
+        try:
+            values = json.loads(Path(path).read_text())
+            scores = tuple(Score.from_dict(score) for score in values["scores"])
+            matrix = tuple(tuple(row) for row in values["leakage_matrix"])
+            return cls(scores, tuple(values["pictures"]), matrix)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MifoError(f"{path} cannot be read: run `mifo evaluate` on the pictures again.") from error
 
 
 def has_scores(path: Path | str) -> bool:
-    """Whether `path` holds scores; what is damaged does not count."""
+    """Whether `path` was written to its end; half a file is no JSON."""
     try:
-        Evaluation.read(path)
-    except MifoError:
+        json.loads(Path(path).read_text())
+    except (FileNotFoundError, ValueError):
         return False
     return True
 
