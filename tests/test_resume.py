@@ -285,7 +285,7 @@ def test_what_a_killed_run_left_half_written_is_removed(mifo, drawn):
 
 def test_a_folder_that_is_deleted_midway_is_told_in_a_sentence(mifo, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        "mifo.tasks.layout.draw_layouts", lambda *_: shutil.rmtree("R") or Image.new("L", (1, 1))
+        "mifo.commands.layout.draw_layouts", lambda *_: shutil.rmtree("R") or Image.new("L", (1, 1))
     )
     assert mifo("layout", "hydra.run.dir=R") == 2
     told = capsys.readouterr().err.strip()

@@ -631,18 +631,20 @@ def test_a_torn_question_without_results_is_written_anew(tmp_path, torn):
     assert (tmp_path / "question.json").read_bytes() == torn
 
 
-@pytest.mark.parametrize("name", ["scores.json", "table_run.json", "status.json"])
-def test_a_run_with_a_damaged_file_is_made_again(folder, made, name):
-    asked = ["small", "table.workers=0", "table.seeds=[0]", "table.results=here"]
-    table(asked)
+@pytest.mark.parametrize(
+    ("name", "damage"), [("scores.json", b'{"scores": ['), ("table_run.json", b"[]"), ("status.json", b"")]
+)
+def test_a_run_with_a_damaged_file_is_made_again(folder, made, monkeypatch, name, damage):
+    monkeypatch.setattr("mifo.tables.write.draw_table", lambda *given: Figure())
+    rows = "table.rows={MIFO: [method=mifo]}"
+    asked = ["small", "table.workers=0", "table.seeds=[0]", "table.results=here", rows]
+    assert table(asked) == 0
     before = Path("here/table.csv").read_bytes()
-    for damage in (b"", b"{}", b"[]", b'{"scores": [', b"\xff" * 9):
-        path = next(folder.glob(f"outputs/runs/*/{name}"))
-        path.write_bytes(damage)
-        assert table(asked) == 0
-        json.loads(path.read_text())
-        assert Path("here/table.csv").read_bytes() == before
-    assert len(made) == 2 + 5
+    (path,) = folder.glob(f"outputs/runs/*/{name}")
+    path.write_bytes(damage)
+    assert table(asked) == 0
+    assert json.loads(path.read_text()) and Path("here/table.csv").read_bytes() == before
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize(

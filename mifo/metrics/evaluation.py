@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,11 @@ from torchmetrics import MeanMetric
 
 from mifo.data.saved_pictures import Picture
 from mifo.errors import MifoError
+<<<<<<< HEAD
 from mifo.files import read_record, write_whole
+=======
+from mifo.files import write_whole
+>>>>>>> tables
 from mifo.metrics.box_adherence import BoxAdherence, find_instance
 from mifo.metrics.class_accuracy import ClassAccuracy, class_texts
 from mifo.metrics.crops import Box, crop_box, reference_crops
@@ -75,6 +78,7 @@ class Evaluation:
 
     @classmethod
     def read(cls, path: Path | str) -> "Evaluation":
+<<<<<<< HEAD
         """What `save` wrote.
 
         Raises:
@@ -95,13 +99,22 @@ class _Written:
     scores: list[dict[str, Any]]
     pictures: list[dict[str, float]]
     leakage_matrix: list[list[float | None]] = field(default_factory=list)
+=======
+        try:
+            values = json.loads(Path(path).read_text())
+            scores = tuple(Score.from_dict(score) for score in values["scores"])
+            matrix = tuple(tuple(row) for row in values["leakage_matrix"])
+            return cls(scores, tuple(values["pictures"]), matrix)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MifoError(f"{path} cannot be read: run `mifo evaluate` on the pictures again.") from error
+>>>>>>> tables
 
 
 def has_scores(path: Path | str) -> bool:
-    """Whether `path` holds scores; what is damaged does not count."""
+    """Whether `path` was written to its end; half a file is no JSON."""
     try:
-        Evaluation.read(path)
-    except MifoError:
+        json.loads(Path(path).read_text())
+    except (FileNotFoundError, ValueError):
         return False
     return True
 

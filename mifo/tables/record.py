@@ -113,7 +113,7 @@ def read_record(folder: Path) -> dict[str, Entry]:
 
 def _measures(path: Path) -> dict[str, Measure]:
     content = read_json(path)
-    if not isinstance(content, dict) or content.keys() - METRICS.keys():
+    if not isinstance(content, dict) or not content or content.keys() - METRICS.keys():
         raise MifoError(f"{path} is damaged: its keys must be metrics: {', '.join(METRICS)}")
     measures = {}
     for metric, by in content.items():

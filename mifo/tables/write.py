@@ -73,6 +73,8 @@ def write_table(folder: Path, command: str, settings: TableSettings, ended: Sequ
     runs = measured(entries)
     known = {metric for run in runs for metric in run.values}
     columns = [column for column in dict.fromkeys(settings.columns) if column in known]
+    if not columns:
+        raise MifoError(f"none of table.columns was measured; take some of {', '.join(sorted(known))}")
     found = cells(runs, columns)
     write_record(folder, entries)
     _write_estimates(folder / "table.csv", found)
@@ -151,7 +153,10 @@ def _markdown_table(
     rows = [
         [
             *(row, scenes, *(str(estimates.get(column, "–")) for column in columns)),
-            *(str(max(getattr(each, of) for each in estimates.values())) for of in ("count", "runs")),
+            *(
+                str(max((getattr(each, of) for each in estimates.values()), default=0))
+                for of in ("count", "runs")
+            ),
         ]
         for (row, scenes), estimates in found.items()
     ]
