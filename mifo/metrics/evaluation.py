@@ -12,11 +12,7 @@ from torchmetrics import MeanMetric
 
 from mifo.data.saved_pictures import Picture
 from mifo.errors import MifoError
-<<<<<<< HEAD
 from mifo.files import read_record, write_whole
-=======
-from mifo.files import write_whole
->>>>>>> tables
 from mifo.metrics.box_adherence import BoxAdherence, find_instance
 from mifo.metrics.class_accuracy import ClassAccuracy, class_texts
 from mifo.metrics.crops import Box, crop_box, reference_crops
@@ -78,7 +74,6 @@ class Evaluation:
 
     @classmethod
     def read(cls, path: Path | str) -> "Evaluation":
-<<<<<<< HEAD
         """What `save` wrote.
 
         Raises:
@@ -99,22 +94,13 @@ class _Written:
     scores: list[dict[str, Any]]
     pictures: list[dict[str, float]]
     leakage_matrix: list[list[float | None]] = field(default_factory=list)
-=======
-        try:
-            values = json.loads(Path(path).read_text())
-            scores = tuple(Score.from_dict(score) for score in values["scores"])
-            matrix = tuple(tuple(row) for row in values["leakage_matrix"])
-            return cls(scores, tuple(values["pictures"]), matrix)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise MifoError(f"{path} cannot be read: run `mifo evaluate` on the pictures again.") from error
->>>>>>> tables
 
 
 def has_scores(path: Path | str) -> bool:
-    """Whether `path` was written to its end; half a file is no JSON."""
+    """Whether `path` holds scores; what is damaged does not count."""
     try:
-        json.loads(Path(path).read_text())
-    except (FileNotFoundError, ValueError):
+        Evaluation.read(path)
+    except MifoError:
         return False
     return True
 
