@@ -25,7 +25,13 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from mifo.world.scenes import draw, sample_scenes
 
 ROOT = Path(__file__).parents[1]
-ALIKE = ["guidance.restarts=10", "instances.initializers=[car,car,car]", "metrics=none", "logger=none", "sheet=false"]
+ALIKE = [
+    "guidance.restarts=10",
+    "instances.initializers=[car,car,car]",
+    "metrics=none",
+    "logger=none",
+    "sheet=false",
+]
 
 
 def main() -> int:
@@ -66,7 +72,9 @@ def compare(old: Path, new: Path) -> int:
         name = file.relative_to(old)
         before, after = (tensors(folder / name) for folder in (old, new))
         same = before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-        largest = max((float((before[k].float() - after[k].float()).abs().max()) for k in before.keys() & after.keys()))
+        largest = max(
+            (float((before[k].float() - after[k].float()).abs().max()) for k in before.keys() & after.keys())
+        )
         print(f"{name}: {'equal bit for bit' if same else f'differs by up to {largest:g}'}")
         differing += not same
     return int(differing > 0)
