@@ -148,7 +148,8 @@ def test_checkpointing_changes_no_gradient_though_reads_are_gone_when_backward_r
     (term,) = Timeline(one_term("penalty"), "semantic", 10, model).active(0)
     read = word_maps(torch.tensor([[4], [5]]))
     runs = []
-    vector_unet.up_blocks[1].attentions[0].register_forward_pre_hook(lambda *_: runs.append(1))
+    block = vector_unet.up_blocks[1].attentions[0].transformer_blocks[0]
+    block.register_forward_pre_hook(lambda *_: runs.append(1))
     gradients, counts = [], []
     for checkpointing in (False, True):
         if checkpointing:
