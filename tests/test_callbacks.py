@@ -160,7 +160,11 @@ def test_the_first_line_says_what_is_active(run, caplog):
     assert "reward × 0.01 on cross layers 3–6 in steps 0 to 1" in semantic
     assert "penalty × 0.02 on cross layers 3–6 in steps 2 to 3" in semantic
     assert "at times below 0.5" in semantic and "32 parameters" in semantic
-    assert "penalty × 0.02 on cross layers 1, 3–4 at" in finetuning and "reward" not in finetuning and "(full)" in finetuning
+    assert (
+        "penalty × 0.02 on cross layers 1, 3–4 at" in finetuning
+        and "reward" not in finetuning
+        and "(full)" in finetuning
+    )
 
 
 def test_pictures_and_scores_reach_wandb(run, tmp_path, monkeypatch):

@@ -395,9 +395,7 @@ def drawn(
     if with_prior:
         prompts = class_prompts(instances, draw.prior)
         pictures = partial(class_pictures, model, prompts, draw.prior, seed, performance)
-    data = LearningData(
-        model, instances, draw, steps, batch_size, SIZES, seed, stream, pictures, performance
-    )
+    data = LearningData(model, instances, draw, steps, batch_size, SIZES, seed, stream, pictures, performance)
     data.trainer = trainer
     data.prepare_data()
     data.setup("fit")
@@ -474,7 +472,8 @@ def test_a_draw_depends_on_its_step_alone(model, instances):
     assert all(map(torch.equal, fields(data.draw(7)), fields(again.draw(7))))
     noise = [data.draw(7).inputs.noise, data.draw(8).inputs.noise, data.draw(7, rank=1).inputs.noise]
     noise += [
-        drawn(model, instances, batch_size=2, **other).draw(7).inputs.noise for other in ({"seed": 1}, {"stream": 1})
+        drawn(model, instances, batch_size=2, **other).draw(7).inputs.noise
+        for other in ({"seed": 1}, {"stream": 1})
     ]
     assert all(not torch.equal(a, b) for i, a in enumerate(noise) for b in noise[:i])
 

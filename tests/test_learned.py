@@ -21,7 +21,10 @@ def learned_model(source, trainable):
     if trainable == "lora":
         model.add_lora(2)
     with torch.no_grad():
-        for each in (rows_of(model), *(each for part in model.trainable(trainable).values() for each in part.values())):
+        for each in (
+            rows_of(model),
+            *(each for part in model.trainable(trainable).values() for each in part.values()),
+        ):
             each.add_(0.1 * torch.randn(each.shape, generator=torch.Generator().manual_seed(0)))
     return model
 

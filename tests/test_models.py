@@ -148,11 +148,18 @@ def test_what_learns(model):
     assert len(full["text_encoder"]) == len(list(model.text_encoder.parameters())) - 2
     for what in ("tokens", "cross_attention_kv", "denoiser", "full"):
         model.set_trainable(what)
-        learning = {id(each) for part in (model.unet, model.text_encoder) for each in part.parameters() if each.requires_grad}
+        learning = {
+            id(each)
+            for part in (model.unet, model.text_encoder)
+            for each in part.parameters()
+            if each.requires_grad
+        }
         chosen = {id(each) for part in model.trainable(what).values() for each in part.values()}
         assert learning == chosen | {id(model.new_rows["text_encoder"])}
     model.freeze()
-    assert not any(each.requires_grad for part in (model.unet, model.text_encoder) for each in part.parameters())
+    assert not any(
+        each.requires_grad for part in (model.unet, model.text_encoder) for each in part.parameters()
+    )
 
 
 def test_lora_starts_as_the_base_model(model):
