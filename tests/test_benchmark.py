@@ -88,7 +88,7 @@ def test_fine_tuning_with_8_bit_states_checkpoints_and_captures_nothing(tmp_path
 
     def learn(model, instances, learning, *args, performance, callbacks, **options):
         stage = learning.finetuning
-        seen.append((model.dtype, stage.learn, stage.optimizer, performance.gradient_checkpointing))
+        seen.append((model.dtype, stage.trainable, stage.optimizer, performance.gradient_checkpointing))
         assert not performance.cuda_graphs
         raise RuntimeError("enough")
 
@@ -116,7 +116,7 @@ def test_stable_diffusion_has_the_published_sizes():
 
 def test_miniature_shapes_and_instances():
     model = random_model("miniature", CPU, "float32", side=64)
-    assert model.image_size == 64 and model.latent_size == 16
+    assert model.image_size == 64 and model.latent_shape == (4, 16, 16)
     instances = random_instances(3, 64)
     assert torch.equal(instances.masks.sum(0), torch.ones(64, 64))
     check_boxes({str(i): box for i, box in enumerate(row_of_boxes(8))}, 16)

@@ -9,6 +9,7 @@ import wandb
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
+from terms import penalty
 from tiny import MeanColour, two_instances
 
 from mifo.backbones.loading import load_model
@@ -22,11 +23,11 @@ from mifo.callbacks.statistics import LearningStatistics
 from mifo.callbacks.tokens import TokenStatistics
 from mifo.data.layouts import LayoutSettings
 from mifo.data.saved_pictures import Picture
-from mifo.method.losses.settings import PenaltySettings
+from mifo.data.settings import PriorSettings
 from mifo.metrics.evaluation import PictureEvaluator
 from mifo.metrics.settings import MetricsSettings
 from mifo.training.fit import learn
-from mifo.training.settings import LearningSettings, PriorSettings, StageSettings
+from mifo.training.settings import LearningSettings, StageSettings
 
 BOXES = LayoutSettings(arrange="row")
 
@@ -44,7 +45,7 @@ def run(source, tmp_path):
     instances = two_instances()
     settings = LearningSettings(
         semantic=StageSettings(steps=4, checkpoint_every=0),
-        finetuning=StageSettings(steps=2, learn="full", schedule="constant", checkpoint_every=0),
+        finetuning=StageSettings(steps=2, trainable="full", schedule="constant", checkpoint_every=0),
         prior=PriorSettings(weight=0),
     )
 
@@ -59,13 +60,13 @@ def run(source, tmp_path):
             model,
             instances,
             settings,
-            PenaltySettings(warmup_steps=2),
+            penalty(reward_steps=2),
             tmp_path / name,
             trainer=trainer,
             callbacks=callbacks,
             loggers=loggers,
         )
-        return tmp_path / name, model.text_encoder.get_input_embeddings().rows.detach()
+        return tmp_path / name, model.new_rows["text_encoder"].detach()
 
     return start
 
@@ -88,14 +89,14 @@ class Watch(Callback):
         self.rows, self.norms = {}, {}
 
     def on_fit_start(self, trainer, module):
-        self.rows[module.stage, 0] = module.new_rows.detach().clone()
+        self.rows[module.stage, 0] = module.model.new_rows["text_encoder"].detach().clone()
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         gradients = [each.grad.flatten() for each in module.parameters() if each.grad is not None]
         self.norms[module.stage, trainer.global_step + 1] = torch.cat(gradients).norm().item()
 
     def on_train_batch_end(self, trainer, module, *args):
-        self.rows[module.stage, trainer.global_step] = module.new_rows.detach().clone()
+        self.rows[module.stage, trainer.global_step] = module.model.new_rows["text_encoder"].detach().clone()
 
 
 def test_statistics_are_those_of_the_run(run, tmp_path):
@@ -156,9 +157,14 @@ def test_the_first_line_says_what_is_active(run, caplog):
         for stage in ("semantic", "finetuning")
     )
     assert "4 steps; 2 masks; denoising in the masks" in semantic
-    assert "reward × 0.01 on cross layers" in semantic and "before step 2, penalty × 0.02" in semantic
-    assert "from step 2" in semantic and "below timestep 500" in semantic and "32 parameters" in semantic
-    assert "penalty × 0.02" in finetuning and "reward" not in finetuning and "(full)" in finetuning
+    assert "reward × 0.01 on cross layers 3–6 in steps 0 to 1" in semantic
+    assert "penalty × 0.02 on cross layers 3–6 in steps 2 to 3" in semantic
+    assert "at times below 0.5" in semantic and "32 parameters" in semantic
+    assert (
+        "penalty × 0.02 on cross layers 1, 3–4 at" in finetuning
+        and "reward" not in finetuning
+        and "(full)" in finetuning
+    )
 
 
 def test_pictures_and_scores_reach_wandb(run, tmp_path, monkeypatch):

@@ -4,12 +4,12 @@ import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from hydra.utils import instantiate
-from mifo.method.losses.active import active_term
 from omegaconf import OmegaConf
 from torchvision.ops import box_iou
 
@@ -17,12 +17,15 @@ from mifo.config import compose, conf_folder, settings_of
 from mifo.config.checks import check
 from mifo.data.layouts import LayoutSettings, layouts
 from mifo.errors import MifoError
+from mifo.method.backbone import DefaultSites
 from mifo.method.guidance.settings import GuidanceSettings
-from mifo.method.losses.settings import PenaltySettings
+from mifo.method.losses.settings import PenaltySettings, TermSettings, TermStage
+from mifo.method.losses.timeline import Timeline
 from mifo.method.regions.boxes import check_boxes
 from mifo.method.synthesis.settings import SynthesisSettings
 from mifo.training.settings import LearningSettings
 
+SITES = SimpleNamespace(sites=(), default_sites=DefaultSites((), (), (), ()))  # of a model that reads none
 OPTIONS = sorted(conf_folder().rglob("*.yaml"))
 
 
@@ -44,7 +47,13 @@ def test_stable_diffusion_learns_and_samples_with_the_published_values(model):
     assert composed.learning.semantic.steps == 600 and composed.learning.semantic.learning_rate == 5e-3
     assert composed.learning.finetuning.steps == 400 and composed.learning.finetuning.learning_rate == 2e-6
     assert composed.guidance == GuidanceSettings()
-    assert composed.penalty == PenaltySettings()
+    assert composed.penalty == PenaltySettings(
+        {
+            "reward": TermSettings("reward", 1e-2, TermStage.semantic, to_step=200, time_below=0.5),
+            "penalty": TermSettings("penalty", 2e-2, TermStage.semantic, from_step=200, time_below=0.5),
+            "finetuning": TermSettings("penalty", 2e-2, TermStage.finetuning, time_below=0.5),
+        }
+    )
     assert composed.synthesis == SynthesisSettings()
     for stage in (composed.learning.semantic, composed.learning.finetuning):
         stage.betas = tuple(stage.betas)
@@ -65,7 +74,7 @@ def test_seeds_share_a_group_and_nothing_else_does(task):
 
     plain = group("seed=1", "tags=[a]", "logger=none")
     assert plain == group("seed=2", "callbacks=none") and plain.startswith("miniature-three_cars-mifo-")
-    others = [group(each) for each in ("penalty=none", "penalty.semantic.weight=3", "instances=local")]
+    others = [group(each) for each in ("penalty=none", "penalty.terms.penalty.weight=3", "instances=local")]
     assert len({plain, *others}) == 4
     assert group("group=mine") == "mine"
 
@@ -77,8 +86,11 @@ def test_learning_follows_the_model_unless_it_is_chosen():
 
 
 def test_a_method_chooses_its_losses_and_a_later_choice_wins():
-    assert settings("learn", "method=break_a_scene").penalty.semantic.term == "break_a_scene"
-    assert settings("learn", "method=break_a_scene", "penalty=none").penalty.semantic.term == "none"
+    def losses(*chosen):
+        return [term.loss for term in settings("learn", *chosen).penalty.terms.values()]
+
+    assert losses("method=break_a_scene") == ["break_a_scene"]
+    assert losses("method=break_a_scene", "penalty=none") == []
     assert settings("learn", "method=masked_textual_inversion").learning.finetuning.steps == 0
 
 
@@ -86,9 +98,10 @@ def test_a_method_chooses_its_losses_and_a_later_choice_wins():
 def test_a_reward_that_is_kept_on_is_active_at_every_step(model, weights):
     penalty = settings("learn", "method=reward_kept", f"model={model}").penalty
     for stage, weight in zip(("semantic", "finetuning"), weights, strict=True):
-        for step in (0, penalty.warmup_steps, 10_000):
-            term = active_term(penalty, stage, step)
-            assert (term.term, term.weight) == ("reward", weight)
+        timeline = Timeline(penalty, stage, 20_000, SITES)
+        for step in (0, penalty.reward_steps, 10_000):
+            (term,) = timeline.active(step)
+            assert (term.settings.loss, timeline.weight(term, step)) == ("reward", weight)
 
 
 def test_an_experiment_written_for_run_serves_learn():

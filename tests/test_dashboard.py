@@ -15,7 +15,9 @@ needs_the_extra = pytest.mark.skipif(find_spec("wandb_workspaces") is None, reas
 def test_the_workspace_compares_every_score_by_the_chosen_setting():
     from mifo.report.dashboard import ablation_workspace, summary_key
 
-    sent = ablation_workspace("team", "mifo", "penalty.semantic.term")._to_model().model_dump(by_alias=True)
+    sent = (
+        ablation_workspace("team", "mifo", "penalty.terms.penalty.loss")._to_model().model_dump(by_alias=True)
+    )
     assert (sent["entity"], sent["project"]) == ("team", "mifo")
     sections = {
         each["name"]: each["panels"] for each in sent["spec"]["section"]["panelBankConfig"]["sections"]
@@ -27,7 +29,7 @@ def test_the_workspace_compares_every_score_by_the_chosen_setting():
     assert arrows["leakage"] == "↓" and arrows["editability"] == "↑"
     text = json.dumps(sent, default=str)
     assert "semantic/loss/attention" in text and "finetuning/loss/prior" in text and "leakage_matrix" in text
-    assert {bar["groupBy"].replace(".value", "") for bar in bars} == {"penalty.semantic.term"}
+    assert {bar["groupBy"].replace(".value", "") for bar in bars} == {"penalty.terms.penalty.loss"}
 
 
 @needs_the_extra

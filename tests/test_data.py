@@ -6,38 +6,31 @@ import os
 import re
 from collections import Counter
 from copy import copy
+from functools import partial
 from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from mifo.backbones.images import encode_images
-from mifo.backbones.text import tokenize
 from PIL import Image
 from tiny import tiny_pipeline
+from torch.utils._pytree import tree_leaves
 
 from mifo.acceleration.settings import PerformanceSettings
 from mifo.backbones.loading import load_model
 from mifo.backbones.settings import ModelSettings
-from mifo.backbones.tokens import add_instance_tokens
+from mifo.data.class_pictures import class_prompts
 from mifo.data.instances import InstanceSet, folder_digest, read_instances
 from mifo.data.learning_data import LearningData
-from mifo.data.settings import InstancesSettings
+from mifo.data.mask_pyramid import MaskPyramid
+from mifo.data.settings import DrawSettings, InstancesSettings, PriorSettings
 from mifo.errors import MifoError
-from mifo.making.class_pictures import class_pictures, class_prompts
-from mifo.training.settings import LearningSettings, PriorSettings, StageSettings
-from mifo.world.vocabulary import BACKGROUNDS
-from mifo.training.fit import check_learning, learn
-from mifo.training.settings import LearningSettings, PriorSettings, StageSettings
-from mifo.world.vocabulary import BACKGROUNDS
-from mifo.backbones.images import encode_images
-from mifo.backbones.loading import load_model
-from mifo.backbones.settings import ModelSettings
-from mifo.backbones.text import tokenize
-from mifo.backbones.tokens import add_instance_tokens
+from mifo.making.class_pictures import class_pictures
 from mifo.method.losses.settings import PenaltySettings
-from mifo.acceleration.settings import PerformanceSettings
+from mifo.training.fit import check_learning, learn
+from mifo.training.settings import LearningSettings
+from mifo.world.vocabulary import BACKGROUNDS
 
 WIDTH, HEIGHT = 40, 30
 
@@ -443,7 +436,7 @@ def test_a_scene_of_the_miniature():
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     model = load_model(ModelSettings("tiny", str(tiny_pipeline(tmp_path_factory.mktemp("pipeline")))))
-    add_instance_tokens(model, ["<asset0>", "<asset1>", "<asset2>"])
+    model.add_words(["<asset0>", "<asset1>", "<asset2>"])
     return model
 
 
@@ -455,6 +448,9 @@ def instances():
     image = torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     tokens = ("<asset0>", "<asset1>", "<asset2>")
     return InstanceSet("three", image, masks, ("car", "owl", "car"), (None, None, None), tokens)
+
+
+SIZES = {(32, 32), (8, 8)}  # that of the picture, whose masks stay as they are, and one of attention maps
 
 
 def drawn(
@@ -469,8 +465,11 @@ def drawn(
     performance=None,
     **settings,
 ):
-    stage, learning = StageSettings(steps=steps, batch_size=batch_size), LearningSettings(**settings)
-    data = LearningData(model, instances, learning, stage, seed, stream, with_prior, performance)
+    draw, pictures = DrawSettings(**settings), None
+    if with_prior:
+        prompts = class_prompts(instances, draw.prior)
+        pictures = partial(class_pictures, model, prompts, draw.prior, seed, performance)
+    data = LearningData(model, instances, draw, steps, batch_size, SIZES, seed, stream, pictures, performance)
     data.trainer = trainer
     data.prepare_data()
     data.setup("fit")
@@ -479,32 +478,37 @@ def drawn(
 
 def test_draws_are_what_the_method_says(model, instances):
     data = drawn(model, instances)
-    sizes, orders, flips, timesteps, samples = Counter(), Counter(), Counter(), [], []
+    sizes, orders, flips, times, samples = Counter(), Counter(), Counter(), [], []
     for step in range(600):
         batch = data.draw(step)
-        valid = batch.valid[0].bool()
+        inputs, masks = batch.inputs, batch.inputs.masks[32, 32][0]
+        valid = inputs.valid[0].bool()
         size = int(valid.sum())
         assert valid.tolist() == [True] * size + [False] * (3 - size)
-        ids = batch.input_ids[0]
-        words = model.tokenizer.convert_ids_to_tokens(ids[batch.token_positions[0][valid]].tolist())
+        ids = batch.ids[0, 0]
+        words = model.tokenizer.convert_ids_to_tokens(ids[inputs.word_positions[0][valid]].tolist())
         order = [int(word[6]) for word in words]
-        assert torch.equal(ids, tokenize(model.tokenizer, ["a photo of " + " and ".join(words)])[0])
+        assert torch.equal(batch.ids, model.tokenize(["a photo of " + " and ".join(words)]))
         assert len(set(order)) == size
-        flip = torch.equal(batch.masks[0, 0], instances.masks[order[0]].flip(-1))
-        for mask, instance in zip(batch.masks[0], order, strict=False):
+        flip = torch.equal(masks[0], instances.masks[order[0]].flip(-1))
+        for mask, instance in zip(masks, order, strict=False):
             assert torch.equal(
                 mask, instances.masks[instance].flip(-1) if flip else instances.masks[instance]
             )
-        assert batch.masks[0, size:].sum() == 0
+        assert masks[size:].sum() == 0
+        nearest = torch.nn.functional.interpolate(masks[None], (16, 16))  # of the latents
+        assert torch.equal(inputs.latent_masks, nearest)
+        small = torch.nn.functional.interpolate(masks[None], (8, 8), mode="bilinear")
+        torch.testing.assert_close(inputs.masks[8, 8], small)
         sizes[size] += 1
         orders[tuple(order)] += 1
         flips[flip] += 1
-        timesteps.append(int(batch.timesteps[0]))
-        samples.append((batch.latents[0] - data.latents[0][int(flip)]) / data.latents[1][int(flip)])
+        times.append(int(inputs.times[0]))
+        samples.append((inputs.latents[0] - data.latents[0][int(flip)]) / data.latents[1][int(flip)])
     assert all(150 < sizes[size] < 250 for size in (1, 2, 3))
     assert len(orders) == 15
     assert 240 < flips[True] < 360
-    assert 0 <= min(timesteps) < 20 and 980 < max(timesteps) < 1000 and 460 < np.mean(timesteps) < 540
+    assert 0 <= min(times) < 20 and 980 < max(times) < 1000 and 460 < np.mean(times) < 540
     sample = torch.stack(samples)
     assert abs(float(sample.mean())) < 0.01 and abs(float(sample.std()) - 1) < 0.01
 
@@ -513,7 +517,7 @@ def test_latents_are_of_the_picture_and_of_its_mirror_image(model, instances):
     data = drawn(model, instances)
     image, _ = instances.resized(32)
     for flip, picture in enumerate((image, image.flip(-1))):
-        mean, deviation = encode_images(model, picture[None])
+        mean, deviation = model.encode_images(picture[None])
         torch.testing.assert_close(data.latents[0][flip], mean[0])
         torch.testing.assert_close(data.latents[1][flip], deviation[0])
 
@@ -525,14 +529,14 @@ def test_pictures_are_encoded_as_they_are_taken(model):
         seen.append(i)
         return images[i]
 
-    found = encode_images(model, map(told, range(5)), batch_size=2)
+    found = model.encode_images(map(told, range(5)), at_once=2)
     assert seen == [*range(5)]
-    for ours, theirs in zip(found, encode_images(model, images, batch_size=5), strict=True):
+    for ours, theirs in zip(found, model.encode_images(images, at_once=5), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
 def fields(batch):
-    return [getattr(batch, field.name) for field in dataclasses.fields(batch)]
+    return tree_leaves(batch)
 
 
 def test_a_draw_depends_on_its_step_alone(model, instances):
@@ -540,18 +544,30 @@ def test_a_draw_depends_on_its_step_alone(model, instances):
     for _ in range(3):
         again.draw(1)
     assert all(map(torch.equal, fields(data.draw(7)), fields(again.draw(7))))
-    noise = [data.draw(7).noise, data.draw(8).noise, data.draw(7, rank=1).noise]
+    noise = [data.draw(7).inputs.noise, data.draw(8).inputs.noise, data.draw(7, rank=1).inputs.noise]
     noise += [
-        drawn(model, instances, batch_size=2, **other).draw(7).noise for other in ({"seed": 1}, {"stream": 1})
+        drawn(model, instances, batch_size=2, **other).draw(7).inputs.noise
+        for other in ({"seed": 1}, {"stream": 1})
     ]
     assert all(not torch.equal(a, b) for i, a in enumerate(noise) for b in noise[:i])
+
+
+def test_the_pyramid_holds_masks_mirrored_masks_and_none():
+    masks = torch.rand(2, 8, 12, generator=torch.Generator().manual_seed(0))
+    pyramid = MaskPyramid.of(masks, {(4, 6), (8, 12)}, (2, 3))
+    assert pyramid.at.keys() == {(4, 6), (8, 12)}
+    plain, latent = pyramid.rows(0, [1, 2, 0])
+    assert torch.equal(plain[8, 12], torch.stack([masks[1], torch.zeros(8, 12), masks[0]]))
+    assert torch.equal(latent[0], masks[1, ::4, ::4]) and latent[1].sum() == 0
+    mirrored, _ = pyramid.rows(1, [1])
+    torch.testing.assert_close(mirrored[4, 6][0], plain[4, 6][0].flip(-1))
 
 
 def test_without_union_sampling_and_flips(model, instances):
     data = drawn(model, instances, union_sampling=False, flip_probability=0.0)
     for step in range(20):
-        batch = data.draw(step)
-        assert torch.equal(batch.masks[0], instances.masks) and batch.valid.sum() == 3
+        inputs = data.draw(step).inputs
+        assert torch.equal(inputs.masks[32, 32][0], instances.masks) and inputs.valid.sum() == 3
     with pytest.raises(MifoError, match="must name each instance once"):
         drawn(model, instances, template="a photo").draw(0)
 
@@ -562,10 +578,14 @@ def test_class_samples_come_first_with_their_own_prompt(model, instances, tmp_pa
     prompts = Counter()
     for step in range(40):
         batch = data.draw(step)
-        assert batch.latents.shape == batch.noise.shape == (4, 4, 16, 16)
-        assert batch.timesteps.shape == (4,) and batch.masks.shape == (2, 3, 32, 32)
-        prompts.update(model.tokenizer.decode(ids, skip_special_tokens=True) for ids in batch.input_ids[:2])
-        assert all("<asset" in model.tokenizer.decode(ids) for ids in batch.input_ids[2:])
+        inputs = batch.inputs
+        assert inputs.latents.shape == inputs.noise.shape == (4, 4, 16, 16)
+        assert inputs.times.shape == (4,) and inputs.latent_masks.shape == (2, 3, 16, 16)
+        assert {size: each.shape for size, each in inputs.masks.items()} == {
+            size: (2, 3, *size) for size in SIZES
+        }
+        prompts.update(model.tokenizer.decode(ids, skip_special_tokens=True) for ids in batch.ids[:2, 0])
+        assert all("<asset" in model.tokenizer.decode(ids) for ids in batch.ids[2:, 0])
     assert set(prompts) == {"a photo of a car", "a photo of an owl"}
     assert prompts["a photo of a car"] > prompts["a photo of an owl"]  # two of three pictures
 
@@ -602,9 +622,9 @@ def replayed(instances, latents, step, rank=0):
     picture = int(torch.randint(latents[0].shape[1], (1,), generator=generator))
     mirror = int(torch.rand((), generator=generator) < 0.5)
     sample, noise = torch.randn(2, 2, *latents[0].shape[2:], generator=generator)
-    timesteps = torch.randint(1000, (2,), generator=generator)
+    times = torch.randint(1000, (2,), generator=generator)
     mean, deviation = (each[mirror, picture] for each in latents)
-    return (picture, mirror), mean + deviation * sample[0], noise, timesteps
+    return (picture, mirror), mean + deviation * sample[0], noise, times
 
 
 @pytest.mark.parametrize(("accumulated", "rank"), [(1, 0), (2, 1)])
@@ -614,7 +634,7 @@ def test_only_what_is_drawn_of_the_class_pictures_is_encoded(
     pictures, _ = taken(model, ["a car"], own_pictures, seed=0)
     latents = [
         torch.stack(ways)
-        for ways in zip(*(encode_images(model, each) for each in (pictures, pictures.flip(-1))), strict=True)
+        for ways in zip(*(model.encode_images(each) for each in (pictures, pictures.flip(-1))), strict=True)
     ]
     encoded.clear()
     trainer = SimpleNamespace(global_rank=rank, accumulate_grad_batches=accumulated)
@@ -622,11 +642,11 @@ def test_only_what_is_drawn_of_the_class_pictures_is_encoded(
     assert encoded[0] == 2 and set(encoded[1:-1]) <= {16} and encoded[-1] <= 16
     found = set()
     for step in range(20 * accumulated + 1):  # the trainer draws one ahead
-        pair, latent, noise, timesteps = replayed(instances, latents, step, rank)
+        pair, latent, noise, times = replayed(instances, latents, step, rank)
         found.add(pair)
-        batch = data.draw(step, rank)
-        torch.testing.assert_close(batch.latents[0], latent, rtol=0, atol=1e-5)
-        assert torch.equal(batch.noise, noise) and torch.equal(batch.timesteps, timesteps)
+        inputs = data.draw(step, rank).inputs
+        torch.testing.assert_close(inputs.latents[0], latent, rtol=0, atol=1e-5)
+        assert torch.equal(inputs.noise, noise) and torch.equal(inputs.times, times)
     assert sum(encoded[1:]) == len(found) < 60
 
 
@@ -677,7 +697,7 @@ def test_class_pictures_are_made_once(model, instances, tmp_path, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("made again")
 
-    monkeypatch.setattr("mifo.making.class_pictures.synthesize", never)
+    monkeypatch.setattr("mifo.making.class_pictures.Sampler", never)
     assert torch.equal(taken(model, prompts, settings, seed=0)[0], pictures)
     with pytest.raises(AssertionError, match="made again"):
         class_pictures(model, prompts, settings, seed=1)

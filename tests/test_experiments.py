@@ -113,9 +113,10 @@ def test_the_weights_and_biases_sweep_starts_runs_of_keys_that_exist():
         given = [part for part in asked["command"] if not re.fullmatch(r"\$\{\w+\}", part)]
         assert given[:2] == ["mifo", "run"] and asked["command"][-1] == "${args_no_hyphens}"
         penalty = composed("run", [*given[2:], *typed])[0].penalty
-        assert penalty.warmup.weight == values["penalty.warmup.weight"]["value"]
-        weight = values["penalty.semantic.weight"]["value"]
-        assert penalty.semantic.weight == penalty.finetuning.weight == weight
+        terms = {name: term.weight for name, term in penalty.terms.items()}
+        weight = values["penalty.terms.penalty.weight"]["value"]
+        reward = values["penalty.reward_weight"]["value"]
+        assert terms == {"reward": reward, "penalty": weight, "finetuning": weight}
     metric, summary = asked["metric"]["name"].removeprefix("evaluation/").split(".")
     goal = "maximize" if METRICS[metric].higher_is_better else "minimize"
     assert (asked["metric"]["goal"], summary) == (goal, goal.removesuffix("imize"))

@@ -4,23 +4,25 @@ import logging
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from terms import penalty
 from test_learning import TRAINER, Watch
-from test_synthesis import QUICK, SCHEDULE, run, subjects_of
+from test_synthesis import PROCESS, QUICK, boxes_of, run, sampler_of
 from tiny import two_instances
 
 from mifo.acceleration.channels_last import keep_channels_last
+from mifo.acceleration.graphs import GraphedFunction
 from mifo.acceleration.settings import PerformanceSettings
 from mifo.backbones.loading import load_model
 from mifo.backbones.settings import ModelSettings
 from mifo.config import compose, settings_of
+from mifo.data.settings import PriorSettings
 from mifo.making.class_pictures import class_pictures
-from mifo.method.losses.settings import PenaltySettings
-from mifo.method.synthesis.sampler import KeptPasses
 from mifo.training.fit import learn
-from mifo.training.settings import LearningSettings, PriorSettings, StageSettings
+from mifo.training.settings import LearningSettings, StageSettings
 
 pytestmark = pytest.mark.gpu
 
@@ -55,16 +57,16 @@ def learnt(source, tmp_path):
         settings = LearningSettings(
             semantic=StageSettings(steps=6, checkpoint_every=0),
             finetuning=StageSettings(
-                steps=6, learn="full", learning_rate=1e-3, optimizer=optimizer, checkpoint_every=0
+                steps=6, trainable="full", learning_rate=1e-3, optimizer=optimizer, checkpoint_every=0
             ),
             prior=PriorSettings(pictures=2, steps=2, cache=str(tmp_path / "prior")),
         )
         watch, folder = Watch(), tmp_path / f"{performance.name}-{performance.cuda_graphs}-{optimizer}"
         model = load_model(ModelSettings("tiny", source), "cuda")
-        penalty = PenaltySettings(warmup_steps=3, timestep_limit=1000)
+        losses = penalty(reward_steps=3, time_below=1.0)
         trainer = TRAINER | {"accelerator": "gpu", "devices": 1}
         options = {"trainer": trainer, "callbacks": [watch], "performance": performance}
-        learn(model, two_instances(), settings, penalty, folder, **options)
+        learn(model, two_instances(), settings, losses, folder, **options)
         return [loss for _, _, loss in watch.losses]
 
     return learnt
@@ -101,20 +103,20 @@ def steady_shapes(monkeypatch):
 @pytest.mark.parametrize("subjects", ["boxes", "plain"])
 def test_synthesis_from_graphs_is_the_same(vectors, vector_unet, exact, steady_shapes, subjects, layout):
     v = {name: value.cuda() for name, value in vectors("synthesis_two_boxes").items()}
-    unet, chosen = vector_unet.cuda(), subjects_of(v) if subjects == "boxes" else []
-    schedule = replace(SCHEDULE, alphas_cumprod=SCHEDULE.alphas_cumprod.cuda())
+    unet, boxes = vector_unet.cuda(), boxes_of(v) if subjects == "boxes" else {}
+    process = replace(PROCESS, alphas_cumprod=PROCESS.alphas_cumprod.cuda())
     # steps of the usual size would blow rounding up on this random U-Net
     guidance = replace(QUICK, guided_steps=2, step_size_start=0.1, step_size_end=0.1)
-    options = {"guidance": guidance, "schedule": schedule}
-    plain = run(unet, v, chosen, **options)
+    options = {"guidance": guidance, "process": process}
+    plain = run(unet, v, boxes, **options)
     renewals = len(steady_shapes)
-    assert renewals == (2 if chosen else 0)
+    assert renewals == (2 if boxes else 0)
     if layout == "channels_last":
         unet.to(memory_format=torch.channels_last)
         keep_channels_last(unet)
-    kept = KeptPasses()
+    kept = sampler_of(unet, accelerate=partial(GraphedFunction, wanted=True), **options)
     for _ in range(2):
-        replayed = run(unet, v, chosen, graphs=True, kept=kept, **options)
+        replayed = run(unet, v, boxes, sampler=kept)
         torch.testing.assert_close(steady_shapes[-renewals:], steady_shapes[:renewals], rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(replayed, plain, rtol=1e-3, atol=1e-3)
 

@@ -213,8 +213,12 @@ def beats(one, other, search):
 def read_trial(folder, objectives):
     """The parameters of a job and its scores by those objectives."""
     penalty = yaml.safe_load((folder / "config.yaml").read_text())["penalty"]
-    assert penalty["finetuning"]["weight"] == penalty["semantic"]["weight"]
-    params = {f"penalty.{name}.weight": penalty[name]["weight"] for name in ("warmup", "semantic")}
+    weights = {name: term["weight"] for name, term in penalty["terms"].items()}
+    assert weights["finetuning"] == weights["penalty"] and weights["reward"] == penalty["reward_weight"]
+    params = {
+        "penalty.reward_weight": weights["reward"],
+        "penalty.terms.penalty.weight": weights["penalty"],
+    }
     scores = {
         each["metric"]: each["value"] for each in json.loads((folder / "scores.json").read_text())["scores"]
     }

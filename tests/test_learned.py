@@ -5,70 +5,79 @@ import shutil
 
 import pytest
 import torch
-from mifo.backbones.text import encode_prompts
-from mifo.backbones.trainable import add_lora, new_rows, trainable_parameters
 from tiny import tiny_pipeline
 
-from mifo.backbones.learned import load_learned, save_learned
+from mifo.backbones.learned import load_learned, read_learned, save_learned
 from mifo.backbones.loading import load_model
 from mifo.backbones.settings import ModelSettings
-from mifo.backbones.tokens import add_instance_tokens
 from mifo.errors import MifoError
 
 TOKENS = ["<asset0>", "<asset1>"]
 
 
-def learned_model(source, learn):
+def learned_model(source, trainable):
     """A model whose learned weights are moved at random, as learning would."""
     model = load_model(ModelSettings("tiny", source))
-    add_instance_tokens(model, TOKENS, ["car", None])
-    if learn == "lora":
-        add_lora(model, 2)
-    parts = trainable_parameters(model, learn)
+    model.add_words(TOKENS, ["car", None])
+    if trainable == "lora":
+        model.add_lora(2)
     with torch.no_grad():
-        for each in (new_rows(model), *parts["unet"].values(), *parts["text_encoder"].values()):
+        for each in (
+            rows_of(model),
+            *(each for part in model.trainable(trainable).values() for each in part.values()),
+        ):
             each.add_(0.1 * torch.randn(each.shape, generator=torch.Generator().manual_seed(0)))
     return model
 
 
-def save(folder, model, learn, half=False):
+def rows_of(model):
+    """The new rows of the one text encoder."""
+    return model.new_rows["text_encoder"]
+
+
+def save(folder, model, trainable, half=False):
     return save_learned(
         folder,
         model,
         class_names=["car", "cat"],
         initializers=["car", None],
         stages={"semantic": 4, "finetuning": 2},
-        learn=learn,
+        trainable=trainable,
         lora_rank=2,
         half=half,
         config="seed: 1\n",
     )
 
 
+def states_of(model):
+    return model.encode_prompts(["a red cat"]).parts["states"]
+
+
 def predict(model):
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        return model.unet(latents, 5, encode_prompts(model, ["a photo of <asset1> and <asset0>"])).sample
+        conditioning = model.encode_prompts(["a photo of <asset1> and <asset0>"])
+        return model.predict(latents, torch.tensor(5), conditioning)[0]
 
 
-@pytest.mark.parametrize("learn", ["tokens", "kv", "full", "lora"])
-def test_round_trip_is_exact(source, tmp_path, learn):
-    if learn == "lora":
+@pytest.mark.parametrize("trainable", ["tokens", "cross_attention_kv", "denoiser", "full", "lora"])
+def test_round_trip_is_exact(source, tmp_path, trainable):
+    if trainable == "lora":
         pytest.importorskip("peft")
-    model = learned_model(source, learn)
-    saved = save(tmp_path / "learned", model, learn)
+    model = learned_model(source, trainable)
+    saved = save(tmp_path / "learned", model, trainable)
     files = {file.name for file in (tmp_path / "learned").iterdir()}
-    weights = {"tokens": set(), "kv": {"unet.safetensors"}}.get(
-        learn, {"unet.safetensors", "text_encoder.safetensors"}
-    )
+    unet_alone = trainable in ("cross_attention_kv", "denoiser")
+    weights = {"unet.safetensors"} if unet_alone else {"unet.safetensors", "text_encoder.safetensors"}
+    weights = set() if trainable == "tokens" else weights
     assert files == {"learned.json", "config.yaml", "tokens.safetensors"} | weights
     assert (tmp_path / "learned" / "config.yaml").read_text() == "seed: 1\n"
     loaded = load_model(ModelSettings("tiny", source))
-    untouched = encode_prompts(loaded, ["a red cat"])
+    untouched = states_of(loaded)
     assert load_learned(tmp_path / "learned", loaded) == saved
-    assert torch.equal(new_rows(loaded), new_rows(model))
+    assert torch.equal(rows_of(loaded), rows_of(model))
     assert torch.equal(predict(loaded), predict(model))
-    assert torch.equal(encode_prompts(loaded, ["a red cat"]), untouched) == (learn in ("tokens", "kv"))
+    assert torch.equal(states_of(loaded), untouched) == (trainable == "tokens" or unet_alone)
 
 
 def test_half_precision_rounds_weights_and_not_rows(source, tmp_path):
@@ -76,7 +85,7 @@ def test_half_precision_rounds_weights_and_not_rows(source, tmp_path):
     save(tmp_path / "learned", model, "full", half=True)
     loaded = load_model(ModelSettings("tiny", source))
     load_learned(tmp_path / "learned", loaded)
-    assert torch.equal(new_rows(loaded), new_rows(model))
+    assert torch.equal(rows_of(loaded), rows_of(model))
     assert torch.equal(loaded.unet.conv_in.weight, model.unet.conv_in.weight.half().float())
 
 
@@ -85,7 +94,7 @@ def test_nothing_is_replaced(source, tmp_path):
     save(tmp_path / "learned", model, "tokens")
     before = (tmp_path / "learned" / "tokens.safetensors").read_bytes()
     with pytest.raises(MifoError, match="exists already"):
-        save(tmp_path / "learned", learned_model(source, "kv"), "kv")
+        save(tmp_path / "learned", learned_model(source, "cross_attention_kv"), "cross_attention_kv")
     assert (tmp_path / "learned" / "tokens.safetensors").read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["learned"]
 
@@ -145,7 +154,7 @@ def test_results_of_earlier_versions_load_and_their_prediction_type_counts(sourc
 
 
 def test_damaged_and_foreign_folders_are_refused(source, tmp_path):
-    save(tmp_path / "learned", learned_model(source, "kv"), "kv")
+    save(tmp_path / "learned", learned_model(source, "cross_attention_kv"), "cross_attention_kv")
     model = load_model(ModelSettings("tiny", source))
     with pytest.raises(MifoError, match="holds no learned result"):
         load_learned(tmp_path, model)
@@ -156,3 +165,20 @@ def test_damaged_and_foreign_folders_are_refused(source, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
     with pytest.raises(MifoError, match="format 99"):
         load_learned(tmp_path / "learned", model)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("tokens", "tokens"), ("kv", "cross_attention_kv"), ("unet", "denoiser"), ("full", "full")],
+)
+def test_a_result_from_before_the_house_was_rebuilt_is_read(source, tmp_path, old, new):
+    model = learned_model(source, new)
+    saved = save(tmp_path / "learned", model, new)
+    file = tmp_path / "learned" / "learned.json"
+    content = json.loads(file.read_text())
+    del content["trainable"]
+    file.write_text(json.dumps(content | {"learn": old}))
+    assert read_learned(tmp_path / "learned") == saved
+    loaded = load_model(ModelSettings("tiny", source))
+    load_learned(tmp_path / "learned", loaded)
+    assert torch.equal(predict(loaded), predict(model))

@@ -10,16 +10,16 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import MPIEnvironment
-from mifo.backbones.trainable import new_rows
+from terms import penalty
 from tiny import tiny_pipeline, two_instances
 
 from mifo.backbones.learned import load_learned
 from mifo.backbones.loading import load_model
 from mifo.backbones.settings import ModelSettings
+from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
-from mifo.method.losses.settings import AttentionTerm, PenaltySettings, TermSettings
 from mifo.training.fit import check_learning, learn
-from mifo.training.settings import LearningSettings, PriorSettings, StageSettings
+from mifo.training.settings import LearningSettings, StageSettings
 
 # total losses of the seeded run below: semantic learning, then fine-tuning; a change means another method
 GOLDEN = [0.25575, 0.51935, 0.36755, 0.35373, 1.60331, 1.58172, 1.38053]
@@ -41,7 +41,7 @@ def settings(tmp_path_factory):
     return LearningSettings(
         semantic=StageSettings(steps=4, checkpoint_every=2),
         finetuning=StageSettings(
-            steps=3, learn="full", learning_rate=1e-3, schedule="constant", checkpoint_every=2
+            steps=3, trainable="full", learning_rate=1e-3, schedule="constant", checkpoint_every=2
         ),
         prior=PriorSettings(pictures=2, steps=2, cache=str(tmp_path_factory.getbasetemp() / "prior")),
     )
@@ -56,9 +56,14 @@ class Watch(Callback):
     def on_train_batch_end(self, trainer, module, *args):
         self.losses.append((module.stage, trainer.global_step, module.last.total.item()))
         self.parts.append((module.stage, module.last))
-        self.layers[module.stage] = module.layers
+        self.layers[module.stage] = tuple(site.index for site in module.last.maps)
         if self.kill == (module.stage, trainer.global_step):
             raise RuntimeError("killed")
+
+
+def rows_of(model):
+    """The new rows of the one text encoder."""
+    return model.new_rows["text_encoder"]
 
 
 def weights(model):
@@ -72,7 +77,7 @@ def test_semantic_learning_changes_the_new_rows_and_nothing_else(model, instance
     before = weights(model)
     table = model.text_encoder.get_input_embeddings().weight.clone()
     settings.finetuning.steps = 0
-    learn(model, instances, settings, PenaltySettings(), tmp_path, trainer=TRAINER)
+    learn(model, instances, settings, penalty(), tmp_path, trainer=TRAINER)
     embedding = model.text_encoder.get_input_embeddings()
     assert torch.equal(embedding.table.weight, table)
     car = model.tokenizer("car", add_special_tokens=False).input_ids
@@ -89,14 +94,14 @@ def test_one_device_starts_no_mpi(model, instances, settings, tmp_path, monkeypa
     settings.semantic.steps, settings.finetuning.steps = 1, 0
     for number, trainer in enumerate((TRAINER | {"devices": 1}, TRAINER)):
         fresh, folder = copy.deepcopy(model), tmp_path / str(number)
-        learn(fresh, instances, settings, PenaltySettings(), folder, trainer=trainer)
+        learn(fresh, instances, settings, penalty(), folder, trainer=trainer)
         assert len(asked) == number
 
 
 def test_finetuning_changes_unet_and_text_encoder_but_no_known_word(model, instances, settings, tmp_path):
     before, table = weights(model), model.text_encoder.get_input_embeddings().weight.clone()
     settings.semantic.steps = 0
-    learn(model, instances, settings, PenaltySettings(), tmp_path, trainer=TRAINER)
+    learn(model, instances, settings, penalty(), tmp_path, trainer=TRAINER)
     after = weights(model)
     assert torch.equal(model.text_encoder.get_input_embeddings().table.weight, table)
     for part in ("unet.", "text."):
@@ -113,7 +118,7 @@ def test_same_seed_repeats_and_another_seed_differs(source, instances, settings,
             load_model(ModelSettings("tiny", source)),
             instances,
             copy.deepcopy(settings),
-            PenaltySettings(),
+            penalty(),
             tmp_path / name,
             seed=seed,
             trainer=TRAINER,
@@ -143,7 +148,7 @@ def test_a_killed_run_goes_on_to_the_same_result(source, instances, settings, tm
     def run(folder, watch):
         model = load_model(ModelSettings("tiny", source))
         options = {"seed": 1, "trainer": TRAINER, "callbacks": [watch]}
-        learn(model, instances, settings, PenaltySettings(warmup_steps=2), folder, **options)
+        learn(model, instances, settings, penalty(reward_steps=2), folder, **options)
         return weights(model)
 
     whole = run(tmp_path / "whole", Watch())
@@ -180,8 +185,8 @@ def test_both_stages_run_on_the_topology_of_stable_diffusion(instances, settings
     source = sd_like(tmp_path / "pipeline", prediction_type)
     model = load_model(ModelSettings("sd", source))
     watch = Watch()
-    penalty = PenaltySettings(warmup_steps=2, timestep_limit=1000)
-    folder = learn(model, instances, settings, penalty, tmp_path, trainer=TRAINER, callbacks=[watch])
+    losses = penalty(reward_steps=2, time_below=1.0)
+    folder = learn(model, instances, settings, losses, tmp_path, trainer=TRAINER, callbacks=[watch])
     assert len(watch.losses) == 7 and all(torch.isfinite(torch.tensor(entry[2])) for entry in watch.losses)
     assert watch.layers == {"semantic": (15, 17, 19, 21, 23, 25), "finetuning": (9, 11, 15, 17, 19)}
     loaded = load_model(ModelSettings("sd", source))
@@ -192,33 +197,33 @@ def test_both_stages_run_on_the_topology_of_stable_diffusion(instances, settings
 
 
 @pytest.mark.parametrize(
-    "change", ["lora", "kv", "no prior", "break_a_scene", "no attention loss", "two samples"]
+    "change", ["lora", "cross_attention_kv", "no prior", "break_a_scene", "no attention loss", "two samples"]
 )
 def test_baselines_and_ablations_learn(source, model, instances, settings, tmp_path, change):
-    penalty = PenaltySettings(warmup_steps=2, timestep_limit=1000)
-    if change in ("lora", "kv"):
+    losses = penalty(reward_steps=2, time_below=1.0)
+    if change in ("lora", "cross_attention_kv"):
         if change == "lora":
             pytest.importorskip("peft")
-        settings.finetuning.learn = change
+        settings.finetuning.trainable = change
     elif change == "no prior":
         settings.prior.weight = 0.0
     elif change == "two samples":
         settings.semantic.batch_size = settings.finetuning.batch_size = 2
     elif change == "break_a_scene":
-        penalty.semantic = TermSettings(AttentionTerm.break_a_scene, 1e-2)
+        losses.terms["penalty"].loss, losses.terms["penalty"].weight = "break_a_scene", 1e-2
     else:
-        penalty.warmup = penalty.semantic = penalty.finetuning = TermSettings(AttentionTerm.none, 0.0)
+        losses = penalty("none")
     watch = Watch()
     processors = dict(model.unet.attn_processors)
-    folder = learn(model, instances, settings, penalty, tmp_path, trainer=TRAINER, callbacks=[watch])
+    folder = learn(model, instances, settings, losses, tmp_path, trainer=TRAINER, callbacks=[watch])
     parts = dict(watch.parts)
     assert (parts["finetuning"].prior == 0) == (change == "no prior")
     assert all((each.attention == 0) == (change == "no attention loss") for each in parts.values())
-    if change not in ("lora", "kv"):
+    if change not in ("lora", "cross_attention_kv"):
         assert dict(model.unet.attn_processors) == processors
     loaded = load_model(ModelSettings("tiny", source))
     load_learned(folder, loaded)
-    assert torch.equal(new_rows(loaded), new_rows(model))
+    assert torch.equal(rows_of(loaded), rows_of(model))
     before = load_model(ModelSettings("tiny", source)).unet.state_dict()
     moved = {
         name
@@ -227,37 +232,40 @@ def test_baselines_and_ablations_learn(source, model, instances, settings, tmp_p
     }
     if change == "lora":
         assert not moved
-    elif change == "kv":
+    elif change == "cross_attention_kv":
         assert moved and all(".attn2.to_k" in name or ".attn2.to_v" in name for name in moved)
 
 
 def test_a_frozen_base_model_may_be_in_half_precision(source, instances, settings, tmp_path):
     pytest.importorskip("peft")
     model = load_model(ModelSettings("tiny", source, dtype="bfloat16"))
-    with pytest.raises(MifoError, match=r"learn=full needs model\.dtype=float32"):
-        learn(model, instances, settings, PenaltySettings(), tmp_path, trainer=TRAINER)
-    settings.finetuning.learn = "lora"
+    with pytest.raises(MifoError, match=r"trainable=full needs model\.dtype=float32"):
+        learn(model, instances, settings, penalty(), tmp_path, trainer=TRAINER)
+    settings.finetuning.trainable = "lora"
     with pytest.raises(MifoError, match=r"performance\.learning_precision=bfloat16"):
-        learn(model, instances, settings, PenaltySettings(), tmp_path, trainer=TRAINER)
+        learn(model, instances, settings, penalty(), tmp_path, trainer=TRAINER)
     watch, trainer = Watch(), TRAINER | {"precision": "bf16-mixed"}
-    learn(model, instances, settings, PenaltySettings(), tmp_path, trainer=trainer, callbacks=[watch])
+    learn(model, instances, settings, penalty(), tmp_path, trainer=trainer, callbacks=[watch])
     whole = Watch()
     full = load_model(ModelSettings("tiny", source))
-    learn(full, instances, settings, PenaltySettings(), tmp_path / "full", trainer=TRAINER, callbacks=[whole])
+    learn(full, instances, settings, penalty(), tmp_path / "full", trainer=TRAINER, callbacks=[whole])
     assert [entry[2] for entry in watch.losses] == pytest.approx(
         [entry[2] for entry in whole.losses], rel=0.05
     )
-    assert new_rows(model).dtype == torch.float32
+    assert rows_of(model).dtype == torch.float32
 
 
 class LargestGradient(Callback):
-    """Keeps the norm of the gradients that the optimiser sees, after each step."""
+    """Keeps the norm of the gradients as the optimiser leaves them, after each of its steps."""
 
     def __init__(self):
         self.norms = []
 
-    def on_train_batch_end(self, trainer, module, *args):
-        self.norms.append(torch.nn.utils.get_total_norm([new_rows(module.model).grad]).item())
+    def on_train_start(self, trainer, module):
+        def keep(*_):
+            self.norms.append(torch.nn.utils.get_total_norm([rows_of(module.model).grad]).item())
+
+        trainer.optimizers[0].register_step_post_hook(keep)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
@@ -268,8 +276,8 @@ def test_gradients_are_clipped_to_their_norm(source, instances, settings, tmp_pa
         settings.semantic.gradient_clip = limit
         model, watch = load_model(ModelSettings("tiny", source)), LargestGradient()
         options = {"trainer": TRAINER, "callbacks": [watch]}
-        learn(model, instances, copy.deepcopy(settings), PenaltySettings(), tmp_path / str(limit), **options)
-        norms[limit], rows[limit] = watch.norms, new_rows(model).detach().clone()
+        learn(model, instances, copy.deepcopy(settings), penalty(), tmp_path / str(limit), **options)
+        norms[limit], rows[limit] = watch.norms, rows_of(model).detach().clone()
     assert min(norms[0.0]) > 2e-3 and norms[1e3] == norms[0.0]
     if optimizer == "adamw":  # which writes the divided gradients back
         assert norms[1e-3] == pytest.approx([1e-3] * 4, rel=2e-3)
@@ -279,7 +287,7 @@ def test_gradients_are_clipped_to_their_norm(source, instances, settings, tmp_pa
 def test_losses_reach_the_logger_at_its_interval(model, instances, settings, tmp_path):
     logger = CSVLogger(tmp_path / "log", name="", version="")
     options = {"trainer": TRAINER | {"log_every_n_steps": 2}, "loggers": [logger]}
-    learn(model, instances, settings, PenaltySettings(), tmp_path, **options)
+    learn(model, instances, settings, penalty(), tmp_path, **options)
     rows = pandas.read_csv(tmp_path / "log" / "metrics.csv")
     assert rows["semantic/loss/total"].count() == 2 and rows["finetuning/loss/total"].count() == 1
     parts = (
@@ -291,18 +299,18 @@ def test_losses_reach_the_logger_at_its_interval(model, instances, settings, tmp
 def test_a_result_is_never_replaced(model, instances, settings, tmp_path):
     (tmp_path / "learned").mkdir()
     with pytest.raises(MifoError, match="exists already"):
-        learn(model, instances, settings, PenaltySettings(), tmp_path, trainer=TRAINER)
+        learn(model, instances, settings, penalty(), tmp_path, trainer=TRAINER)
     assert not list((tmp_path / "learned").iterdir())
 
 
 @pytest.mark.parametrize(
     ("part", "key", "value", "sentence"),
     [
-        ("finetuning", "learn", "everything", "learning.finetuning.learn=everything"),
+        ("finetuning", "trainable", "everything", "learning.finetuning.trainable=everything"),
         ("finetuning", "optimizer", "sgd", "learning.finetuning.optimizer=sgd"),
         ("semantic", "schedule", "sine", "learning.semantic.schedule=sine"),
         ("semantic", "steps", -1, "at least 0"),
-        ("semantic", "learn", "full", "must be tokens"),
+        ("semantic", "trainable", "full", "must be tokens"),
         ("prior", "weight", -1.0, "learning.prior.weight"),
         ("prior", "pictures", 0, "learning.prior.pictures"),
     ],
@@ -333,7 +341,7 @@ def test_what_would_end_learning_midway_is_refused_before_a_model_is_loaded(
     for argument, words in (
         ("learning.prior.folder=nowhere", "learning.prior.folder=nowhere is not a folder"),
         ("learning.prior.folder=empty", "learning.prior.folder=empty holds no picture"),
-        ("learning.finetuning.learn=lora", "pip install 'mifo[low_vram]'"),
+        ("learning.finetuning.trainable=lora", "pip install 'mifo[low_vram]'"),
         ("performance=low_vram", "pip install 'mifo[low_vram]'"),
         ("learning.template=a photo", "learning.template='a photo'"),
         ("instances.initializers=[car,'',car]", "instances.initializers holds an empty word"),
@@ -353,10 +361,10 @@ def test_what_learning_does_not_need_is_not_asked_for(settings, monkeypatch):
     settings.prior.weight = 0.0
     check_learning(settings)
     settings.prior.weight, settings.finetuning.steps = 1.0, 0
-    settings.finetuning.learn = "lora"
+    settings.finetuning.trainable = "lora"
     check_learning(settings)
 
 
 def test_what_learning_fixes_can_not_be_set_for_the_trainer(model, instances, settings, tmp_path):
     with pytest.raises(MifoError, match=r"trainer\.max_steps is fixed"):
-        learn(model, instances, settings, PenaltySettings(), tmp_path, trainer=TRAINER | {"max_steps": 3})
+        learn(model, instances, settings, penalty(), tmp_path, trainer=TRAINER | {"max_steps": 3})

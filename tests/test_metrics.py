@@ -15,6 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
+from mifo.commands.evaluate import pictures_folder, recorded_instances
+from mifo.commands.synthesize import learned_folder
 from mifo.config import compose, conf_folder, settings_of
 from mifo.data.saved_pictures import Picture, read_pictures, save_pictures
 from mifo.errors import MifoError
@@ -29,9 +31,6 @@ from mifo.metrics.protocol import name_classes
 from mifo.metrics.scores import Evaluator, Score, score_table
 from mifo.metrics.settings import ClassWords, Fit, ImageSettings, ImageTextSettings, MetricsSettings
 from mifo.world.scenes import SceneSpec, ThingSpec, redraw_scene, render_scene
-from mifo.world.scenes import SceneSpec, ThingSpec, redraw_scene, render_scene
-from mifo.commands.evaluate import pictures_folder, recorded_instances
-from mifo.commands.synthesize import learned_folder
 
 RED, GREEN, BLUE = torch.eye(3)
 GREY = torch.full((3,), 1e-4)  # of texts that name no colour

@@ -8,28 +8,15 @@ from fnmatch import fnmatch
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from mifo.backbones.images import decode_latents, encode_images
-from mifo.backbones.text import encode_ids, encode_prompts, tokenize
-from mifo.backbones.trainable import add_lora, new_rows, set_trainable, trainable_parameters
-from tiny import tiny_pipeline
-
-from mifo.backbones.loading import load_model
-from mifo.backbones.settings import ModelSettings
-from mifo.backbones.tokens import add_instance_tokens
-from mifo.errors import MifoError
 from safetensors.torch import load_file, save_file
 from tiny import tiny_pipeline
 
-from mifo.making.class_pictures import class_picture_files
-from mifo.method.diffusion.noise_schedule import NoiseSchedule
-from mifo.errors import MifoError
-from mifo.training.settings import PriorSettings
-from mifo.backbones.images import decode_latents, encode_images
 from mifo.backbones.loading import load_model, load_outline
 from mifo.backbones.settings import ModelSettings
-from mifo.backbones.text import encode_ids, encode_prompts, tokenize
-from mifo.backbones.tokens import add_instance_tokens
-from mifo.backbones.trainable import add_lora, new_rows, set_trainable, trainable_parameters
+from mifo.data.settings import PriorSettings
+from mifo.errors import MifoError
+from mifo.making.class_pictures import class_picture_files
+from mifo.method.backbone import Conditioning
 
 
 @pytest.fixture
@@ -39,7 +26,8 @@ def model(source):
 
 def test_sizes_dtypes_and_frozen_weights(source):
     model = load_model(ModelSettings("tiny", source, dtype="bfloat16"))
-    assert (model.image_size, model.latent_size, model.prediction_type) == (32, 16, "epsilon")
+    assert (model.image_size, model.latent_shape) == (32, (4, 16, 16))
+    assert model.identity()["prediction_type"] == model.process.prediction_type == "epsilon"
     assert model.unet.dtype == model.text_encoder.dtype == torch.bfloat16
     assert model.vae.dtype == torch.float32
     parameters = [p for part in (model.unet, model.vae, model.text_encoder) for p in part.parameters()]
@@ -50,12 +38,12 @@ def test_prompts_are_encoded_as_the_pipeline_does(model, source):
     pipeline = StableDiffusionPipeline.from_pretrained(source, safety_checker=None)
     prompts = ["a photo of a red car", "a"]
     expected, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
-    assert torch.equal(encode_prompts(model, prompts), expected)
+    assert torch.equal(model.encode_prompts(prompts).parts["states"], expected)
 
 
 def test_latents_are_scaled_as_the_pipeline_does(model, source):
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    mean, deviation = encode_images(model, images, batch_size=2)
+    mean, deviation = model.encode_images(images, at_once=2)
     pipeline = StableDiffusionPipeline.from_pretrained(source, safety_checker=None)
     posterior = pipeline.vae.encode(images * 2 - 1).latent_dist
     torch.testing.assert_close(mean, posterior.mean * pipeline.vae.config.scaling_factor)
@@ -63,7 +51,7 @@ def test_latents_are_scaled_as_the_pipeline_does(model, source):
     expected = pipeline.image_processor.postprocess(
         pipeline.vae.decode(mean / pipeline.vae.config.scaling_factor, return_dict=False)[0].detach(), "pt"
     )
-    torch.testing.assert_close(decode_latents(model, mean, batch_size=2), expected)
+    torch.testing.assert_close(model.decode_latents(mean, at_once=2), expected)
 
 
 def copy_of(source, folder, **changes):
@@ -233,8 +221,8 @@ def test_a_scheduler_of_another_class_is_read_with_the_defaults_of_its_class(sou
     """Stable Diffusion 1.x and 2.1 base have PNDM, which knows no `clip_sample` and ends at timestep 0."""
     pndm = {"_class_name": "PNDMScheduler", "clip_sample": ..., "set_alpha_to_one": ..., "thresholding": ...}
     settings = copy_of(source, tmp_path / "copy", scheduler=pndm)
-    ours = NoiseSchedule.from_scheduler(load_model(settings).noise_scheduler)
-    expected = NoiseSchedule.from_scheduler(model.noise_scheduler)
+    ours = DDIM.from_scheduler(load_model(settings).noise_scheduler)
+    expected = DDIM.from_scheduler(model.noise_scheduler)
     assert torch.equal(ours.alphas_cumprod, expected.alphas_cumprod)
     assert replace(ours, alphas_cumprod=None) == replace(expected, alphas_cumprod=None)
     assert (ours.timestep_spacing, ours.steps_offset, ours.set_alpha_to_one) == ("leading", 1, False)
@@ -244,7 +232,7 @@ def test_a_tokenizer_without_a_length_takes_that_of_the_text_encoder(source, tmp
     without = load_model(copy_of(source, tmp_path / "copy", tokenizer={"model_max_length": ...}))
     assert without.tokenizer.model_max_length == 32
     prompts = ["a photo of a red car"]
-    assert torch.equal(encode_prompts(without, prompts), encode_prompts(model, prompts))
+    assert torch.equal(without.encode_prompts(prompts).parts["states"], model.encode_prompts(prompts).parts["states"])
 
 
 def test_class_pictures_of_other_timesteps_are_made_anew(model, tmp_path):
@@ -264,28 +252,37 @@ def test_a_word_without_a_row_in_the_table_is_refused_by_name(source, tmp_path, 
 
 
 def test_new_rows_are_read_at_their_tokens_and_only_they_get_gradients(model):
-    plain = encode_prompts(model, ["a photo of a car"])
-    table = model.text_encoder.get_input_embeddings()
-    embedding = add_instance_tokens(model, ["<asset0>", "<asset1>", "<asset10>"], [None, "car", "red car"])
-    assert torch.equal(encode_prompts(model, ["a photo of a car"]), plain)
-    ids = tokenize(model.tokenizer, ["a <asset1> and <asset10>"])
-    states = model.text_encoder.get_input_embeddings()(ids)[0]
-    assert torch.equal(states[2], embedding.rows[1]) and torch.equal(states[4], embedding.rows[2])
-    assert torch.equal(states[1], table.weight[ids[0, 1]])
+    def states_of(prompt):
+        return model.encode_prompts([prompt]).parts["states"]
 
-    set_trainable(model, "tokens")
-    encode_ids(model, ids).sum().backward()
-    norms = new_rows(model).grad.norm(dim=1)
+    plain = states_of("a photo of a car")
+    table = model.text_encoder.get_input_embeddings()
+    assert model.new_words == () and model.new_rows == {}
+    tokens = ["<asset0>", "<asset1>", "<asset10>"]
+    model.add_words(tokens, [None, "car", "red car"])
+    assert torch.equal(states_of("a photo of a car"), plain)
+    assert model.new_words == tuple(tokens)
+    (rows,) = model.new_rows.values()
+    ids = model.tokenize(["a <asset1> and <asset10>"])
+    assert [model.places(ids[0], token).tolist() for token in tokens] == [[], [2], [4]]
+    states = model.text_encoder.get_input_embeddings()(ids[:, 0])[0]
+    assert torch.equal(states[2], rows[1]) and torch.equal(states[4], rows[2])
+    assert torch.equal(states[1], table.weight[ids[0, 0, 1]])
+
+    model.set_trainable("tokens")
+    model.encode(ids).parts["states"].sum().backward()
+    norms = rows.grad.norm(dim=1)
     assert norms[0] == 0 and norms[1] > 0 and norms[2] > 0
     others = [*model.text_encoder.parameters(), *model.unet.parameters()]
-    assert all(parameter.grad is None for parameter in others if parameter is not new_rows(model))
+    assert all(parameter.grad is None for parameter in others if parameter is not rows)
 
 
 def test_initial_rows(source):
     def rows(initializers, seed=0):
         model = load_model(ModelSettings("tiny", source))
         tokens = [f"<asset{i}>" for i in range(len(initializers))]
-        return model, add_instance_tokens(model, tokens, initializers, seed).rows.detach()
+        model.add_words(tokens, initializers, seed)
+        return model, model.new_rows["text_encoder"].detach()
 
     model, words = rows(["car", "red car"])
     table = model.text_encoder.get_input_embeddings().table.weight
@@ -306,38 +303,72 @@ def test_initial_rows(source):
 def test_clashing_tokens_and_long_prompts_are_refused(model):
     model.tokenizer.add_tokens("<mine>")
     with pytest.raises(MifoError, match="already has the token <mine>"):
-        add_instance_tokens(model, ["<asset0>", "<mine>"], None)
-    add_instance_tokens(model, ["<asset0>"], None)
+        model.add_words(["<asset0>", "<mine>"])
+    model.add_words(["<asset0>"])
     with pytest.raises(MifoError, match="already carries <asset0>"):
-        add_instance_tokens(model, ["<asset1>"], None)
+        model.add_words(["<asset1>"])
     with pytest.raises(MifoError, match="32 fit"):
-        tokenize(model.tokenizer, ["a " * 40])
+        model.tokenize(["a " * 40])
 
 
 def test_what_learns(model):
-    add_instance_tokens(model, ["<asset0>"], ["car"])
-    kv = trainable_parameters(model, "kv")
+    model.add_words(["<asset0>"], ["car"])
+    assert model.trainable("tokens") == {"unet": {}, "text_encoder": {}}
+    kv = model.trainable("cross_attention_kv")
     width = model.unet.config.cross_attention_dim
     assert len(kv["unet"]) == 2 * sum(".attn2.processor" in name for name in model.unet.attn_processors)
     assert all(parameter.shape[1] == width for parameter in kv["unet"].values()) and not kv["text_encoder"]
-    assert len(trainable_parameters(model, "unet")["unet"]) == len(list(model.unet.parameters()))
-    full = trainable_parameters(model, "full")["text_encoder"]
-    assert len(full) == len(list(model.text_encoder.parameters())) - 2
-    with pytest.raises(MifoError, match="learn=all"):
-        trainable_parameters(model, "all")
+    denoiser = model.trainable("denoiser")
+    assert len(denoiser["unet"]) == len(list(model.unet.parameters())) and not denoiser["text_encoder"]
+    full = model.trainable("full")
+    assert full["unet"].keys() == denoiser["unet"].keys()
+    assert len(full["text_encoder"]) == len(list(model.text_encoder.parameters())) - 2
+    for what in ("tokens", "cross_attention_kv", "denoiser", "full"):
+        model.set_trainable(what)
+        learning = {
+            id(each)
+            for part in (model.unet, model.text_encoder)
+            for each in part.parameters()
+            if each.requires_grad
+        }
+        chosen = {id(each) for part in model.trainable(what).values() for each in part.values()}
+        assert learning == chosen | {id(model.new_rows["text_encoder"])}
+    model.freeze()
+    assert not any(
+        each.requires_grad for part in (model.unet, model.text_encoder) for each in part.parameters()
+    )
 
 
 def test_lora_starts_as_the_base_model(model):
     pytest.importorskip("peft")
-    add_instance_tokens(model, ["<asset0>"], ["car"])
+    model.add_words(["<asset0>"], ["car"])
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 
     def predict():
-        return model.unet(latents, 5, encode_prompts(model, ["a photo of <asset0>"])).sample
+        return model.predict(latents, torch.tensor(5), model.encode_prompts(["a photo of <asset0>"]))[0]
 
     before = predict()
-    add_lora(model, 2)
-    set_trainable(model, "lora")
+    model.add_lora(2)
+    model.set_trainable("lora")
     torch.testing.assert_close(predict(), before)
     learning = [name for name, each in model.unet.named_parameters() if each.requires_grad]
     assert learning and all("lora_" in name for name in learning)
+
+
+def test_an_outline_tells_prompts_and_sites_without_weights(model, source):
+    outline = load_outline(ModelSettings("tiny", source))
+    assert outline.sites == model.sites and outline.default_sites == model.default_sites
+    assert outline.latent_shape == model.latent_shape
+    assert all(parameter.is_meta for parameter in outline.unet.parameters())
+    for each in (outline, model):
+        each.add_words(["<asset0>"])
+    assert outline.words("a photo of <asset0>") == model.words("a photo of <asset0>")
+
+
+def test_conditioning_is_picked_joined_and_rounded_by_rows(model):
+    both = model.encode_prompts(["a red car", "a cat"])
+    assert both.samples == 2
+    parts = [both.rows(slice(i, i + 1)) for i in range(2)]
+    joined = Conditioning.joined(parts[::-1])
+    assert torch.equal(joined.parts["states"], both.parts["states"].flip(0))
+    assert both.to(torch.bfloat16).parts["states"].dtype == torch.bfloat16

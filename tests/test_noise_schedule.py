@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 from mifo.errors import MifoError
 from mifo.method.diffusion.classifier_free_guidance import classifier_free_guidance
-from mifo.method.diffusion.ddim import ddim_step, ddim_timesteps
-from mifo.method.diffusion.denoising import denoising_loss, union_mask
+from mifo.method.diffusion.ddim import DDIM, ddim_step, ddim_timesteps
+from mifo.method.diffusion.denoising import denoising_loss
 from mifo.method.diffusion.noise_schedule import NoiseSchedule
 
 BETAS = ("scaled_linear", "linear", "squaredcos_cap_v2")
@@ -127,11 +127,18 @@ def test_prediction_of_the_picture_itself_is_refused():
         NoiseSchedule.from_scheduler(scheduler_of("sample"))
 
 
-def test_the_union_of_overlapping_masks_counts_each_pixel_once():
-    masks = torch.zeros(1, 3, 8, 8)
-    masks[0, 0, :4], masks[0, 1, 2:6], masks[0, 2] = 1, 1, 1
-    union = union_mask(masks, torch.tensor([[1.0, 1.0, 0.0]]), (4, 4))
-    assert union[0, 0, :, 0].tolist() == [1, 1, 1, 0]
+@pytest.mark.parametrize("steps", [1, 7, 20, 50])
+def test_the_process_of_a_model_takes_the_same_steps(steps, latents):
+    process = DDIM.from_scheduler(scheduler_of("v_prediction"))
+    assert process.length == 1000
+    assert process.share(torch.tensor([0, 500, 999])).tolist() == pytest.approx([0.0, 0.5, 0.999])
+    times = process.times(steps)
+    assert times == ddim_timesteps(steps, process)
+    ours = theirs = latents[0]
+    for step, time in enumerate(times):
+        ours = process.step(ours, torch.sin(3 * ours), times, step)
+        theirs = ddim_step(process, theirs, torch.sin(3 * theirs), time, time - 1000 // steps)
+        assert torch.equal(ours, theirs)
 
 
 def test_masked_loss_is_averaged_over_all_elements(latents):

@@ -10,30 +10,30 @@ from functools import reduce
 import pytest
 import torch
 from lightning import Callback
+from mifo.backbones.images import decode_latents
+from mifo.backbones.trainable import new_rows
 from safetensors.torch import save_file
 from tiny import MeanColour, two_instances
 
-from mifo.config.checks import check
-from mifo.config.schema import LearnSettings
-from mifo.method.diffusion.noise_schedule import NoiseSchedule
-from mifo.errors import MifoError
-from mifo.files import check_room, read_json
-from mifo.method.guidance.settings import GuidanceSettings
-from mifo.training.checkpoints import WholeCheckpoints, newest_checkpoint
-from mifo.training.fit import learn
-from mifo.training.settings import LearningSettings, PriorSettings, StageSettings
-from mifo.metrics.evaluation import Evaluation, PictureEvaluator
-from mifo.data.saved_pictures import Picture
-from mifo.metrics.scores import Evaluator, Score
-from mifo.backbones.images import decode_latents
 from mifo.backbones.learned import Learned, load_learned, read_learned
 from mifo.backbones.loading import load_model
 from mifo.backbones.settings import ModelSettings
-from mifo.backbones.trainable import new_rows
+from mifo.config.checks import check
+from mifo.config.schema import LearnSettings
+from mifo.data.saved_pictures import Picture
+from mifo.errors import MifoError
+from mifo.files import check_room, read_json
+from mifo.method.diffusion.noise_schedule import NoiseSchedule
+from mifo.method.guidance.settings import GuidanceSettings
 from mifo.method.losses.settings import PenaltySettings
 from mifo.method.synthesis.sampler import Subject, synthesize
 from mifo.method.synthesis.settings import SynthesisSettings
+from mifo.metrics.evaluation import Evaluation, PictureEvaluator
+from mifo.metrics.scores import Evaluator, Score
 from mifo.tensors import not_finite, read_tensors, write_tensors
+from mifo.training.checkpoints import WholeCheckpoints, newest_checkpoint
+from mifo.training.fit import learn
+from mifo.training.settings import LearningSettings, PriorSettings, StageSettings
 
 TRAINER = {"accelerator": "cpu", "enable_progress_bar": False}
 

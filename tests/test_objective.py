@@ -160,9 +160,7 @@ def test_stage_two_is_the_class_sample_and_all_selected_instances(vector_unet, i
     union[4:20, 4:20] = union[12:28, 8:24] = 1
     torch.testing.assert_close(loss.prior, F.mse_loss(prediction[0], both.noise[0]))
     torch.testing.assert_close(loss.denoising, F.mse_loss(prediction[1] * union, both.noise[1] * union))
-    second = sample.but(
-        word_positions=torch.tensor([[6]]), masks=sample.masks[:, 1:], valid=torch.ones(1, 1)
-    )
+    second = sample.but(word_positions=torch.tensor([[6]]), masks=sample.masks[:, 1:], valid=torch.ones(1, 1))
     alone = [
         loss_of(vector_unet, "finetuning", one, PENALTY).attention
         for one in (instances.rows(0, kept=1), second)

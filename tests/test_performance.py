@@ -8,34 +8,38 @@ import sys
 import threading
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from interpreted import run_in_interpreter
-from mifo.backbones.images import decode_latents
-from mifo.backbones.unet.masking import MaskedAttention
+from terms import one_term, penalty
 from test_learning import TRAINER, Watch
-from test_synthesis import QUICK, run, subjects_of
+from test_synthesis import QUICK, boxes_of, run, sampler_of, tokens_of
 from tiny import two_instances
 from torch import nn
 from torch.nn import functional as F
+from vector_model import prompt
 
 from mifo.acceleration import libraries, rehearsal
 from mifo.acceleration.adamw_8bit import AdamW8bit, _levels
 from mifo.acceleration.graphs import GraphedFunction, GraphedStep
 from mifo.acceleration.profile import available, check_performance, ready_for_synthesis
+from mifo.acceleration.rounding import frozen_products
 from mifo.acceleration.settings import PerformanceSettings
 from mifo.backbones.loading import load_model
 from mifo.backbones.settings import ModelSettings
 from mifo.config import compose, settings_of
+from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
 from mifo.making.class_pictures import class_pictures
-from mifo.method.losses.settings import PenaltySettings
-from mifo.method.synthesis.sampler import KeptPasses
+from mifo.method.losses.settings import Ramp
+from mifo.method.regions.rules import SubjectWords, region_rules
 from mifo.training.fit import learn
-from mifo.training.settings import LearningSettings, PriorSettings, StageSettings
-from mifo.training.stages import LearningStage, _with_frozen_weights_rounded
+from mifo.training.settings import LearningSettings, StageSettings
+from mifo.training.stages import LearningStage
 
+GRAPHS = partial(GraphedFunction, wanted=True)
 PLAIN = PerformanceSettings(learning_precision="float32", synthesis_precision="float32")
 
 
@@ -45,19 +49,19 @@ def losses(source, tmp_path_factory):
     instances = two_instances()
     settings = LearningSettings(
         semantic=StageSettings(steps=4, checkpoint_every=0),
-        finetuning=StageSettings(steps=3, learn="full", learning_rate=1e-3, checkpoint_every=0),
+        finetuning=StageSettings(steps=3, trainable="full", learning_rate=1e-3, checkpoint_every=0),
         prior=PriorSettings(pictures=2, steps=2, cache=str(tmp_path_factory.getbasetemp() / "prior")),
     )
-    penalty = PenaltySettings(warmup_steps=2, timestep_limit=1000)
+    terms = penalty(reward_steps=2, time_below=1.0)
 
     def learnt(performance, learning=settings, trainer=TRAINER, dtype="float32", load=load_model):
         watch, folder = Watch(), tmp_path_factory.mktemp("run")
         model = load(ModelSettings("tiny", source, dtype=dtype))
         options = {"trainer": trainer, "callbacks": [watch], "performance": performance}
-        learn(model, instances, copy.deepcopy(learning), penalty, folder, **options)
+        learn(model, instances, copy.deepcopy(learning), terms, folder, **options)
         return [loss for _, _, loss in watch.losses]
 
-    learnt.settings, learnt.instances, learnt.penalty = settings, instances, penalty
+    learnt.settings, learnt.instances, learnt.penalty = settings, instances, terms
     return learnt
 
 
@@ -69,16 +73,6 @@ def test_learning_replayed_from_graphs_is_the_same(losses, recordings, precision
     assert losses(replace(settings, cuda_graphs=True)) == pytest.approx(plain, rel=1e-5)
     assert recordings.count == 3  # reward, penalty, fine-tuning
     assert not [each for each in gc.get_objects() if isinstance(each, GraphedStep)]
-
-
-def test_gradients_that_add_up_are_not_graphed(losses, recordings, caplog):
-    accumulated = TRAINER | {"accumulate_grad_batches": 2}
-    plain = losses(PLAIN, trainer=accumulated)  # which also makes the class pictures
-    assert losses(replace(PLAIN, cuda_graphs=True), trainer=accumulated) == plain
-    assert recordings.count == 0
-    assert [record.message for record in caplog.records].count(
-        "Learning goes on without CUDA graphs, since gradients add up over several batches."
-    ) == 2  # stages
 
 
 def test_a_killed_run_goes_on_from_graphs_to_the_same_result(source, losses, recordings, tmp_path):
@@ -152,7 +146,7 @@ def test_compiled_blocks_leave_learning_alone(losses, recordings, monkeypatch):
     )
     count = torch._dynamo.utils.counters["stats"]
     adapted = copy.deepcopy(losses.settings)
-    adapted.finetuning.learn = "lora"
+    adapted.finetuning.trainable = "lora"
     for options, settings in (
         ({"gradient_checkpointing": True}, adapted),
         ({"learning_precision": "bfloat16"}, losses.settings),
@@ -172,20 +166,20 @@ def test_half_precision_stays_near_full_precision(losses):
 
 
 def test_frozen_weights_rounded_once_give_what_autocast_gives(losses, monkeypatch):
-    wrapped = []
+    rounded = []
 
-    def spied(part):
-        wrapped.append((type(part).__name__, (found := _with_frozen_weights_rounded(part)) is not part))
+    def spied(module):
+        found = frozen_products(module)
+        rounded.append({name.split(".")[0] for name in found})
         return found
 
     bfloat16 = replace(PLAIN, learning_precision="bfloat16")
-    monkeypatch.setattr("mifo.training.stages._with_frozen_weights_rounded", spied)
-    rounded = losses(bfloat16)
+    monkeypatch.setattr("mifo.training.stages.frozen_products", spied)
+    once = losses(bfloat16)
     # reward and penalty of the first stage; in the second everything learns
-    both = [("CLIPTextModel", True), ("UNet2DConditionModel", True)]
-    assert wrapped == both * 2 + [(name, False) for name, _ in both]
-    monkeypatch.setattr("mifo.training.stages._with_frozen_weights_rounded", lambda part: part)
-    assert losses(bfloat16) == rounded
+    assert rounded == [{"unet", "text_encoder"}] * 2 + [set()]
+    monkeypatch.setattr("mifo.training.stages.frozen_products", lambda module: {})
+    assert losses(bfloat16) == once
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
@@ -227,14 +221,14 @@ def test_copies_follow_the_weights_and_gradients_come_from_them(losses, source, 
     assert 0 < moved.max() < 4e-5 and (moved > 0).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("boxes", ["one_box", "two_boxes"])
+@pytest.mark.parametrize("file", ["one_box", "two_boxes"])
 @pytest.mark.parametrize("subjects", ["boxes", "plain"])
-def test_synthesis_replayed_from_graphs_is_the_same(vectors, vector_unet, recordings, boxes, subjects):
-    v = vectors(f"synthesis_{boxes}")
-    chosen = subjects_of(v) if subjects == "boxes" else []
-    plain = run(vector_unet, v, chosen)
+def test_synthesis_replayed_from_graphs_is_the_same(vectors, vector_unet, recordings, file, subjects):
+    v = vectors(f"synthesis_{file}")
+    boxes = boxes_of(v) if subjects == "boxes" else {}
+    plain = run(vector_unet, v, boxes)
     assert recordings.count == 0
-    replayed = run(vector_unet, v, chosen, graphs=True)
+    replayed = run(vector_unet, v, boxes, accelerate=GRAPHS)
     torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-4)
     # with boxes a guidance and a denoising pass
     assert recordings.count == (1 if subjects == "plain" else 2)
@@ -243,69 +237,72 @@ def test_synthesis_replayed_from_graphs_is_the_same(vectors, vector_unet, record
 @pytest.mark.parametrize("subjects", ["boxes", "plain"])
 def test_graphs_go_on_from_one_prompt_to_the_next(vectors, vector_unet, recordings, subjects):
     v = vectors("synthesis_one_box")  # two samples
-    first = subjects_of(v) if subjects == "boxes" else []
-    moved = [
-        replace(each, token_indices=tuple(i + 3 for i in each.token_indices), box=(0.1, 0.4, 0.6, 0.9))
-        for each in first
-    ]
+    first = boxes_of(v) if subjects == "boxes" else {}
+    moved = dict.fromkeys(first, (0.1, 0.4, 0.6, 0.9))
     other = v | {
         "encoder_hidden_states": v["encoder_hidden_states"].roll(5, 2),
         "filter_indices": v["filter_indices"][:1] + 2,
         "eos_index": v["eos_index"] + 2,
+        "subject0_token_indices": v["subject0_token_indices"] + 3,
     }
     states = v["encoder_hidden_states"].clone()
     wanted, guidance = [(v, first), (other, moved)], replace(QUICK, guided_steps=2)
     apart = [run(vector_unet, *each, guidance) for each in wanted]
     assert not torch.allclose(apart[0], apart[1], atol=1e-2)
-    kept = KeptPasses()
+    kept = sampler_of(vector_unet, guidance, accelerate=GRAPHS)
     for each, alone in zip(wanted, apart, strict=True):
-        together = run(vector_unet, *each, guidance, graphs=True, kept=kept)
+        together = run(vector_unet, *each, sampler=kept)
         torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
     assert recordings.count == (2 if first else 1)
     assert torch.equal(v["encoder_hidden_states"], states)
     # one sample after two is another form
-    run(
-        vector_unet,
-        v,
-        [],
-        text_states=states[::2].contiguous(),
-        latents=v["initial_latents"][:1],
-        graphs=True,
-        kept=kept,
-    )
+    one = {"text_states": states[::2].contiguous(), "latents": v["initial_latents"][:1]}
+    alone = run(vector_unet, v, {}, guidance, **one)
+    torch.testing.assert_close(run(vector_unet, v, {}, sampler=kept, **one), alone, rtol=1e-4, atol=1e-4)
     assert recordings.count == (3 if first else 2)
 
 
 def test_replayed_masks_follow_the_shapes(vectors, vector_unet, recordings):
     v = vectors("synthesis_two_boxes")
-    predictions = {}
+    tokens, predictions = tokens_of(v), {}
+    words = SubjectWords.of(list(tokens.subjects.values()), tokens, torch.device("cpu"))
+
+    def halves(first, size):
+        left = (torch.arange(size[1]) < size[1] // 2).expand(size)
+        return torch.stack([left, ~left] if first == "left" else [~left, left])[None]
+
     for graphs in (False, True):
-        attention = MaskedAttention(
-            vector_unet,
-            v["encoder_hidden_states"],
-            [subject.token_indices for subject in subjects_of(v)],
-            v["filter_indices"].tolist(),
-            v["eos_index"].item(),
-            [12],
-            [14, 15],
-            graphs=graphs,
-        )
-        time = torch.tensor(500)
-        with torch.no_grad(), attention:
-            for half in ("left", "right"):
-
-                def shapes(side, half=half):
-                    mask = torch.zeros(1, 2, side, side, dtype=torch.bool)
-                    mask[:, 0, :, : side // 2] = half == "left"
-                    mask[:, 1, :, side // 2 :] = half == "right"
-                    return mask
-
-                attention.bound(shapes)
-                predictions[graphs, half] = attention.denoising_pass(v["initial_latents"], time).clone()
-    for half in ("left", "right"):
-        torch.testing.assert_close(predictions[True, half], predictions[False, half], rtol=1e-4, atol=1e-5)
+        sampler = sampler_of(vector_unet, accelerate=GRAPHS if graphs else None)
+        sizes = {site.size for site in sampler.backbone.sites}
+        for first in ("left", "right"):
+            rules = region_rules(partial(halves, first), sizes, words, guidance=False)
+            inputs = v["initial_latents"], torch.tensor(500), prompt(v["encoder_hidden_states"]), rules, None
+            with torch.no_grad():
+                predictions[graphs, first] = sampler.prediction(*inputs)[0].clone()
+    for first in ("left", "right"):
+        torch.testing.assert_close(predictions[True, first], predictions[False, first], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(predictions[True, "left"], predictions[True, "right"])
     assert recordings.count == 1
+
+
+def test_a_weight_that_changes_is_not_captured_anew(source, losses, recordings, tmp_path):
+    """A ramp: the graph of its first step gives the losses of plain code at every later one."""
+    settings = copy.deepcopy(losses.settings)
+    settings.finetuning.steps = 0
+    ramp = one_term("reward", 5.0, ramp=Ramp.linear, weight_end=0.5)
+    found = {}
+    for graphs in (False, True):
+        watch = Watch()
+        options = {
+            "trainer": TRAINER,
+            "callbacks": [watch],
+            "performance": replace(PLAIN, cuda_graphs=graphs),
+        }
+        model = load_model(ModelSettings("tiny", source))
+        learn(model, losses.instances, copy.deepcopy(settings), ramp, tmp_path / str(graphs), **options)
+        found[graphs] = [loss for _, _, loss in watch.losses]
+    assert recordings.count == 1
+    assert len(found[False]) == 4 and found[True] == pytest.approx(found[False], rel=1e-5)
 
 
 def test_class_pictures_are_replayed_from_one_graph_and_rounded_as_learning_is(source, tmp_path, recordings):
@@ -359,17 +356,17 @@ def test_synthesis_in_half_precision_stays_near_full_precision(source, vectors, 
     v = vectors("synthesis_two_boxes")
     # without guidance, whose descent on random weights lets the least difference grow
     masks_only = replace(QUICK, guided_steps=0, shapes_every=0)
-    plain = run(vector_unet, v, subjects_of(v), masks_only)
+    plain = run(vector_unet, v, boxes_of(v), masks_only)
     states = v["encoder_hidden_states"].bfloat16()
-    half = run(vector_unet.to(torch.bfloat16), v, subjects_of(v), masks_only, text_states=states)
+    half = run(vector_unet.to(torch.bfloat16), v, boxes_of(v), masks_only, text_states=states)
     assert half.dtype == torch.float32
     assert (half - plain).abs().mean() < 0.1 * plain.abs().mean()
     model = load_model(ModelSettings("tiny", source))
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    image = decode_latents(model, latents)
+    image = model.decode_latents(latents)
     ready_for_synthesis(model, replace(PLAIN, synthesis_precision="bfloat16", channels_last=True))
     assert model.dtype == model.vae.dtype == torch.bfloat16 and model.text_encoder.dtype == torch.float32
-    rounded = decode_latents(model, latents)
+    rounded = model.decode_latents(latents)
     assert rounded.dtype == torch.float32 and (rounded - image).abs().mean() < 0.02
 
 
@@ -398,7 +395,7 @@ def test_every_profile_serves_every_task(task, name):
     assert settings.performance.name == name
     assert (settings.model.dtype == "bfloat16") == (name == "low_vram")
     if task != "synthesize":
-        assert (settings.learning.finetuning.learn == "lora") == (name == "low_vram")
+        assert (settings.learning.finetuning.trainable == "lora") == (name == "low_vram")
 
 
 def regressed(optimizer_class, steps=120):
@@ -614,7 +611,7 @@ def test_what_is_computed_a_second_time_finds_the_kernels_of_the_first(source, l
 def test_low_vram_learns(losses):
     pytest.importorskip("peft")
     small = copy.deepcopy(losses.settings)
-    small.finetuning.learn = "lora"
+    small.finetuning.trainable = "lora"
     low = replace(PLAIN, learning_precision="bfloat16", gradient_checkpointing=True)
     whole = losses(PLAIN, small)
     assert losses(low, small, dtype="bfloat16") == pytest.approx(whole, rel=0.05)

@@ -1,6 +1,8 @@
 """Token positions, on the word pieces of Stable Diffusion's own vocabulary (it comes with open_clip)."""
 
 import gzip
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -8,11 +10,10 @@ import pytest
 from open_clip.tokenizer import bytes_to_unicode
 from transformers import CLIPTokenizer
 
+from mifo.backbones.clip import prompt_words
 from mifo.errors import MifoError
 from mifo.method.prompts.function_words import is_function_word
-from mifo.method.prompts.instances import check_instances, find_instances
-from mifo.method.prompts.function_words import is_function_word
-from mifo.method.prompts.instances import check_instances, check_placeholders, find_instances
+from mifo.method.prompts.instances import PromptTokens, check_instances, check_placeholders, find_instances
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +31,20 @@ def tokenizer() -> CLIPTokenizer:
     return tokenizer
 
 
+def found_in(tokenizer: CLIPTokenizer, prompt: str, keys: Sequence[str] = ()) -> PromptTokens:
+    return find_instances(prompt, keys, partial(prompt_words, tokenizer))
+
+
 def test_positions_in_a_prompt_of_instances(tokenizer):
-    found = find_instances(tokenizer, "a photo of <asset2> and <asset0>", ["<asset0>", "<asset2>"])
+    found = found_in(tokenizer, "a photo of <asset2> and <asset0>", ["<asset0>", "<asset2>"])
     assert list(found.subjects.items()) == [("<asset0>", (6,)), ("<asset2>", (4,))]
     assert found.filter_indices == (1, 3, 5)
-    assert found.eos_index == 7
+    assert (found.eos_index, found.length) == (7, 77)
 
 
 def test_every_occurrence_counts_and_case_and_punctuation_do_not_matter(tokenizer):
     prompt = "<asset1>, a photo of <asset1> at The Beach!"
-    found = find_instances(tokenizer, prompt, ["<asset1>", "the  beach"])
+    found = found_in(tokenizer, prompt, ["<asset1>", "the  beach"])
     pieces = tokenizer.convert_ids_to_tokens(tokenizer(prompt)["input_ids"])
     assert [pieces[position] for position in found.subjects["<asset1>"]] == ["<asset1>"] * 2
     assert [pieces[position] for position in found.subjects["the  beach"]] == ["the</w>", "beach</w>"]
@@ -50,32 +55,32 @@ def test_words_of_several_pieces_are_found_whole_and_lead_by_their_last(tokenize
     prompt = "a photo of a chameleonic dachshund's cafe"
     pieces = tokenizer.convert_ids_to_tokens(tokenizer(prompt)["input_ids"])
     assert pieces[5:7] == ["chamele", "onic</w>"]
-    found = find_instances(tokenizer, prompt, ["chameleonic dachshund"])
+    found = found_in(tokenizer, prompt, ["chameleonic dachshund"])
     assert found.subjects["chameleonic dachshund"] == (5, 6, 7)
     assert [pieces[position] for position in found.filter_indices] == ["a</w>", "of</w>", "a</w>", "'s</w>"]
 
 
 def test_a_word_is_not_found_inside_another(tokenizer):
-    assert find_instances(tokenizer, "a scar on a car", ["car"]).subjects["car"] == (5,)
+    assert found_in(tokenizer, "a scar on a car", ["car"]).subjects["car"] == (5,)
     with pytest.raises(MifoError, match="'car'"):
-        find_instances(tokenizer, "a scar on a carpet", ["car"])
+        found_in(tokenizer, "a scar on a carpet", ["car"])
 
 
 def test_a_longer_phrase_keeps_its_words_from_a_shorter_one(tokenizer):
-    found = find_instances(tokenizer, "a car and a red car", ["car", "red car"])
+    found = found_in(tokenizer, "a car and a red car", ["car", "red car"])
     assert found.subjects == {"car": (2,), "red car": (5, 6)}
     with pytest.raises(MifoError, match="'car'"):
-        find_instances(tokenizer, "a red car", ["car", "red car"])
+        found_in(tokenizer, "a red car", ["car", "red car"])
 
 
 def test_function_words_inside_a_boxed_phrase_stay_open(tokenizer):
-    found = find_instances(tokenizer, "a cup of tea on a table", ["cup of tea"])
+    found = found_in(tokenizer, "a cup of tea on a table", ["cup of tea"])
     assert found.subjects["cup of tea"] == (2, 3, 4)
     assert found.filter_indices == (1, 5, 6)
 
 
 def test_numbers_in_digits_are_function_words_and_nouns_are_not(tokenizer):
-    found = find_instances(tokenizer, "25 chairs in front of two walls")
+    found = found_in(tokenizer, "25 chairs in front of two walls")
     assert found.filter_indices == (1, 2, 4, 6, 7)
     assert not any(
         is_function_word(word) for word in ("photo", "red", "beach", "front", "striped", "<asset0>")
@@ -95,11 +100,12 @@ def test_numbers_in_digits_are_function_words_and_nouns_are_not(tokenizer):
 )
 def test_what_a_prompt_cannot_mean_is_refused(tokenizer, prompt, keys, reason):
     with pytest.raises(MifoError, match=reason):
-        find_instances(tokenizer, prompt, keys)
+        check_instances(prompt, keys, ["<asset0>", "<asset1>", "<asset2>"])
+        found_in(tokenizer, prompt, keys)
 
 
 def test_the_longest_prompt_that_fits_is_taken(tokenizer):
-    assert find_instances(tokenizer, "a photo of <asset0>" + " very" * 71).eos_index == 76
+    assert found_in(tokenizer, "a photo of <asset0>" + " very" * 71).eos_index == 76
 
 
 def test_instances_are_checked_without_a_tokenizer():

@@ -87,9 +87,7 @@ def test_the_unconditional_half_sees_all_words_and_is_bounded_among_pixels(words
 def test_as_many_subjects_as_there_are_bits_are_told_apart():
     shapes = torch.eye(27, dtype=torch.bool)[None]
     places = {str(i): (i + 1,) for i in range(27)}
-    words = SubjectWords.of(
-        list(places.values()), PromptTokens(places, (28,), 29, 31), torch.device("cpu")
-    )
+    words = SubjectWords.of(list(places.values()), PromptTokens(places, (28,), 29, 31), torch.device("cpu"))
     assert torch.equal(pixel_rule(shapes).allowed()[0], torch.eye(27, dtype=torch.bool))
     allowed = word_rule(shapes, words, guidance=False).allowed()[0]
     assert torch.equal(allowed[:, 1:28], torch.eye(27, dtype=torch.bool))

@@ -52,9 +52,7 @@ def boxes_of(v):
 
 
 def tokens_of(v):
-    subjects = {
-        f"<asset{j}>": tuple(v[f"subject{j}_token_indices"].tolist()) for j in range(len(v["boxes"]))
-    }
+    subjects = {f"<asset{j}>": tuple(v[f"subject{j}_token_indices"].tolist()) for j in range(len(v["boxes"]))}
     length = v["encoder_hidden_states"].shape[1]
     return PromptTokens(subjects, tuple(v["filter_indices"].tolist()), v["eos_index"].item(), length)
 
@@ -106,7 +104,9 @@ def test_denoising_agrees_with_the_reference_at_each_step(pinned):
             assert relative_error(after, v["expected_latents_after_step"][step]) < 1e-5
 
 
-def run(unet, v, boxes, guidance=QUICK, settings=SHORT, process=PROCESS, accelerate=None, sampler=None, **options):
+def run(
+    unet, v, boxes, guidance=QUICK, settings=SHORT, process=PROCESS, accelerate=None, sampler=None, **options
+):
     """Latents of the prompt of a synthesis file; `sampler` goes on with that of an earlier run."""
     if sampler is None:
         sampler = sampler_of(unet, guidance, settings, process, accelerate)

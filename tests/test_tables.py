@@ -24,7 +24,6 @@ from mifo.config.compose import compose
 from mifo.data.saved_pictures import Picture, save_pictures
 from mifo.errors import MifoError
 from mifo.metrics.evaluation import Evaluation, has_scores
-from mifo.data.saved_pictures import Picture, save_pictures
 from mifo.metrics.scores import Evaluator, Score
 from mifo.report.comparison import SIDE
 from mifo.tables import execute, plan
@@ -34,7 +33,6 @@ from mifo.tables.plot import draw_table
 from mifo.tables.record import About, Entry, read_record, write_record
 from mifo.tables.settings import TableSettings, read_table
 from mifo.tables.write import claim_results, write_table
-from mifo.commands.table import table
 
 ROOT = Path(__file__).parents[1]
 TABLES = sorted(path.parent for path in (ROOT / "experiments").glob("*/table.yaml"))
@@ -108,13 +106,14 @@ def test_rows_that_differ_after_learning_alone_learn_the_same():
 def test_a_grid_makes_a_row_of_every_combination(folder):
     (folder / "small" / "table.yaml").write_text(
         "title: Grid\nscenes: {cars: [three_cars]}\nseeds: [0]\n"
-        "grid: {penalty.warmup.weight: [0, 1], penalty.semantic.weight: [2, 3]}\n"
-        "overrides: ['penalty.finetuning.weight=${penalty.semantic.weight}']\n"
+        "grid: {penalty.reward_weight: [0, 1], penalty.terms.penalty.weight: [2, 3]}\n"
+        "overrides: ['penalty.terms.finetuning.weight=${penalty.terms.penalty.weight}']\n"
     )
     runs = plan.plan("small", *read_table(folder / "small", []))
-    weights = [(run.settings.penalty.warmup.weight, run.settings.penalty.finetuning.weight) for run in runs]
+    terms = [run.settings.penalty.terms for run in runs]
+    weights = [(each["reward"].weight, each["finetuning"].weight) for each in terms]
     assert weights == [(0, 2), (0, 3), (1, 2), (1, 3)]
-    assert runs[0].row == "warmup.weight=0, semantic.weight=2"
+    assert runs[0].row == "penalty.reward_weight=0, penalty.weight=2"
 
 
 def test_a_run_is_composed_as_its_process_will_compose_it(folder):
@@ -287,7 +286,7 @@ def test_an_unknown_key_of_a_table_is_refused_in_one_sentence(folder, mifo, caps
         (["table.overrides=[seed=7]"], "table.seeds"),
         (["penalty=none", "table.rows={a: [penalty=mifo]}"], "row 'a'.*table.rows"),
         (["guidance=none", "table.rows={a: [], b: [guidance=mifo]}"], "row 'b'.*table.rows"),
-        (["penalty.warmup.weight=2", "table.grid={penalty.warmup.weight: [0, 1]}"], "table.grid"),
+        (["penalty.reward_weight=2", "table.grid={penalty.reward_weight: [0, 1]}"], "table.grid"),
     ],
 )
 def test_an_override_that_belies_the_labels_is_refused(folder, arguments, words):
@@ -299,7 +298,9 @@ def test_an_override_of_what_no_label_names_is_accepted(folder):
     given = ["model=sd21", "guidance=none", "instances.fit=pad", "learning.semantic.steps=7"]
     assert read_table(folder / "small", given)[1] == given
     weights = ROOT / "experiments" / "loss_weights"
-    assert "penalty.finetuning.weight=1" in read_table(weights, ["penalty.finetuning.weight=1"])[1]
+    assert (
+        "penalty.terms.finetuning.weight=1" in read_table(weights, ["penalty.terms.finetuning.weight=1"])[1]
+    )
     # what a table's own file says of every run is part of the table
     with open("small/table.yaml", "a") as file:
         file.write("overrides: [method=mifo]\n")
@@ -462,7 +463,7 @@ def test_a_record_is_extended_by_a_row(folder, made, capsys):
     assert table(["small", "table.results=first", "table.workers=0"]) == 0
     shutil.rmtree(folder / "outputs")
     made.clear()
-    more = "table.rows={MIFO: [method=mifo], mine: [penalty.semantic.weight=0.7]}"
+    more = "table.rows={MIFO: [method=mifo], mine: [penalty.terms.penalty.weight=0.7]}"
     asked = ["small", more, "table.record=first", "table.workers=0"]
     assert table([*asked, "table.missing=leave", "table.results=left"]) == 2
     assert not made

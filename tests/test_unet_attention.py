@@ -1,4 +1,4 @@
-"""Attention of a U-Net, read and bounded: against diffusers' own processors, and the U-Net left as it was found."""
+"""Attention of a U-Net, read and bounded, against diffusers' own; the U-Net is left as it was found."""
 
 import pytest
 import torch
@@ -87,9 +87,7 @@ def test_output_and_probabilities_equal_those_of_diffusers(model, vector_unet, i
 
 
 def test_unread_attention_is_that_of_diffusers(model, vector_unet, inputs):
-    torch.testing.assert_close(
-        predicted(model, inputs)[0], vector_unet(*inputs).sample, rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(predicted(model, inputs)[0], vector_unet(*inputs).sample, rtol=1e-4, atol=1e-5)
 
 
 def test_word_maps_come_from_the_last_rows(model, inputs):
@@ -148,7 +146,8 @@ def test_checkpointing_changes_no_gradient_though_reads_are_gone_when_backward_r
     (term,) = Timeline(one_term("penalty"), "semantic", 10, model).active(0)
     read = word_maps(torch.tensor([[4], [5]]))
     runs = []
-    vector_unet.up_blocks[1].attentions[0].register_forward_pre_hook(lambda *_: runs.append(1))
+    block = vector_unet.up_blocks[1].attentions[0].transformer_blocks[0]
+    block.register_forward_pre_hook(lambda *_: runs.append(1))
     gradients, counts = [], []
     for checkpointing in (False, True):
         if checkpointing:
@@ -202,7 +201,9 @@ def test_the_old_processors_return_whatever_happens(model, vector_unet, inputs):
 
 
 def test_a_bias_closes_what_has_no_bit_in_common():
-    rule = Rule(torch.tensor([[1, 2, 3]], dtype=torch.int32), torch.tensor([[1, 2, 4, -1]], dtype=torch.int32))
+    rule = Rule(
+        torch.tensor([[1, 2, 3]], dtype=torch.int32), torch.tensor([[1, 2, 4, -1]], dtype=torch.int32)
+    )
     expected = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 1], [1, 1, 0, 1]]).bool()
     assert torch.equal(rule.allowed()[0], expected)
     assert torch.equal(sees(*rule)[0], expected)
@@ -256,7 +257,9 @@ def test_recorded_maps_are_means_of_the_conditional_half_over_passes_and_layers(
     with torch.no_grad():
         for time in (900, 400):
             both = torch.cat([latents, latents])
-            _, found = predicted(model, (both, torch.tensor(time), text_states), dict.fromkeys(shaping, whole))
+            _, found = predicted(
+                model, (both, torch.tensor(time), text_states), dict.fromkeys(shaping, whole)
+            )
             for site, maps in found.items():
                 expected[site.kind].append(maps[2:][..., [4, 7]] if site.kind == "words" else maps[2:])
     sampler, regions = regions_of(model, masked=False)
@@ -306,7 +309,9 @@ def test_each_sample_is_masked_by_its_own_shapes(model, text_states, latents, mo
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_gives_no_nan(vector_unet, text_states, latents, dtype):
     states = text_states.to(dtype)
-    sampler, regions = regions_of(VectorModel(vector_unet.to(dtype), PROCESS), iterations=1, step_size_start=1.0)
+    sampler, regions = regions_of(
+        VectorModel(vector_unet.to(dtype), PROCESS), iterations=1, step_size_start=1.0
+    )
     guided, losses = regions.guide(latents, prompt(states), 0)
     gradient = latents - guided
     prediction, maps = both_halves(sampler, regions, latents, states, 700, record=True)
@@ -316,7 +321,9 @@ def test_half_precision_gives_no_nan(vector_unet, text_states, latents, dtype):
 
 
 @pytest.mark.parametrize("left_first", [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION])
-def test_long_queries_ask_cudnn_first_whatever_ran_before(model, text_states, latents, monkeypatch, left_first):
+def test_long_queries_ask_cudnn_first_whatever_ran_before(
+    model, text_states, latents, monkeypatch, left_first
+):
     fused = functional.scaled_dot_product_attention
     asked = set()
 
