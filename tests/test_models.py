@@ -17,6 +17,7 @@ from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
 from mifo.making.class_pictures import class_picture_files
 from mifo.method.backbone import Conditioning
+from mifo.method.diffusion.ddim import DDIM
 
 
 @pytest.fixture
