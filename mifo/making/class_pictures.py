@@ -14,7 +14,6 @@ from rich.progress import Progress
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from mifo.acceleration.graphs import GraphedFunction
 from mifo.acceleration.settings import PerformanceSettings
 from mifo.backbones.model import DiffusionModel
 from mifo.data.class_pictures import ClassPictures, own_picture_files
@@ -56,7 +55,7 @@ def class_picture_files(
     and in whichever precision.
 
     Args:
-        performance: precision of learning and CUDA graphs are taken from it; None: float32, no graphs.
+        performance: the precision of learning is taken from it; None: float32.
 
     Raises:
         MifoError: see `own_picture_files`; or the cache can not be written.
@@ -127,28 +126,25 @@ def _make(
 ) -> None:
     """Make pictures, each given by its file, its prompt and its number among those of the prompt."""
     dtype = getattr(torch, performance.learning_precision)
-    # a cache of rounded weights would stay in memory, and no graph can be captured with it
+    # a cache of rounded weights would stay in memory
     autocast = torch.autocast(
         model.device.type, dtype, enabled=dtype is not torch.float32, cache_enabled=False
     )
     sampling = SynthesisSettings(steps=settings.steps, guidance_scale=settings.guidance_scale)
-    graphed = partial(GraphedFunction, wanted=performance.cuda_graphs)
-    sampler = Sampler(model, sampling, GuidanceSettings(), graphed)
+    sampler = Sampler(model, sampling, GuidanceSettings())
     size = min(settings.batch_size or (16 if model.device.type == "cuda" else 4), len(missing))
     with Progress(transient=True) as progress:
         bar = progress.add_task("class pictures", total=len(missing) * settings.steps)
         for start in range(0, len(missing), size):
             chosen = missing[start : start + size]
-            # graphs want the last batch as large as the others
-            padded = chosen + chosen[-1:] * (size - len(chosen) if performance.cuda_graphs else 0)
             step = partial(progress.advance, bar, len(chosen))
             with autocast:
                 latents = sampler(
-                    model.encode_prompts([""] * len(padded) + [prompt for _, prompt, _ in padded]),
-                    torch.stack([_initial_noise(model, seed, i) for *_, i in padded]).to(model.device),
+                    model.encode_prompts([""] * len(chosen) + [prompt for _, prompt, _ in chosen]),
+                    torch.stack([_initial_noise(model, seed, i) for *_, i in chosen]).to(model.device),
                     on_step=lambda _, advance=step: advance(),
                 )
-            images = model.decode_latents(latents[: len(chosen)], 2)
+            images = model.decode_latents(latents, 2)
             for (file, *_), image in zip(chosen, images.cpu(), strict=True):
                 # renamed when whole, so that a killed run or one beside this one leaves no half picture
                 unfinished = file.with_suffix(f".{os.getpid()}.png")
