@@ -1,4 +1,4 @@
-"""The design page's borders: the mathematics knows no framework."""
+"""The design page's borders: the method knows no framework, no model and no other room."""
 
 import ast
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mifo"
-FRAMEWORKS = {"hydra", "omegaconf", "lightning", "wandb"}
-PURE = ("attention", "penalty", "diffusion", "guidance", "shapes", "prompts", "synthesis")
+FOREIGN = {"hydra", "omegaconf", "lightning", "wandb", "diffusers", "transformers"}
+METHOD = sorted((PACKAGE / "method").rglob("*.py"))
 
 
 def imported(path: Path, seen: set[Path]) -> set[str]:
@@ -31,11 +31,9 @@ def imported(path: Path, seen: set[Path]) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize(
-    "path",
-    [path for folder in PURE for path in (PACKAGE / folder).rglob("*.py")]
-    + [PACKAGE / "learning" / "objective.py"],
-    ids=lambda path: str(path.relative_to(PACKAGE)),
-)
-def test_the_mathematics_imports_no_framework(path):
-    assert not imported(path, set()) & FRAMEWORKS
+@pytest.mark.parametrize("path", METHOD, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_method_imports_no_framework_and_no_other_room(path):
+    seen: set[Path] = set()
+    assert not imported(path, seen) & FOREIGN
+    apart = {each for each in seen if not each.is_relative_to(PACKAGE / "method")}
+    assert apart <= {PACKAGE / "errors.py"}
