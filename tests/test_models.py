@@ -236,11 +236,11 @@ def test_a_tokenizer_without_a_length_takes_that_of_the_text_encoder(source, tmp
     assert torch.equal(without.encode_prompts(prompts).parts["states"], model.encode_prompts(prompts).parts["states"])
 
 
-def test_class_pictures_of_other_timesteps_are_made_anew(model, tmp_path):
+def test_class_pictures_of_other_timesteps_are_made_anew(source, model, tmp_path):
     prior = PriorSettings(pictures=1, steps=1, cache=str(tmp_path))
     (first,), _ = class_picture_files(model, ["a car"], prior, 0)
-    model.noise_scheduler.register_to_config(steps_offset=0)
-    (second,), _ = class_picture_files(model, ["a car"], prior, 0)
+    other = load_model(copy_of(source, tmp_path / "copy", scheduler={"steps_offset": 0}))
+    (second,), _ = class_picture_files(other, ["a car"], prior, 0)
     assert first != second and first.read_bytes() != second.read_bytes()
 
 

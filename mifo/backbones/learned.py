@@ -121,11 +121,12 @@ def read_learned(folder: Path | str) -> Learned:
         raise MifoError(
             f"{folder} has format {written}, this version of MIFO reads {FORMAT}; learn it again."
         )
-    if isinstance(content, dict) and "learn" in content:  # of before the house was rebuilt
-        learn = content.pop("learn")
-        content["trainable"] = {"kv": "cross_attention_kv", "unet": "denoiser"}.get(learn, learn)
-        if isinstance(content.get("base"), dict):
-            content["base"]["prediction_type"] = content.pop("prediction_type", None)
+    if isinstance(content, dict):  # what earlier versions wrote under other names
+        if "learn" in content:
+            learn = content.pop("learn")
+            content["trainable"] = {"kv": "cross_attention_kv", "unet": "denoiser"}.get(learn, learn)
+        if "prediction_type" in content and isinstance(content.get("base"), dict):
+            content["base"].setdefault("prediction_type", content.pop("prediction_type"))
     learned = as_record(content, Learned, file)
     count = len(learned.tokens)
     wrong = {
