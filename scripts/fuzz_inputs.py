@@ -447,7 +447,8 @@ def fuzz(harness: Harness, all_kinds: list[Kind], expected: dict[str, dict[str, 
     root = place / kind.place
     command = kind.command
     if not kind.files:
-        file, how, same = kind.given / "config.yaml", odd_override(kind.given / "config.yaml", choose), False
+        file, same = root / "config.yaml", False
+        how = odd_override(file, choose)
         command = [*command, how]
     else:
         file, how, same = damage_one(root, kind.files, choose)
