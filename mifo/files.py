@@ -71,6 +71,18 @@ def write_whole(path: Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
 
 
+def check_entries(folder: Path) -> None:
+    """Refuse pipes and devices below a folder, for which a library that reads the folder would wait.
+
+    Raises:
+        MifoError: naming the first of them.
+    """
+    for place, _, files in os.walk(folder):
+        for path in (Path(place, name) for name in files):
+            if path.exists() and not path.is_file():
+                raise MifoError(f"{path} is no regular file; put a file there")
+
+
 def check_room(folder: Path, needed: int) -> None:
     """Make `folder` where it is missing, and see that files can be written there and `needed` bytes are free.
 
@@ -152,10 +164,13 @@ def read_json(path: Path) -> Any:
         raise MifoError(f"{path} is damaged: it is not JSON ({error})") from error
 
 
-def read_yaml(path: Path) -> Any:
+def read_yaml(path: Path, from_outside: bool = False) -> Any:
     """The content of a YAML file in plain types.
 
     Aliases, which can multiply a few lines to gigabytes, are refused.
+
+    Args:
+        from_outside: the file may come from a stranger: ${…}, which could read the environment, is refused.
 
     Raises:
         MifoError: as `read_text`, or the file is not YAML.
@@ -169,9 +184,12 @@ def read_yaml(path: Path) -> Any:
         # floats such as 1e-4 are numbers in OmegaConf's dialect, strings in plain YAML
         from omegaconf import OmegaConf
 
-        return OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
+        content = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
     except (YAMLError, RecursionError, ValueError) as error:
         raise MifoError(f"{path} is damaged: it is not YAML ({' '.join(str(error).split())})") from error
+    if from_outside and "${" in repr(content):
+        raise MifoError(f"{path} holds ${{…}}, which is not read; write the value out")
+    return content
 
 
 def read_record(path: Path, form: type[T]) -> T:

@@ -1,10 +1,12 @@
 """Damage the files that MIFO reads, run the command that reads them, and look how it ends.
 
-    python scripts/fuzz_inputs.py --cases 5000 --jobs 16
+    python scripts/fuzz_inputs.py --cases 5000 --jobs 14 --seconds 540
 
-Every command is `mifo.cli.main` in a forked process on a tiny random pipeline. It may end with its result
-(that of the undamaged file, where a checksum can tell) or with one sentence. The exit code is 1 if anything
-else was seen; the files then stay:
+One file of a photo, of class pictures, of a learned result, of pictures, of a run's checkpoints or records,
+of a table or of a model is damaged, or a value that makes no sense is typed for one key of a run. Every
+command is `mifo.cli.main` in a forked process on a tiny random pipeline. It may end with its result (that of
+the undamaged file, where a checksum can tell) or with one sentence. `--seconds` ends the harness in time;
+`--seed` gives other cases. A table comes last. The exit code is 1 if anything else was seen; the files stay:
 
     hang       the command took longer than 60 seconds
     trace      a traceback was printed, or the process died
@@ -14,9 +16,11 @@ else was seen; the files then stay:
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import gc
+import importlib
 import io
 import json
 import math
@@ -29,11 +33,11 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kill_runs import SYNTHESIS, TINY, TWO_PROMPTS, Harness, end, prepare, results, start, wait
+from kill_runs import SYNTHESIS, TINY, TWO_PROMPTS, Harness, end, prepare, results, run_shares, start, wait
 
 LIMIT = 60  # seconds of one command
 ODD = [
@@ -54,6 +58,23 @@ ODD = [
     "NaN",
     "a" * 5000,
 ]
+VALUES = [
+    "null",
+    "true",
+    "-1",
+    "0",
+    "0.5",
+    "1e308",
+    "1e-300",
+    "nan",
+    "inf",
+    "-inf",
+    "''",
+    "x",
+    "é",
+    "'../..'",
+]
+VALUES += ["[]", "{}", "[null]", "[[1]]", "{a: 1}", "'${oops}'", "'<asset9>'", "/dev/zero", "a" * 300]
 
 
 @dataclass(frozen=True)
@@ -63,7 +84,7 @@ class Kind:
     Attributes:
         given: the undamaged folder.
         place: where the command looks for it.
-        files: patterns of the files that are damaged.
+        files: patterns of the files that are damaged; none: a value of its configuration is typed instead.
         checked: whether a change of their content must be noticed; else other content is another input.
     """
 
@@ -105,6 +126,7 @@ def kinds(harness: Harness) -> list[Kind]:
         ),
         Kind("checkpoints", half, "run", ("checkpoints/**/*",), resume, True),
         Kind("run records", half, "run", records, resume, False),
+        Kind("values", made / "run" / "run", "before", (), harness.commands["run"], False),
         Kind("table", harness.folder / "table", "given", ("small/*", "record/*"), table, False),
         Kind(
             "model",
@@ -357,14 +379,9 @@ DAMAGE = [
 ]
 
 
-def fuzz(harness: Harness, all_kinds: list[Kind], expected: dict[str, dict[str, str]], seed: int) -> dict:
-    """Damage one file, run its command, and say how it ended."""
-    choose = random.Random(seed)
-    kind = all_kinds[seed % len(all_kinds)]
-    place = harness.folder / "cases" / f"{seed:06d}"
-    shutil.copytree(kind.given, place / kind.place)
-    root = place / kind.place
-    files = sorted(file for pattern in kind.files for file in root.glob(pattern) if file.is_file())
+def damage_one(root: Path, patterns: tuple[str, ...], choose: random.Random) -> tuple[Path, str, bool]:
+    """Damage one of the files; returns it, the way, and whether it has the same bytes as before."""
+    files = sorted(file for pattern in patterns for file in root.glob(pattern) if file.is_file())
     file = choose.choice(files)
     before = file.read_bytes()
     if choose.random() < 0.05:
@@ -375,9 +392,68 @@ def fuzz(harness: Harness, all_kinds: list[Kind], expected: dict[str, dict[str, 
         damage = choose.choice(DAMAGE if before else [noise, missing, pipe, link, folder_instead])
         how = damage.__name__
         damage(file, choose)
-    same = file.is_file() and not file.is_symlink() and file.read_bytes() == before
+    return file, how, file.is_file() and not file.is_symlink() and file.read_bytes() == before
+
+
+def odd_override(recorded: Path, choose: random.Random) -> str:
+    """`key=value` of a key of the recorded configuration, with a value that makes no sense."""
+    import yaml
+
+    def leaves(node: object, keys: tuple[str, ...]) -> Iterator[str]:
+        if isinstance(node, dict) and node:
+            for name, value in node.items():
+                yield from leaves(value, (*keys, name))
+        elif keys and keys[0] not in ("paths", "task", "resume", "hydra"):
+            yield ".".join(keys)
+
+    key = choose.choice([*leaves(yaml.safe_load(recorded.read_text()), ())])
+    # no large numbers, which ask for long work
+    return f"{key}={choose.choice(VALUES)}"
+
+
+def undamaged(harness: Harness, wanted: list[Kind]) -> dict[str, dict[str, str]]:
+    """What the command of each kind gives where nothing is damaged."""
+    pids, expected = {}, {}
+    for kind in wanted:
+        place = harness.folder / "undisturbed" / kind.name.replace(" ", "_")
+        shutil.copytree(kind.given, place / kind.place)
+        pids[kind.name] = place, start(kind.command, place, place / "tmp")
+    for name, (place, pid) in pids.items():
+        code, expected[name] = wait(pid, 600), results(place)
+        if code != 0 or not expected[name]:
+            print(Path(f"{place}.stderr").read_text(), file=sys.stderr)
+            raise SystemExit(f"mifo does not run on an undamaged {name} (code {code})")
+        for module in Path(f"{place}.modules").read_text().splitlines():
+            with contextlib.suppress(Exception):
+                importlib.import_module(module)
+    return expected
+
+
+def seen(harness: Harness, all_kinds: list[Kind], expected: dict[str, dict[str, str]], seed: int) -> dict:
+    """What `fuzz` saw; an error of the harness is seen too."""
+    try:
+        return fuzz(harness, all_kinds, expected, seed)
+    except Exception as error:
+        record = {"seed": seed, "kind": "harness", "file": "", "damage": "", "problem": "harness"}
+        return record | {"seconds": 0.0, "code": None, "folder": "", "told": repr(error)}
+
+
+def fuzz(harness: Harness, all_kinds: list[Kind], expected: dict[str, dict[str, str]], seed: int) -> dict:
+    """Damage one file, run its command, and say how it ended."""
+    choose = random.Random(seed)
+    kind = all_kinds[seed % len(all_kinds)]
+    place = harness.folder / "cases" / f"{seed:06d}"
+    shutil.copytree(kind.given, place / kind.place)
+    root = place / kind.place
+    command = kind.command
+    if not kind.files:
+        file, same = root / "config.yaml", False
+        how = odd_override(file, choose)
+        command = [*command, how]
+    else:
+        file, how, same = damage_one(root, kind.files, choose)
     began = time.monotonic()
-    pid = start(kind.command, place, place / "tmp")
+    pid = start(command, place, place / "tmp")
     code = wait(pid, LIMIT)
     seconds = time.monotonic() - began
     if code is None:
@@ -415,24 +491,12 @@ def finite(run: Path) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors) and "nan" not in text.lower()
 
 
-def share(one: Callable[[int], dict], seeds: list[int], file: Path) -> None:
-    """Run cases one after the other, and write a line for each."""
-    with file.open("w") as lines:
-        for seed in seeds:
-            try:
-                record = one(seed)
-            except Exception as error:
-                record = {"seed": seed, "kind": "harness", "file": "", "damage": "", "problem": "harness"}
-                record |= {"seconds": 0.0, "code": None, "folder": "", "told": repr(error)}
-            lines.write(json.dumps(record) + "\n")
-            lines.flush()
-
-
 def main() -> int:
     """Run the harness; returns 1 if anything was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--cases", type=int, default=100)
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2))
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which it ends")
     parser.add_argument("--seed", type=int, default=0, help="of the first case; one more for each other")
     parser.add_argument("--kind", help="damage files of this kind only, such as learned")
     parser.add_argument("--folder", help="where to work; kept. None: a temporary folder")
@@ -443,47 +507,32 @@ def main() -> int:
     prepare()
     harness = Harness(folder, folder)
     wanted = [kind for kind in kinds(harness) if given.kind in (None, kind.name)]
-    expected = {}
-    for kind in wanted:
-        place = folder / "undamaged" / kind.name.replace(" ", "_")
-        shutil.copytree(kind.given, place / kind.place)
-        code = wait(start(kind.command, place, place / "tmp"), 600)
-        expected[kind.name] = results(place)
-        if code != 0 or not expected[kind.name]:
-            print(Path(f"{place}.stderr").read_text(), file=sys.stderr)
-            raise SystemExit(f"mifo {kind.command[0]} does not run on an undamaged {kind.name} (code {code})")
+    expected = undamaged(harness, wanted)
     print(f"{folder}: ready after {time.monotonic() - began:.0f} s", flush=True)
     gc.freeze()
     (folder / "cases").mkdir()
-    one = functools.partial(fuzz, harness, wanted, expected)
-    files = [folder / f"share-{job}.jsonl" for job in range(given.jobs)]
-    last = given.seed + given.cases
-    context = multiprocessing.get_context("fork")
-    workers = [
-        context.Process(target=share, args=(one, [*range(given.seed + job, last, given.jobs)], file))
-        for job, file in enumerate(files)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    seen: dict[str, Counter] = defaultdict(Counter)
+    one = functools.partial(seen, harness, wanted, expected)
+    seeds = [*range(given.seed, given.seed + given.cases)]
+    records = run_shares(one, seeds, given.jobs, folder / "shares", began + given.seconds)
+    counts: dict[str, Counter] = defaultdict(Counter)
     for record in records:
         ended = record["problem"] or ("result" if record["code"] == 0 else "sentence")
-        seen[record["kind"]][ended] += 1
+        counts[record["kind"]][ended] += 1
     found = [record for record in records if record["problem"]]
     for record in found[:60]:
         print("{problem}: {kind} {file}, {damage}, seed {seed}, {folder}\n    {told}".format(**record))
     columns = ["result", "sentence", "hang", "trace", "silent", "different", "wrong", "harness"]
     print(f"{'':<16}" + "".join(f"{column:>10}" for column in columns))
-    for name, counts in seen.items():
-        print(f"{name:<16}" + "".join(f"{counts[column]:>10}" for column in columns))
+    for name, ends in sorted(counts.items()):
+        print(f"{name:<16}" + "".join(f"{ends[column]:>10}" for column in columns))
     slow = max((record["seconds"] for record in records), default=0.0)
-    print(f"{len(records)} cases, slowest {slow:.1f} s, {len(found)} found, {time.monotonic() - began:.0f} s")
+    print(
+        f"{len(records)} cases of {given.cases}, seed {given.seed}, slowest {slow:.1f} s, "
+        f"{len(found)} found, {time.monotonic() - began:.0f} s"
+    )
     if not found and not given.folder:
         shutil.rmtree(folder)
-    return int(bool(found) or len(records) != given.cases)
+    return int(bool(found))
 
 
 if __name__ == "__main__":

@@ -1,26 +1,38 @@
 """Kill real commands at random moments, or fill their disk, go on with them, and compare the results' bits.
 
-    python scripts/kill_runs.py --kills 500 --jobs 8           # signals: SIGKILL, SIGTERM, SIGHUP
-    python scripts/kill_runs.py --full-disks 100 --jobs 8      # a file system that is full at some write
+    python scripts/kill_runs.py --kills 500 --full-disks 1000 --jobs 14 --seconds 540
+
+Signals are SIGKILL, SIGTERM and SIGHUP. A disk is filled at every touch of a file once. An undisturbed run
+opens, makes, renames and removes so many files of its folder; from touch i on, no file of the process can
+grow, beyond 0 bytes or beyond 4,096, which tears files. Between two files that are written lies a touch, so
+that the first write of every file fails in some case. Not covered: a folder or a name for which there is no
+room, and a disk that is full for the run but not for the temporary folder.
 
 Python and PyTorch are imported once; every command is `mifo.cli.main` in a forked process on a tiny random
-pipeline, with every second temporary folder on another file system. The exit code is 1 if anything was found:
+pipeline, with every second temporary folder on another file system. A table comes last. The exit code is 1 if
+anything was found:
 
     stuck      the command could not be ended by going on with it
-    bits       the result differs from that of an undisturbed run
+    bits       the result differs from that of an undisturbed run, or from that of a process of its own
     half       a result that was not finished stood under the name of a finished one
     trace      a traceback was printed
     status     `status.json` is damaged, or says "running" after a signal that a process can answer
     rubbish    files of an interrupted attempt are left beside the finished result
+
+`--seconds` ends the harness in time, with the table of what was done until then; `--seed` gives other cases,
+so that the tables of several calls can be summed.
 """
 
 import argparse
 import atexit
 import contextlib
+import fcntl
+import functools
 import gc
 import hashlib
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -34,27 +46,27 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+ROOMS = (0, 4096)  # bytes that a file can have on a full disk
+LAST = 20  # seconds before the end in which no case begins any more
 LONGEST = 120  # seconds of one command before it counts as stuck
 SIGNALS = [signal.SIGKILL] * 3 + [signal.SIGTERM] * 2 + [signal.SIGHUP]
 TINY = [
     *("device=cpu", "model=local", "learning.semantic.steps=3", "learning.finetuning.steps=2"),
     *("learning.semantic.checkpoint_every=1", "learning.finetuning.checkpoint_every=1"),
-    *(
-        "learning.prior.pictures=2",
-        "learning.prior.steps=2",
-        "learning.prior.cache=cache",
-        "penalty.warmup_steps=1",
-    ),
-    *("trainer.log_every_n_steps=1",),
+    *("learning.prior.pictures=2", "learning.prior.steps=2"),
+    *("penalty.reward_steps=1", "trainer.log_every_n_steps=1"),
 ]
 SYNTHESIS = ["synthesis.steps=2", "synthesis.samples=1", "guidance.guided_steps=1", "guidance.iterations=1"]
+TOUCHES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
 TWO_PROMPTS = ["layout.endings=['in the snow','on the beach']"]
 
 
@@ -108,37 +120,70 @@ def call(arguments: list[str]) -> int:
     return 0
 
 
-def start(arguments: list[str], place: Path, temporary: Path, largest: int | None = None) -> int:
+_children: set[int] = set()  # commands of this process that run
+
+
+def start(
+    arguments: list[str],
+    place: Path,
+    temporary: Path,
+    full: tuple[int, int] | None = None,
+    stream: int | None = None,
+) -> int:
     """Fork a command that works in `place`; returns its process id, which is that of its group.
 
     Args:
-        largest: bytes of the largest file that it can write; None: any.
+        full: from this touch of a file on, no file can grow beyond so many bytes; None: none is full, and the
+            touches of an undisturbed command are counted.
+        stream: a file descriptor for what the command prints, since a file cannot grow on a full disk; None:
+            files beside `place`.
     """
     temporary.mkdir(parents=True, exist_ok=True)
     pid = os.fork()
     if pid:
+        _children.add(pid)
         return pid
     code = 1
     try:
         os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.chdir(place)
         for number, name in ((1, "stdout"), (2, "stderr")):
-            handle = os.open(f"{place}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(handle, number)
+            os.dup2(stream or os.open(f"{place}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.environ["TMPDIR"] = str(temporary)
+        os.environ |= {"TMPDIR": str(temporary), "XDG_CACHE_HOME": f"{place}/cache"}
         tempfile.tempdir = None
-        if largest is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
+        touches = _count_touches(place, *(full or (None, 0)))
         atexit._clear()
         code = call(arguments)
         atexit._run_exitfuncs()
-        if not code and place.parent.name == "undisturbed":
+        if place.parent.name in ("undisturbed", "measured"):
+            Path(f"{place}.touches").write_text(str(touches[0]))
             Path(f"{place}.modules").write_text("\n".join(sys.modules))
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
         os._exit(code)
+
+
+def _count_touches(place: Path, last: int | None, room: int) -> list[int]:
+    """Count how often this process touches a file below `place`; at number `last` the disk is full.
+
+    Returns:
+        A list whose one number is the count so far.
+    """
+    count = [0]
+
+    def touched(event: str, arguments: tuple) -> None:
+        if event not in TOUCHES or not isinstance(arguments[0], str | bytes | os.PathLike):
+            return
+        if os.path.abspath(os.fsdecode(arguments[0])).startswith(f"{place}/"):
+            count[0] += 1
+            if count[0] == last:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+
+    sys.addaudithook(touched)
+    return count
 
 
 def wait(pid: int, seconds: float) -> int | None:
@@ -147,6 +192,7 @@ def wait(pid: int, seconds: float) -> int | None:
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
+            _children.discard(pid)
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() > end:
             return None
@@ -156,6 +202,7 @@ def wait(pid: int, seconds: float) -> int | None:
 def end(pid: int) -> None:
     os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
+    _children.discard(pid)
 
 
 def results(place: Path) -> dict[str, str]:
@@ -201,55 +248,74 @@ class Harness:
             "learn": ["learn", *learn],
             "run": ["run", *learn, *SYNTHESIS, *TWO_PROMPTS],
         }
-        self.expected: dict[str, dict[str, str]] = {}
-        self.seconds: dict[str, float] = {}
-        self.measure("learn")
-        self.measure("run")
         before = folder / "undisturbed"
         model = [*TINY[:2], own[0], "hydra.run.dir=run"]
-        self.commands["synthesize"] = [
-            *("synthesize", f"learned={before / 'learn' / 'run'}", *model, *SYNTHESIS, *TWO_PROMPTS)
-        ]
-        self.measure("synthesize")
-        self.commands["evaluate"] = [
-            *(
-                "evaluate",
-                f"pictures={before / 'run' / 'run' / 'pictures'}",
-                "device=cpu",
-                "hydra.run.dir=run",
-            )
-        ]
-        self.measure("evaluate")
+        learned, pictures = before / "learn" / "run", before / "run" / "run" / "pictures"
+        self.commands |= {
+            "synthesize": ["synthesize", f"learned={learned}", *model, *SYNTHESIS, *TWO_PROMPTS],
+            "evaluate": ["evaluate", f"pictures={pictures}", "device=cpu", "hydra.run.dir=run"],
+        }
+        self.expected: dict[str, dict[str, str]] = {}
+        self.seconds: dict[str, float] = {}
+        self.touches: dict[str, int] = {}
+        self.undisturbed({name: before / name for name in ("learn", "run")})
 
-    def measure(self, name: str) -> None:
-        """Run a command undisturbed in a forked process; its result is what every other must equal."""
-        place = self.folder / "undisturbed" / name
-        place.mkdir(parents=True)
-        code = wait(start(self.commands[name], place, place / "tmp"), 600)
-        self.expected[name] = results(place)
-        if code != 0 or not self.expected[name]:
-            print(Path(f"{place}.stderr").read_text(), file=sys.stderr)
-            raise SystemExit(f"mifo {name} does not run undisturbed (exit code {code})")
-        for module in Path(f"{place}.modules").read_text().splitlines():
-            with contextlib.suppress(Exception):  # what it imported is imported once, for all
-                importlib.import_module(module)
-        again = self.folder / "measured" / name
-        again.mkdir(parents=True)
-        began = time.monotonic()
-        wait(start(self.commands[name], again, again / "tmp"), 600)
-        self.seconds[name] = time.monotonic() - began
-        if results(again) != self.expected[name]:
-            raise SystemExit(f"mifo {name} gives other bits the second time, undisturbed; see {self.folder}")
+    def undisturbed(self, places: dict[str, Path]) -> None:
+        """Run commands undisturbed, beside each other; their results are what every other must equal."""
+        began, pids = time.monotonic(), {}
+        for name, place in places.items():
+            place.mkdir(parents=True)
+            pids[name] = start(self.commands[name], place, place / "tmp")
+        for name, pid in pids.items():
+            place, code = places[name], wait(pid, 600)
+            self.seconds[name] = time.monotonic() - began
+            found = results(place)
+            if code != 0 or not found:
+                print(Path(f"{place}.stderr").read_text(), file=sys.stderr)
+                raise SystemExit(f"mifo {name} does not run undisturbed (exit code {code})")
+            if self.expected.setdefault(name, found) != found:
+                raise SystemExit(f"mifo {name} gives other bits the second time, undisturbed; see {place}")
+            self.touches[name] = int(Path(f"{place}.touches").read_text())
+            for module in Path(f"{place}.modules").read_text().splitlines():
+                with contextlib.suppress(Exception):  # what it imported is imported once, for all
+                    importlib.import_module(module)
 
-    def check_fork(self, name: str) -> list[Finding]:
-        """Whether a process that imports everything anew gives the same bits."""
+    def measure(self) -> None:
+        """Run every command once more, as it will be disturbed: all of its modules are there."""
+        self.undisturbed({name: self.folder / "undisturbed" / name for name in ("synthesize", "evaluate")})
+        self.undisturbed({name: self.folder / "measured" / name for name in self.commands})
+
+    def processes(self) -> dict[str, subprocess.Popen]:
+        """Each command in a process that imports everything anew."""
+        begun = {}
+        for name, arguments in self.commands.items():
+            place = self.folder / "process" / name
+            place.mkdir(parents=True)
+            with Path(f"{place}.stderr").open("w") as told:
+                command = [sys.executable, __file__, "--process", *arguments]
+                own = os.environ | {"XDG_CACHE_HOME": f"{place}/cache"}
+                begun[name] = subprocess.Popen(
+                    command,
+                    cwd=place,
+                    stdout=subprocess.DEVNULL,
+                    stderr=told,
+                    env=own,
+                    start_new_session=True,
+                )
+        return begun
+
+    def check_process(self, name: str, process: subprocess.Popen, seconds: float) -> Outcome:
+        """Whether a process of its own has given the same bits as a forked one."""
         place = self.folder / "process" / name
-        place.mkdir(parents=True)
-        command = [sys.executable, __file__, "--process", *self.commands[name]]
-        done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
-        if done.returncode == 0 and results(place) == self.expected[name]:
-            return []
-        return [Finding("bits", f"{name} in a process of its own", str(place), done.stderr[-300:])]
+        try:
+            code = process.wait(max(1, seconds))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            code = "none, as time was over"
+        if code == 0 and results(place) == self.expected[name]:
+            return Outcome(0, 1)
+        told = f"exit code {code}: {Path(f'{place}.stderr').read_text()[-300:]}"
+        return Outcome(0, 1, [Finding("bits", f"{name} in a process of its own", str(place), told)])
 
     def kill_case(self, seed: int) -> Outcome:
         """Start a command, end it by signals once to three times, and go on until it is done."""
@@ -279,36 +345,44 @@ class Harness:
         self.finish(name, place, temporary, choose, story, outcome)
         return outcome
 
-    def disk_case(self, seed: int) -> Outcome:
-        """Start a command on a disk with too little room, make room, and go on until it is done."""
+    def disk_case(self, seed: int, name: str, touch: int, room: int) -> Outcome:
+        """Start a command whose disk fills at a touch of a file, make room, and go on until it is done."""
         choose = random.Random(seed)
-        name = choose.choices([*self.commands], weights=[4, 4, 2, 1])[0]
-        place = self.folder / "cases" / f"{seed:06d}-{name}"
+        place = self.folder / "cases" / f"full-{name}-{touch}-{room}"
         place.mkdir(parents=True)
+        temporary = place / "tmp"
         outcome = Outcome()
-        room = int(choose.uniform(4, 1500)) * 1024
-        mounted = os.geteuid() == 0 and mount(place, room)
-        largest = None if mounted else int(2 ** choose.uniform(6, 19))
-        story = [f"{room // 1024} KiB of room" if mounted else f"files of at most {largest} bytes"]
-        try:
-            temporary = self.other / f"tmp-{seed:06d}" if seed % 2 else place / "tmp"
-            pid = start(self.command(name, place, choose), place, temporary, largest)
-            outcome.attempts += 1
-            code = wait(pid, LONGEST)
-            if code is None:
-                end(pid)
-                outcome.findings.append(self.finding("stuck", story, place, "does not end"))
-            outcome.disturbed += code != 0
-            self.inspect(name, place, story, outcome, answered=not mounted)
-            if mounted:
-                remount(place)
-            self.finish(name, place, temporary, choose, story, outcome)
-        finally:
-            if mounted:
-                if outcome.findings:
-                    shutil.copytree(place, f"{place}-kept", dirs_exist_ok=True)
-                subprocess.run(["umount", "-l", place], check=False)
+        story = [f"no file grows beyond {room} bytes from touch {touch} of a file on"]
+        told, stream = os.pipe()
+        fcntl.fcntl(told, fcntl.F_SETPIPE_SZ, 2**20)
+        pid = start(self.commands[name], place, temporary, (touch, room), stream)
+        os.close(stream)
+        outcome.attempts += 1
+        code = wait(pid, LONGEST)
+        if code is None:
+            end(pid)
+            outcome.findings.append(self.finding("stuck", story, place, "does not end"))
+        os.set_blocking(told, False)
+        with open(told, "rb") as text:
+            Path(f"{place}.stderr").write_bytes(text.read() or b"")
+        outcome.disturbed += code != 0
+        # nobody can write how it ended
+        self.inspect(name, place, story, outcome, answered=False)
+        self.finish(name, place, temporary, choose, story, outcome)
         return outcome
+
+    def disk_cases(self, most: int, seed: int) -> list[tuple[int, str, int, int]]:
+        """Cases of full disks: every touch of every command with both rooms, or `most` of these."""
+        everything = [
+            (name, touch, room)
+            for name in self.commands
+            for touch in range(1, self.touches[name] + 1)
+            for room in ROOMS
+        ]
+        random.Random(0).shuffle(everything)
+        first = seed * most % len(everything)
+        chosen = (everything[first:] + everything[:first])[:most]
+        return [(number, *case) for number, case in enumerate(chosen)]
 
     def command(self, name: str, place: Path, choose: random.Random) -> list[str]:
         """The command as it was typed first, or `resume=` where there is something to go on with."""
@@ -384,87 +458,136 @@ class Harness:
         return Finding(kind, "; ".join(story), str(place), detail)
 
 
-def mount(place: Path, room: int) -> bool:
-    """Whether a file system in memory with so much room could be mounted, which needs root."""
-    command = ["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", place]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+def share(one: Callable[[Any], dict], cases: list, file: Path, stop: Callable[[], bool]) -> None:
+    """Run cases one after the other until `stop`, and write what was seen of each as a line."""
 
+    def ended(*_: object) -> None:
+        for pid in _children:
+            os.killpg(pid, signal.SIGKILL)
+        os._exit(1)
 
-def remount(place: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,size=1g", place], check=True)
-
-
-def share(case, seeds: list[int], file: Path) -> None:
-    """Run cases one after the other, and write what each of them saw as a line."""
+    signal.signal(signal.SIGTERM, ended)
     with file.open("w") as lines:
-        for seed in seeds:
-            try:
-                outcome = case(seed)
-            except Exception as error:
-                outcome = Outcome(findings=[Finding("harness", f"seed {seed}", "", f"{error!r}")])
-            record = {"seed": seed, "disturbed": outcome.disturbed, "attempts": outcome.attempts}
-            record["findings"] = [vars(finding) for finding in outcome.findings]
-            lines.write(json.dumps(record) + "\n")
+        for case in cases:
+            if stop():
+                return
+            lines.write(json.dumps(one(case)) + "\n")
             lines.flush()
+
+
+def run_shares(
+    one: Callable[[Any], dict], cases: list, jobs: int, folder: Path, until: float, enough: int | None = None
+) -> list[dict]:
+    """Run `one` on cases in `jobs` processes; returns what was seen of those that ended before `until`.
+
+    Args:
+        until: by the monotonic clock.
+        enough: stop where the sum of what is disturbed has reached this.
+    """
+    context = multiprocessing.get_context("fork")
+    disturbed = context.Value("i", 0)
+
+    def counted(case: Any) -> dict:
+        record = one(case)
+        with disturbed.get_lock():
+            disturbed.value += record.get("disturbed", 0)
+        return record
+
+    def stop() -> bool:
+        return time.monotonic() > until - LAST or (enough is not None and disturbed.value >= enough)
+
+    folder.mkdir()
+    files = [folder / f"{job}.jsonl" for job in range(jobs)]
+    workers = [
+        context.Process(target=share, args=(counted, cases[job::jobs], file, stop))
+        for job, file in enumerate(files)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(max(0, until - time.monotonic()) if until < math.inf else None)
+        worker.terminate()
+    for worker in workers:
+        worker.join()
+    return [
+        json.loads(line)
+        for file in files
+        if file.exists()
+        for line in file.read_text().splitlines(True)
+        if line.endswith("\n")
+    ]
+
+
+def seen(case: Callable[..., Outcome], arguments: tuple) -> dict:
+    """What a case saw, as JSON holds it; an error of the harness is a finding too."""
+    try:
+        outcome = case(*arguments)
+    except Exception as error:
+        outcome = Outcome(findings=[Finding("harness", f"{case.__name__}{arguments}", "", f"{error!r}")])
+    return vars(outcome) | {"findings": [vars(finding) for finding in outcome.findings]}
 
 
 def main() -> int:
     """Run the harness; returns 1 if anything was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--kills", type=int, default=0, help="signals to send, at least")
-    parser.add_argument("--full-disks", type=int, default=0, help="commands to run on a disk that is full")
+    parser.add_argument("--full-disks", type=int, default=0, help="cases of full disks, at most")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2))
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which it ends")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="where to work; kept. None: a temporary folder")
     parser.add_argument("--other", default="/dev/shm", help="a folder on another file system")
-    parser.add_argument("--no-process", action="store_true", help="do not compare with unforked processes")
     given = parser.parse_args()
     began = time.monotonic()
+    until = began + given.seconds
     folder = Path(given.folder or tempfile.mkdtemp(prefix="kill_runs-")).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     other = Path(tempfile.mkdtemp(prefix="kill_runs-", dir=given.other))
     prepare()
     harness = Harness(folder, other)
+    harness.measure()
     threads = len(os.listdir("/proc/self/task"))
+    told = ", ".join(
+        f"{name} {seconds:.1f} s, {harness.touches[name]} touches"
+        for name, seconds in harness.seconds.items()
+    )
+    print(f"{folder}: ready after {time.monotonic() - began:.0f} s: {told}; {threads} thread", flush=True)
     gc.freeze()
-    told = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in harness.seconds.items())
-    print(f"{folder}: undisturbed {told}; {threads} thread", flush=True)
-    findings = []
-    if not given.no_process:
-        findings += [finding for name in harness.commands for finding in harness.check_fork(name)]
-    disturbed = attempts = cases = 0
-    for case, wanted in ((harness.kill_case, given.kills), (harness.disk_case, given.full_disks)):
-        seed, reached = given.seed * 1_000_000 + (case == harness.disk_case) * 500_000, 0
-        while reached < wanted:
-            # a case of signals sends some 1.5; another round sends what is missing
-            count = max(given.jobs, -(-(wanted - reached) * 2 // 3))
-            files = [folder / f"share-{seed}-{job}.jsonl" for job in range(given.jobs)]
-            context = multiprocessing.get_context("fork")
-            workers = [
-                context.Process(
-                    target=share, args=(case, [*range(seed + job, seed + count, given.jobs)], file)
-                )
-                for job, file in enumerate(files)
-            ]
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
-            seed += count
-            for file in files:
-                for line in file.read_text().splitlines():
-                    record = json.loads(line)
-                    reached += record["disturbed"]
-                    disturbed, attempts = disturbed + record["disturbed"], attempts + record["attempts"]
-                    cases += 1
-                    findings += [Finding(**each) for each in record["findings"]]
+    processes = harness.processes()
+    kills = [(given.seed * 1_000_000 + number,) for number in range(given.kills)]
+    disks = harness.disk_cases(given.full_disks, given.seed)
+    # kills have the time that their number deserves
+    kills_until = until
+    if disks and kills and given.seconds < math.inf:
+        kills_until -= (until - time.monotonic()) * len(disks) / (len(disks) + len(kills))
+    rows = {}
+    for name, case, cases, end_of, enough in (
+        ("kills", harness.kill_case, kills, kills_until, given.kills),
+        ("full disks", harness.disk_case, disks, until, None),
+    ):
+        one = functools.partial(seen, case)
+        rows[name] = run_shares(one, cases, given.jobs, folder / f"shares of {name}", end_of, enough)
+    rows["processes"] = [
+        seen(harness.check_process, (name, process, until - time.monotonic()))
+        for name, process in processes.items()
+    ]
     shutil.rmtree(other, ignore_errors=True)
+    findings = [
+        Finding(**each) for records in rows.values() for record in records for each in record["findings"]
+    ]
     for finding in findings[:50]:
         print(f"{finding.kind}: {finding.detail}\n    {finding.case}\n    {finding.folder}")
-    kinds = Counter(finding.kind for finding in findings)
-    print(f"{cases} cases, {attempts} attempts, {disturbed} disturbed, {time.monotonic() - began:.0f} s")
-    for kind in ("stuck", "bits", "half", "trace", "status", "rubbish", "harness"):
-        print(f"{kind:<8} {kinds[kind]}")
+    kinds = ("stuck", "bits", "half", "trace", "status", "rubbish", "harness")
+    columns = ("cases", "attempts", "disturbed", *kinds)
+    print(f"{'':<12}" + "".join(f"{column:>10}" for column in columns))
+    for name, records in rows.items():
+        found = Counter(each["kind"] for record in records for each in record["findings"])
+        counts = [len(records), *(sum(record[key] for record in records) for key in columns[1:3])]
+        print(
+            f"{name:<12}" + "".join(f"{count:>10}" for count in (*counts, *(found[kind] for kind in kinds)))
+        )
+    asked = f"asked for {given.kills} kills and {len(disks)} full disks"
+    print(f"{len(findings)} found, {time.monotonic() - began:.0f} s, seed {given.seed}, {asked}")
     if not findings and not given.folder:
         shutil.rmtree(folder)
     return int(bool(findings))

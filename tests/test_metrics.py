@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
-from mifo.commands.evaluate import pictures_folder, recorded_instances
+from mifo.commands.evaluate import pictures_folder, recorded_instances, scored
 from mifo.commands.synthesize import learned_folder
 from mifo.config import compose, conf_folder, settings_of
 from mifo.data.saved_pictures import Picture, read_pictures, save_pictures
@@ -51,6 +51,9 @@ class ColourEncoder:
         return torch.stack(
             [sum((colours[word] for word in text.split() if word in colours), GREY) for text in texts]
         )
+
+    def warnings(self, texts):
+        return []
 
 
 def draw(*colours, size=32):
@@ -402,22 +405,52 @@ def test_open_clip_folder_is_loaded_with_its_tokenizer(tmp_path):
     assert encoder.evaluator.weights != other.evaluator.weights
 
 
-def test_a_prompt_that_the_evaluator_cuts_is_warned_of_once(tmp_path, caplog, monkeypatch):
+def test_a_prompt_that_the_evaluator_cuts_is_warned_of_once(tmp_path):
     save_clip(tmp_path)  # of 16 tokens, with start and end
     encoder = load_image_text_encoder(ImageTextSettings(f"local-dir:{tmp_path}"))
     fits, longer = ("a red car" + " red" * extra for extra in (11, 12))
     features = encoder.encode_texts([fits, longer, f"{longer} cat", longer])
     assert torch.equal(features[1], features[2])
-    assert caplog.messages == [
+    assert encoder.warnings([fits, longer, f"{longer} cat", longer]) == [
         f"{tmp_path.name} reads 16 tokens and leaves out the end of the prompt {text!r}, which its scores do "
         "not tell."
         for text in (longer, f"{longer} cat")
     ]
-    caplog.clear()
     encoder.tokenizer = open_clip.get_tokenizer("ViT-B-32")
-    monkeypatch.setattr(encoder.model, "encode_text", lambda tokens: tokens)
-    encoder.encode_texts(["very " * 75, "very " * 76])
-    assert len(caplog.messages) == 1 and f"{'very ' * 76!r}" in caplog.messages[0]
+    (warning,) = encoder.warnings(["very " * 75, "very " * 76])
+    assert f"{'very ' * 76!r}" in warning
+
+
+def test_what_the_evaluator_cuts_is_recorded_with_the_scores(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(ColourEncoder, "warnings", lambda self, texts: [f"{texts[0]} is cut"])
+    picture = Picture(draw(RED), "a long prompt")
+    evaluation = PictureEvaluator(ColourEncoder(), ColourEncoder()).evaluate(
+        [picture], draw(RED), torch.ones(1, 32, 32), TOKENS[:1], ["car"]
+    )
+    assert caplog.messages == ["a long prompt is cut"]
+    evaluation.save(tmp_path / "scores.json")
+    assert Evaluation.read(tmp_path / "scores.json").warnings == ("a long prompt is cut",)
+    before = json.loads((tmp_path / "scores.json").read_text())
+    del before["warnings"]  # of before December 2026
+    (tmp_path / "scores.json").write_text(json.dumps(before))
+    assert Evaluation.read(tmp_path / "scores.json").warnings == ()
+
+
+def test_scores_that_do_not_fit_the_pictures_are_refused(tmp_path):
+    score = Score("leakage", 0.5, False, Evaluator("colour", "0" * 12), "test")
+    path = tmp_path / "scores.json"
+    picture = Picture(draw(RED), "a car")
+    Evaluation((score,), ({"leakage": 0.5},) * 2).save(path)
+    with pytest.raises(MifoError, match="scores 2 pictures, but there are 1"):
+        scored(MetricsSettings(), [picture], None, tmp_path, torch.device("cpu"))
+    for other in (
+        Evaluation((score,), ({"beauty": 0.5},)),
+        Evaluation((score,), (), ((0.5, 0.5), (0.5,))),
+    ):
+        path.unlink()
+        other.save(path)
+        with pytest.raises(MifoError, match=r"scores\.json is damaged"):
+            Evaluation.read(path)
 
 
 @pytest.mark.parametrize(("weights", "quick"), [("openai", True), ("laion2b_s32b_b82k", False)])

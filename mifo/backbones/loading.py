@@ -20,7 +20,7 @@ from mifo.backbones.settings import ModelSettings
 from mifo.backbones.unet.model import UNetModel
 from mifo.backbones.weights import fingerprint, weight_files, weight_patterns
 from mifo.errors import MifoError
-from mifo.files import read_json
+from mifo.files import check_entries, read_json
 from mifo.method.diffusion.ddim import DDIM
 
 PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
@@ -130,6 +130,7 @@ def load_outline(settings: ModelSettings) -> UNetModel:
             `DDIM`; or the tokenizer has a word for which the text encoder has no row.
     """
     folder = model_folder(settings, weights=False)
+    check_entries(folder)
     with _refusing_damage(settings, folder):
         configs = check_kind(folder, settings.source)
         tokenizer = _tokenizer(folder, configs["text_encoder"])

@@ -75,7 +75,13 @@ def scored(
             class_names(instances),
             progress=lambda each: track(each, "evaluation"),
         ).save(path)
-    return Evaluation.read(path)
+    evaluation = Evaluation.read(path)
+    if len(evaluation.pictures) != len(pictures):
+        raise MifoError(
+            f"{path} scores {len(evaluation.pictures)} pictures, but there are {len(pictures)}; move it away "
+            "to have them scored anew"
+        )
+    return evaluation
 
 
 def pictures_folder(given: str) -> Path:
@@ -98,7 +104,7 @@ def recorded_instances(pictures: Path) -> InstancesSettings:
     if not recorded.exists():
         raise MifoError(f"{recorded} is missing, so the instances are not known; name them by instances=…")
     try:
-        return OmegaConf.to_object(OmegaConf.merge(InstancesSettings, read_yaml(recorded)))
+        return OmegaConf.to_object(OmegaConf.merge(InstancesSettings, read_yaml(recorded, from_outside=True)))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise MifoError(f"{recorded} is damaged ({reason}); name the instances by instances=…") from error

@@ -135,15 +135,15 @@ def read_settings(folder: Path, task: str) -> dict[str, Any]:
         raise MifoError(
             f"resume={folder}: no run to go on with ({kind}); name the folder of a run that began"
         )
-    content = read_yaml(path)
+    content = read_yaml(path, from_outside=True)
     if not isinstance(content, dict) or content.get("task") not in SCHEMAS:
         raise MifoError(f"{path} is no configuration of a run of MIFO; name the folder of one")
     if content["task"] != task:
         raise MifoError(
             f"{folder} holds a run of mifo {content['task']}; name it there, not with mifo {task}"
         )
-    if "${" in repr(content) or "${" in str(folder):
-        raise MifoError(f"{path} holds ${{…}} or lies in a folder of such a name; neither is read")
+    if "${" in str(folder):
+        raise MifoError(f"{folder} has ${{…}} in its name, which is not read; give it another name")
     try:
         return as_plain(settings_of(OmegaConf.create(content)))
     except MifoError as error:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from mifo.data.instances import InstanceSet
-from mifo.data.pictures import ENDINGS, check_picture, read_picture
+from mifo.data.pictures import ENDINGS, check_picture, open_picture, read_picture
 from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
 from mifo.files import existing_folder
@@ -19,6 +19,7 @@ from mifo.method.prompts.articles import article
 
 UNKNOWN_CLASS = "thing"
 READ_AT_ONCE = 16  # pictures in memory
+MOST_CHECKED = 200  # own pictures that are decoded before learning begins; of more, headers alone are read
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,14 @@ def own_picture_files(given: str) -> list[Path]:
             f"learning.prior.folder={folder} holds no picture; put PNG, JPEG or WebP files there."
         )
     for file in files:
-        check_picture(file)
+        _check(file, file.stat().st_mtime_ns, len(files) <= MOST_CHECKED)
     return files
+
+
+@cache
+def _check(file: Path, changed: int, whole: bool) -> None:
+    """See that a picture can be read; once for every time at which it was changed."""
+    (open_picture if whole else check_picture)(file)
 
 
 def _read(file: Path, side: int) -> Tensor:

@@ -12,7 +12,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from mifo.data.pictures import read_picture
 from mifo.errors import MifoError
-from mifo.files import as_record, read_json, write_whole
+from mifo.files import as_record, read_json, whole_file, write_whole
 from mifo.method.regions.boxes import check_boxes
 
 
@@ -46,7 +46,8 @@ def save_pictures(folder: Path | str, pictures: Sequence[Picture]) -> Path:
     rows = []
     for index, picture in enumerate(pictures):
         name = f"{index:03d}.png"
-        as_image(picture.image).save(folder / name)
+        with whole_file(folder / name) as unfinished:
+            as_image(picture.image).save(unfinished, "PNG")
         rows.append({"file": name, "prompt": picture.prompt, "boxes": picture.boxes, "seed": picture.seed})
     # last and at once: where it lies, all pictures do
     write_whole(folder / "pictures.json", json.dumps(rows, indent=2) + "\n")

@@ -1,6 +1,7 @@
 """Everything that is measured of a set of pictures made from one source image."""
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,8 @@ from mifo.metrics.protocol import name_classes
 from mifo.metrics.scores import Evaluator, Score
 from mifo.metrics.settings import ClassWords, MetricsSettings
 
+log = logging.getLogger(__name__)
+
 SCORES = "scores.json"  # what `Evaluation.save` writes in the folder of a run
 
 METRICS: dict[str, type[MeanMetric]] = {
@@ -52,11 +55,13 @@ class Evaluation:
     """Mean `scores`, the scores of each picture by metric, and the mean leakage matrix.
 
     Row i of the N × N matrix belongs to crops that should show instance i; None where there were none.
+    `warnings` say what the scores do not tell, such as the end of a long prompt.
     """
 
     scores: tuple[Score, ...]
     pictures: tuple[dict[str, float], ...]
     leakage_matrix: tuple[tuple[float | None, ...], ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def save(self, path: Path | str) -> None:
         """Write everything as JSON, whole or not at all.
@@ -83,9 +88,12 @@ class Evaluation:
         path = Path(path)
         written = read_record(path, _Written)
         scores = tuple(Score.from_dict(score, path) for score in written.scores)
-        if unknown := {score.metric for score in scores} - METRICS.keys():
+        if unknown := {score.metric for score in scores}.union(*written.pictures) - METRICS.keys():
             raise MifoError(f"{path} is damaged: {min(unknown)[:40]!r} is no metric")
-        return cls(scores, tuple(written.pictures), tuple(map(tuple, written.leakage_matrix)))
+        matrix = tuple(map(tuple, written.leakage_matrix))
+        if any(len(row) != len(matrix) for row in matrix):
+            raise MifoError(f"{path} is damaged: its leakage matrix is not square")
+        return cls(scores, tuple(written.pictures), matrix, tuple(written.warnings))
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,7 @@ class _Written:
     scores: list[dict[str, Any]]
     pictures: list[dict[str, float]]
     leakage_matrix: list[list[float | None]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def has_scores(path: Path | str) -> bool:
@@ -164,6 +173,9 @@ class PictureEvaluator:
         prompts = [name_classes(picture.prompt, tokens, class_names) for picture in pictures]
         whole = self.image_text.encode_images([picture.image for picture in pictures])
         asked = self.image_text.encode_texts(prompts)
+        warnings = self.image_text.warnings(prompts)
+        for warning in warnings:
+            log.warning("%s", warning)
         subjects = [_subjects(picture, tokens) for picture in pictures]
         crops = [
             crop_box(picture.image, box)
@@ -230,7 +242,7 @@ class PictureEvaluator:
         if all_crops and len(tokens) > 1:
             means = leakage_matrix(torch.cat(all_crops), references_image, torch.cat(all_own)).tolist()
             matrix = tuple(tuple(None if value != value else value for value in row) for row in means)
-        return Evaluation(scores, tuple(rows), matrix)
+        return Evaluation(scores, tuple(rows), matrix, tuple(warnings))
 
     def _evaluator(self, metric: str) -> Evaluator:
         by_clip = metric in ("editability", "instance_consistency_clip", "class_accuracy")

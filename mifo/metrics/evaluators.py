@@ -24,8 +24,6 @@ from mifo.metrics.crops import pad_square
 from mifo.metrics.scores import Evaluator
 from mifo.metrics.settings import Fit, ImageSettings, ImageTextSettings
 
-log = logging.getLogger(__name__)
-
 DREAMSIM_SIZE = 224
 """Side of the pictures that DreamSim was trained on."""
 
@@ -42,6 +40,10 @@ class ImageTextEncoder(ImageEncoder, Protocol):
     """Encodes texts into features (B, D) too, comparable with those of pictures."""
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor: ...
+
+    def warnings(self, texts: Sequence[str]) -> list[str]:
+        """What the features of texts do not tell."""
+        ...
 
 
 def weight_hash(model: nn.Module) -> str:
@@ -125,20 +127,21 @@ class OpenClipEncoder(_BatchedEncoder):
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Encode texts into features (B, D). Each that is cut to the model's context length is warned of."""
+        """Encode texts, cut to the model's context length, into features (B, D)."""
+        tokens = self.tokenizer(list(texts)).to(self.mean.device)
+        return torch.cat([self.model.encode_text(batch) for batch in tokens.split(self.batch_size)])
+
+    def warnings(self, texts: Sequence[str]) -> list[str]:
+        """A line for each text that is cut."""
         tokens = self.tokenizer(list(texts))
         length = tokens.shape[1]
         # with room for one token more, a text that is cut has another token at the end
         cut = (self.tokenizer(list(texts), context_length=length + 1)[:, :length] != tokens).any(1)
-        for text in dict.fromkeys(text for text, is_cut in zip(texts, cut, strict=True) if is_cut):
-            log.warning(
-                "%s reads %d tokens and leaves out the end of the prompt %r, which its scores do not tell.",
-                self.evaluator.name,
-                length,
-                text,
-            )
-        tokens = tokens.to(self.mean.device)
-        return torch.cat([self.model.encode_text(batch) for batch in tokens.split(self.batch_size)])
+        return [
+            f"{self.evaluator.name} reads {length} tokens and leaves out the end of the prompt {text!r}, "
+            "which its scores do not tell."
+            for text in dict.fromkeys(text for text, is_cut in zip(texts, cut, strict=True) if is_cut)
+        ]
 
 
 class ViTEncoder(_BatchedEncoder):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mifo.errors import MifoError
-from mifo.files import write_whole
+from mifo.files import whole_file, write_whole
 from mifo.report.content import Sheet
 from mifo.report.html import sheet_html
 from mifo.report.png import draw_sheet
@@ -21,6 +21,7 @@ def write_sheet(folder: Path | str, sheet: Sheet) -> tuple[Path, Path]:
     if html.exists():
         raise MifoError(f"{html} already exists: choose another output folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    draw_sheet(sheet).save(png)
+    with whole_file(png) as unfinished:
+        draw_sheet(sheet).save(unfinished, "PNG")
     write_whole(html, sheet_html(sheet))
     return png, html

@@ -3,8 +3,10 @@
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, BinaryIO
 
 import torch
@@ -19,6 +21,8 @@ from mifo.tensors import difference, not_finite
 
 NEWEST, PREVIOUS = "last.ckpt", "previous.ckpt"
 _TENSORS = ("state_dict", "optimizer_states")
+# parts of Lightning's restoring
+_RESTORING = ("resume_start", "_restore_modules_and_callbacks", "restore_training_state")
 _DIGEST = hashlib.sha256().digest_size
 
 log = logging.getLogger(__name__)
@@ -134,6 +138,26 @@ def check_checkpoint(checkpoint: Mapping[str, Any], learning: Mapping[str, Tenso
         wrong = f"it is damaged ({error})"
     if wrong:
         raise MifoError(f"the checkpoint of this run does not fit: {wrong}; start the run in another folder")
+
+
+@contextmanager
+def refusing_odd(checkpoint: Path | None) -> Iterator[None]:
+    """Turn what Lightning raises while it restores `checkpoint` into a sentence.
+
+    Its checksum may be right and its states of loops, callbacks or optimisers none that Lightning saved.
+    """
+    try:
+        yield
+    except MifoError:
+        raise
+    except Exception as error:
+        frames = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
+        if checkpoint is None or not any(code.co_name in _RESTORING for code in frames):
+            raise
+        raise MifoError(
+            f"{checkpoint} is damaged: its states do not fit ({reason(error)}); delete the folder "
+            f"{checkpoint.parent}, and its stage begins anew"
+        ) from error
 
 
 class _Hashed:

@@ -31,7 +31,13 @@ from mifo.making.class_pictures import check_cache, class_pictures
 from mifo.method.backbone import Stage
 from mifo.method.losses.settings import PenaltySettings
 from mifo.method.prompts.instances import INSTANCE, check_placeholders
-from mifo.training.checkpoints import NEWEST, SaveCheckpoints, WholeCheckpoints, newest_checkpoint
+from mifo.training.checkpoints import (
+    NEWEST,
+    SaveCheckpoints,
+    WholeCheckpoints,
+    newest_checkpoint,
+    refusing_odd,
+)
 from mifo.training.finite import FiniteNumbers
 from mifo.training.settings import LearningSettings, StageSettings
 from mifo.training.stages import OPTIMIZERS, SCHEDULES, LearningStage
@@ -184,7 +190,8 @@ def learn(
         )
         last = newest_checkpoint(checkpoints / name)
         try:
-            runner.fit(module, data, ckpt_path=last, weights_only=True)
+            with refusing_odd(last):
+                runner.fit(module, data, ckpt_path=last, weights_only=True)
         finally:
             module.release()
         steps[name] = runner.global_step
