@@ -35,7 +35,7 @@ from mifo.method.guidance.settings import GuidanceSettings
 from mifo.method.losses.settings import PenaltySettings
 from mifo.method.synthesis.settings import SynthesisSettings
 from mifo.training.fit import learn
-from mifo.training.settings import LearningSettings, StageSettings
+from mifo.training.settings import LearningSettings, StageSettings, adamw_8bit
 
 
 @dataclass
@@ -198,7 +198,7 @@ def stage2_step(bench: Bench) -> Measurement:
 
 def stage2_8bit(bench: Bench) -> Measurement:
     """One step of fine-tuning all weights with 8-bit states, activations computed twice, without graphs."""
-    finetuning = replace(bench.learning.finetuning, trainable="full", optimizer="adamw_8bit")
+    finetuning = replace(bench.learning.finetuning, trainable="full", optimizer=adamw_8bit())
     performance = replace(bench.performance, gradient_checkpointing=True, cuda_graphs=False, autocast=True)
     learning = replace(bench.learning, finetuning=finetuning)
     return _step(replace(bench, dtype="float32", learning=learning, performance=performance), 2)

@@ -5,7 +5,7 @@ from lightning import Callback, Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
-from mifo.callbacks.logging import is_due, log_image, log_values, steps_between
+from mifo.callbacks.logging import is_due, log_image, log_values, validate_interval
 from mifo.method.backbone import Site
 from mifo.method.objective import word_maps
 from mifo.report.attention_panel import draw_attention
@@ -21,7 +21,7 @@ class AttentionMaps(Callback):
     """
 
     def __init__(self, every: int = 100, timestep: int = 250, seed: int = 0) -> None:
-        self.every, self.timestep, self.seed = steps_between(every), timestep, seed
+        self.every, self.timestep, self.seed = validate_interval(every), timestep, seed
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LearningStage, outputs, batch, batch_index: int

@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning
 import torch
-from diffusers.optimization import SchedulerType, get_scheduler
 from torch import Tensor, nn
 
 from mifo.acceleration.adamw_8bit import AdamW8bit
@@ -21,9 +20,7 @@ from mifo.method.losses.timeline import Term, Timeline
 from mifo.method.objective import LossParts, learning_loss
 from mifo.training.checkpoints import check_checkpoint
 from mifo.training.settings import StageSettings
-
-OPTIMIZERS = ("adamw", "adamw_8bit")
-SCHEDULES = tuple(schedule.value for schedule in SchedulerType)
+from mifo.training.targets import make_lr_scheduler, make_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +73,26 @@ class LearningStage(lightning.LightningModule):
         model.set_trainable(settings.trainable)
         self.train()
 
+    def configure_optimizers(self) -> dict[str, Any]:
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        # one kernel for all parameters, which would have to unscale the gradients of float16 by itself
+        fused = self.device.type in ("cuda", "cpu") and self.trainer.precision != "16-mixed"
+        optimizer = make_optimizer(self.stage, self.settings, parameters, fused)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": make_lr_scheduler(self.stage, self.settings, optimizer),
+        }
+
+    def on_fit_start(self) -> None:
+        # what Lightning or PyTorch does to gradients on their way would be left out of a graph
+        reasons = {
+            "float16 scales the gradients": self.trainer.precision == "16-mixed",
+            "several processes share their gradients": self.trainer.world_size > 1,
+        }
+        if self._graphs and any(reasons.values()):
+            self._graphs = False
+            log.warning("Learning goes on without CUDA graphs, since %s.", max(reasons, key=reasons.get))
+
     def training_step(self, batch: LearningBatch, batch_index: int) -> None:
         terms = self.timeline.active(self.global_step)
         weights = torch.tensor([self.timeline.weight(term, self.global_step) for term in terms])
@@ -118,39 +135,6 @@ class LearningStage(lightning.LightningModule):
             optimizer.grad_scale = ((norm + 1e-6) / self.settings.gradient_clip).clamp(min=1)
         else:
             nn.utils.clip_grads_with_norm_(parameters, self.settings.gradient_clip, norm)
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        settings = self.settings
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer_class = {"adamw": torch.optim.AdamW, "adamw_8bit": AdamW8bit}[settings.optimizer]
-        # one kernel for all parameters, which would have to unscale the gradients of float16 by itself
-        fused = self.device.type in ("cuda", "cpu") and self.trainer.precision != "16-mixed"
-        optimizer = optimizer_class(
-            parameters,
-            **({"fused": True} if fused and optimizer_class is torch.optim.AdamW else {}),
-            lr=settings.learning_rate,
-            betas=tuple(settings.betas),
-            weight_decay=settings.weight_decay,
-            eps=settings.eps,
-        )
-        schedule = get_scheduler(
-            settings.schedule,
-            optimizer,
-            num_warmup_steps=settings.warmup_steps,
-            num_training_steps=settings.steps,
-            num_cycles=1,
-        )
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
-
-    def on_fit_start(self) -> None:
-        # what Lightning or PyTorch does to gradients on their way would be left out of a graph
-        reasons = {
-            "float16 scales the gradients": self.trainer.precision == "16-mixed",
-            "several processes share their gradients": self.trainer.world_size > 1,
-        }
-        if self._graphs and any(reasons.values()):
-            self._graphs = False
-            log.warning("Learning goes on without CUDA graphs, since %s.", max(reasons, key=reasons.get))
 
     def release(self) -> None:
         """End graphs, gradients and copies."""
