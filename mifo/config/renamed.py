@@ -23,6 +23,6 @@ RENAMED = {
 
 
 def renamed(key: str) -> str:
-    """A sentence that names what `key`, or the keys below it, are called now; empty if nothing was renamed."""
+    """A sentence that names what `key`, or the keys below it, are called now; empty for other keys."""
     new = [now for old, now in RENAMED.items() if f"{old}.".startswith(f"{key}.")]
     return f"{key} has another name in this version: {' and '.join(dict.fromkeys(new))}" if new else ""

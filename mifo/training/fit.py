@@ -63,8 +63,8 @@ def check_learning(settings: LearningSettings) -> None:
             raise MifoError(f"{key}.trainable={stage.trainable} is not known; take one of {known}.")
         if min(stage.steps, stage.checkpoint_every, stage.lr_warmup_steps) < 0 or stage.batch_size < 1:
             raise MifoError(
-                f"{key} needs steps, checkpoint_every and lr_warmup_steps of at least 0, and batch_size of at "
-                "least 1."
+                f"{key} needs steps, checkpoint_every and lr_warmup_steps of at least 0, and batch_size "
+                "of at least 1."
             )
         for value in ("learning_rate", "weight_decay", "eps", "gradient_clip"):
             if getattr(stage, value) < 0:

@@ -21,8 +21,8 @@ def target(key: str, node: Any) -> Any:
     """The class or function that the `_target_` of `node` names, which takes the node's other keys.
 
     Raises:
-        MifoError: there is no `_target_`, its package is not installed, it does not exist, or it does not take
-            an argument.
+        MifoError: there is no `_target_`, its package is not installed, it does not exist, or it takes no such
+            argument.
     """
     path = node.get("_target_") if isinstance(node, Mapping) else None
     if not isinstance(path, str) or not path:
@@ -30,8 +30,8 @@ def target(key: str, node: Any) -> Any:
     package, (module, _, name) = path.partition(".")[0], path.rpartition(".")
     if package and find_spec(package) is None:
         raise MifoError(
-            f"{key}._target_={path} needs the package {package}, which is not installed; check its spelling, or "
-            f"install it with: pip install {package}"
+            f"{key}._target_={path} needs the package {package}, which is not installed; check its "
+            f"spelling, or install it with: pip install {package}"
         )
     try:
         found = resolve_name(path)
