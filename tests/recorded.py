@@ -13,12 +13,12 @@ FORBIDDEN = ("lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "e
 
 
 class Tape(TorchDispatchMode):
-    """Records every operation of `function` on `inputs`, and replays them on others."""
+    """Records every operation of `function` on trees of tensors, and replays them on others of that form."""
 
-    def __init__(self, function: Callable[..., Sequence[Tensor | None]], *inputs: Tensor) -> None:
+    def __init__(self, function: Callable[..., Any], inputs: tuple[Any, ...]) -> None:
         super().__init__()
         self.operations: list[tuple[Any, ...]] = []
-        self.inputs = inputs
+        self.inputs = tensors(inputs)
         with self:
             self.outputs = function(*inputs)
 
@@ -28,8 +28,8 @@ class Tape(TorchDispatchMode):
         self.operations.append((operation, args, kwargs or {}, result))
         return result
 
-    def __call__(self, *inputs: Tensor) -> list[Tensor | None]:
-        values = {id(old): new for old, new in zip(self.inputs, inputs, strict=True)}
+    def __call__(self, *inputs: Any) -> Any:
+        values = {id(old): new for old, new in zip(self.inputs, tensors(inputs), strict=True)}
 
         def now(tree: Any) -> Any:
             return tree_map_only(Tensor, lambda each: values.get(id(each), each), tree)
@@ -41,7 +41,7 @@ class Tape(TorchDispatchMode):
                 for old, new in zip(tree_flatten(before)[0], tree_flatten(after)[0], strict=True)
                 if isinstance(old, Tensor)
             }
-        return list(now(self.outputs))
+        return now(self.outputs)
 
 
 class Recordings:
@@ -50,20 +50,25 @@ class Recordings:
     def __init__(self) -> None:
         self.count = 0
 
-    def capture(self, function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    def capture(self, function: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..., Any]:
         """Takes the place of `mifo.acceleration.graphs.capture`."""
         self.count += 1
-        samples = [each.detach().clone() for each in inputs]
-        buffers, structure = tree_flatten(function(*samples))
-        buffers = [each if each is None else each.clone() for each in buffers]
-        tape = Tape(lambda *inputs: tree_flatten(function(*inputs))[0], *samples)
+        samples = tree_map_only(Tensor, lambda each: each.detach().clone(), tuple(inputs))
+        leaves, structure = tree_flatten(function(*samples))
+        buffers = [each.clone() if isinstance(each, Tensor) else each for each in leaves]
+        tape = Tape(function, samples)
 
         @torch.no_grad()
         @torch.autocast("cpu", enabled=False)  # what was recorded has been through it
-        def replay(*inputs: Tensor) -> Any:
-            for buffer, value in zip(buffers, tape(*inputs), strict=True):
-                if buffer is not None:
+        def replay(*inputs: Any) -> Any:
+            for buffer, value in zip(buffers, tree_flatten(tape(*inputs))[0], strict=True):
+                if isinstance(buffer, Tensor):
                     buffer.copy_(value)
             return tree_unflatten(buffers, structure)
 
         return replay
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """The tensors of a tree, in order."""
+    return [each for each in tree_flatten(tree)[0] if isinstance(each, Tensor)]
