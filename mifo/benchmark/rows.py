@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 
 import torch
@@ -35,7 +36,7 @@ from mifo.method.guidance.settings import GuidanceSettings
 from mifo.method.losses.settings import PenaltySettings
 from mifo.method.synthesis.settings import SynthesisSettings
 from mifo.training.fit import learn
-from mifo.training.settings import LearningSettings, StageSettings
+from mifo.training.settings import LearningSettings, StageSettings, adamw, adamw_8bit
 
 
 @dataclass
@@ -198,10 +199,40 @@ def stage2_step(bench: Bench) -> Measurement:
 
 def stage2_8bit(bench: Bench) -> Measurement:
     """One step of fine-tuning all weights with 8-bit states, activations computed twice, without graphs."""
-    finetuning = replace(bench.learning.finetuning, trainable="full", optimizer="adamw_8bit")
+    finetuning = replace(bench.learning.finetuning, trainable="full", optimizer=adamw_8bit())
     performance = replace(bench.performance, gradient_checkpointing=True, cuda_graphs=False, autocast=True)
     learning = replace(bench.learning, finetuning=finetuning)
     return _step(replace(bench, dtype="float32", learning=learning, performance=performance), 2)
+
+
+OPTIMIZERS = {
+    "adamw": adamw(),
+    "adamw_8bit": adamw_8bit(),
+    "bitsandbytes_8bit": {"_target_": "bitsandbytes.optim.AdamW8bit"},
+}
+
+
+def optimizers(bench: Bench) -> Measurement:
+    """A step of fine-tuning with several optimisers: time, peak memory, and how far the losses are apart."""
+    notes: dict[str, float | str] = {}
+    curves: dict[str, torch.Tensor] = {}
+    for name, node in OPTIMIZERS.items():
+        stage = replace(bench.learning.finetuning, optimizer=node)
+        one = replace(bench, learning=replace(bench.learning, finetuning=stage))
+        losses, times, memory = Losses(), StepTimes(bench.settings.warmup), Memory(bench.device)
+        try:
+            one.learn((0, bench.settings.warmup + bench.settings.steps), [times, losses])
+        except MifoError as error:  # a package that is not installed
+            notes[name] = str(error)
+            continue
+        curves[name] = losses.values()
+        notes[f"{name}, seconds"] = median(times.seconds)
+        notes[f"{name}, GiB"] = memory.peak_gib()
+        notes[f"{name}, mean loss"] = curves[name].mean().item()
+    for name, curve in curves.items():
+        apart = (curve - curves["adamw"]).abs() / curves["adamw"]
+        notes[f"{name}, largest relative difference from adamw"] = apart.max().item()
+    return Measurement(samples=bench.settings.steps, notes=notes)
 
 
 def both_stages(bench: Bench) -> Measurement:
@@ -311,6 +342,7 @@ ROWS = by_name(
     stage1_step,
     stage2_step,
     stage2_8bit,
+    optimizers,
     both_stages,
     picture,
     three_pictures,

@@ -5,7 +5,7 @@ from lightning import Callback, Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
-from mifo.callbacks.logging import is_due, log_image, log_values, steps_between
+from mifo.callbacks.logging import is_due, log_image, log_values, validate_interval
 from mifo.method.backbone import Site
 from mifo.method.objective import word_maps
 from mifo.report.attention_panel import draw_attention
@@ -21,7 +21,7 @@ class AttentionMaps(Callback):
     """
 
     def __init__(self, every: int = 100, timestep: int = 250, seed: int = 0) -> None:
-        self.every, self.timestep, self.seed = steps_between(every), timestep, seed
+        self.every, self.timestep, self.seed = validate_interval(every), timestep, seed
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LearningStage, outputs, batch, batch_index: int
@@ -51,7 +51,7 @@ class AttentionMaps(Callback):
         ids = model.tokenize([f"a photo of {' and '.join(tokens)}"])
         positions = torch.stack([model.places(ids[0], token)[0] for token in tokens])[None].to(latents.device)
         read = word_maps(positions)
-        reads = {site: read for site in model.default_sites.semantic}
+        reads = dict.fromkeys(model.default_sites.semantic, read)
         noisy = model.process.add_noise(latents, noise, times)
         _, maps = model.predict(noisy, times, model.encode(ids), reads)
         return {site: each[0].T.unflatten(1, site.size).float().cpu() for site, each in maps.items()}

@@ -37,14 +37,14 @@ def log_values(
         logger.log_metrics(named, trainer.global_step)
 
 
-def steps_between(every: int) -> int:
-    """A number of steps as a callback was given it.
+def validate_interval(every: int) -> int:
+    """`every` itself, a number of steps; 0 is for the end alone.
 
     Raises:
-        MifoError: it is none.
+        MifoError: it is no whole number, or negative.
     """
     if not isinstance(every, int) or every < 0:
-        raise MifoError(f"every={every} is no number of steps; take 0, for the end alone, or more")
+        raise MifoError(f"`every` must be a non-negative integer, unlike {every}.")
     return every
 
 

@@ -6,7 +6,7 @@ import torch
 from lightning import Callback, Trainer
 
 from mifo.backbones.model import DiffusionModel
-from mifo.callbacks.logging import is_due, log_image, steps_between
+from mifo.callbacks.logging import is_due, log_image, validate_interval
 from mifo.data.layouts import Layout, LayoutSettings, layouts
 from mifo.data.saved_pictures import Picture
 from mifo.report.picture_grid import draw_pictures
@@ -25,7 +25,15 @@ class SamplePictures(Callback):
     """
 
     def __init__(self, make: MakePictures, layout: LayoutSettings, every: int = 100) -> None:
-        self.make, self.layout, self.every = make, layout, steps_between(every)
+        self.make, self.layout, self.every = make, layout, validate_interval(every)
+
+    def check(self, tokens: Sequence[str]) -> None:
+        """Refuse a layout that the instances `tokens` cannot have.
+
+        Raises:
+            MifoError: see `layouts`.
+        """
+        layouts(self.layout, list(tokens))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LearningStage, outputs, batch, batch_index: int

@@ -8,12 +8,13 @@ import torch
 from lightning import Callback, Trainer
 from torch.optim import Optimizer
 
-from mifo.training.stages import LearningStage, total_norm
+from mifo.training.stages import LearningStage
 
 
 class LearningStatistics(Callback):
     """Logs, at the steps that are logged: gradient norm before clipping, learning rate, steps/s and peak GiB.
 
+    The norm is missing where gradients are not clipped or float16 scales them, see `LearningStage`.
     Memory is the GPU's peak of this stage, or the process's resident peak without one.
     """
 
@@ -25,21 +26,24 @@ class LearningStatistics(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LearningStage, optimizer: Optimizer
     ) -> None:
-        # Reading a value waits for the device, so only at the steps that are logged.
-        step = trainer.global_step + 1
+        self._rate = optimizer.param_groups[0]["lr"]  # the scheduler changes it before the batch ends
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LearningStage, outputs, batch, batch_index: int
+    ) -> None:
+        # reading a value waits for the device, so only at the steps that are logged
+        step = trainer.global_step
         if step % trainer.log_every_n_steps:
             return
-        gradients = [
-            each.grad for group in optimizer.param_groups for each in group["params"] if each.grad is not None
-        ]
         now, (before, start) = perf_counter(), self._since
         self._since = now, step
         values = {
-            "gradient_norm": total_norm(gradients),
-            "learning_rate": optimizer.param_groups[0]["lr"],
+            "learning_rate": self._rate,
             "steps_per_second": (step - start) / (now - before),
             "peak_gib": _peak_memory(pl_module.device) / 2**30,
         }
+        if pl_module.gradient_norm is not None:
+            values["gradient_norm"] = pl_module.gradient_norm
         pl_module.log_dict({f"{pl_module.stage}/{name}": float(value) for name, value in values.items()})
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 from mifo.backbones.learned import load_learned
 from mifo.backbones.loading import load_model
 from mifo.backbones.model import DiffusionModel
+from mifo.callbacks.samples import SamplePictures
 from mifo.commands.setup import open_loggers, prepare
 from mifo.config.compose import reason
 from mifo.config.jobs import CONFIG, claim_folder
@@ -44,9 +45,9 @@ def learned_model(
     """The base model with what `folder/learned` holds, which is learned first if it is not there yet.
 
     Raises:
-        MifoError: a callback does not take its arguments.
+        MifoError: a callback does not take its arguments, or cannot show these instances.
     """
-    callbacks = [_callback(name, node) for name, node in settings.callbacks.items()]
+    callbacks = [_callback(name, node, instances) for name, node in settings.callbacks.items()]
     model = load_model(settings.model, device)
     if (folder / "learned").is_dir():
         load_learned(folder / "learned", model)
@@ -68,8 +69,11 @@ def learned_model(
     return model.to(device)
 
 
-def _callback(name: str, node: dict[str, Any]) -> Callback:
+def _callback(name: str, node: dict[str, Any], instances: InstanceSet) -> Callback:
     try:
-        return instantiate(node)
-    except InstantiationException as error:
+        callback = instantiate(node)
+        if isinstance(callback, SamplePictures):
+            callback.check(instances.tokens)
+    except (InstantiationException, MifoError) as error:
         raise MifoError(f"callbacks.{name} does not take its arguments: {reason(error)}") from error
+    return callback

@@ -4,13 +4,11 @@ import inspect
 import math
 import re
 from dataclasses import asdict
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import get_class
-from lightning import Callback, Trainer
+from lightning import Callback
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from mifo.acceleration.profile import check_performance
@@ -26,7 +24,8 @@ from mifo.method.guidance.settings import check_guidance
 from mifo.method.losses.timeline import check_penalty
 from mifo.method.synthesis.settings import check_synthesis
 from mifo.metrics.evaluation import METRICS
-from mifo.training.fit import check_learning
+from mifo.training.fit import check_learning, check_trainer
+from mifo.training.targets import target
 
 _DEVICES = ("auto", "cpu", "cuda")
 _KINDS = {"callbacks": Callback, "logger": Logger}
@@ -47,7 +46,7 @@ def check(settings: TaskSettings) -> None:
         raise MifoError(f"seed={settings.seed} is no seed; take a whole number from 0 to {2**32 - 1}")
     for group in _KINDS:
         for name, node in getattr(settings, group, {}).items():
-            if issubclass(_target(f"{group}.{name}", node, _KINDS[group]), WandbLogger):
+            if issubclass(_class_of(f"{group}.{name}", node, _KINDS[group]), WandbLogger):
                 _check_wandb(f"logger.{name}", node, settings)
             if isinstance(node.get("metrics"), dict) and node["metrics"].get("given", "own") is None:
                 raise MifoError(
@@ -84,20 +83,12 @@ def _check_finite(node: Any, key: str = "") -> None:
             _check_finite(each, f"{key}.{name}" if key else str(name))
 
 
-def _target(key: str, node: Any, kind: type) -> type:
+def _class_of(key: str, node: Any, kind: type) -> type:
     """The class that a callback or a logger is made of."""
-    target = node.get("_target_") if isinstance(node, dict) else None
-    if target is None:
-        raise MifoError(f"{key} needs a _target_, the class that it stands for; see conf/{key.split('.')[0]}")
-    try:
-        found = get_class(target)
-    except Exception as error:
+    found = target(key, node)
+    if not (inspect.isclass(found) and issubclass(found, kind)):
         raise MifoError(
-            f"{key}._target_={target} cannot be imported ({error}); check its spelling"
-        ) from error
-    if not issubclass(found, kind):
-        raise MifoError(
-            f"{key}._target_={target} is no {kind.__name__} of Lightning; name a class that is one"
+            f"{key}._target_={node['_target_']} is no {kind.__name__} of Lightning; name a class that is one"
         )
     return found
 
@@ -127,12 +118,7 @@ def _check_trainer(arguments: dict[str, Any]) -> None:
             "trainer.precision is set by the performance profile; take "
             "performance.learning_precision=bfloat16 (or float16, float32) instead"
         )
-    known = list(inspect.signature(Trainer).parameters)
-    for name in arguments:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}" if near else "see the arguments of lightning.Trainer"
-            raise MifoError(f"trainer.{name} is no argument of lightning.Trainer; {hint}?")
+    check_trainer(arguments)
     if arguments.get("log_every_n_steps", 1) < 1:
         raise MifoError("trainer.log_every_n_steps must be at least 1; take logger=none to log nothing")
     # each process would make a folder of its own

@@ -1,5 +1,6 @@
 """From Hydra's untyped composition to typed, checked settings."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
 from difflib import get_close_matches
@@ -24,6 +25,7 @@ from yaml import MarkedYAMLError, YAMLError
 
 from mifo.config.identity import register_resolvers
 from mifo.config.location import conf_folder
+from mifo.config.renamed import renamed
 from mifo.config.schema import SCHEMAS
 from mifo.errors import MifoError
 from mifo.files import read_text
@@ -119,6 +121,9 @@ def explain(error: Exception, task: str) -> str:
     """One sentence for what Hydra or OmegaConf refused, with the nearest existing name where one is near."""
     if isinstance(error, MifoError):  # a sentence already, perhaps of a file that no task's schema describes
         return str(error)
+    overridden = re.search(r"Could not override '([^']+)'", str(error))
+    if overridden and (told := renamed(overridden[1])):
+        return told
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         options = error.options or []
@@ -136,8 +141,13 @@ def explain(error: Exception, task: str) -> str:
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         key = cause.full_key
         if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+            if told := renamed(key):
+                return told
             near = nearest(key, [name for name, _ in _walk(SCHEMAS[task]())])
             return f"{key} is no key of mifo {task}; {near}see mifo {task} --help"
+        if (group := key.rpartition(".")[2]) in ("optimizer", "lr_scheduler"):
+            known = ", ".join(sorted(file.stem for file in (conf_folder() / group).glob("*.yaml")))
+            return f"{key} is a _target_ with its arguments; choose one by {group}@{key}=OPTION of {known}"
         return f"{key}: {(cause.msg or str(cause)).splitlines()[0]}"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}; check the path, and that it can be written"

@@ -42,7 +42,6 @@ FREE = {
     "objectives",
 }
 _GROUPS = ("trainer", "performance", "logger", "callbacks")  # chosen anew, they replace what is recorded
-_INSTANTIATED = ("trainer", "logger", "callbacks")
 # values that follow a key in conf/, and follow it again when the key is typed anew
 _FOLLOWERS = {
     "trainer.accelerator": "device",
@@ -147,7 +146,9 @@ def read_settings(folder: Path, task: str) -> dict[str, Any]:
     try:
         return as_plain(settings_of(OmegaConf.create(content)))
     except MifoError as error:
-        raise MifoError(f"{path} is damaged, or of another version of MIFO: {error}") from error
+        raise MifoError(
+            f"{path} is damaged, or of another version of MIFO ({error}); start a new run"
+        ) from error
 
 
 def recorded_command(folder: Path) -> Command:
@@ -176,8 +177,16 @@ def _foreign(recorded: dict[str, Any], folder: Path) -> Iterator[tuple[str, Any]
     before = recorded["paths"]["output"]
     if (cache := recorded.get("learning", {}).get("prior", {}).get("cache")) is not None:  # it is written to
         yield "learning.prior.cache", cache
-    for section in _INSTANTIATED:
-        for keys, value, mine in _leaves(recorded.get(section, {}), (section,), False):
+    for name, term in recorded.get("penalty", {}).get("terms", {}).items():
+        if "." in term["loss"] and not term["loss"].startswith("mifo.method.losses."):
+            yield f"penalty.terms.{name}.loss", term["loss"]
+    made = {name: recorded.get(name, {}) for name in ("trainer", "logger", "callbacks")}
+    for stage in ("semantic", "finetuning"):
+        for part in ("optimizer", "lr_scheduler"):
+            node = recorded.get("learning", {}).get(stage, {}).get(part, {})
+            made[f"learning.{stage}.{part}"] = node
+    for section, node in made.items():
+        for keys, value, mine in _leaves(node, tuple(section.split(".")), False):
             key = ".".join(keys)
             if keys[-1] == "_target_":
                 if value not in _targets_of_conf() and value not in _callbacks_of_lightning():
@@ -225,8 +234,9 @@ def _moved(node: Any, before: str, now: str) -> Any:
 @cache
 def _targets_of_conf() -> frozenset[str]:
     """What the options in conf/ instantiate."""
-    groups = [conf_folder() / "callbacks", conf_folder() / "logger"]
-    options = [read_yaml(path) for group in groups for path in sorted(group.glob("*.yaml"))]
+    groups = ("callbacks", "logger", "trainer", "optimizer", "lr_scheduler")
+    files = [path for group in groups for path in sorted((conf_folder() / group).glob("*.yaml"))]
+    options = [read_yaml(path) for path in files]
     return frozenset(value for keys, value, _ in _leaves(options, ("",), False) if keys[-1] == "_target_")
 
 

@@ -3,19 +3,23 @@
 import math
 
 from torch import Tensor
-from torchmetrics import MeanMetric
 from torchvision.ops import box_iou
 
 from mifo.metrics.crops import Box, crop_box
 from mifo.metrics.evaluators import ImageEncoder
+from mifo.metrics.metric import Features, Metric
 from mifo.metrics.similarity import similarity_matrix
 
 
-class BoxAdherence(MeanMetric):
+class BoxAdherence(Metric):
     """Mean IoU of each box with the window where its instance was found: [0, 1], higher is better."""
 
     higher_is_better = True
     plot_lower_bound, plot_upper_bound = 0.0, 1.0
+
+    @staticmethod
+    def inputs(picture: Features) -> tuple[Tensor, ...] | None:
+        return None if picture.found is None else (picture.found, picture.boxes)
 
     def update(self, found: Tensor, boxes: Tensor) -> None:
         """Take found windows and boxes, both (C, 4) as [x0, y0, x1, y1]."""

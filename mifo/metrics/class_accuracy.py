@@ -6,23 +6,34 @@ a balloon is told from other boats easily.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from mifo.method.prompts.articles import article
+from mifo.metrics.metric import Features, Metric
 from mifo.metrics.settings import ClassWords
 from mifo.metrics.similarity import similarity_matrix
 from mifo.world.vocabulary import THINGS
 
 
-class ClassAccuracy(MeanMetric):
+class ClassAccuracy(Metric):
     """Share of crops whose most similar text is that of their own class: [0, 1], higher is better.
 
     Zero-shot classification as in CLIP (arXiv 2103.00020, section 3.1), with one text a class.
     """
 
+    encoder = "image_text"
     higher_is_better = True
     plot_lower_bound, plot_upper_bound = 0.0, 1.0
+
+    @staticmethod
+    def inputs(picture: Features) -> tuple[Tensor, ...] | None:
+        """Crops of instances whose class is known."""
+        known = [place for place, own in enumerate(picture.own) if picture.classes[own] is not None]
+        if not known:
+            return None
+        wanted = torch.tensor([picture.classes[own] for own in picture.own[known]])
+        return picture.crops_clip[known], picture.texts_clip, wanted
 
     def update(self, crops: Tensor, texts: Tensor, own: Tensor) -> None:
         """Take features of crops (C, D) and of texts (W, D), and the index of each crop's text (C,)."""

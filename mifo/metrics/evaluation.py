@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from mifo.data.saved_pictures import Picture
 from mifo.errors import MifoError
@@ -24,7 +23,14 @@ from mifo.metrics.evaluators import (
     load_image_encoder,
     load_image_text_encoder,
 )
-from mifo.metrics.instance import Identification, InstanceConsistency, Leakage, leakage_matrix
+from mifo.metrics.instance import (
+    Identification,
+    InstanceConsistency,
+    InstanceConsistencyClip,
+    Leakage,
+    leakage_matrix,
+)
+from mifo.metrics.metric import Features, Metric
 from mifo.metrics.prompt_similarity import PromptSimilarity
 from mifo.metrics.protocol import name_classes
 from mifo.metrics.scores import Evaluator, Score
@@ -34,10 +40,10 @@ log = logging.getLogger(__name__)
 
 SCORES = "scores.json"  # what `Evaluation.save` writes in the folder of a run
 
-METRICS: dict[str, type[MeanMetric]] = {
+METRICS: dict[str, type[Metric]] = {
     "editability": PromptSimilarity,
     "instance_consistency": InstanceConsistency,
-    "instance_consistency_clip": InstanceConsistency,
+    "instance_consistency_clip": InstanceConsistencyClip,
     "identification": Identification,
     "leakage": Leakage,
     "class_accuracy": ClassAccuracy,
@@ -188,44 +194,30 @@ class PictureEvaluator:
             for encoder in (self.image, self.image_text)
         )
         for index, picture in enumerate(progress(pictures)):
-            row: dict[str, float] = {}
-
-            def measure(name: str, *inputs: Tensor, row: dict[str, float] = row, index: int = index) -> None:
-                values = [value.cpu() for value in inputs]
-                counts[name] += len(values[0])
-                # those of NaN are refused first: the choice of the largest would hide them
-                finite = all(value.isfinite().all() for value in values)
-                row[name] = totals[name](*values).item() if finite else math.nan
-                if not math.isfinite(row[name]):
-                    raise MifoError(
-                        f"{name} of picture {index} is not finite, as {self._evaluator(name)} measures it; "
-                        "take another evaluator in metrics"
-                    )
-
-            measure("editability", whole[index : index + 1], asked[index : index + 1])
-            if boxes := subjects[index]:
-                own = torch.tensor([tokens.index(name) for name in boxes])
-                features, features_clip = own_features[index], own_features_clip[index]
-                measure("instance_consistency", features, references_image, own)
-                measure("instance_consistency_clip", features_clip, references_clip, own)
-                known = [place for place, instance in enumerate(own) if own_text[instance] is not None]
-                if known:
-                    wanted = torch.tensor([own_text[instance] for instance in own[known]])
-                    measure("class_accuracy", features_clip[known], texts_clip, wanted)
-                all_crops.append(features)
+            boxes = subjects[index]
+            own = torch.tensor([tokens.index(name) for name in boxes], dtype=torch.long)
+            placed = list(boxes.values()) if picture.boxes else []
+            found = [
+                find_instance(picture.image, references_image[instance], box, self.image, self.windows)
+                for instance, box in zip(own, placed, strict=False)
+            ]
+            features = Features(
+                whole[index : index + 1],
+                asked[index : index + 1],
+                own_features[index] if boxes else None,
+                own_features_clip[index] if boxes else None,
+                own,
+                references_image,
+                references_clip,
+                texts_clip,
+                own_text,
+                torch.tensor(placed) if placed else None,
+                torch.tensor(found) if placed else None,
+            )
+            rows.append(self._measured(features, totals, counts, index))
+            if boxes:
+                all_crops.append(features.crops)
                 all_own.append(own)
-                if len(tokens) > 1:
-                    measure("identification", features, references_image, own)
-                    measure("leakage", features, references_image, own)
-                if picture.boxes:
-                    found = [
-                        find_instance(
-                            picture.image, references_image[instance], box, self.image, self.windows
-                        )
-                        for instance, box in zip(own, boxes.values(), strict=True)
-                    ]
-                    measure("box_adherence", torch.tensor(found), torch.tensor(list(boxes.values())))
-            rows.append(row)
         scores = tuple(
             Score(
                 name,
@@ -244,9 +236,29 @@ class PictureEvaluator:
             matrix = tuple(tuple(None if value != value else value for value in row) for row in means)
         return Evaluation(scores, tuple(rows), matrix, tuple(warnings))
 
+    def _measured(
+        self, features: Features, totals: dict[str, Metric], counts: dict[str, int], index: int
+    ) -> dict[str, float]:
+        """The scores of one picture by metric, which are added to `totals` and `counts`."""
+        row: dict[str, float] = {}
+        for name, metric in totals.items():
+            inputs = metric.inputs(features)
+            if inputs is None:
+                continue
+            values = [value.cpu() for value in inputs]
+            counts[name] += len(values[0])
+            # those of NaN are refused first: the choice of the largest would hide them
+            finite = all(value.isfinite().all() for value in values)
+            row[name] = metric(*values).item() if finite else math.nan
+            if not math.isfinite(row[name]):
+                raise MifoError(
+                    f"{name} of picture {index} is not finite, as {self._evaluator(name)} measures it; "
+                    "take another evaluator in metrics"
+                )
+        return row
+
     def _evaluator(self, metric: str) -> Evaluator:
-        by_clip = metric in ("editability", "instance_consistency_clip", "class_accuracy")
-        return (self.image_text if by_clip else self.image).evaluator
+        return (self.image_text if METRICS[metric].encoder == "image_text" else self.image).evaluator
 
     def _protocol(self, metric: str) -> str:
         """The protocol of a metric; the choice among other classes is another measure."""

@@ -2,18 +2,24 @@
 
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import MeanMetric
+
+from mifo.metrics.metric import Features, Metric
 
 
-class PromptSimilarity(MeanMetric):
+class PromptSimilarity(Metric):
     """Mean cosine of image and text features of CLIP: [−1, 1], higher is better.
 
     As in Break-a-Scene (arXiv 2305.16311, section 4), texts are prompts whose instance tokens are replaced by
     class names (`protocol.name_classes`).
     """
 
+    encoder = "image_text"
     higher_is_better = True
     plot_lower_bound, plot_upper_bound = -1.0, 1.0
+
+    @staticmethod
+    def inputs(picture: Features) -> tuple[Tensor, ...]:
+        return picture.whole_clip, picture.prompt_clip
 
     def update(self, images: Tensor, texts: Tensor) -> None:
         """Take image features (B, D) and the features of their texts (B, D), not necessarily normalised."""

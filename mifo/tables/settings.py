@@ -136,7 +136,7 @@ def _check_labels(settings: TableSettings, overrides: list[str]) -> None:
     fixed = {key_of(delta): f"row '{label}'" for label, deltas in settings.rows.items() for delta in deltas}
     fixed |= {key_of(key): "grid" for key in settings.grid} | {"instances": "scenes", "seed": "seeds"}
     if "method" in fixed:  # whose options choose these groups
-        fixed |= dict.fromkeys(("penalty", "schedule"), fixed["method"])
+        fixed |= dict.fromkeys(("penalty", "recipe"), fixed["method"])
     for override in overrides:
         key, value = key_of(override), override.partition("=")[2]
         if key in fixed:

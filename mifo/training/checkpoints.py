@@ -131,8 +131,10 @@ def check_checkpoint(checkpoint: Mapping[str, Any], learning: Mapping[str, Tenso
                 break
             if found[name].dtype != each.dtype:
                 wrong = f"{name} has the precision {found[name].dtype}, not {each.dtype}"
-            # weights without gradients have no state yet
-            elif number in states and any(states[number][key].shape != each.shape for key in MOMENTS):
+            # weights without gradients have no state yet, and other optimisers name their moments otherwise
+            elif any(
+                key in MOMENTS and state.shape != each.shape for key, state in states.get(number, {}).items()
+            ):
                 wrong = f"the moments of {name} have another shape"
     except (AttributeError, LookupError, TypeError) as error:
         wrong = f"it is damaged ({error})"

@@ -40,7 +40,20 @@ from mifo.training.checkpoints import (
 )
 from mifo.training.finite import FiniteNumbers
 from mifo.training.settings import LearningSettings, StageSettings
-from mifo.training.stages import OPTIMIZERS, SCHEDULES, LearningStage
+from mifo.training.stages import LearningStage
+from mifo.training.targets import check_optimizer, make, target
+
+TRAINER = {"_target_": "lightning.Trainer"}
+# arguments of the trainer that learning decides
+FIXED = (
+    "max_steps",
+    "max_epochs",
+    "default_root_dir",
+    "enable_checkpointing",
+    "logger",
+    "plugins",
+    "callbacks",
+)
 
 
 def check_learning(settings: LearningSettings) -> None:
@@ -54,17 +67,10 @@ def check_learning(settings: LearningSettings) -> None:
         if stage.trainable not in get_args(Trainable):
             known = ", ".join(get_args(Trainable))
             raise MifoError(f"{key}.trainable={stage.trainable} is not known; take one of {known}.")
-        if stage.optimizer not in OPTIMIZERS:
+        if min(stage.steps, stage.checkpoint_every, stage.lr_warmup_steps) < 0 or stage.batch_size < 1:
             raise MifoError(
-                f"{key}.optimizer={stage.optimizer} is not known; take {' or '.join(OPTIMIZERS)}."
-            )
-        if stage.schedule not in SCHEDULES:
-            raise MifoError(
-                f"{key}.schedule={stage.schedule} is not known; take one of {', '.join(SCHEDULES)}."
-            )
-        if stage.steps < 0 or stage.batch_size < 1 or stage.checkpoint_every < 0:
-            raise MifoError(
-                f"{key} needs steps and checkpoint_every of at least 0, and batch_size of at least 1."
+                f"{key} needs steps, checkpoint_every and lr_warmup_steps of at least 0, and batch_size "
+                "of at least 1."
             )
         for value in ("learning_rate", "weight_decay", "eps", "gradient_clip"):
             if getattr(stage, value) < 0:
@@ -75,6 +81,8 @@ def check_learning(settings: LearningSettings) -> None:
             )
         if stage.trainable == "lora" and stage.lora_rank < 1:
             raise MifoError(f"{key}.lora_rank={stage.lora_rank} is too small; take at least 1.")
+        if stage.steps:
+            check_optimizer(name, stage)
     if settings.semantic.trainable != "tokens":
         raise MifoError(
             "learning.semantic.trainable must be tokens: the first stage learns the new token rows alone."
@@ -104,6 +112,22 @@ def check_learning(settings: LearningSettings) -> None:
         check_placeholders("learning.prior.prompts", prompt, ("class",))
     if finetuned and settings.prior.weight and settings.prior.folder is not None:
         own_picture_files(settings.prior.folder)
+
+
+def check_trainer(arguments: Mapping[str, Any]) -> None:
+    """Refuse what is no trainer, an argument that it does not take, or one that learning decides.
+
+    Raises:
+        MifoError: naming the key.
+    """
+    for name in FIXED:
+        if name in arguments:
+            raise MifoError(f"trainer.{name} is fixed by learning and callbacks; take it out of trainer.")
+    found = target("trainer", {**TRAINER, **arguments})
+    if not (isinstance(found, type) and issubclass(found, lightning.Trainer)):
+        raise MifoError(
+            f"trainer._target_={arguments['_target_']} is no Trainer of Lightning; name one that is."
+        )
 
 
 def _names_instances_once(template: str) -> bool:
@@ -158,9 +182,10 @@ def learn(
             "precision", PRECISIONS["float32" if passes_in else performance.learning_precision]
         )
         ready_for_learning(model, performance)
+    check_trainer(trainer)
     _check_precision(model, settings, trainer)
-    target, checkpoints = Path(folder) / "learned", Path(folder) / "checkpoints"
-    refuse_existing(target)
+    learned, checkpoints = Path(folder) / "learned", Path(folder) / "checkpoints"
+    refuse_existing(learned)
     _remove_unfinished(Path(folder))
     if settings.finetuning.steps and settings.prior.weight:
         check_cache(model, class_prompts(instances, settings.prior), settings.prior, seed)
@@ -206,10 +231,10 @@ def learn(
         half=settings.save_half,
         config=config,
     )
-    _save(save, target)
+    _save(save, learned)
     model.freeze()
     shutil.rmtree(checkpoints, ignore_errors=True)
-    return target
+    return learned
 
 
 def _remove_unfinished(folder: Path) -> None:
@@ -232,26 +257,26 @@ def _room(
         numbers = sum(each.numel() for each in learning)
         result = numbers * 2 if half else sum(each.numel() * each.element_size() for each in learning)
         if stage.steps and stage.checkpoint_every:
-            states = (2 + 8 / 256 if stage.optimizer == "adamw_8bit" else 8) * numbers
+            states = (2 + 8 / 256 if "8bit" in stage.optimizer["_target_"] else 8) * numbers
             kept = 1 if stage.checkpoint_every >= stage.steps else 2
             there = sum(file.stat().st_size for file in (checkpoints / name).glob("*.ckpt"))
             total += max(0, int(kept * (numbers * 4 + states)) - there)
     return total + result
 
 
-def _save(save: Callable[[Path], Any], target: Path) -> None:
+def _save(save: Callable[[Path], Any], learned: Path) -> None:
     """Save the result, and where that fails into a temporary folder, so that learning was not in vain.
 
     Raises:
-        MifoError: it could not be saved in `target`; says where it is.
+        MifoError: it could not be saved in `learned`; says where it is.
     """
     try:
-        save(target)
+        save(learned)
     except OSError as error:
-        found = f"{target} cannot be written ({reason(error)}); make room and "
-        again = f"go on with resume={target.parent}"
+        found = f"{learned} cannot be written ({reason(error)}); make room and "
+        again = f"go on with resume={learned.parent}"
         try:
-            elsewhere = Path(tempfile.mkdtemp(prefix="mifo-")) / target.name
+            elsewhere = Path(tempfile.mkdtemp(prefix="mifo-")) / learned.name
             save(elsewhere)
         except OSError:
             raise MifoError(f"{found}{again}, from the last checkpoint") from error
@@ -285,19 +310,18 @@ def _trainer(
     if stage.checkpoint_every and not arguments.get("fast_dev_run"):
         every = min(stage.checkpoint_every, stage.steps)
         savers = [SaveCheckpoints(checkpoints / name / NEWEST, every)]
-    fixed = {
-        "max_steps": stage.steps,
-        "max_epochs": -1,
-        "default_root_dir": checkpoints.parent,
-        "enable_checkpointing": False,
-        "logger": list(loggers),
-        "plugins": [WholeCheckpoints(), *_no_others(arguments)],
-    }
-    if clashes := sorted({*fixed, "callbacks"} & {*arguments}):
-        raise MifoError(f"trainer.{clashes[0]} is fixed by learning and callbacks; take it out of trainer.")
-    usual = {"enable_model_summary": False, "log_every_n_steps": 10}
-    watched = [FiniteNumbers(), *callbacks, *savers]
-    return lightning.Trainer(callbacks=watched, **{**usual, **arguments, **fixed})
+    return make(
+        "trainer",
+        {**TRAINER, **arguments},
+        usual={"enable_model_summary": False, "log_every_n_steps": 10},
+        max_steps=stage.steps,
+        max_epochs=-1,
+        default_root_dir=checkpoints.parent,
+        enable_checkpointing=False,
+        logger=list(loggers),
+        plugins=[WholeCheckpoints(), *_no_others(arguments)],
+        callbacks=[FiniteNumbers(), *callbacks, *savers],
+    )
 
 
 def _no_others(arguments: Mapping[str, Any]) -> list[LightningEnvironment]:

@@ -1,8 +1,29 @@
 """Settings of learning; the defaults are those of MIFO (arXiv 2511.00542) on Stable Diffusion 2.1."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from mifo.data.settings import DrawSettings
+
+
+def adamw() -> dict[str, Any]:
+    """AdamW of torch, as `conf/optimizer/adamw.yaml` has it."""
+    return {"_target_": "torch.optim.AdamW"}
+
+
+def adamw_8bit() -> dict[str, Any]:
+    """MIFO's AdamW with moments of 8 bits."""
+    return {"_target_": "mifo.acceleration.adamw_8bit.AdamW8bit"}
+
+
+def constant() -> dict[str, Any]:
+    """A rate that stays, as `conf/lr_scheduler/constant.yaml` has it."""
+    return {"_target_": "diffusers.optimization.get_constant_schedule"}
+
+
+def cosine_with_restarts() -> dict[str, Any]:
+    """One cycle of half a cosine after a warm-up."""
+    return {"_target_": "diffusers.optimization.get_cosine_with_hard_restarts_schedule_with_warmup"}
 
 
 @dataclass
@@ -14,10 +35,10 @@ class StageSettings:
     # beside the new token rows: tokens (nothing) | cross_attention_kv | denoiser | full | lora
     trainable: str = "tokens"
     lora_rank: int = 16  # read by `trainable: lora` only
-    optimizer: str = "adamw"  # adamw | adamw_8bit
+    optimizer: dict[str, Any] = field(default_factory=adamw)  # `_target_` and arguments; see conf/optimizer
     learning_rate: float = 5e-3
-    schedule: str = "cosine_with_restarts"  # a schedule name of diffusers.optimization; one cycle
-    warmup_steps: int = 10
+    lr_scheduler: dict[str, Any] = field(default_factory=cosine_with_restarts)  # see conf/lr_scheduler
+    lr_warmup_steps: int = 10
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 1e-2
     eps: float = 1e-8
@@ -29,10 +50,10 @@ def _finetuning() -> StageSettings:
     return StageSettings(
         steps=400,
         trainable="full",
-        optimizer="adamw_8bit",
+        optimizer=adamw_8bit(),
         learning_rate=2e-6,
-        schedule="constant",
-        warmup_steps=0,
+        lr_scheduler=constant(),
+        lr_warmup_steps=0,
         checkpoint_every=0,  # of Stable Diffusion one takes some 10 GB
     )
 

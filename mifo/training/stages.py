@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning
 import torch
-from diffusers.optimization import SchedulerType, get_scheduler
 from torch import Tensor, nn
 
 from mifo.acceleration.adamw_8bit import AdamW8bit
@@ -21,15 +20,13 @@ from mifo.method.losses.timeline import Term, Timeline
 from mifo.method.objective import LossParts, learning_loss
 from mifo.training.checkpoints import check_checkpoint
 from mifo.training.settings import StageSettings
-
-OPTIMIZERS = ("adamw", "adamw_8bit")
-SCHEDULES = tuple(schedule.value for schedule in SchedulerType)
+from mifo.training.targets import make_lr_scheduler, make_optimizer
 
 log = logging.getLogger(__name__)
 
 
 class LearningStage(lightning.LightningModule):
-    """Semantic learning or fine-tuning. Checkpoints hold what learns, the optimiser and nothing of the base model.
+    """Semantic learning or fine-tuning. Checkpoints hold what learns and the optimiser, not the base model.
 
     Optimisation is manual, since a step that is replayed as a CUDA graph has its gradients before Lightning
     would ask for them.
@@ -76,6 +73,26 @@ class LearningStage(lightning.LightningModule):
         model.set_trainable(settings.trainable)
         self.train()
 
+    def configure_optimizers(self) -> dict[str, Any]:
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        # one kernel for all parameters, which would have to unscale the gradients of float16 by itself
+        fused = self.device.type in ("cuda", "cpu") and self.trainer.precision != "16-mixed"
+        optimizer = make_optimizer(self.stage, self.settings, parameters, fused)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": make_lr_scheduler(self.stage, self.settings, optimizer),
+        }
+
+    def on_fit_start(self) -> None:
+        # what Lightning or PyTorch does to gradients on their way would be left out of a graph
+        reasons = {
+            "float16 scales the gradients": self.trainer.precision == "16-mixed",
+            "several processes share their gradients": self.trainer.world_size > 1,
+        }
+        if self._graphs and any(reasons.values()):
+            self._graphs = False
+            log.warning("Learning goes on without CUDA graphs, since %s.", max(reasons, key=reasons.get))
+
     def training_step(self, batch: LearningBatch, batch_index: int) -> None:
         terms = self.timeline.active(self.global_step)
         weights = torch.tensor([self.timeline.weight(term, self.global_step) for term in terms])
@@ -107,7 +124,7 @@ class LearningStage(lightning.LightningModule):
         return loss.total, (parts, loss.maps)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip by the norm of all gradients together; scaled gradients of float16 are themselves again here."""
+        """Clip by the norm of all gradients together; gradients of float16 are no longer scaled here."""
         if not self.settings.gradient_clip:
             return
         parameters = [each for group in optimizer.param_groups for each in group["params"]]
@@ -118,39 +135,6 @@ class LearningStage(lightning.LightningModule):
             optimizer.grad_scale = ((norm + 1e-6) / self.settings.gradient_clip).clamp(min=1)
         else:
             nn.utils.clip_grads_with_norm_(parameters, self.settings.gradient_clip, norm)
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        settings = self.settings
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer_class = {"adamw": torch.optim.AdamW, "adamw_8bit": AdamW8bit}[settings.optimizer]
-        # one kernel for all parameters, which would have to unscale the gradients of float16 by itself
-        fused = self.device.type in ("cuda", "cpu") and self.trainer.precision != "16-mixed"
-        optimizer = optimizer_class(
-            parameters,
-            **({"fused": True} if fused and optimizer_class is torch.optim.AdamW else {}),
-            lr=settings.learning_rate,
-            betas=tuple(settings.betas),
-            weight_decay=settings.weight_decay,
-            eps=settings.eps,
-        )
-        schedule = get_scheduler(
-            settings.schedule,
-            optimizer,
-            num_warmup_steps=settings.warmup_steps,
-            num_training_steps=settings.steps,
-            num_cycles=1,
-        )
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
-
-    def on_fit_start(self) -> None:
-        # what Lightning or PyTorch does to gradients on their way would be left out of a graph
-        reasons = {
-            "float16 scales the gradients": self.trainer.precision == "16-mixed",
-            "several processes share their gradients": self.trainer.world_size > 1,
-        }
-        if self._graphs and any(reasons.values()):
-            self._graphs = False
-            log.warning("Learning goes on without CUDA graphs, since %s.", max(reasons, key=reasons.get))
 
     def release(self) -> None:
         """End graphs, gradients and copies."""
@@ -191,14 +175,14 @@ class LearningStage(lightning.LightningModule):
         return self._steps[terms]
 
     def _rounded(self) -> tuple[Callable[..., Any], dict[nn.Parameter, Tensor]]:
-        """The loss on rounded copies of weights, and the copies of what learns; empty where autocast rounds."""
+        """The loss on rounded copies of weights, and the copies of what learns; none where autocast rounds."""
         if self.passes_in is not None:
             rounded = RoundedWeights(self, every_weight(self), self.passes_in)
             return rounded, {each: copy for each, copy in rounded.copies.items() if each.requires_grad}
         # not rounded anew at each step; weights that are read again in the backward pass must stay in place
-        if torch.is_autocast_enabled(self.device.type) and not self.model.checkpointing:
-            if chosen := frozen_products(self):
-                return RoundedWeights(self, chosen, torch.get_autocast_dtype(self.device.type)), {}
+        rounds = torch.is_autocast_enabled(self.device.type) and not self.model.checkpointing
+        if rounds and (chosen := frozen_products(self)):
+            return RoundedWeights(self, chosen, torch.get_autocast_dtype(self.device.type)), {}
         return self, {}
 
     def _update_copies(self) -> None:

@@ -1,0 +1,50 @@
+"""What every metric is: a mean over crops or pictures, and what it looks at of a picture."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+
+@dataclass(frozen=True)
+class Features:
+    """What is known of one picture. `…_clip` is of the image-text encoder, the others of the image encoder.
+
+    Attributes:
+        whole_clip, prompt_clip: the picture and its prompt, (1, D).
+        crops, crops_clip: C crops, (C, D); None where the picture has no crops.
+        own: (C,), the index of the instance that each crop should show.
+        references, references_clip: the N instances of the source image, (N, D).
+        texts_clip: the W texts of classes, (W, D).
+        classes: the place among those texts of each instance's class, N; None: not known.
+        boxes, found: where the instances should be and where they are, (C, 4); None without boxes.
+    """
+
+    whole_clip: Tensor
+    prompt_clip: Tensor
+    crops: Tensor | None
+    crops_clip: Tensor | None
+    own: Tensor
+    references: Tensor
+    references_clip: Tensor
+    texts_clip: Tensor
+    classes: list[int | None]
+    boxes: Tensor | None
+    found: Tensor | None
+
+
+class Metric(MeanMetric):
+    """A mean that declares which encoder it is measured by and what it looks at of a picture.
+
+    Attributes:
+        encoder: whose features it compares.
+        higher_is_better, plot_lower_bound, plot_upper_bound: its direction and its range.
+    """
+
+    encoder: ClassVar[Literal["image", "image_text"]] = "image"
+
+    @staticmethod
+    def inputs(picture: Features) -> tuple[Tensor, ...] | None:
+        """What `update` takes of a picture, one row a crop or picture; None: nothing can be measured."""
+        raise NotImplementedError

@@ -1,0 +1,118 @@
+"""What the configuration names by `_target_`: trainer, optimisers, LR schedulers, callbacks and loggers."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.util import find_spec
+from pkgutil import resolve_name
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from mifo.errors import MifoError
+from mifo.training.settings import StageSettings
+
+
+def target(key: str, node: Any) -> Any:
+    """The class or function that the `_target_` of `node` names, which takes the node's other keys.
+
+    Raises:
+        MifoError: there is no `_target_`, its package is not installed, it does not exist, or it takes no such
+            argument.
+    """
+    path = node.get("_target_") if isinstance(node, Mapping) else None
+    if not isinstance(path, str) or not path:
+        raise MifoError(f"{key} needs a _target_, the class that it stands for; see conf/{key.split('.')[0]}")
+    package, (module, _, name) = path.partition(".")[0], path.rpartition(".")
+    if package and find_spec(package) is None:
+        raise MifoError(
+            f"{key}._target_={path} needs the package {package}, which is not installed; check its "
+            f"spelling, or install it with: pip install {package}"
+        )
+    try:
+        found = resolve_name(path)
+    except Exception as error:
+        try:
+            near = get_close_matches(name, dir(import_module(module)), n=1)
+        except (ImportError, ValueError):
+            near = []
+        fix = f"did you mean {module}.{near[0]}?" if near else "check its spelling"
+        told = " ".join(str(error).split())
+        raise MifoError(f"{key}._target_={path} cannot be imported ({told}); {fix}") from error
+    arguments = {name: value for name, value in node.items() if name not in _OF_HYDRA}
+    taken = inspect.signature(found).parameters
+    if not any(each.kind is each.VAR_KEYWORD for each in taken.values()):
+        for name in arguments:
+            if name not in taken:
+                near = get_close_matches(name, taken, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(taken) or 'none'}"
+                raise MifoError(f"{key}.{name} is no argument of {path}; {hint}")
+    return found
+
+
+def make(key: str, node: Mapping[str, Any], *inputs: Any, usual: Mapping[str, Any], **fixed: Any) -> Any:
+    """Call what `node` names with `inputs`, the node's own keys and `fixed`.
+
+    Args:
+        usual: arguments that it gets if it takes them and the node does not name them.
+
+    Raises:
+        MifoError: see `target`; or the call refuses its arguments.
+    """
+    taken = inspect.signature(target(key, node)).parameters
+    usual = {name: value for name, value in usual.items() if name in taken and name not in node}
+    try:
+        return instantiate({**node, "_partial_": True, "_convert_": "all"})(*inputs, **usual, **fixed)
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise MifoError(
+            f"{key} does not take its arguments: {(str(cause).splitlines() or [''])[0]}"
+        ) from error
+
+
+def make_optimizer(
+    stage: str, settings: StageSettings, parameters: Sequence[nn.Parameter], fused: bool
+) -> torch.optim.Optimizer:
+    """The optimiser of a stage; `learning_rate` is its `lr`, the other keys have its own names.
+
+    Args:
+        fused: update all parameters in one kernel, if the optimiser can.
+    """
+    usual = {
+        "lr": settings.learning_rate,
+        "betas": tuple(settings.betas),
+        "weight_decay": settings.weight_decay,
+        "eps": settings.eps,
+        "fused": fused or None,
+    }
+    return make(f"learning.{stage}.optimizer", settings.optimizer, parameters, usual=usual)
+
+
+def make_lr_scheduler(stage: str, settings: StageSettings, optimizer: torch.optim.Optimizer) -> LRScheduler:
+    """The scheduler of a stage's learning rate; functions of diffusers get the numbers of steps."""
+    usual = {"num_warmup_steps": settings.lr_warmup_steps, "num_training_steps": settings.steps}
+    return make(f"learning.{stage}.lr_scheduler", settings.lr_scheduler, optimizer, usual=usual)
+
+
+def check_optimizer(stage: str, settings: StageSettings) -> None:
+    """Make optimiser and LR scheduler of a single number, before there is a model.
+
+    Raises:
+        MifoError: see `make`; or they are none.
+    """
+    key = f"learning.{stage}"
+    optimizer = make_optimizer(stage, settings, [nn.Parameter(torch.zeros(1))], fused=True)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise MifoError(f"{key}.optimizer is no optimiser of torch; see conf/optimizer.")
+    scheduler = make_lr_scheduler(stage, settings, optimizer)
+    step = getattr(scheduler, "step", None)
+    needed = inspect.signature(step).parameters.values() if step else ()
+    if step is None or any(each.default is each.empty for each in needed):
+        raise MifoError(f"{key}.lr_scheduler is no scheduler that counts steps alone; see conf/lr_scheduler.")
+
+
+_OF_HYDRA = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
