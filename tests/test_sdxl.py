@@ -1,5 +1,6 @@
 """Stable Diffusion XL behind the seam: its prompts, its sites, plain sampling, and the whole road of a run."""
 
+import copy
 import json
 import shutil
 
@@ -10,14 +11,22 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import tiny_sdxl_pipeline
 
+from mifo.acceleration.settings import PerformanceSettings
 from mifo.backbones.learned import load_learned
 from mifo.backbones.loading import load_model, load_outline
 from mifo.backbones.settings import ModelSettings
+from mifo.benchmark.rows import Bench, stage2_step
+from mifo.benchmark.settings import BenchmarkSettings
+from mifo.benchmark.shapes import SHAPES, SIDES, random_model
+from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
 from mifo.method.guidance.settings import GuidanceSettings
+from mifo.method.losses.settings import PenaltySettings
 from mifo.method.synthesis.sampler import Sampler
 from mifo.method.synthesis.settings import SynthesisSettings
+from mifo.training.settings import LearningSettings
 
+CPU = torch.device("cpu")
 PROMPTS = ["a photo of a red car", "a cat in the snow"]
 
 
@@ -161,7 +170,9 @@ def photo(tmp_path_factory):
     return folder
 
 
-def test_the_whole_road_of_a_run(mifo, source, photo, tmp_path, model):
+def test_the_whole_road_of_a_run(mifo, photo, tmp_path):
+    source = tiny_sdxl_pipeline(tmp_path / "sdxl", depths=(1, 2))
+    model = load_model(ModelSettings("tiny", str(source)))
     run = [
         *("run", "model=local", f"model.source={source}", "debug=default", "metrics=none", "instances=local"),
         *(
@@ -170,7 +181,15 @@ def test_the_whole_road_of_a_run(mifo, source, photo, tmp_path, model):
             "learning.finetuning.optimizer=adamw",
         ),
         *("performance=low_vram", "learning.finetuning.learning_rate=1e-3", "hydra.run.dir=run"),
-        *(f"learning.prior.cache={tmp_path}/prior", "synthesis.steps=3", "guidance.guided_steps=1"),
+        *(
+            f"learning.prior.cache={tmp_path}/prior",
+            "synthesis.steps=2",
+            "guidance.shapes_from=1",
+            "learning.semantic.steps=2",
+            "learning.finetuning.steps=1",
+            "learning.prior.pictures=1",
+            "learning.prior.steps=1",
+        ),
     ]
     assert mifo(*run) == 0
     learned = tmp_path / "run" / "learned"
@@ -188,3 +207,18 @@ def test_the_whole_road_of_a_run(mifo, source, photo, tmp_path, model):
     assert torch.equal(model.new_rows["text_encoder_2"], rows["rows.text_encoder_2"])
     for name, each in model.trainable("lora").items():
         assert all(torch.equal(parameter, weights[name][own]) for own, parameter in each.items())
+
+
+def test_the_benchmark_measures_its_shapes_with_adapters(monkeypatch, tmp_path):
+    tiny = load_model(ModelSettings("tiny", str(tiny_sdxl_pipeline(tmp_path / "sdxl", depths=(1, 1)))))
+    parts = {"unet": tiny.unet, "vae": tiny.vae, **tiny.text_encoders}
+    monkeypatch.setitem(SHAPES, "sdxl", lambda: copy.deepcopy(parts))
+    words = len(random_model("miniature", CPU, "float32").tokenizer)
+    for part in tiny.text_encoders.values():
+        part.resize_token_embeddings(words, mean_resizing=False)
+    monkeypatch.setitem(SIDES, "sdxl", 64)
+    settings = BenchmarkSettings("sdxl", steps=1, warmup=1, instances=2, operations=False)
+    learning = LearningSettings(prior=PriorSettings(pictures=1))
+    bench = Bench(settings, PerformanceSettings(), CPU, "float32", learning, PenaltySettings())
+    row = stage2_step(bench)
+    assert row.seconds > 0 and row.notes["trainable"] == "adapters alone (lora, rank 16)"

@@ -67,19 +67,20 @@ def tiny_pipeline(folder: Path | str, seed: int = 0) -> Path:
     return Path(folder)
 
 
-def tiny_sdxl_pipeline(folder: Path | str, seed: int = 0) -> Path:
+def tiny_sdxl_pipeline(folder: Path | str, depths: tuple[int, int] = (2, 10)) -> Path:
     """Save a tiny random Stable Diffusion XL into `folder`: images 64×64, latents 32×32×4, prompts of 32.
 
-    Its U-Net has XL's levels and depths: no attention at the first level, then 2 and 10 transformer blocks.
+    Its U-Net has XL's levels, and unless `depths` says otherwise XL's depths: no attention at the first level,
+    then 2 and 10 transformer blocks.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     tokenizer, tokenizer_2 = tiny_tokenizer(), tiny_tokenizer(pad_token="!")
     unet = UNet2DConditionModel(
         sample_size=32,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(8, 8, 16),
-        transformer_layers_per_block=(1, 2, 10),
+        transformer_layers_per_block=(1, *depths),
         attention_head_dim=(1, 2, 2),
         cross_attention_dim=40,
         use_linear_projection=True,

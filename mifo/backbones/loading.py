@@ -178,19 +178,20 @@ def _of_file(
         )
     with safe_open(file, "pt") as tensors:
         dtype = tensors.get_tensor(FIRST_KEY).dtype
+    # a bar for each part, and a warning about each cast, though no module must keep its precision
+    diffusers.logging.disable_progress_bar()
+    diffusers.logging.set_verbosity_error()
     pipeline = getattr(diffusers, family.pipeline).from_single_file(
         str(file), config=str(folder), torch_dtype=dtype, local_files_only=True
     )
     networks = {part: getattr(pipeline, part) for part in family.networks}
     rows = {
-        part: {
-            # transformers from 5.6 on leaves the prefix out
-            ("text_model." if part == "text_encoder" else "") + name.removeprefix("text_model."): each[
-                :1
-            ].clone()
-            for name, each in network.state_dict().items()
-        }
+        part: {name: each[:1].clone() for name, each in network.state_dict().items()}
         for part, network in networks.items()
+    }
+    # transformers leaves the prefix out from 5.6 on
+    rows["text_encoder"] = {
+        f"text_model.{name.removeprefix('text_model.')}": row for name, row in rows["text_encoder"].items()
     }
     return networks, rows
 
