@@ -8,7 +8,7 @@ import torch
 from mifo.benchmark.measuring import Measurement, measured, tera_operations
 from mifo.benchmark.records import Circumstances, write_record, write_table
 from mifo.benchmark.rows import ROWS
-from mifo.benchmark.shapes import random_instances, random_model, row_of_boxes, stable_diffusion
+from mifo.benchmark.shapes import SHAPES, random_instances, random_model, row_of_boxes
 from mifo.commands.benchmark import benchmark
 from mifo.config import compose, settings_of
 from mifo.errors import MifoError
@@ -107,11 +107,11 @@ def test_median_spread_and_operations():
     assert tera_operations(lambda: a @ a.T) == pytest.approx(2 * 10 * 10 * 20 / 1e12)
 
 
-def test_stable_diffusion_has_the_published_sizes():
+@pytest.mark.parametrize(("shapes", "millions"), [("sd21", [866, 84, 340]), ("sdxl", [2567, 84, 123, 695])])
+def test_stable_diffusion_has_the_published_sizes(shapes, millions):
     with torch.device("meta"):
-        unet, vae, text = stable_diffusion()
-    millions = [round(sum(each.numel() for each in part.parameters()) / 1e6) for part in (unet, vae, text)]
-    assert millions == [866, 84, 340]
+        parts = SHAPES[shapes]()
+    assert [round(sum(each.numel() for each in part.parameters()) / 1e6) for part in parts.values()] == millions
 
 
 def test_miniature_shapes_and_instances():
@@ -120,5 +120,5 @@ def test_miniature_shapes_and_instances():
     instances = random_instances(3, 64)
     assert torch.equal(instances.masks.sum(0), torch.ones(64, 64))
     check_boxes({str(i): box for i, box in enumerate(row_of_boxes(8))}, 16)
-    with pytest.raises(MifoError, match=r"benchmark\.shapes=sdxl"):
-        random_model("sdxl", CPU, "float32")
+    with pytest.raises(MifoError, match=r"benchmark\.shapes=sd35"):
+        random_model("sd35", CPU, "float32")

@@ -3,8 +3,14 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from mifo.data.instances import InstanceSet
 from mifo.metrics.scores import Evaluator
@@ -15,7 +21,7 @@ WORDS = """
 """.split()
 
 
-def tiny_tokenizer(length: int = 32) -> CLIPTokenizer:
+def tiny_tokenizer(length: int = 32, **special: str) -> CLIPTokenizer:
     """A CLIP tokenizer that knows `WORDS` whole and spells every other lower-case word."""
     letters = [chr(code) for code in range(33, 127)]
     pieces, merges = letters + [letter + "</w>" for letter in letters], []
@@ -29,7 +35,10 @@ def tiny_tokenizer(length: int = 32) -> CLIPTokenizer:
             joined += symbol
     vocabulary = dict.fromkeys([*pieces, "<|startoftext|>", "<|endoftext|>"])
     return CLIPTokenizer(
-        vocab={piece: index for index, piece in enumerate(vocabulary)}, merges=merges, model_max_length=length
+        vocab={piece: index for index, piece in enumerate(vocabulary)},
+        merges=merges,
+        model_max_length=length,
+        **special,
     )
 
 
@@ -40,29 +49,7 @@ def tiny_pipeline(folder: Path | str, seed: int = 0) -> Path:
     """
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=tokenizer.model_max_length,
-            projection_dim=16,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_size=32,
-    )
+    text_encoder, vae = CLIPTextModel(_text_config(tokenizer, 16)), _vae()
     unet = UNet2DConditionModel(
         sample_size=16,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
@@ -73,7 +60,83 @@ def tiny_pipeline(folder: Path | str, seed: int = 0) -> Path:
         cross_attention_dim=16,
         norm_num_groups=4,
     )
-    scheduler = DDIMScheduler(
+    pipeline = StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, _scheduler(), None, None, requires_safety_checker=False
+    )
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+def tiny_sdxl_pipeline(folder: Path | str, depths: tuple[int, int] = (2, 10)) -> Path:
+    """Save a tiny random Stable Diffusion XL into `folder`: images 64×64, latents 32×32×4, prompts of 32.
+
+    Its U-Net has XL's levels, and unless `depths` says otherwise XL's depths: no attention at the first level,
+    then 2 and 10 transformer blocks.
+    """
+    torch.manual_seed(0)
+    tokenizer, tokenizer_2 = tiny_tokenizer(), tiny_tokenizer(pad_token="!")
+    unet = UNet2DConditionModel(
+        sample_size=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(8, 8, 16),
+        transformer_layers_per_block=(1, *depths),
+        attention_head_dim=(1, 2, 2),
+        cross_attention_dim=40,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24 + 6 * 8,
+        norm_num_groups=4,
+    )
+    pipeline = StableDiffusionXLPipeline(
+        _vae(),
+        CLIPTextModel(_text_config(tokenizer, 16)),
+        # as published: an end that is not the tokenizer's
+        CLIPTextModelWithProjection(_text_config(tokenizer_2, 24, eos_token_id=2)),
+        tokenizer,
+        tokenizer_2,
+        unet,
+        _scheduler(),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+def _text_config(tokenizer: CLIPTokenizer, width: int, **others: int) -> CLIPTextConfig:
+    ends = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        projection_dim=width,
+        **ends | others,
+    )
+
+
+def _vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=32,
+    )
+
+
+def _scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -81,11 +144,6 @@ def tiny_pipeline(folder: Path | str, seed: int = 0) -> Path:
         set_alpha_to_one=False,
         steps_offset=1,
     )
-    pipeline = StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
-    )
-    pipeline.save_pretrained(folder)
-    return Path(folder)
 
 
 def two_instances() -> InstanceSet:

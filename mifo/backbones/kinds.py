@@ -1,46 +1,116 @@
-"""Which pipelines MIFO works on: those of Stable Diffusion 1.x and 2.x's kind, told by small files alone."""
+"""Which pipelines MIFO works on, told by small files alone: one `Family` for each layout of parts."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from mifo.backbones.unet.model import UNetModel
 from mifo.errors import MifoError
 from mifo.files import read_json
 
-CLASSES = {
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "text_encoder": ("CLIPTextModel",),
-    "vae": ("AutoencoderKL",),
-    "unet": ("UNet2DConditionModel",),
+
+@dataclass(frozen=True)
+class Family:
+    """Pipelines of one layout.
+
+    Attributes:
+        pipeline: its class in diffusers, which reads single files.
+        model: what is made of the parts. parts: their classes, by the names that diffusers gives them.
+        values: what keys of a part's configuration must hold where they are there. Another number does not fit
+            the code; a key that must be None stands for an input that MIFO does not give.
+        zero_empty_prompt: see `UNetModel`; where model_index.json does not tell.
+    """
+
+    pipeline: str
+    model: type[UNetModel]
+    parts: dict[str, type]
+    values: dict[str, dict[str, Any]]
+    zero_empty_prompt: bool = False
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The folders of a pipeline."""
+        return (*self.parts, "scheduler")
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The parts that have weights."""
+        return tuple(part for part in self.parts if not part.startswith("tokenizer"))
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        return tuple(part for part in self.parts if part.startswith("text_encoder"))
+
+
+_VAE = {"latent_channels": 4, "in_channels": 3, "shift_factor": None, "latents_mean": None}
+_UNET = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "attention_type": "default",
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "addition_embed_type": None,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "time_cond_proj_dim": None,
 }
-# What these keys must hold where they are there. Another number does not fit the code; a key that is None in
-# Stable Diffusion stands for an input that MIFO does not give.
-VALUES = {
-    "vae": {"latent_channels": 4, "in_channels": 3, "shift_factor": None, "latents_mean": None},
-    "unet": {
-        "in_channels": 4,
-        "out_channels": 4,
-        "attention_type": "default",
-        "class_embed_type": None,
-        "num_class_embeds": None,
-        "addition_embed_type": None,
-        "encoder_hid_dim": None,
-        "encoder_hid_dim_type": None,
-        "time_cond_proj_dim": None,
+STABLE_DIFFUSION = Family(
+    "StableDiffusionPipeline",
+    UNetModel,
+    {
+        "tokenizer": CLIPTokenizer,
+        "text_encoder": CLIPTextModel,
+        "vae": AutoencoderKL,
+        "unet": UNet2DConditionModel,
     },
-}
+    {"vae": _VAE, "unet": _UNET},
+)
+STABLE_DIFFUSION_XL = Family(
+    "StableDiffusionXLPipeline",
+    UNetModel,
+    {
+        **STABLE_DIFFUSION.parts,
+        "tokenizer_2": CLIPTokenizer,
+        "text_encoder_2": CLIPTextModelWithProjection,
+    },
+    {"vae": _VAE, "unet": _UNET | {"addition_embed_type": "text_time"}},
+    zero_empty_prompt=True,
+)
+# by `_class_name` in model_index.json
+FAMILIES = {each.pipeline: each for each in (STABLE_DIFFUSION, STABLE_DIFFUSION_XL)}
+
+
+def family_of(folder: Path) -> Family:
+    """The family of a pipeline folder; where its index names another class or none, told by its text encoders.
+
+    Raises:
+        MifoError: model_index.json is damaged.
+    """
+    index = pipeline_index(folder)
+    second = index.get("text_encoder_2", (folder / "text_encoder_2").is_dir())
+    other = STABLE_DIFFUSION_XL if second else STABLE_DIFFUSION
+    return FAMILIES.get(str(index.get("_class_name")), other)
+
+
+def pipeline_index(folder: Path) -> dict[str, Any]:
+    """What model_index.json holds; nothing where there is none."""
+    return _read(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
 
 
 def check_kind(folder: Path, source: str) -> dict[str, dict[str, Any]]:
-    """The configuration of the text encoder, VAE and U-Net of a pipeline folder, if MIFO can work on them.
+    """The configurations of the networks of a pipeline folder, by part, if MIFO can work on them.
 
     Raises:
         MifoError: a configuration is missing, damaged or of a model of another kind; it names `source`.
     """
-    index = _read(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
-    configs = {part: _read(folder / part / "config.json") for part in ("text_encoder", "vae", "unet")}
-    if index.get("text_encoder_2"):
+    index, family = pipeline_index(folder), family_of(folder)
+    configs = {part: _read(folder / part / "config.json") for part in family.networks}
+    if index.get("text_encoder_2") and "text_encoder_2" not in family.parts:
         raise _other(source, "model_index.json", "text_encoder_2", "present", "absent")
-    for part, classes in CLASSES.items():
+    for part, kind in family.parts.items():
         config = configs.get(part, {})
         named = {
             "model_index.json": index.get(part),
@@ -48,17 +118,23 @@ def check_kind(folder: Path, source: str) -> dict[str, dict[str, Any]]:
         }
         for file, value in named.items():
             name = value[-1] if isinstance(value, list) and value else value
-            if name is not None and name not in classes:
-                raise _other(source, file, part, name, classes[0])
-    for part, values in VALUES.items():
+            if name is not None and name.removesuffix("Fast") != kind.__name__:  # tokenizers have two classes
+                raise _other(source, file, part, name, kind.__name__)
+    for part, values in family.values.items():
         for key, needed in values.items():
             if (value := configs[part].get(key, needed)) != needed:
                 raise _other(source, f"{part}/config.json", key, value, needed)
     # a missing key takes the default of its class
-    width, side = configs["text_encoder"].get("hidden_size", 512), configs["unet"].get("sample_size")
-    if (read := configs["unet"].get("cross_attention_dim", 1280)) != width:
-        needed = f"{width}, the width of the text encoder"
+    unet, texts = configs["unet"], [configs[part] for part in family.text_encoders]
+    width, side = sum(each.get("hidden_size", 512) for each in texts), unet.get("sample_size")
+    if (read := unet.get("cross_attention_dim", 1280)) != width:
+        needed = f"{width}, the width of the text encoder{'s' * (len(texts) > 1)}"
         raise _other(source, "unet/config.json", "cross_attention_dim", read, needed)
+    if family.values["unet"]["addition_embed_type"]:
+        # the pooled state of the last text encoder, and six numbers of sizes
+        pooled = texts[-1].get("projection_dim", 512) + 6 * (unet.get("addition_time_embed_dim") or 0)
+        if (read := unet.get("projection_class_embeddings_input_dim")) != pooled:
+            raise _other(source, "unet/config.json", "projection_class_embeddings_input_dim", read, pooled)
     if type(side) is not int or side < 1:
         raise _other(source, "unet/config.json", "sample_size", side, "a side of square latents, such as 64")
     return configs
@@ -74,5 +150,5 @@ def _read(file: Path) -> dict[str, Any]:
 def _other(source: str, file: str, key: str, value: Any, needed: Any) -> MifoError:
     return MifoError(
         f"model.source={source} is a model of another kind: {key} in {file} is {value}, where MIFO needs "
-        f"{needed}; name a text-to-image model of Stable Diffusion 1.x or 2.x's kind."
+        f"{needed}; name a text-to-image model of Stable Diffusion 1.x, 2.x or XL's kind."
     )

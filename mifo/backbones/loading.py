@@ -1,33 +1,41 @@
-"""Loading a text-to-image pipeline folder, whether it is embedded, local or on the hub."""
+"""Loading a text-to-image pipeline: embedded, a local folder or single file, or on the hub."""
 
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
+from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from huggingface_hub import snapshot_download
-from transformers import CLIPTextModel, CLIPTokenizer
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import CLIPTokenizer, PreTrainedModel
 
-from mifo.backbones.kinds import check_kind
+from mifo.backbones.kinds import FAMILIES, Family, check_kind, family_of, pipeline_index
 from mifo.backbones.settings import ModelSettings
 from mifo.backbones.unet.model import UNetModel
-from mifo.backbones.weights import fingerprint, weight_files, weight_patterns
+from mifo.backbones.weights import fingerprint, first_rows, weight_files, weight_patterns
 from mifo.errors import MifoError
 from mifo.files import check_entries, read_json
 from mifo.method.diffusion.ddim import DDIM
 
-PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
+DTYPES = ("float32", "float16", "bfloat16")
+FIRST_KEY = "model.diffusion_model.input_blocks.0.0.weight"  # of a single file under its original key names
 
 
 def model_folder(settings: ModelSettings, weights: bool = True) -> Path:
     """The local pipeline folder of `settings.source`; a hub id is downloaded first if the cache lacks it.
+
+    Of a single file this is the folder `settings.config`, whose weights are not used.
 
     Args:
         weights: of a hub id, download the weights too, not its small files alone.
@@ -36,28 +44,57 @@ def model_folder(settings: ModelSettings, weights: bool = True) -> Path:
         MifoError: nothing lies there, a part of the pipeline is missing, or the hub does not give it.
     """
     local = Path(settings.source).expanduser()
+    if local.is_file():
+        return _folder_beside(settings, local)
+    if settings.config:
+        raise MifoError(f"model.config={settings.config} is for a single file; leave it out for a folder.")
     if settings.source == "embedded":
         folder = Path(str(files("mifo"))) / "miniature" / "weights" / "pipeline"
     elif local.is_dir():
         folder = local
-    elif local.is_file():
-        raise MifoError(
-            f"model.source={settings.source} is a single file, which MIFO does not read; convert it to a "
-            "folder in the diffusers layout (StableDiffusionPipeline.from_single_file, then save_pretrained)."
-        )
     else:
         folder = _from_hub(settings, weights)
-    missing = [part for part in PARTS if not (folder / part).is_dir()]
+    parts = family_of(folder).folders
+    missing = [part for part in parts if not (folder / part).is_dir()]
     if missing:
         raise MifoError(
             f"model.source={settings.source} is no diffusers pipeline folder: it lacks {', '.join(missing)}; "
-            "name a folder that holds " + ", ".join(PARTS) + "."
+            "name a folder that holds " + ", ".join(parts) + "."
         )
     return folder
 
 
+def _folder_beside(settings: ModelSettings, file: Path) -> Path:
+    """The folder of the tokenizers and configurations of a single file."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            shapes = {
+                name: torch.empty(tensors.get_slice(name).get_shape(), device="meta")
+                for name in tensors.keys()  # noqa: SIM118
+            }
+    except Exception as error:  # of the library's own class
+        raise MifoError(
+            f"model.source={settings.source} is a single file, but none of safetensors ({error}); "
+            "name a .safetensors file, or a folder in the diffusers layout."
+        ) from error
+    if FIRST_KEY not in shapes:
+        raise MifoError(
+            f"model.source={settings.source} has no {FIRST_KEY}: it is no whole checkpoint of Stable Diffusion "
+            "1.x, 2.x or XL under the original key names; name one, or a folder in the diffusers layout."
+        )
+    config = settings.config or fetch_diffusers_config(shapes)["pretrained_model_name_or_path"]
+    try:
+        return model_folder(replace(settings, source=config, config=None), weights=False)
+    except MifoError as error:
+        raise MifoError(
+            f"model.source={settings.source} is a single file, and its tokenizers and configurations are not to "
+            f"be had from {config}; name a diffusers folder or hub id of the same kind of model by model.config."
+        ) from error
+
+
 def _from_hub(settings: ModelSettings, weights: bool) -> Path:
-    patterns = [f"{part}/*{ending}" for part in PARTS for ending in (".json", ".txt")]
+    parts = sorted({part for family in FAMILIES.values() for part in family.folders})
+    patterns = [f"{part}/*{ending}" for part in parts for ending in (".json", ".txt")]
     try:
         return Path(
             snapshot_download(
@@ -85,41 +122,78 @@ def load_model(settings: ModelSettings, device: torch.device | str = "cpu") -> U
         MifoError: see `load_outline`, which comes before weights are downloaded or read; or an unknown dtype;
             or weights that are missing or damaged.
     """
-    if settings.dtype not in ("float32", "float16", "bfloat16"):
+    if settings.dtype not in DTYPES:
         raise MifoError(f"model.dtype={settings.dtype} is not known; take float32, float16 or bfloat16.")
     outline = load_outline(settings)
-    folder, dtype = model_folder(settings), getattr(torch, settings.dtype)
-    weights = {part: weight_files(folder, part, settings.variant) for part in ("text_encoder", "vae", "unet")}
-    vocabulary = json.dumps(sorted(outline.tokenizer.get_vocab().items()))
+    folder, file = model_folder(settings), Path(settings.source).expanduser()
+    family = family_of(folder)
+    vocabulary = "".join(json.dumps(sorted(each.get_vocab().items())) for each in outline.tokenizers)
+    with _refusing_damage(settings, folder):
+        single = file.is_file()
+        networks, rows = _of_file(file, folder, family) if single else _of_folder(settings, folder, family)
+        for part, network in networks.items():
+            dtype = torch.float32 if part == "vae" else getattr(torch, settings.dtype)
+            nn.Module.to(network, dtype).requires_grad_(False).eval()
+        model = replace(
+            outline,
+            **networks,
+            fingerprint=fingerprint(rows),
+            vocabulary=hashlib.sha256(vocabulary.encode()).hexdigest()[:12],
+        )
+    return model.to(device)
 
-    def loaded(kind: Any, part: str, **precision: torch.dtype) -> Any:
-        model, told = kind.from_pretrained(
+
+def _of_folder(
+    settings: ModelSettings, folder: Path, family: Family
+) -> tuple[dict[str, nn.Module], dict[str, Mapping[str, Tensor]]]:
+    """The networks of a pipeline folder, and the first rows of their weights."""
+    weights = {part: weight_files(folder, part, settings.variant) for part in family.networks}
+    networks = {}
+    for part in family.networks:
+        kind, dtype = family.parts[part], getattr(torch, "float32" if part == "vae" else settings.dtype)
+        networks[part], told = kind.from_pretrained(
             folder,
             subfolder=part,
             variant=settings.variant,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
-            **precision,
+            **{"dtype" if issubclass(kind, PreTrainedModel) else "torch_dtype": dtype},
         )
         if told["missing_keys"]:  # which would go on with random numbers
             raise ValueError(f"{part} lacks the weights {sorted(told['missing_keys'])[0]}")
-        return model.requires_grad_(False).eval()
+    return networks, {part: first_rows(weights[part]) for part in family.networks}
 
-    with _refusing_damage(settings, folder):
-        model = UNetModel(
-            outline.tokenizer,
-            loaded(CLIPTextModel, "text_encoder", dtype=dtype),
-            loaded(AutoencoderKL, "vae", torch_dtype=torch.float32),
-            loaded(UNet2DConditionModel, "unet", torch_dtype=dtype),
-            outline.noise_scheduler,
-            settings.name,
-            settings.source,
-            settings.revision,
-            fingerprint(weights),
-            hashlib.sha256(vocabulary.encode()).hexdigest()[:12],
+
+def _of_file(
+    file: Path, folder: Path, family: Family
+) -> tuple[dict[str, nn.Module], dict[str, Mapping[str, Tensor]]]:
+    """The networks of a single file under the original key names, and the first rows of their weights.
+
+    The rows have the names of a folder on the hub, so that the same weights there have the same fingerprint.
+    """
+    if find_spec("accelerate") is None:  # without it, diffusers lets missing weights be random
+        raise MifoError(
+            "A single file needs the package accelerate; install it with: pip install accelerate."
         )
-    return model.to(device)
+    with safe_open(file, "pt") as tensors:
+        dtype = tensors.get_tensor(FIRST_KEY).dtype
+    # a bar for each part, and a warning about each cast, though no module must keep its precision
+    diffusers.logging.disable_progress_bar()
+    diffusers.logging.set_verbosity_error()
+    pipeline = getattr(diffusers, family.pipeline).from_single_file(
+        str(file), config=str(folder), torch_dtype=dtype, local_files_only=True
+    )
+    networks = {part: getattr(pipeline, part) for part in family.networks}
+    rows = {
+        part: {name: each[:1].clone() for name, each in network.state_dict().items()}
+        for part, network in networks.items()
+    }
+    # transformers leaves the prefix out from 5.6 on
+    rows["text_encoder"] = {
+        f"text_model.{name.removeprefix('text_model.')}": row for name, row in rows["text_encoder"].items()
+    }
+    return networks, rows
 
 
 def load_outline(settings: ModelSettings) -> UNetModel:
@@ -132,35 +206,40 @@ def load_outline(settings: ModelSettings) -> UNetModel:
     folder = model_folder(settings, weights=False)
     check_entries(folder)
     with _refusing_damage(settings, folder):
-        configs = check_kind(folder, settings.source)
-        tokenizer = _tokenizer(folder, configs["text_encoder"])
+        family, configs = family_of(folder), check_kind(folder, settings.source)
+        tokenizers = {
+            part: _tokenizer(folder, part, configs[part.replace("tokenizer", "text_encoder")])
+            for part in family.parts
+            if part not in family.networks
+        }
         noise_scheduler = _noise_scheduler(folder)
         DDIM.from_scheduler(noise_scheduler)
         with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(configs["unet"])
-        return UNetModel(
-            tokenizer,
-            None,
-            None,
-            unet,
-            noise_scheduler,
-            settings.name,
-            settings.source,
-            settings.revision,
-            "",
-            "",
+            unet = family.parts["unet"].from_config(configs["unet"])
+        return family.model(
+            **tokenizers,
+            text_encoder=None,
+            vae=None,
+            unet=unet,
+            noise_scheduler=noise_scheduler,
+            name=settings.name,
+            source=settings.source,
+            revision=settings.revision,
+            fingerprint="",
+            vocabulary="",
+            zero_empty_prompt=bool(
+                pipeline_index(folder).get("force_zeros_for_empty_prompt", family.zero_empty_prompt)
+            ),
         )
 
 
-def _tokenizer(folder: Path, text_encoder: dict[str, Any]) -> CLIPTokenizer:
-    """The tokenizer, whose prompts are as long as the text encoder reads."""
-    names = {file.name for file in (folder / "tokenizer").iterdir()}
+def _tokenizer(folder: Path, part: str, text_encoder: dict[str, Any]) -> CLIPTokenizer:
+    """A tokenizer, whose prompts are as long as its text encoder reads."""
+    names = {file.name for file in (folder / part).iterdir()}
     if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
         # transformers would go on with a tokenizer that knows no word
-        raise MifoError(
-            f"{folder / 'tokenizer'} lacks tokenizer.json, or vocab.json and merges.txt; add the files."
-        )
-    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
+        raise MifoError(f"{folder / part} lacks tokenizer.json, or vocab.json and merges.txt; add the files.")
+    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder=part, local_files_only=True)
     # old tokenizers do not tell their length, which then is 10³⁰
     positions = text_encoder.get("max_position_embeddings", 77)
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
@@ -185,7 +264,7 @@ def _noise_scheduler(folder: Path) -> DDIMScheduler:
     if "beta_start" not in own:
         raise MifoError(
             f"scheduler/scheduler_config.json in {folder} is of the class {name}, which has no betas for "
-            "DDIM; name a text-to-image model of Stable Diffusion 1.x or 2.x's kind."
+            "DDIM; name a text-to-image model of Stable Diffusion 1.x, 2.x or XL's kind."
         )
     wanted = inspect.signature(DDIMScheduler).parameters
     return DDIMScheduler(**{key: value for key, value in known.items() if key in wanted})

@@ -5,10 +5,15 @@ from dataclasses import dataclass
 
 @dataclass
 class ModelSettings:
-    """A pipeline in the diffusers layout (tokenizer, text_encoder, vae, unet, scheduler)."""
+    """A pipeline of Stable Diffusion 1.x, 2.x or XL: a folder in the diffusers layout, or a single file."""
 
     name: str = "miniature"  # a name for people: logs, folders, `learned.json`
-    source: str = "embedded"  # "embedded" (the miniature inside the package), a local folder, or a hub id
+    source: str = (
+        "embedded"  # "embedded" (the miniature inside the package), a folder, a .safetensors file, a hub id
+    )
     revision: str | None = None  # branch, tag or commit of a hub id; None: its main branch
+    config: str | None = (
+        None  # of a single file: folder or hub id with tokenizers and configurations of its kind
+    )
     dtype: str = "float32"  # of U-Net and text encoder: float32 | float16 | bfloat16; the VAE stays float32
     variant: str | None = None  # "fp16" loads model.fp16.safetensors and its like; None: model.safetensors

@@ -1,11 +1,12 @@
 """The files of weights that a part of a pipeline is loaded from, and what tells weights apart."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from mifo.errors import MifoError
 from mifo.files import read_json
@@ -14,11 +15,12 @@ STEMS = {
     "text_encoder": "model",
     "vae": "diffusion_pytorch_model",
     "unet": "diffusion_pytorch_model",
+    "text_encoder_2": "model",
 }
 
 
 def weight_patterns(variant: str | None) -> list[str]:
-    """Patterns of the names of weight files in a repository of the hub."""
+    """Patterns of the names of weight files in a repository of the hub, of all parts that a family has."""
     if variant:
         return [f"{part}/{stem}*.{variant}*.safetensors" for part, stem in STEMS.items()]
     return [
@@ -38,7 +40,7 @@ def weight_files(folder: Path, part: str, variant: str | None = None) -> list[Pa
     whole = folder / part / f"{stem}{ending}.safetensors"
     index = folder / part / f"{stem}.safetensors.index{ending}.json"
     # where both are there, transformers takes the whole file and diffusers the shards
-    if index.is_file() and not (part == "text_encoder" and whole.is_file()):
+    if index.is_file() and not (part.startswith("text_encoder") and whole.is_file()):
         content = read_json(index)
         shards = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
@@ -54,23 +56,26 @@ def weight_files(folder: Path, part: str, variant: str | None = None) -> list[Pa
     return files
 
 
-def fingerprint(files: Mapping[str, Sequence[Path]]) -> str:
+def first_rows(files: Iterable[Path]) -> dict[str, Tensor]:
+    """The first row of every tensor in the weight files of a part, by name."""
+    rows = {}
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            rows |= {name: tensors.get_slice(name)[:1] for name in tensors.keys()}  # noqa: SIM118
+    return rows
+
+
+def fingerprint(rows: Mapping[str, Mapping[str, Tensor]]) -> str:
     """SHA-256 of the first row of every tensor: quick on gigabytes, yet any fine-tuning changes it.
 
     Args:
-        files: the weight files of every part, by its name; how a part is sharded makes no difference.
+        rows: of every part by its name, by the names in its weight files; how a part is sharded makes no
+            difference.
     """
     digest = hashlib.sha256()
-    for part in STEMS:
-        rows = {}
-        for file in files[part]:
-            with safe_open(file, "pt") as tensors:
-                rows |= {
-                    name: tensors.get_slice(name)[:1]
-                    for name in sorted(tensors.keys())
-                    if "position_ids" not in name
-                }
-        for name in sorted(rows):
-            digest.update(name.encode())
-            digest.update(rows[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for part in (part for part in STEMS if part in rows):
+        for name in sorted(rows[part]):
+            if "position_ids" not in name:
+                digest.update(name.encode())
+                digest.update(rows[part][name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

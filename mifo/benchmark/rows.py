@@ -28,7 +28,7 @@ from mifo.benchmark.measuring import (
     tera_operations,
 )
 from mifo.benchmark.settings import BenchmarkSettings
-from mifo.benchmark.shapes import random_instances, random_model, row_of_boxes
+from mifo.benchmark.shapes import SIDES, random_instances, random_model, row_of_boxes
 from mifo.data.layouts import Layout
 from mifo.errors import MifoError
 from mifo.making.pictures import make_pictures, picture_sampler
@@ -193,8 +193,13 @@ def stage1_step(bench: Bench) -> Measurement:
 
 
 def stage2_step(bench: Bench) -> Measurement:
-    """One step of fine-tuning, one class picture and one instance picture."""
-    return _step(bench, 2)
+    """One step of fine-tuning, one class picture and one instance picture; of adapters on XL, for its size."""
+    if bench.settings.shapes != "sdxl":
+        return _step(bench, 2)
+    finetuning = replace(bench.learning.finetuning, trainable="lora", optimizer="adamw")
+    row = _step(replace(bench, learning=replace(bench.learning, finetuning=finetuning)), 2)
+    row.notes["trainable"] = f"adapters alone (lora, rank {finetuning.lora_rank})"
+    return row
 
 
 def stage2_8bit(bench: Bench) -> Measurement:
@@ -291,7 +296,7 @@ def by_instances(bench: Bench) -> Measurement:
 
 def by_resolution(bench: Bench) -> Measurement:
     """Seconds of a stage-1 step and of a picture with two boxes, half to twice as wide as usual."""
-    usual = 512 if bench.settings.shapes == "sd21" else 128
+    usual = SIDES[bench.settings.shapes]
     notes = {}
     for side in (usual // 2, usual, usual * 2):
         notes[f"step, {side}²"] = _step(bench, 1, operations=False, side=side).seconds

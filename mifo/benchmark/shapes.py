@@ -1,9 +1,11 @@
 """Models of real shapes with random weights, and drawn instances to learn."""
 
+from collections.abc import Callable
+
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from mifo.backbones.loading import model_folder
 from mifo.backbones.settings import ModelSettings
@@ -11,16 +13,14 @@ from mifo.backbones.unet.model import UNetModel
 from mifo.data.instances import InstanceSet
 from mifo.errors import MifoError
 
-SHAPES = ("sd21", "miniature")
-
 
 def random_model(shapes: str, device: torch.device, dtype: str, side: int | None = None) -> UNetModel:
-    """A model with the shapes of Stable Diffusion 2.1 base, or the miniature's, and random weights.
+    """A model of one of the `SHAPES` with random weights.
 
     The words are the miniature's, padded to the length of the shapes' prompts.
 
     Args:
-        side: of its pictures, in pixels; None: 512 and the miniature's 128.
+        side: of its pictures, in pixels; None: as in `SIDES`.
 
     Raises:
         MifoError: other shapes.
@@ -28,37 +28,86 @@ def random_model(shapes: str, device: torch.device, dtype: str, side: int | None
     if shapes not in SHAPES:
         raise MifoError(f"benchmark.shapes={shapes} is not known; take {' or '.join(SHAPES)}.")
     folder = model_folder(ModelSettings())
-    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
     torch.manual_seed(0)
     with torch.device(device):
-        if shapes == "miniature":
-            unet = UNet2DConditionModel.from_config(
-                UNet2DConditionModel.load_config(folder, subfolder="unet")
-            )
-            vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
-            text = CLIPTextModel(CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder"))
-        else:
-            unet, vae, text = stable_diffusion()
-            tokenizer.model_max_length = text.config.max_position_embeddings
-    if side is not None:
-        unet.register_to_config(sample_size=side // 2 ** (len(vae.config.block_out_channels) - 1))
-    for part in (unet, text):
-        nn.Module.to(part, getattr(torch, dtype))
-    for part in (unet, text, vae):
+        parts = SHAPES[shapes]()
+    unet, vae = parts["unet"], parts["vae"]
+    tokenizers = {}
+    for name in parts.keys() & {"text_encoder", "text_encoder_2"}:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
+        tokenizer.model_max_length = parts[name].config.max_position_embeddings
+        tokenizers[name.replace("text_encoder", "tokenizer")] = tokenizer
+    side = side or SIDES[shapes]
+    unet.register_to_config(sample_size=side // 2 ** (len(vae.config.block_out_channels) - 1))
+    for part in parts.values():
+        nn.Module.to(part, torch.float32 if part is vae else getattr(torch, dtype))
         part.requires_grad_(False).eval()
     scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
-    return UNetModel(tokenizer, text, vae, unet, scheduler, shapes, "random", None, "random", "random")
+    return UNetModel(
+        **tokenizers,
+        **parts,
+        noise_scheduler=scheduler,
+        name=shapes,
+        source="random",
+        revision=None,
+        fingerprint="random",
+        vocabulary="random",
+    )
 
 
-def stable_diffusion() -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
-    """The parts of Stable Diffusion 2.1 base, as its configuration files have them."""
+def _miniature() -> dict[str, nn.Module]:
+    folder = model_folder(ModelSettings())
+    return {
+        "unet": UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet")),
+        "vae": AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae")),
+        "text_encoder": CLIPTextModel(CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder")),
+    }
+
+
+def _stable_diffusion_21() -> dict[str, nn.Module]:
+    """As the configuration files of Stable Diffusion 2.1 base have the parts."""
     unet = UNet2DConditionModel(
         sample_size=64,
         attention_head_dim=(5, 10, 20, 20),
         cross_attention_dim=1024,
         use_linear_projection=True,
     )
-    vae = AutoencoderKL(
+    return {"unet": unet, "vae": _vae(), "text_encoder": CLIPTextModel(_text(1024, 23, projection_dim=512))}
+
+
+def _stable_diffusion_xl() -> dict[str, nn.Module]:
+    """As the configuration files of Stable Diffusion XL base 1.0 have the parts."""
+    unet = UNet2DConditionModel(
+        sample_size=128,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(320, 640, 1280),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+    return {
+        "unet": unet,
+        "vae": _vae(),
+        "text_encoder": CLIPTextModel(_text(768, 12, hidden_act="quick_gelu")),
+        "text_encoder_2": CLIPTextModelWithProjection(_text(1280, 32)),
+    }
+
+
+SHAPES: dict[str, Callable[[], dict[str, nn.Module]]] = {
+    "sd21": _stable_diffusion_21,
+    "sdxl": _stable_diffusion_xl,
+    "miniature": _miniature,
+}
+SIDES = {"sd21": 512, "sdxl": 1024, "miniature": 128}  # of pictures, in pixels
+
+
+def _vae() -> AutoencoderKL:
+    return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(128, 256, 512, 512),
@@ -66,19 +115,18 @@ def stable_diffusion() -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextMod
         latent_channels=4,
         sample_size=768,
     )
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=49408,
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=23,
-            num_attention_heads=16,
-            max_position_embeddings=77,
-            hidden_act="gelu",
-            projection_dim=512,
-        )
+
+
+def _text(width: int, layers: int, **others: int | str) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        max_position_embeddings=77,
+        **{"hidden_act": "gelu", "projection_dim": width} | others,
     )
-    return unet, vae, text
 
 
 def random_instances(count: int, side: int) -> InstanceSet:

@@ -42,6 +42,12 @@ def _of_all_seeds(*, _root_: DictConfig) -> str:
     return fingerprint(plain)[:6]
 
 
+def _steps_of(model: str) -> str:
+    """`${steps_of:MODEL}`: the miniature has steps and rates of its own, all other models the published ones."""
+    return model if model == "miniature" else "published"
+
+
 def register_resolvers() -> None:
-    """Make `${of_all_seeds:}` known to OmegaConf."""
+    """Make `${of_all_seeds:}` and `${steps_of:MODEL}` known to OmegaConf."""
     OmegaConf.register_new_resolver("of_all_seeds", _of_all_seeds, replace=True)
+    OmegaConf.register_new_resolver("steps_of", _steps_of, replace=True)

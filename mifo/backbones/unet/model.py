@@ -154,6 +154,7 @@ class UNetModel(DiffusionModel):
 
     The parts have diffusers' names; `tokenizer_2` and `text_encoder_2` are Stable Diffusion XL's. An outline,
     which is a model without weights, has a U-Net on the device "meta", no text encoders and no autoencoder.
+    With `zero_empty_prompt` the states of an empty prompt are zeros, as Stable Diffusion XL learned it.
     """
 
     tokenizer: CLIPTokenizer
@@ -168,6 +169,12 @@ class UNetModel(DiffusionModel):
     vocabulary: str  # a hash of the tokenizers' words without new ones
     tokenizer_2: CLIPTokenizer | None = None
     text_encoder_2: CLIPTextModelWithProjection | None = None
+    zero_empty_prompt: bool = False
+
+    def __post_init__(self) -> None:
+        if self.text_encoder_2 is not None:
+            # by its configuration, the pooled state would be that of the largest id, which a new word has
+            self.text_encoder_2.text_model.eos_token_id = self.tokenizer_2.eos_token_id
 
     @cached_property
     def attentive(self) -> AttentiveUNet:
@@ -259,10 +266,19 @@ class UNetModel(DiffusionModel):
                 return Conditioning({"states": self.text_encoder(ids[:, 0]).last_hidden_state})
             encoders = self.text_encoders.values()
             both = [each(ids[:, i], output_hidden_states=True) for i, each in enumerate(encoders)]
-        side = self.image_size
-        sizes = torch.tensor([side, side, 0, 0, side, side], device=self.device).expand(len(ids), -1)
+        sizes = torch.full((len(ids), 6), self.image_size, device=self.device)
+        sizes[:, 2:4] = 0
         states = torch.cat([each.hidden_states[-2] for each in both], -1)
         return Conditioning({"states": states, "text_embeds": both[1].text_embeds, "time_ids": sizes})
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        found = super().encode_prompts(prompts)
+        if self.zero_empty_prompt:
+            empty = torch.tensor([not prompt for prompt in prompts], device=self.device)
+            for name in found.parts.keys() - {"time_ids"}:
+                found.parts[name][empty] = 0
+        return found
 
     @torch.no_grad()
     def encode_images(self, images: Iterable[Tensor], at_once: int = 8) -> tuple[Tensor, Tensor]:
@@ -323,7 +339,8 @@ class UNetModel(DiffusionModel):
 
     def sampling(self) -> str:
         conditions = {key: value for key, value in self.identity().items() if key not in ORIGIN}
-        return f"{conditions} {self._scheduler_values(SAMPLING)}"
+        zeros = ", zero_empty_prompt" * self.zero_empty_prompt
+        return f"{conditions} {self._scheduler_values(SAMPLING)}{zeros}"
 
     def _scheduler_values(self, keys: tuple[str, ...]) -> str:
         return ", ".join(f"{key} {self.noise_scheduler.config[key]}" for key in keys)
