@@ -111,7 +111,9 @@ def test_median_spread_and_operations():
 def test_stable_diffusion_has_the_published_sizes(shapes, millions):
     with torch.device("meta"):
         parts = SHAPES[shapes]()
-    assert [round(sum(each.numel() for each in part.parameters()) / 1e6) for part in parts.values()] == millions
+    assert [
+        round(sum(each.numel() for each in part.parameters()) / 1e6) for part in parts.values()
+    ] == millions
 
 
 def test_miniature_shapes_and_instances():
