@@ -49,7 +49,7 @@ TINY = [
         "learning.prior.pictures=2",
         "learning.prior.steps=2",
         "learning.prior.cache=cache",
-        "penalty.warmup_steps=1",
+        "penalty.reward_steps=1",
     ),
     *("trainer.log_every_n_steps=1",),
 ]
