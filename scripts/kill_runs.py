@@ -155,10 +155,11 @@ def start(
         tempfile.tempdir = None
         touches = _count_touches(place, *(full or (None, 0)))
         atexit._clear()
+        began = time.monotonic()
         code = call(arguments)
         atexit._run_exitfuncs()
         if place.parent.name in ("undisturbed", "measured"):
-            Path(f"{place}.touches").write_text(str(touches[0]))
+            Path(f"{place}.measured").write_text(json.dumps([touches[0], time.monotonic() - began]))
             Path(f"{place}.modules").write_text("\n".join(sys.modules))
         sys.stdout.flush()
         sys.stderr.flush()
@@ -262,20 +263,19 @@ class Harness:
 
     def undisturbed(self, places: dict[str, Path]) -> None:
         """Run commands undisturbed, beside each other; their results are what every other must equal."""
-        began, pids = time.monotonic(), {}
+        pids = {}
         for name, place in places.items():
             place.mkdir(parents=True)
             pids[name] = start(self.commands[name], place, place / "tmp")
         for name, pid in pids.items():
             place, code = places[name], wait(pid, 600)
-            self.seconds[name] = time.monotonic() - began
             found = results(place)
             if code != 0 or not found:
                 print(Path(f"{place}.stderr").read_text(), file=sys.stderr)
                 raise SystemExit(f"mifo {name} does not run undisturbed (exit code {code})")
             if self.expected.setdefault(name, found) != found:
                 raise SystemExit(f"mifo {name} gives other bits the second time, undisturbed; see {place}")
-            self.touches[name] = int(Path(f"{place}.touches").read_text())
+            self.touches[name], self.seconds[name] = json.loads(Path(f"{place}.measured").read_text())
             for module in Path(f"{place}.modules").read_text().splitlines():
                 with contextlib.suppress(Exception):  # what it imported is imported once, for all
                     importlib.import_module(module)
