@@ -554,12 +554,13 @@ def main() -> int:
     print(f"{folder}: ready after {time.monotonic() - began:.0f} s: {told}; {threads} thread", flush=True)
     gc.freeze()
     processes = harness.processes()
-    kills = [(given.seed * 1_000_000 + number,) for number in range(given.kills)]
+    # a case sends one signal to three, or none where its command was faster
+    kills = [(given.seed * 1_000_000 + number,) for number in range(2 * given.kills)]
     disks = harness.disk_cases(given.full_disks, given.seed)
     # kills have the time that their number deserves
     kills_until = until
     if disks and kills and given.seconds < math.inf:
-        kills_until -= (until - time.monotonic()) * len(disks) / (len(disks) + len(kills))
+        kills_until -= (until - time.monotonic()) * len(disks) / (len(disks) + given.kills)
     rows = {}
     for name, case, cases, end_of, enough in (
         ("kills", harness.kill_case, kills, kills_until, given.kills),
