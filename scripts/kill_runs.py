@@ -399,6 +399,7 @@ class Harness:
         told.write_text("")
         if "Traceback (most recent call last)" in text:
             outcome.findings.append(self.finding("trace", story, place, text.strip().splitlines()[-1]))
+            Path(f"{place}.trace").write_text(text)
         status = place / "run" / "status.json"
         if status.exists():
             try:
