@@ -294,6 +294,7 @@ class _Lasting(io.FileIO):
 
 def _keep_output() -> None:
     """Let no output end a run: letters that the terminal lacks become "?", and a reader may leave."""
+    logging.raiseExceptions = False  # a log on a full disk would print a trace for each line
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is not None and stream is getattr(sys, f"__{name}__"):

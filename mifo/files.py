@@ -209,7 +209,7 @@ def as_record(content: Any, form: type[T], path: Path) -> T:
         raise MifoError(f"{path} is damaged: it holds no object with keys")
     known = {field.name: field for field in fields(form)}
     if unknown := sorted(content.keys() - known.keys()):
-        raise MifoError(f"{path} is damaged: it holds the unknown key {unknown[0]}")
+        raise MifoError(f"{path} is damaged: it holds the unknown key {unknown[0][:40]!r}")
     required = {
         name for name, field in known.items() if field.default is MISSING and field.default_factory is MISSING
     }

@@ -141,8 +141,6 @@ def kinds(harness: Harness) -> list[Kind]:
 
 def half_learned(harness: Harness) -> Path:
     """The folder of a run that was killed in its second stage."""
-    import signal
-
     for _ in range(20):
         place = harness.folder / "half"
         shutil.rmtree(place, ignore_errors=True)
@@ -152,8 +150,7 @@ def half_learned(harness: Harness) -> Path:
             if wait(pid, 0.001) is not None:
                 break
         else:
-            os.killpg(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            end(pid)
             return place / "run"
     raise SystemExit("no run could be killed in its second stage")
 

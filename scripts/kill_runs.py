@@ -155,10 +155,11 @@ def start(
         tempfile.tempdir = None
         touches = _count_touches(place, *(full or (None, 0)))
         atexit._clear()
+        began = time.monotonic()
         code = call(arguments)
         atexit._run_exitfuncs()
         if place.parent.name in ("undisturbed", "measured"):
-            Path(f"{place}.touches").write_text(str(touches[0]))
+            Path(f"{place}.measured").write_text(json.dumps([touches[0], time.monotonic() - began]))
             Path(f"{place}.modules").write_text("\n".join(sys.modules))
         sys.stdout.flush()
         sys.stderr.flush()
@@ -262,20 +263,19 @@ class Harness:
 
     def undisturbed(self, places: dict[str, Path]) -> None:
         """Run commands undisturbed, beside each other; their results are what every other must equal."""
-        began, pids = time.monotonic(), {}
+        pids = {}
         for name, place in places.items():
             place.mkdir(parents=True)
             pids[name] = start(self.commands[name], place, place / "tmp")
         for name, pid in pids.items():
             place, code = places[name], wait(pid, 600)
-            self.seconds[name] = time.monotonic() - began
             found = results(place)
             if code != 0 or not found:
                 print(Path(f"{place}.stderr").read_text(), file=sys.stderr)
                 raise SystemExit(f"mifo {name} does not run undisturbed (exit code {code})")
             if self.expected.setdefault(name, found) != found:
                 raise SystemExit(f"mifo {name} gives other bits the second time, undisturbed; see {place}")
-            self.touches[name] = int(Path(f"{place}.touches").read_text())
+            self.touches[name], self.seconds[name] = json.loads(Path(f"{place}.measured").read_text())
             for module in Path(f"{place}.modules").read_text().splitlines():
                 with contextlib.suppress(Exception):  # what it imported is imported once, for all
                     importlib.import_module(module)
@@ -399,6 +399,7 @@ class Harness:
         told.write_text("")
         if "Traceback (most recent call last)" in text:
             outcome.findings.append(self.finding("trace", story, place, text.strip().splitlines()[-1]))
+            Path(f"{place}.trace").write_text(text)
         status = place / "run" / "status.json"
         if status.exists():
             try:
@@ -554,12 +555,13 @@ def main() -> int:
     print(f"{folder}: ready after {time.monotonic() - began:.0f} s: {told}; {threads} thread", flush=True)
     gc.freeze()
     processes = harness.processes()
-    kills = [(given.seed * 1_000_000 + number,) for number in range(given.kills)]
+    # a case sends one signal to three, or none where its command was faster
+    kills = [(given.seed * 1_000_000 + number,) for number in range(2 * given.kills)]
     disks = harness.disk_cases(given.full_disks, given.seed)
     # kills have the time that their number deserves
     kills_until = until
     if disks and kills and given.seconds < math.inf:
-        kills_until -= (until - time.monotonic()) * len(disks) / (len(disks) + len(kills))
+        kills_until -= (until - time.monotonic()) * len(disks) / (len(disks) + given.kills)
     rows = {}
     for name, case, cases, end_of, enough in (
         ("kills", harness.kill_case, kills, kills_until, given.kills),

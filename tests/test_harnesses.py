@@ -13,8 +13,8 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 @pytest.mark.parametrize(
     ("script", "arguments", "counted"),
     [
-        ("kill_runs.py", ["--kills", "10", "--full-disks", "5", "--jobs", "2"], "stuck    0"),
-        ("fuzz_inputs.py", ["--cases", "60", "--jobs", "2"], "60 cases"),
+        ("kill_runs.py", ["--kills", "6", "--full-disks", "6", "--jobs", "2"], " 0 found"),
+        ("fuzz_inputs.py", ["--cases", "45", "--jobs", "2"], "45 cases of 45"),
     ],
 )
 def test_nothing_is_found(script, arguments, counted):

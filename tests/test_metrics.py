@@ -299,7 +299,7 @@ ROW = {"file": "000.png", "prompt": "a photo", "boxes": {}, "seed": 7}
         ([ROW | {"boxes": {"<asset0>": [0, 0, 1]}}], r"pictures\.json is damaged: .*needs four numbers"),
         ([ROW | {"boxes": {"<asset0>": [0, 0, 1, 7]}}], r"pictures\.json is damaged: .*leaves the picture"),
         ([{"file": "000.png"}], "lacks the key boxes"),
-        ([ROW | {"target": 1}], "unknown key target"),
+        ([ROW | {"target": 1}], "unknown key 'target'"),
     ],
 )
 def test_damaged_picture_folders_end_in_a_sentence(tmp_path, rows, sentence):

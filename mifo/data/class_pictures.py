@@ -65,7 +65,7 @@ def own_picture_files(given: str) -> list[Path]:
             f"learning.prior.folder={folder} holds no picture; put PNG, JPEG or WebP files there."
         )
     for file in files:
-        _check(file, file.stat().st_mtime_ns, len(files) <= MOST_CHECKED)
+        _check(file, file.lstat().st_mtime_ns, len(files) <= MOST_CHECKED)
     return files
 
 
