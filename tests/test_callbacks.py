@@ -27,7 +27,7 @@ from mifo.data.settings import PriorSettings
 from mifo.metrics.evaluation import PictureEvaluator
 from mifo.metrics.settings import MetricsSettings
 from mifo.training.fit import learn
-from mifo.training.settings import LearningSettings, StageSettings
+from mifo.training.settings import constant, LearningSettings, StageSettings
 
 BOXES = LayoutSettings(arrange="row")
 
@@ -45,7 +45,7 @@ def run(source, tmp_path):
     instances = two_instances()
     settings = LearningSettings(
         semantic=StageSettings(steps=4, checkpoint_every=0),
-        finetuning=StageSettings(steps=2, trainable="full", schedule="constant", checkpoint_every=0),
+        finetuning=StageSettings(steps=2, trainable="full", lr_scheduler=constant(), checkpoint_every=0),
         prior=PriorSettings(weight=0),
     )
 

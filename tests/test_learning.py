@@ -19,7 +19,7 @@ from mifo.backbones.settings import ModelSettings
 from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
 from mifo.training.fit import check_learning, learn
-from mifo.training.settings import LearningSettings, StageSettings
+from mifo.training.settings import constant, LearningSettings, StageSettings
 
 # total losses of the seeded run below: semantic learning, then fine-tuning; a change means another method
 GOLDEN = [0.25575, 0.51935, 0.36755, 0.35373, 1.60331, 1.58172, 1.38053]
@@ -41,7 +41,7 @@ def settings(tmp_path_factory):
     return LearningSettings(
         semantic=StageSettings(steps=4, checkpoint_every=2),
         finetuning=StageSettings(
-            steps=3, trainable="full", learning_rate=1e-3, schedule="constant", checkpoint_every=2
+            steps=3, trainable="full", learning_rate=1e-3, lr_scheduler=constant(), checkpoint_every=2
         ),
         prior=PriorSettings(pictures=2, steps=2, cache=str(tmp_path_factory.getbasetemp() / "prior")),
     )
@@ -307,8 +307,6 @@ def test_a_result_is_never_replaced(model, instances, settings, tmp_path):
     ("part", "key", "value", "sentence"),
     [
         ("finetuning", "trainable", "everything", "learning.finetuning.trainable=everything"),
-        ("finetuning", "optimizer", "sgd", "learning.finetuning.optimizer=sgd"),
-        ("semantic", "schedule", "sine", "learning.semantic.schedule=sine"),
         ("semantic", "steps", -1, "at least 0"),
         ("semantic", "trainable", "full", "must be tokens"),
         ("prior", "weight", -1.0, "learning.prior.weight"),

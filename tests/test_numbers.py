@@ -46,7 +46,7 @@ def model(source):
 @pytest.fixture
 def settings(tmp_path_factory):
     return LearningSettings(
-        semantic=StageSettings(steps=4, checkpoint_every=1, warmup_steps=0),
+        semantic=StageSettings(steps=4, checkpoint_every=1, lr_warmup_steps=0),
         finetuning=StageSettings(steps=0),
         prior=PriorSettings(pictures=2, steps=2, cache=str(tmp_path_factory.getbasetemp() / "prior")),
     )
