@@ -27,7 +27,7 @@ from mifo.data.settings import PriorSettings
 from mifo.metrics.evaluation import PictureEvaluator
 from mifo.metrics.settings import MetricsSettings
 from mifo.training.fit import learn
-from mifo.training.settings import constant, LearningSettings, StageSettings
+from mifo.training.settings import LearningSettings, StageSettings, constant
 
 BOXES = LayoutSettings(arrange="row")
 

@@ -19,7 +19,7 @@ from mifo.backbones.settings import ModelSettings
 from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
 from mifo.training.fit import check_learning, learn
-from mifo.training.settings import constant, LearningSettings, StageSettings
+from mifo.training.settings import LearningSettings, StageSettings, constant
 
 # total losses of the seeded run below: semantic learning, then fine-tuning; a change means another method
 GOLDEN = [0.25575, 0.51935, 0.36755, 0.35373, 1.60331, 1.58172, 1.38053]
