@@ -22,7 +22,9 @@ from mifo.config import compose, settings_of
 from mifo.data.settings import PriorSettings
 from mifo.making.class_pictures import class_pictures
 from mifo.training.fit import learn
-from mifo.training.settings import LearningSettings, StageSettings
+from mifo.training.settings import LearningSettings, StageSettings, adamw, adamw_8bit
+
+OPTIMIZERS = {"adamw": adamw, "adamw_8bit": adamw_8bit}
 
 pytestmark = pytest.mark.gpu
 
@@ -57,7 +59,7 @@ def learnt(source, tmp_path):
         settings = LearningSettings(
             semantic=StageSettings(steps=6, checkpoint_every=0),
             finetuning=StageSettings(
-                steps=6, trainable="full", learning_rate=1e-3, optimizer=optimizer, checkpoint_every=0
+                steps=6, trainable="full", learning_rate=1e-3, optimizer=OPTIMIZERS[optimizer](), checkpoint_every=0
             ),
             prior=PriorSettings(pictures=2, steps=2, cache=str(tmp_path / "prior")),
         )

@@ -19,7 +19,9 @@ from mifo.backbones.settings import ModelSettings
 from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
 from mifo.training.fit import check_learning, learn
-from mifo.training.settings import LearningSettings, StageSettings, constant
+from mifo.training.settings import LearningSettings, StageSettings, adamw, adamw_8bit, constant
+
+OPTIMIZERS = {"adamw": adamw, "adamw_8bit": adamw_8bit}
 
 # total losses of the seeded run below: semantic learning, then fine-tuning; a change means another method
 GOLDEN = [0.25575, 0.51935, 0.36755, 0.35373, 1.60331, 1.58172, 1.38053]
@@ -143,7 +145,7 @@ def test_same_seed_repeats_and_another_seed_differs(source, instances, settings,
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_result(source, instances, settings, tmp_path, kill, optimizer):
-    settings.finetuning.optimizer = optimizer
+    settings.finetuning.optimizer = OPTIMIZERS[optimizer]()
 
     def run(folder, watch):
         model = load_model(ModelSettings("tiny", source))
@@ -270,7 +272,7 @@ class LargestGradient(Callback):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
 def test_gradients_are_clipped_to_their_norm(source, instances, settings, tmp_path, optimizer):
-    settings.finetuning.steps, settings.semantic.optimizer = 0, optimizer
+    settings.finetuning.steps, settings.semantic.optimizer = 0, OPTIMIZERS[optimizer]()
     norms, rows = {}, {}
     for limit in (0.0, 1e-3, 1e3):
         settings.semantic.gradient_clip = limit

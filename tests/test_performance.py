@@ -36,7 +36,7 @@ from mifo.making.class_pictures import class_pictures
 from mifo.method.losses.settings import Ramp
 from mifo.method.regions.rules import SubjectWords, region_rules
 from mifo.training.fit import learn
-from mifo.training.settings import LearningSettings, StageSettings
+from mifo.training.settings import LearningSettings, StageSettings, adamw, adamw_8bit
 from mifo.training.stages import LearningStage
 
 GRAPHS = partial(GraphedFunction, wanted=True)
@@ -185,7 +185,7 @@ def test_frozen_weights_rounded_once_give_what_autocast_gives(losses, monkeypatc
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
 def test_passes_wholly_in_bfloat16_learn_the_same(losses, recordings, optimizer):
     settings = copy.deepcopy(losses.settings)
-    settings.finetuning.optimizer = optimizer
+    settings.finetuning.optimizer = OPTIMIZERS[optimizer]()
     whole = replace(PLAIN, learning_precision="bfloat16", autocast=False)
     plain = losses(PLAIN, settings)
     eager = losses(whole, settings)
@@ -467,6 +467,8 @@ import torch, triton, triton.language as tl
 from torch import nn
 import mifo.acceleration.adamw_8bit as adamw
 import mifo.acceleration.adamw_kernel as kernel
+
+OPTIMIZERS = {"adamw": adamw, "adamw_8bit": adamw_8bit}
 
 def learnt(fused, dtype):
     adamw.has_kernels = lambda device: fused
