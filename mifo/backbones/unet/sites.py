@@ -76,8 +76,8 @@ def choose_sites(placed: tuple[PlacedSite, ...]) -> DefaultSites:
     the cross layers of the down and up blocks of divisor D [cross 4, 5, 7, 8, 9], `guidance` all layers of
     the mid block and of the first up block that has attention [12–19], `shapes` all layers of that up block
     [14–19]. Of an attention module with several transformer blocks, as Stable Diffusion XL's (D = 4), the
-    last block stands for all: XL's 6, 5, 8 and 6 sites are as many as Stable Diffusion's, so that the weights of
-    the losses mean the same.
+    last block stands for all: XL's 6, 5, 8 and 6 sites are as many as Stable Diffusion's, so that the
+    weights of the losses mean the same.
 
     Raises:
         MifoError: no up block has cross-attention.
