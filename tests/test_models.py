@@ -153,9 +153,6 @@ def test_unknown_models_are_refused_in_one_sentence(source, tmp_path, monkeypatc
         load_model(ModelSettings("x", str(tmp_path)))
     with pytest.raises(MifoError, match=r"model\.dtype=int8"):
         load_model(ModelSettings("x", source, dtype="int8"))
-    (tmp_path / "model.safetensors").write_bytes(b"one file")
-    with pytest.raises(MifoError, match=r"is a single file, .* convert it to a folder"):
-        load_model(ModelSettings("x", str(tmp_path / "model.safetensors")))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL behind the seam: its prompts, its sites, plain sampling, and the whole road of a run."""
+"""Stable Diffusion XL behind the seam: its prompts, its sites, plain sampling, and a whole run."""
 
 import copy
 import json
@@ -178,7 +178,6 @@ def test_the_whole_road_of_a_run(mifo, photo, tmp_path):
         *(
             f"instances.folder={photo}",
             "instances.class_names=[car,cat]",
-            "learning.finetuning.optimizer=adamw",
         ),
         *("performance=low_vram", "learning.finetuning.learning_rate=1e-3", "hydra.run.dir=run"),
         *(

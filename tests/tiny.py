@@ -70,8 +70,8 @@ def tiny_pipeline(folder: Path | str, seed: int = 0) -> Path:
 def tiny_sdxl_pipeline(folder: Path | str, depths: tuple[int, int] = (2, 10)) -> Path:
     """Save a tiny random Stable Diffusion XL into `folder`: images 64×64, latents 32×32×4, prompts of 32.
 
-    Its U-Net has XL's levels, and unless `depths` says otherwise XL's depths: no attention at the first level,
-    then 2 and 10 transformer blocks.
+    Its U-Net has XL's levels, and unless `depths` says otherwise XL's depths: no attention at the first
+    level, then 2 and 10 transformer blocks.
     """
     torch.manual_seed(0)
     tokenizer, tokenizer_2 = tiny_tokenizer(), tiny_tokenizer(pad_token="!")

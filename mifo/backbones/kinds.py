@@ -19,8 +19,8 @@ class Family:
     Attributes:
         pipeline: its class in diffusers, which reads single files.
         model: what is made of the parts. parts: their classes, by the names that diffusers gives them.
-        values: what keys of a part's configuration must hold where they are there. Another number does not fit
-            the code; a key that must be None stands for an input that MIFO does not give.
+        values: what keys of a part's configuration must hold where they are there. Another number does not
+            fit the code; a key that must be None stands for an input that MIFO does not give.
         zero_empty_prompt: see `UNetModel`; where model_index.json does not tell.
     """
 
@@ -84,7 +84,7 @@ FAMILIES = {each.pipeline: each for each in (STABLE_DIFFUSION, STABLE_DIFFUSION_
 
 
 def family_of(folder: Path) -> Family:
-    """The family of a pipeline folder; where its index names another class or none, told by its text encoders.
+    """The family of a pipeline folder; where its index names no known class, told by its text encoders.
 
     Raises:
         MifoError: model_index.json is damaged.

@@ -79,16 +79,16 @@ def _folder_beside(settings: ModelSettings, file: Path) -> Path:
         ) from error
     if FIRST_KEY not in shapes:
         raise MifoError(
-            f"model.source={settings.source} has no {FIRST_KEY}: it is no whole checkpoint of Stable Diffusion "
-            "1.x, 2.x or XL under the original key names; name one, or a folder in the diffusers layout."
+            f"model.source={settings.source} has no {FIRST_KEY}: no whole checkpoint of Stable Diffusion "
+            "under the original key names; name one of 1.x, 2.x or XL, or a folder in the diffusers layout."
         )
     config = settings.config or fetch_diffusers_config(shapes)["pretrained_model_name_or_path"]
     try:
         return model_folder(replace(settings, source=config, config=None), weights=False)
     except MifoError as error:
         raise MifoError(
-            f"model.source={settings.source} is a single file, and its tokenizers and configurations are not to "
-            f"be had from {config}; name a diffusers folder or hub id of the same kind of model by model.config."
+            f"model.source={settings.source} is a single file, and its tokenizers and configurations are "
+            f"not to be had from {config}; name a diffusers folder or hub id of its kind by model.config."
         ) from error
 
 
@@ -197,7 +197,7 @@ def _of_file(
 
 
 def load_outline(settings: ModelSettings) -> UNetModel:
-    """The model of `settings` without its weights, read in a moment: prompts, boxes and sites are checked on it.
+    """The model of `settings` without its weights, read in a moment, to check prompts, boxes and sites on.
 
     Raises:
         MifoError: see `model_folder` and `check_kind`; files are damaged; the scheduler is not supported, see

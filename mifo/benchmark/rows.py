@@ -193,10 +193,10 @@ def stage1_step(bench: Bench) -> Measurement:
 
 
 def stage2_step(bench: Bench) -> Measurement:
-    """One step of fine-tuning, one class picture and one instance picture; of adapters on XL, for its size."""
+    """One step of fine-tuning, one class picture and one instance picture; on XL, of adapters alone."""
     if bench.settings.shapes != "sdxl":
         return _step(bench, 2)
-    finetuning = replace(bench.learning.finetuning, trainable="lora", optimizer="adamw")
+    finetuning = replace(bench.learning.finetuning, trainable="lora")
     row = _step(replace(bench, learning=replace(bench.learning, finetuning=finetuning)), 2)
     row.notes["trainable"] = f"adapters alone (lora, rank {finetuning.lora_rank})"
     return row

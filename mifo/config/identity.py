@@ -43,7 +43,7 @@ def _of_all_seeds(*, _root_: DictConfig) -> str:
 
 
 def _steps_of(model: str) -> str:
-    """`${steps_of:MODEL}`: the miniature has steps and rates of its own, all other models the published ones."""
+    """`${steps_of:MODEL}`: the miniature has steps and rates of its own, other models the published ones."""
     return model if model == "miniature" else "published"
 
 

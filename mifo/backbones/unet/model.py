@@ -256,8 +256,8 @@ class UNetModel(DiffusionModel):
         """Hidden states of ids (B, E, L): (B, L, width).
 
         Stable Diffusion 1.x and 2.x read those after the final norm. XL (arXiv 2307.01952, section 2.1) reads
-        those before the last layer of both encoders side by side, the second's pooled state, and sizes: that of
-        the original picture, where its crop begins, and that of the picture, all as if nothing was cropped.
+        those before the last layer of both encoders side by side, the second's pooled state, and sizes: that
+        of the original picture, where its crop begins, and that of the picture, as if nothing was cropped.
         """
         ids = ids.to(self.device)
         # activations are computed a second time outside of this block, where they must find the same kernels
