@@ -13,6 +13,7 @@ from mifo.commands.benchmark import benchmark
 from mifo.config import compose, settings_of
 from mifo.errors import MifoError
 from mifo.method.regions.boxes import check_boxes
+from mifo.training.settings import adamw_8bit
 
 CPU = torch.device("cpu")
 
@@ -97,7 +98,7 @@ def test_fine_tuning_with_8_bit_states_checkpoints_and_captures_nothing(tmp_path
         bench = settings(tmp_path / profile, "stage2_8bit", profile=profile)
         with pytest.raises(MifoError, match="no row could be measured"):
             benchmark(bench)
-    assert seen == [(torch.float32, "full", "adamw_8bit", True)] * 2
+    assert seen == [(torch.float32, "full", adamw_8bit(), True)] * 2
 
 
 def test_median_spread_and_operations():

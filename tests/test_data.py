@@ -719,7 +719,7 @@ def test_a_cache_that_can_not_be_written_is_refused_before_anything_is_learned(
     settings = LearningSettings(
         prior=PriorSettings(pictures=2, steps=2, cache=str(tmp_path / "file" / "cache"))
     )
-    monkeypatch.setattr("mifo.training.fit.add_instance_tokens", None)  # the first step of learning
+    monkeypatch.setattr(type(model), "add_words", None)  # the first step of learning
     with pytest.raises(MifoError, match=r"file/cache.* can not be written .*learning\.prior\.cache=PATH"):
         learn(copy(model), instances, settings, PenaltySettings(), tmp_path / "run")
 

@@ -193,7 +193,10 @@ def test_both_stages_run_on_the_topology_of_stable_diffusion(instances, settings
     assert watch.layers == {"semantic": (15, 17, 19, 21, 23, 25), "finetuning": (9, 11, 15, 17, 19)}
     loaded = load_model(ModelSettings("sd", source))
     learned = load_learned(folder, loaded)
-    assert learned.prediction_type == prediction_type and learned.stages == {"semantic": 4, "finetuning": 3}
+    assert learned.base["prediction_type"] == prediction_type and learned.stages == {
+        "semantic": 4,
+        "finetuning": 3,
+    }
     learnt = weights(model)
     assert all(torch.equal(learnt[name], value) for name, value in weights(loaded).items())
 

@@ -10,8 +10,6 @@ from functools import reduce
 import pytest
 import torch
 from lightning import Callback
-from mifo.backbones.images import decode_latents
-from mifo.backbones.trainable import new_rows
 from safetensors.torch import save_file
 from tiny import MeanColour, two_instances
 
@@ -23,10 +21,11 @@ from mifo.config.schema import LearnSettings
 from mifo.data.saved_pictures import Picture
 from mifo.errors import MifoError
 from mifo.files import check_room, read_json
-from mifo.method.diffusion.noise_schedule import NoiseSchedule
+from mifo.method.backbone import Conditioning
 from mifo.method.guidance.settings import GuidanceSettings
 from mifo.method.losses.settings import PenaltySettings
-from mifo.method.synthesis.sampler import Subject, synthesize
+from mifo.method.prompts.instances import PromptTokens
+from mifo.method.synthesis.sampler import Sampler
 from mifo.method.synthesis.settings import SynthesisSettings
 from mifo.metrics.evaluation import Evaluation, PictureEvaluator
 from mifo.metrics.scores import Evaluator, Score
@@ -97,13 +96,13 @@ def test_on_a_gpu_numbers_are_read_later_and_told_as_they_came(model, settings, 
             if self.step != 2:
                 return
             if part == "gradient_norm":
-                new_rows(module.model).grad.fill_(torch.inf)
+                module.model.new_rows["text_encoder"].grad.fill_(torch.inf)
             elif part != "weight":
                 object.__setattr__(module.last, part, torch.tensor(torch.nan))
 
         def on_train_batch_end(self, trainer, module, *args):
             if part == "weight" and self.step == 4:
-                new_rows(module.model).data[1] = torch.nan
+                module.model.new_rows["text_encoder"].data[1] = torch.nan
 
     settings.semantic.checkpoint_every = 0
     monkeypatch.setattr("mifo.training.finite._interval", lambda *_: 4)
@@ -153,7 +152,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(source, killed, setti
         caplog.clear()
         again = load_model(ModelSettings("tiny", source))
         learned(again, settings, folder)
-        assert torch.equal(new_rows(again), new_rows(whole))
+        assert torch.equal(again.new_rows["text_encoder"], whole.new_rows["text_encoder"])
         assert ("last.ckpt is damaged: its checksum is another" in caplog.text) == (harm is spoil)
         assert [file.name for file in folder.iterdir()] == ["learned"]
 
@@ -242,7 +241,7 @@ def test_a_damaged_learned_json_is_refused_and_an_old_one_is_read(source, model,
     del content["checksums"]
     file.write_text(json.dumps(content))
     load_learned(folder, base)
-    assert torch.equal(new_rows(base), new_rows(model))
+    assert torch.equal(base.new_rows["text_encoder"], model.new_rows["text_encoder"])
 
 
 def test_a_full_disk_is_told_before_learning_and_saving_loses_nothing(
@@ -268,12 +267,12 @@ def test_a_full_disk_is_told_before_learning_and_saving_loses_nothing(
     assert str(kept) in str(told.value)
     again = load_model(ModelSettings("tiny", source))
     load_learned(kept, again)
-    assert torch.equal(new_rows(again), new_rows(model))
+    assert torch.equal(again.new_rows["text_encoder"], model.new_rows["text_encoder"])
     assert (tmp_path / "run" / "checkpoints" / "semantic" / "last.ckpt").is_file()
     full.clear()
     resumed = load_model(ModelSettings("tiny", source))
     learned(resumed, settings, tmp_path / "run")
-    assert torch.equal(new_rows(resumed), new_rows(model))
+    assert torch.equal(resumed.new_rows["text_encoder"], model.new_rows["text_encoder"])
 
 
 @pytest.mark.parametrize("boxes", [False, True])
@@ -285,13 +284,16 @@ def test_latents_and_pictures_that_are_not_finite_are_refused(model, boxes):
         return output * torch.nan if len(passes) == 3 else output
 
     model.unet.requires_grad_(False).conv_out.register_forward_hook(spoil)
-    subjects = [Subject("cat", (2,), (0.0, 0.0, 0.5, 0.5))] if boxes else []
     guidance = GuidanceSettings(guided_steps=0, shapes_from=1, shapes_every=1)
-    schedule, steps = NoiseSchedule.from_scheduler(model.noise_scheduler), SynthesisSettings(steps=5)
+    sampler = Sampler(model, SynthesisSettings(steps=5), guidance)
+    conditioning, tokens = (
+        Conditioning({"states": torch.randn(2, 32, 16)}),
+        PromptTokens({"cat": (2,)}, (), 5, 32),
+    )
     with pytest.raises(MifoError, match="latents are not finite after step 3 of 5"):
-        synthesize(model.unet, schedule, torch.randn(2, 32, 16), latents, subjects, [], 5, steps, guidance)
-    with pytest.raises(MifoError, match="the VAE of tiny gives pixels that are not finite"):
-        decode_latents(model, latents * torch.inf)
+        sampler(conditioning, latents, {"cat": (0.0, 0.0, 0.5, 0.5)} if boxes else {}, tokens)
+    with pytest.raises(MifoError, match="the autoencoder of tiny gives pixels that are not finite"):
+        model.decode_latents(latents * torch.inf)
 
 
 def test_scores_that_are_not_finite_are_refused(tmp_path):

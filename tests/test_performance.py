@@ -39,6 +39,7 @@ from mifo.training.fit import learn
 from mifo.training.settings import LearningSettings, StageSettings, adamw, adamw_8bit
 from mifo.training.stages import LearningStage
 
+OPTIMIZERS = {"adamw": adamw, "adamw_8bit": adamw_8bit}
 GRAPHS = partial(GraphedFunction, wanted=True)
 PLAIN = PerformanceSettings(learning_precision="float32", synthesis_precision="float32")
 
@@ -305,7 +306,7 @@ def test_a_weight_that_changes_is_not_captured_anew(source, losses, recordings, 
     assert len(found[False]) == 4 and found[True] == pytest.approx(found[False], rel=1e-5)
 
 
-def test_class_pictures_are_replayed_from_one_graph_and_rounded_as_learning_is(source, tmp_path, recordings):
+def test_class_pictures_are_rounded_as_learning_is(source, tmp_path):
     model = load_model(ModelSettings("tiny", source))
     prompts = ["a photo of a car", "a photo of a cat"]
 
@@ -315,11 +316,8 @@ def test_class_pictures_are_replayed_from_one_graph_and_rounded_as_learning_is(s
         return torch.stack([*found.read(range(len(told)))])
 
     plain = made("plain")
-    assert (made("graphs", cuda_graphs=True) - plain).abs().max() <= 1 / 255 + 1e-6
-    assert recordings.count == 1  # batches of two pictures and of one, two prompts
     rounded = (made("rounded", learning_precision="bfloat16") - plain).abs()
     assert 0 < rounded.mean() < 0.01
-    assert (made("both", cuda_graphs=True, learning_precision="bfloat16") - plain).abs().mean() < 0.01
 
 
 def test_a_graph_that_cannot_be_captured_is_an_ordinary_call_told_once(monkeypatch, caplog):
@@ -468,7 +466,6 @@ from torch import nn
 import mifo.acceleration.adamw_8bit as adamw
 import mifo.acceleration.adamw_kernel as kernel
 
-OPTIMIZERS = {"adamw": adamw, "adamw_8bit": adamw_8bit}
 
 def learnt(fused, dtype):
     adamw.has_kernels = lambda device: fused

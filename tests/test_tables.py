@@ -113,7 +113,7 @@ def test_a_grid_makes_a_row_of_every_combination(folder):
     terms = [run.settings.penalty.terms for run in runs]
     weights = [(each["reward"].weight, each["finetuning"].weight) for each in terms]
     assert weights == [(0, 2), (0, 3), (1, 2), (1, 3)]
-    assert runs[0].row == "penalty.reward_weight=0, penalty.weight=2"
+    assert runs[0].row == "reward_weight=0, terms.penalty.weight=2"
 
 
 def test_a_run_is_composed_as_its_process_will_compose_it(folder):
