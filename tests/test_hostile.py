@@ -68,6 +68,15 @@ def test_a_checkpoint_with_a_right_checksum_and_odd_states_is_refused(source, tm
         run(Stop())
 
 
+@pytest.mark.parametrize("arguments", [{"accelerator": None}, {"max_time": "x"}, {"limit_train_batches": []}])
+def test_a_trainer_of_odd_values_is_told(source, tmp_path, arguments):
+    stage = StageSettings(steps=1)
+    settings = LearningSettings(semantic=stage, finetuning=StageSettings(steps=0))
+    model = load_model(ModelSettings("tiny", source))
+    with pytest.raises(MifoError, match="trainer does not take its arguments"):
+        learn(model, two_instances(), settings, penalty(reward_steps=1), tmp_path, trainer=arguments)
+
+
 def test_own_class_pictures_are_read_whole_before_learning(tmp_path):
     Image.frombytes("RGB", (64, 64), os.urandom(64 * 64 * 3)).save(tmp_path / "cut.png")
     assert own_picture_files(str(tmp_path))

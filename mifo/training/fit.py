@@ -17,6 +17,7 @@ from lightning.pytorch.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mifo.acceleration.profile import PRECISIONS, available, ready_for_learning
 from mifo.acceleration.settings import PerformanceSettings
@@ -297,7 +298,10 @@ def _trainer(
         raise MifoError(f"trainer.{clashes[0]} is fixed by learning and callbacks; take it out of trainer.")
     usual = {"enable_model_summary": False, "log_every_n_steps": 10}
     watched = [FiniteNumbers(), *callbacks, *savers]
-    return lightning.Trainer(callbacks=watched, **{**usual, **arguments, **fixed})
+    try:
+        return lightning.Trainer(callbacks=watched, **{**usual, **arguments, **fixed})
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise MifoError(f"trainer does not take its arguments: {reason(error)}") from error
 
 
 def _no_others(arguments: Mapping[str, Any]) -> list[LightningEnvironment]:
