@@ -175,17 +175,18 @@ def read_yaml(path: Path, from_outside: bool = False) -> Any:
     Raises:
         MifoError: as `read_text`, or the file is not YAML.
     """
+    # floats such as 1e-4 are numbers in OmegaConf's dialect, strings in plain YAML
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     text = read_text(path)
     try:
         loader = SafeLoader(text)
         while loader.check_event():
             if isinstance(loader.get_event(), AliasEvent):
                 raise MifoError(f"{path} holds a YAML alias (*name), which is not read; write the value out")
-        # floats such as 1e-4 are numbers in OmegaConf's dialect, strings in plain YAML
-        from omegaconf import OmegaConf
-
         content = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
-    except (YAMLError, RecursionError, ValueError) as error:
+    except (YAMLError, RecursionError, ValueError, OmegaConfBaseException) as error:
         raise MifoError(f"{path} is damaged: it is not YAML ({' '.join(str(error).split())})") from error
     if from_outside and "${" in repr(content):
         raise MifoError(f"{path} holds ${{…}}, which is not read; write the value out")

@@ -13,6 +13,7 @@ from mifo.backbones.settings import ModelSettings
 from mifo.commands.evaluate import recorded_instances
 from mifo.data.class_pictures import own_picture_files
 from mifo.errors import MifoError
+from mifo.files import read_yaml
 from mifo.training.checkpoints import WholeCheckpoints
 from mifo.training.fit import learn
 from mifo.training.settings import LearningSettings, StageSettings
@@ -67,6 +68,15 @@ def test_a_checkpoint_with_a_right_checksum_and_odd_states_is_refused(source, tm
         run(Stop())
 
 
+@pytest.mark.parametrize("arguments", [{"accelerator": None}, {"max_time": "x"}, {"limit_train_batches": []}])
+def test_a_trainer_of_odd_values_is_told(source, tmp_path, arguments):
+    stage = StageSettings(steps=1)
+    settings = LearningSettings(semantic=stage, finetuning=StageSettings(steps=0))
+    model = load_model(ModelSettings("tiny", source))
+    with pytest.raises(MifoError, match="trainer does not take its arguments"):
+        learn(model, two_instances(), settings, penalty(reward_steps=1), tmp_path, trainer=arguments)
+
+
 def test_own_class_pictures_are_read_whole_before_learning(tmp_path):
     Image.frombytes("RGB", (64, 64), os.urandom(64 * 64 * 3)).save(tmp_path / "cut.png")
     assert own_picture_files(str(tmp_path))
@@ -74,6 +84,23 @@ def test_own_class_pictures_are_read_whole_before_learning(tmp_path):
     (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
     with pytest.raises(MifoError, match=r"cut\.png can not be read"):
         own_picture_files(str(tmp_path))
+
+
+def test_a_folder_with_the_name_of_a_checkpoint_is_told(tmp_path):
+    checkpoint = {"state_dict": {}, "optimizer_states": []}
+    file = tmp_path / "run" / "checkpoints" / "semantic" / "last.ckpt"
+    for _ in range(2):
+        WholeCheckpoints().save_checkpoint(checkpoint, file)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(MifoError, match=r"last\.ckpt cannot be replaced"):
+        WholeCheckpoints().load_checkpoint(file)
+
+
+def test_a_broken_interpolation_is_told_with_its_file(tmp_path):
+    (tmp_path / "a.yaml").write_text("key: ${oops")
+    with pytest.raises(MifoError, match=r"a\.yaml is damaged: it is not YAML"):
+        read_yaml(tmp_path / "a.yaml")
 
 
 def test_a_record_of_instances_reads_nothing_of_the_environment(tmp_path):

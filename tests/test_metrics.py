@@ -285,7 +285,7 @@ ROW = {"file": "000.png", "prompt": "a photo", "boxes": {}, "seed": 7}
         ("[", r"pictures\.json is damaged: it is not JSON"),
         ({"a": 1}, "holds no list"),
         ([[]], "holds no object"),
-        ([ROW | {"file": "../000.png"}], r"names '\.\./000\.png', which is no file of this folder"),
+        ([ROW | {"file": "../000.png"}], r"names '\.\./000\.png', which is no file beside it"),
         ([ROW | {"file": "/etc/hostname"}], "names '/etc/hostname'"),
         ([ROW | {"file": ".."}], "is no regular file|Is a directory"),
         ([ROW | {"file": "link.png"}], "names 'link.png'"),

@@ -119,7 +119,8 @@ def _check_trainer(arguments: dict[str, Any]) -> None:
             "performance.learning_precision=bfloat16 (or float16, float32) instead"
         )
     check_trainer(arguments)
-    if arguments.get("log_every_n_steps", 1) < 1:
+    every = arguments.get("log_every_n_steps", 1)
+    if type(every) is not int or every < 1:
         raise MifoError("trainer.log_every_n_steps must be at least 1; take logger=none to log nothing")
     # each process would make a folder of its own
     if str(arguments.get("devices", 1)) not in ("1", "[0]") or arguments.get("num_nodes", 1) != 1:

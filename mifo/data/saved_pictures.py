@@ -84,9 +84,7 @@ def _picture(folder: Path, row: _Row) -> Picture:
     file = folder / row.file
     # a folder that somebody sent is not to show other files of this machine
     if row.file != file.name or os.path.islink(file):
-        raise MifoError(
-            f"{folder / 'pictures.json'} names {row.file[:80]!r}, which is no file of this folder."
-        )
+        raise MifoError(f"{folder / 'pictures.json'} names {row.file[:80]!r}, which is no file beside it.")
     try:
         check_boxes(row.boxes)
     except MifoError as error:

@@ -86,7 +86,10 @@ class WholeCheckpoints(CheckpointIO):
             if damage:
                 log.warning("%s; learning goes on from the checkpoint before.", damage)
             if file is previous:
-                previous.replace(newest)
+                try:
+                    previous.replace(newest)
+                except OSError as error:  # a folder has its name
+                    raise MifoError(f"{newest} cannot be replaced ({reason(error)}); move it away") from error
             return checkpoint
         raise MifoError(f"{damage}; delete the folder {newest.parent}, and its stage begins anew")
 
