@@ -59,7 +59,10 @@ def test_imports_run_downward():
 
 def test_no_files_import_each_other():
     known = modules()
-    arrows = {name: {other for other in imports(file) if other in known and other != name} for name, file in known.items()}
+    arrows = {
+        name: {other for other in imports(file) if other in known and other != name}
+        for name, file in known.items()
+    }
     done: set[str] = set()
 
     def visit(name: str, path: tuple[str, ...]) -> None:
@@ -96,12 +99,26 @@ def test_the_method_is_torch_alone():
 
 def test_settings_need_no_torch():
     """Files of settings import neither torch nor anything that does, so that help and composition start at once."""
-    heavy = {"torch", "numpy", "lightning", "diffusers", "transformers", "wandb", "matplotlib", "pandas", "PIL"}
+    heavy = {
+        "torch",
+        "numpy",
+        "lightning",
+        "diffusers",
+        "transformers",
+        "wandb",
+        "matplotlib",
+        "pandas",
+        "PIL",
+    }
     for name, file in modules().items():
         if name.endswith("settings") or name == "mifo.config.schema":
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.ImportFrom | ast.Import):
-                    names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+                    names = (
+                        [node.module or ""]
+                        if isinstance(node, ast.ImportFrom)
+                        else [a.name for a in node.names]
+                    )
                     assert not heavy & {each.split(".")[0] for each in names}, file
 
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from mifo.config.compose import as_plain, explain
 from mifo.config.resume import COMMAND, CONFIG, FREE, Command, read_settings
 from mifo.config.schema import TaskSettings
-from mifo.data.instances import folder_digest
+from mifo.data.photo_folder import folder_digest
 from mifo.errors import MifoError, refuse
 from mifo.files import read_record, write_whole
 

@@ -36,7 +36,7 @@ class Layout:
     boxes: dict[str, tuple[float, float, float, float]]
 
 
-def layouts(settings: LayoutSettings, tokens: list[str]) -> list[Layout]:
+def layouts(settings: LayoutSettings, tokens: Sequence[str]) -> list[Layout]:
     """Every layout that `settings` describe for the instance `tokens`, by subset and then by ending.
 
     Raises:
@@ -82,7 +82,7 @@ def _numbers(name: str, box: Any) -> tuple[float, ...]:
     return tuple(box)
 
 
-def _row(tokens: list[str], margin: float = 0.04) -> dict[str, tuple[float, float, float, float]]:
+def _row(tokens: Sequence[str], margin: float = 0.04) -> dict[str, tuple[float, float, float, float]]:
     """Boxes of one size from left to right, in the lower middle where things stand on the ground."""
     width = (1 - margin) / len(tokens)
     side = min(width - margin, 0.6)
@@ -93,7 +93,7 @@ def _row(tokens: list[str], margin: float = 0.04) -> dict[str, tuple[float, floa
     }
 
 
-def _spread(tokens: list[str], margin: float = 0.04) -> dict[str, tuple[float, float, float, float]]:
+def _spread(tokens: Sequence[str], margin: float = 0.04) -> dict[str, tuple[float, float, float, float]]:
     """Squares of one size with air between them in two staggered columns, the first at the upper left."""
     places = -(-len(tokens) // 2)
     pitch = (1 - margin) / places
