@@ -233,7 +233,9 @@ def test_a_tokenizer_without_a_length_takes_that_of_the_text_encoder(source, tmp
     without = load_model(copy_of(source, tmp_path / "copy", tokenizer={"model_max_length": ...}))
     assert without.tokenizer.model_max_length == 32
     prompts = ["a photo of a red car"]
-    assert torch.equal(without.encode_prompts(prompts).parts["states"], model.encode_prompts(prompts).parts["states"])
+    assert torch.equal(
+        without.encode_prompts(prompts).parts["states"], model.encode_prompts(prompts).parts["states"]
+    )
 
 
 def test_class_pictures_of_other_timesteps_are_made_anew(model, tmp_path):

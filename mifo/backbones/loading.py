@@ -123,7 +123,7 @@ def load_model(settings: ModelSettings, device: torch.device | str = "cpu") -> U
 
 
 def load_outline(settings: ModelSettings) -> UNetModel:
-    """The model of `settings` without its weights, read in a moment: prompts, boxes and sites are checked on it.
+    """The model of `settings` without its weights, read in a moment, to check prompts, boxes and sites.
 
     Raises:
         MifoError: see `model_folder` and `check_kind`; files are damaged; the scheduler is not supported, see

@@ -51,7 +51,7 @@ class AttentionMaps(Callback):
         ids = model.tokenize([f"a photo of {' and '.join(tokens)}"])
         positions = torch.stack([model.places(ids[0], token)[0] for token in tokens])[None].to(latents.device)
         read = word_maps(positions)
-        reads = {site: read for site in model.default_sites.semantic}
+        reads = dict.fromkeys(model.default_sites.semantic, read)
         noisy = model.process.add_noise(latents, noise, times)
         _, maps = model.predict(noisy, times, model.encode(ids), reads)
         return {site: each[0].T.unflatten(1, site.size).float().cpu() for site, each in maps.items()}

@@ -26,6 +26,7 @@ from mifo.metrics.settings import Fit
 from mifo.miniature.calibration import CASES, calibration_picture
 from mifo.report.tables import markdown_table, write_csv
 from mifo.world.scenes import SIZE
+from mifo.world.spec import SceneSpec
 
 METRIC_NAMES = {name: f"{name} {'↑' if METRICS[name].higher_is_better else '↓'}" for name in METRICS}
 
@@ -46,6 +47,7 @@ def calibrate(settings: CalibrateSettings) -> Path:
     for given in track(scenes, "calibration"):
         instances = read_instances(given)
         spec = find_source(given)
+        assert isinstance(spec, SceneSpec)  # `named_scenes` gives nothing else
         source = instances.image.float() / 255
         shown = [source]
         for case in CASES:

@@ -94,11 +94,11 @@ def _tell_refusals(runs: Sequence[Run]) -> None:
     Raises:
         MifoError: all of them are.
     """
-    reasons = Counter(run.error for run in runs if run.settings is None)
+    reasons = Counter(run.error or "" for run in runs if run.settings is None)
     told = [f"{count} of {len(runs)} runs: {reason}" for reason, count in reasons.items()]
     if reasons.total() == len(runs):
         raise MifoError(
-            f"every run of the table is refused: {'; '.join(reasons if len(reasons) < 2 else told)}"
+            f"every run of the table is refused: {'; '.join(told if len(reasons) > 1 else list(reasons))}"
         )
     for line in told:
         Console(stderr=True, soft_wrap=True).print(f"refused: {line}", style="red", markup=False)

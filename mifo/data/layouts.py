@@ -1,7 +1,7 @@
 """Layouts: a prompt and a box for each thing in it, from the configuration to checked boxes."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -58,15 +58,18 @@ def layouts(settings: LayoutSettings, tokens: Sequence[str]) -> list[Layout]:
     found = []
     for subset in _subsets(tokens) if "{subset}" in settings.prompt else [tokens]:
         left_out = {*tokens} - {*subset}
-        own = {name: box for name, box in boxes.items() if name not in left_out}
+        own: Mapping[str, Sequence[float]] = {
+            name: box for name, box in boxes.items() if name not in left_out
+        }
         if not boxes and settings.arrange:
             own = ARRANGEMENTS[settings.arrange](subset)
         check_boxes(own)
+        checked = {name: (x0, y0, x1, y1) for name, (x0, y0, x1, y1) in own.items()}
         named = re.sub(r"\{(instances|subset)\}", " and ".join(subset), settings.prompt)
         for ending in settings.endings:
             prompt = " ".join(named.replace("{ending}", ending).split())
             check_instances(prompt, own, tokens)
-            found.append(Layout(prompt, own))
+            found.append(Layout(prompt, checked))
     return found
 
 

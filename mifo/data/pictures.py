@@ -160,7 +160,7 @@ def _in_srgb(colours: Image.Image, profile: bytes | None, file: Path) -> Image.I
     if mode == "RGB":
         samples = _samples()
         moved = ImageChops.difference(_transformed(samples, to_srgb), samples)
-        if max(most for _, most in moved.getextrema()) <= _SAME_COLOUR:
+        if not any(any(band.histogram()[_SAME_COLOUR + 1 :]) for band in moved.split()):
             return colours
     return _transformed(colours, to_srgb)
 

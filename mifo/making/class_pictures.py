@@ -22,7 +22,7 @@ from mifo.data.pictures import is_whole
 from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
 from mifo.method.guidance.settings import GuidanceSettings
-from mifo.method.synthesis.sampler import Sampler
+from mifo.method.synthesis.sampler import Sampler, StepReport
 from mifo.method.synthesis.settings import SynthesisSettings
 
 
@@ -141,12 +141,15 @@ def _make(
             chosen = missing[start : start + size]
             # graphs want the last batch as large as the others
             padded = chosen + chosen[-1:] * (size - len(chosen) if performance.cuda_graphs else 0)
-            step = partial(progress.advance, bar, len(chosen))
+
+            def advance(_: StepReport, count: int = len(chosen)) -> None:
+                progress.advance(bar, count)
+
             with autocast:
                 latents = sampler(
                     model.encode_prompts([""] * len(padded) + [prompt for _, prompt, _ in padded]),
                     torch.stack([_initial_noise(model, seed, i) for *_, i in padded]).to(model.device),
-                    on_step=lambda _, advance=step: advance(),
+                    on_step=advance,
                 )
             images = model.decode_latents(latents[: len(chosen)], 2)
             for (file, *_), image in zip(chosen, images.cpu(), strict=True):

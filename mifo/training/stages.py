@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class LearningStage(lightning.LightningModule):
-    """Semantic learning or fine-tuning. Checkpoints hold what learns, the optimiser and nothing of the base model.
+    """Semantic learning or fine-tuning. Checkpoints hold what learns and the optimiser, no base model.
 
     Optimisation is manual, since a step that is replayed as a CUDA graph has its gradients before Lightning
     would ask for them.
@@ -107,7 +107,7 @@ class LearningStage(lightning.LightningModule):
         return loss.total, (parts, loss.maps)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip by the norm of all gradients together; scaled gradients of float16 are themselves again here."""
+        """Clip by the norm of all gradients together; those of float16 are unscaled here."""
         if not self.settings.gradient_clip:
             return
         parameters = [each for group in optimizer.param_groups for each in group["params"]]
@@ -191,14 +191,14 @@ class LearningStage(lightning.LightningModule):
         return self._steps[terms]
 
     def _rounded(self) -> tuple[Callable[..., Any], dict[nn.Parameter, Tensor]]:
-        """The loss on rounded copies of weights, and the copies of what learns; empty where autocast rounds."""
+        """The loss on rounded copies of weights, and copies of what learns; none where autocast rounds."""
         if self.passes_in is not None:
             rounded = RoundedWeights(self, every_weight(self), self.passes_in)
             return rounded, {each: copy for each, copy in rounded.copies.items() if each.requires_grad}
         # not rounded anew at each step; weights that are read again in the backward pass must stay in place
-        if torch.is_autocast_enabled(self.device.type) and not self.model.checkpointing:
-            if chosen := frozen_products(self):
-                return RoundedWeights(self, chosen, torch.get_autocast_dtype(self.device.type)), {}
+        rounds = torch.is_autocast_enabled(self.device.type) and not self.model.checkpointing
+        if rounds and (chosen := frozen_products(self)):
+            return RoundedWeights(self, chosen, torch.get_autocast_dtype(self.device.type)), {}
         return self, {}
 
     def _update_copies(self) -> None:

@@ -221,8 +221,8 @@ def _draw_things(identities: Identities, placements: Placements, size: int) -> t
         rows = torch.nonzero(identities.thing == index).squeeze(1)
         if not len(rows):
             continue
-        p = tuple(identities.proportions[rows, i].view(-1, 1, 1) for i in range(3))
-        parts = things.DRAWINGS[name](x[rows], y[rows], p)
+        a, b, c = identities.proportions[rows].view(-1, 3, 1, 1).unbind(1)
+        parts = things.DRAWINGS[name](x[rows], y[rows], (a, b, c))
         outline = things.union(*(distance for distance, _ in parts)) - 0.045
         scale = sharpness[rows]
         canvas = (identities.body[rows] * 0.32).view(-1, 3, 1, 1).expand(-1, -1, size, size)

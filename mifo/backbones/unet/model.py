@@ -86,7 +86,7 @@ class AttentiveUNet:
         return kept
 
     def enable_checkpointing(self) -> None:
-        """Compute activations twice instead of keeping them; the second time finds the processors of the first."""
+        """Compute activations twice instead of keeping them; both times by the same processors."""
 
         def twice(module: nn.Module, *inputs: Any) -> Any:
             then = [each.processor for each in self._modules]
@@ -249,8 +249,8 @@ class UNetModel(DiffusionModel):
         """Hidden states of ids (B, E, L): (B, L, width).
 
         Stable Diffusion 1.x and 2.x read those after the final norm. XL (arXiv 2307.01952, section 2.1) reads
-        those before the last layer of both encoders side by side, the second's pooled state, and sizes: that of
-        the original picture, where its crop begins, and that of the picture, all as if nothing was cropped.
+        those before the last layer of both encoders side by side, the second's pooled state, and sizes: that
+        of the original picture, where its crop begins, and that of the picture, as if nothing was cropped.
         """
         ids = ids.to(self.device)
         # activations are computed a second time outside of this block, where they must find the same kernels

@@ -71,10 +71,11 @@ def choose_sites(placed: tuple[PlacedSite, ...]) -> DefaultSites:
 
     D is the divisor of the first up block with attention; in brackets Stable Diffusion's layers (D = 4):
     `semantic` has the cross layers of the first two up blocks that have attention [cross 7–12], `finetuning`
-    the cross layers of the down and up blocks of divisor D [cross 4, 5, 7, 8, 9], `guidance` all layers of the
-    mid block and of the first up block that has attention [12–19], `shapes` all layers of that up block [14–19].
-    Of an attention module with several transformer blocks, as Stable Diffusion XL's, the last block stands for
-    all, so that as many sites are read as on Stable Diffusion and the weights of the losses mean the same.
+    the cross layers of the down and up blocks of divisor D [cross 4, 5, 7, 8, 9], `guidance` all layers of
+    the mid block and of the first up block that has attention [12–19], `shapes` all layers of that up block
+    [14–19]. Of an attention module with several transformer blocks, as Stable Diffusion XL's, the last block
+    stands for all, so that as many sites are read as on Stable Diffusion and the weights of the losses mean
+    the same.
 
     Raises:
         MifoError: no up block has cross-attention.
