@@ -24,6 +24,7 @@ main()
     [
         (["--help"], LEARNING | ARRAYS | {"hydra", "omegaconf", "PIL"}),
         (["run", "--help"], LEARNING | ARRAYS),
+        (["table", "--help"], LEARNING | ARRAYS),
         (["learn", "--cfg", "job"], LEARNING | ARRAYS),
         (["layout", "hydra.run.dir=drawn"], LEARNING | ARRAYS),
     ],

@@ -123,8 +123,8 @@ class DiffusionModel(Backbone, ABC):
         Args:
             what: "tokens" none (Textual Inversion, arXiv 2208.01618); "cross_attention_kv" the keys and
                 values of the prompt (Custom Diffusion, arXiv 2212.04488); "denoiser" the whole denoising
-                network; "full" text encoders too; "lora" the adapters that `add_lora` made. Tables of known words
-                never learn.
+                network; "full" text encoders too; "lora" the adapters that `add_lora` made. Tables of known
+                words never learn.
         """
 
     @abstractmethod

@@ -96,7 +96,7 @@ def region_rules(
     words: SubjectWords,
     guidance: bool,
 ) -> Rules:
-    """The rules of a guidance pass, or of a denoising pass, whose batch is two halves, the first unconditional.
+    """The rules of a guidance pass, or of a denoising pass, whose batch has an unconditional half first.
 
     The unconditional half sees every word; pixels are bounded in both halves.
 
