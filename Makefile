@@ -9,29 +9,34 @@ export WANDB_MODE ?= offline
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo check test test-all format clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
 
 setup: $(INSTALLED) ## make the virtual environment .venv with MIFO in it
 
 demo: $(INSTALLED) ## learn three look-alikes from one image, put them into boxes, score the pictures
 	$(RUN) -m mifo run experiment=demo
 
-test: $(INSTALLED) ## run all tests
+check: $(INSTALLED) ## check format, style, types and floors
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+	$(RUN) -m pytest tests/test_floors.py
+
+test: check ## check, then run the fast tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto
 
-lint: $(INSTALLED) ## check style and formatting
-	$(RUN) -m ruff check .
-	$(RUN) -m ruff format --check .
+test-all: check ## check, then run all tests, with real processes and launchers
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m ''
 
 format: $(INSTALLED) ## put the code into the house's format
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
 clean: ## remove the environment, caches and builds; outputs stay
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache *.egg-info
 
 # torch first: pip then keeps the build that fits this machine
 $(INSTALLED): pyproject.toml

@@ -102,6 +102,9 @@ def _run(arguments: Sequence[str]) -> None:
 
     try:
         if task == "table":  # composes many runs, so that it is no Hydra application itself
+            if not others or {"-h", "--help"} & {*others}:
+                print(import_module("mifo.tables.settings").HELP)
+                return
             sys.exit(min(1, import_module("mifo.commands.table").table(others)))
         _run_with_hydra(task, others)
     except Exception as error:

@@ -14,17 +14,21 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
+from io import BufferedReader
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, BinaryIO, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from yaml import AliasEvent, SafeLoader, YAMLError
 
 from mifo.errors import MifoError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 MOST_TEXT = 64 * 2**20  # bytes of a JSON or YAML file; the largest record of a table is a tenth of that
 
-T = TypeVar("T")
+T = TypeVar("T", bound="DataclassInstance")
 
 
 @contextmanager
@@ -116,7 +120,7 @@ def existing_folder(key: str, given: Path | str, content: str) -> Path:
 
 
 @contextmanager
-def regular_file(path: Path, limit: int | None = None) -> Iterator[BinaryIO]:
+def regular_file(path: Path, limit: int | None = None) -> Iterator[BufferedReader]:
     """Open a regular file, or a link to one, to read its bytes, of which there may be at most `limit`.
 
     Raises:

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from mifo.data.instances import read_instances
-from mifo.data.saved_pictures import read_pictures
+from mifo.data.saved_pictures import as_image, read_pictures
 from mifo.data.settings import InstancesSettings
 from mifo.report.drawing import draw_layout
 from mifo.world.scenes import mask_boxes
@@ -29,7 +29,9 @@ def main(run: Path, target: Path) -> None:
     ]
     canvas = Image.new("RGB", (len(panels) * (SIDE + GAP) - GAP, SIDE), "white")
     for column, (boxes, image) in enumerate(panels):
-        canvas.paste(draw_layout(boxes, image, size=SIDE).resize((SIDE, SIDE)), (column * (SIDE + GAP), 0))
+        canvas.paste(
+            draw_layout(boxes, as_image(image), size=SIDE).resize((SIDE, SIDE)), (column * (SIDE + GAP), 0)
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     canvas.quantize(256, dither=Image.Dither.NONE).save(target, optimize=True)
     print(target)

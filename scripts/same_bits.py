@@ -1,12 +1,12 @@
-"""Run the demo with an earlier commit and with this tree, and compare words, weights and pictures bit for bit.
+"""Run the demo with an earlier commit and with this tree, and compare words, weights and pictures by bits.
 
     python scripts/same_bits.py 04f7079                   # experiment=demo, some minutes
     python scripts/same_bits.py 04f7079 debug=default     # a few steps of everything
 
 What was changed on purpose is set alike for both: the miniature's scheduler is given steps_offset 0, at which
 earlier commits sampled whatever the model said; words start at a known word; k-means takes ten starts; class
-pictures are given, since earlier commits made them while the attention of learning was installed in the network,
-which rounds otherwise. The exit code is 1 if anything differs.
+pictures are given, since earlier commits made them while the attention of learning was installed in the
+network, which rounds otherwise. The exit code is 1 if anything differs.
 """
 
 import json
@@ -73,7 +73,7 @@ def compare(old: Path, new: Path) -> int:
         before, after = (tensors(folder / name) for folder in (old, new))
         same = before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
         largest = max(
-            (float((before[k].float() - after[k].float()).abs().max()) for k in before.keys() & after.keys())
+            float((before[k].float() - after[k].float()).abs().max()) for k in before.keys() & after.keys()
         )
         print(f"{name}: {'equal bit for bit' if same else f'differs by up to {largest:g}'}")
         differing += not same

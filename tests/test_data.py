@@ -21,9 +21,10 @@ from mifo.acceleration.settings import PerformanceSettings
 from mifo.backbones.loading import load_model
 from mifo.backbones.settings import ModelSettings
 from mifo.data.class_pictures import class_prompts
-from mifo.data.instances import InstanceSet, folder_digest, read_instances
+from mifo.data.instances import InstanceSet, read_instances
 from mifo.data.learning_data import LearningData
 from mifo.data.mask_pyramid import MaskPyramid
+from mifo.data.photo_folder import folder_digest
 from mifo.data.settings import DrawSettings, InstancesSettings, PriorSettings
 from mifo.errors import MifoError
 from mifo.making.class_pictures import class_pictures

@@ -1,4 +1,4 @@
-"""The floors of the house: a room imports only rooms below it, and no two rooms or files import each other."""
+"""The floors of the house: a room imports rooms below it alone, and no two files import each other."""
 
 import ast
 import re
@@ -28,7 +28,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(file: Path) -> Iterator[str]:
-    """The modules of the package that a file imports anywhere, also within functions and under TYPE_CHECKING."""
+    """The modules of the package that a file imports, also within functions and under TYPE_CHECKING."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("mifo"))
@@ -98,7 +98,7 @@ def test_the_method_is_torch_alone():
 
 
 def test_settings_need_no_torch():
-    """Files of settings import neither torch nor anything that does, so that help and composition start at once."""
+    """Files of settings import no torch nor what does, so that help and composition start at once."""
     heavy = {
         "torch",
         "numpy",

@@ -42,7 +42,7 @@ class AdamW8bit(torch.optim.Optimizer):
         self._tables: dict[Any, Any] = {}
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -73,7 +73,7 @@ class AdamW8bit(torch.optim.Optimizer):
     def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         """A step of one parameter in plain PyTorch."""
         state, weight = self.state[parameter], in_memory_order(parameter)
-        gradient = in_memory_order(_laid_out(parameter.grad, parameter)).float()
+        gradient = in_memory_order(_laid_out(parameter)).float()
         if self.grad_scale is not None:
             gradient = gradient / self.grad_scale
         _prepare(state, parameter)
@@ -95,10 +95,10 @@ class AdamW8bit(torch.optim.Optimizer):
 
         kinds: dict[tuple, list[nn.Parameter]] = defaultdict(list)
         for parameter in parameters:
-            parameter.grad = _laid_out(parameter.grad, parameter)
+            gradient = parameter.grad = _laid_out(parameter)
             _prepare(self.state[parameter], parameter)
             state = self.state[parameter]
-            kind = (parameter.grad.dtype, "exp_avg_scale" in state, parameter in self.copies)
+            kind = (gradient.dtype, "exp_avg_scale" in state, parameter in self.copies)
             kinds[state["step"], kind].append(parameter)
         for (step, kind), same in kinds.items():
             _, quantised, _ = kind
@@ -112,8 +112,8 @@ class AdamW8bit(torch.optim.Optimizer):
             pointers = tuple(tensor.data_ptr() for row in memory for tensor in row)
             if kind not in self._tables or self._tables[kind].pointers != pointers:
                 self._tables[kind] = Tables(memory, pointers)
-            levels = tuple(_levels(name, parameters[0].device)[0] for name in MOMENTS)
-            launch(self._tables[kind], kind, group, step, self.grad_scale, levels)
+            mean, square = (_levels(name, parameters[0].device)[0] for name in MOMENTS)
+            launch(self._tables[kind], kind, group, step, self.grad_scale, (mean, square))
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:
@@ -121,8 +121,10 @@ def in_memory_order(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def _laid_out(gradient: Tensor, parameter: nn.Parameter) -> Tensor:
-    """The gradient in the parameter's layout."""
+def _laid_out(parameter: nn.Parameter) -> Tensor:
+    """The gradient of a parameter, which has one, in the parameter's layout."""
+    gradient = parameter.grad
+    assert gradient is not None
     if gradient.stride() == parameter.stride():
         return gradient
     return torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)

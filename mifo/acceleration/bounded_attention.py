@@ -84,10 +84,12 @@ class _BoundedAttention(torch.autograd.Function):
     ) -> Tensor:
         from mifo.acceleration.bounded_attention_kernels import attended
 
-        heads = [each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value)]
+        query, key, value = (
+            each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value)
+        )
         query_bits = query_bits.contiguous().expand(len(query), query.shape[2])
         key_bits = key_bits.contiguous().expand(len(query), key.shape[2])
-        known = (*heads, query_bits, key_bits)
+        known = (query, key, value, query_bits, key_bits)
         y, level = attended(*known, scale)
         ctx.save_for_backward(*known, y, level)
         ctx.scale = scale
@@ -100,4 +102,6 @@ class _BoundedAttention(torch.autograd.Function):
 
         dy = dy.transpose(1, 2).contiguous().transpose(1, 2)
         of_context = any(ctx.needs_input_grad[1:3])
-        return *gradients(dy, *ctx.saved_tensors, ctx.scale, of_context), None, None, None
+        query, key, value, query_bits, key_bits, y, level = ctx.saved_tensors
+        found = gradients(dy, query, key, value, query_bits, key_bits, y, level, ctx.scale, of_context)
+        return *found, None, None, None

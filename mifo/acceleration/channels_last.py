@@ -52,7 +52,7 @@ def _is_ordinary(module: nn.Module) -> bool:
     )
 
 
-def _is_continuous(module: nn.Module) -> bool:
+def _is_continuous(module: Any) -> bool:
     """Whether a module is a transformer over pixels whose output is made in a method of its own."""
     return (
         type(module) is Transformer2DModel

@@ -37,8 +37,8 @@ class GraphedFunction:
     def __call__(self, *inputs: Any) -> Any:
         if not self._wanted:
             return self._function(*inputs)
-        leaves, form = _leaves(inputs)
-        if form != self._form:
+        _, form = _leaves(inputs)
+        if form != self._form or self._replay is None:
             self._replay = None  # the memory of the old graph goes before a new one is captured
             try:
                 self._replay = capture(self._function, inputs)

@@ -71,6 +71,6 @@ class _GroupNormSiLU(torch.autograd.Function):
         dx, dweight, dbias = gradients(
             dy, x, weight, bias, mean, rstd, ctx.silu, of_input, of_weight or of_bias
         )
-        dweight = dweight.to(weight.dtype) if of_weight else None
-        dbias = dbias.to(bias.dtype) if of_bias else None
+        dweight = dweight.to(weight.dtype) if of_weight and dweight is not None else None
+        dbias = dbias.to(bias.dtype) if of_bias and dbias is not None else None
         return dx, dweight, dbias, None, None, None

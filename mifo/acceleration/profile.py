@@ -23,9 +23,15 @@ log = logging.getLogger(__name__)
 class Accelerated(Protocol):
     """What a profile is applied to: the networks of a model, by what they do."""
 
-    denoiser: nn.Module
-    autoencoder: nn.Module
-    networks: Mapping[str, nn.Module]  # that can learn
+    @property
+    def denoiser(self) -> nn.Module: ...
+
+    @property
+    def autoencoder(self) -> nn.Module: ...
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """Those that can learn."""
 
     def enable_checkpointing(self) -> None:
         """Compute activations twice instead of keeping them."""
@@ -98,9 +104,10 @@ def ready_for_learning(model: Accelerated, settings: PerformanceSettings) -> Non
 
 
 def ready_for_synthesis(model: Accelerated, settings: PerformanceSettings) -> None:
-    """Bring denoiser and autoencoder to the profile's precision and layout, in place; learning needs the model anew.
+    """Bring denoiser and autoencoder to the profile's precision and layout, in place.
 
-    In float16 the autoencoder stays in float32, since its activations leave that range.
+    Learning needs the model anew. In float16 the autoencoder stays in float32, since its activations leave
+    that range.
     """
     dtype = getattr(torch, settings.synthesis_precision)
     for part in (model.denoiser,) if dtype is torch.float16 else (model.denoiser, model.autoencoder):

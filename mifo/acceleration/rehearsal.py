@@ -1,6 +1,7 @@
 """Small networks of Stable Diffusion's kinds, which use what learning will: loaded at their first pass."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -32,12 +33,13 @@ def rehearse(device: torch.device) -> None:
         prediction.float().square().mean().backward()
 
 
-def _network(build: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device) -> nn.Module:
+def _network(build: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device) -> Any:
     """A network of zeros, its weights channels-last."""
     with torch.device("meta"):
         network = build()
     network.to_empty(device=device)
-    nn.Module.to(network, dtype=dtype, memory_format=torch.channels_last)  # diffusers' own warns
+    nn.Module.to(network, dtype)  # diffusers' own warns
+    nn.Module.to(network, memory_format=torch.channels_last)
     with torch.no_grad():
         for each in (*network.parameters(), *network.buffers()):
             each.zero_()

@@ -54,7 +54,7 @@ class WeightGradientsBeside(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         # a stream that nothing ran on is not part of a capture, which must not wait for it
-        if self._waiting:
+        if self._waiting and self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
         self._waiting.clear()
         self._uses.clear()

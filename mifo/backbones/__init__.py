@@ -1,1 +1,1 @@
-"""Model families behind the one seam of `mifo/method/backbone.py`: loading, new words, what learns, learned results."""
+"""Model families behind the seam of `mifo/method/backbone.py`: loading, new words, learning, results."""

@@ -1,4 +1,4 @@
-"""A learned result belongs to one base model: what it counts on there is recorded, and compared when it is loaded."""
+"""A learned result belongs to one base model: what it counts on there is recorded and compared at loading."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +12,8 @@ def check_base(folder: Path | str, recorded: Mapping[str, str | None], model: Di
 
     Args:
         folder: of the learned result, for the message.
-        recorded: `model.identity()` when the result was saved. A result of an earlier version lacks some keys,
-            which are not compared.
+        recorded: `model.identity()` when the result was saved. A result of an earlier version lacks some
+            keys, which are not compared.
 
     Raises:
         MifoError: naming what differs and both values.

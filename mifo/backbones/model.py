@@ -121,10 +121,10 @@ class DiffusionModel(Backbone, ABC):
         """The parameters that learn beside the new rows, by network and by name.
 
         Args:
-            what: "tokens" none (Textual Inversion, arXiv 2208.01618); "cross_attention_kv" the keys and values
-                of the prompt (Custom Diffusion, arXiv 2212.04488); "denoiser" the whole denoising network;
-                "full" text encoders too; "lora" the adapters that `add_lora` made. Tables of known words
-                never learn.
+            what: "tokens" none (Textual Inversion, arXiv 2208.01618); "cross_attention_kv" the keys and
+                values of the prompt (Custom Diffusion, arXiv 2212.04488); "denoiser" the whole denoising
+                network; "full" text encoders too; "lora" the adapters that `add_lora` made. Tables of known
+                words never learn.
         """
 
     @abstractmethod

@@ -54,8 +54,8 @@ def add_rows(
     vocabulary = tokenizer.get_vocab()
     if clashes := [token for token in tokens if token in vocabulary]:
         raise MifoError(
-            f"the tokenizer already has the token {clashes[0]}; load the base model without learned tokens, or "
-            "choose other tokens."
+            f"the tokenizer already has the token {clashes[0]}; load the base model without learned tokens, "
+            "or choose other tokens."
         )
     table = text_encoder.get_input_embeddings()
     if isinstance(table, NewTokenRows):

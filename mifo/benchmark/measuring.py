@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from lightning import Callback, Trainer
@@ -90,7 +91,7 @@ class StepTimes(Callback):
     def __init__(self, warmup: int) -> None:
         self.warmup = warmup
         self.seconds: list[float] = []
-        self._marks: list[torch.cuda.Event | float] = []
+        self._marks: list[Any] = []  # events of a GPU, or seconds
 
     def on_train_batch_end(self, trainer: Trainer, *args: object) -> None:
         if trainer.global_step < self.warmup:
@@ -98,9 +99,9 @@ class StepTimes(Callback):
         if trainer.strategy.root_device.type == "cuda":
             mark = torch.cuda.Event(enable_timing=True)
             mark.record()
+            self._marks.append(mark)
         else:
-            mark = time.perf_counter()
-        self._marks.append(mark)
+            self._marks.append(time.perf_counter())
 
     def on_train_end(self, trainer: Trainer, *args: object) -> None:
         _wait(trainer.strategy.root_device)
@@ -115,7 +116,7 @@ class Losses(Callback):
     def __init__(self) -> None:
         self._losses: list[torch.Tensor] = []
 
-    def on_train_batch_end(self, trainer: Trainer, module: object, *args: object) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, *args: object) -> None:
         self._losses.append(module.last.total.detach().clone())
 
     def values(self) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 from lightning import Callback
@@ -136,6 +137,7 @@ class Bench:
         """The row's operations a second, of those that a large matrix product reaches here."""
         if precision not in self.peak:
             self.peak[precision] = peak_tera_operations(self.device, getattr(torch, precision))
+        assert row.tflop is not None and row.seconds is not None
         return row.tflop / row.seconds / self.peak[precision]
 
 
@@ -157,14 +159,14 @@ class _Operations(Callback):
     def __init__(self) -> None:
         self.tflop = 0.0
 
-    def on_train_batch_start(self, trainer: object, module: object, batch: object, index: int) -> None:
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
         if trainer.global_step == 0:
             with torch.random.fork_rng():
                 self.tflop = tera_operations(lambda: module.eager_step(batch).backward())
             module.zero_grad()
 
 
-def _step(bench: Bench, stage: int, operations: bool = True, **options: int) -> Measurement:
+def _step(bench: Bench, stage: int, operations: bool = True, **options: Any) -> Measurement:
     """A step of one stage within the trainer; `operations` are counted where the settings want it too."""
     steps = bench.settings.warmup + bench.settings.steps
     counted, times, memory = _Operations(), StepTimes(bench.settings.warmup), Memory(bench.device)
@@ -174,7 +176,7 @@ def _step(bench: Bench, stage: int, operations: bool = True, **options: int) -> 
     if bench.settings.operations and operations:
         # the model's own: what checkpointing computes a second time is not counted, nor could torch count it
         once = replace(bench.performance, gradient_checkpointing=False)
-        bench.learn(tuple(min(each, 1) for each in both), [counted], once, **options)
+        bench.learn((min(both[0], 1), min(both[1], 1)), [counted], once, **options)
         row.tflop = counted.tflop
         row.share_of_peak = bench.share(row, available(bench.performance, bench.device).learning_precision)
     return row
@@ -274,7 +276,7 @@ def equivalence(bench: Bench) -> Measurement:
     here = curve(bench.performance, 0)
     moved = (here.mean() - exact[0].mean()).abs().item()
     noise = exact.mean(1).std().item()
-    notes = {
+    notes: dict[str, Any] = {
         "mean_loss_float32": exact[0].mean().item(),
         "mean_loss": here.mean().item(),
         "difference": moved,
@@ -287,7 +289,7 @@ def equivalence(bench: Bench) -> Measurement:
 
 def by_instances(bench: Bench) -> Measurement:
     """Seconds of a stage-1 step and of a picture with 1 to 8 instances."""
-    notes = {}
+    notes: dict[str, Any] = {}
     for count in (1, 2, 4, 8):
         notes[f"step, {count} instances"] = _step(bench, 1, operations=False, instances=count).seconds
         notes[f"picture, {count} boxes"] = bench.pictures(1, count, 1, operations=False).seconds
@@ -297,7 +299,7 @@ def by_instances(bench: Bench) -> Measurement:
 def by_resolution(bench: Bench) -> Measurement:
     """Seconds of a stage-1 step and of a picture with two boxes, half to twice as wide as usual."""
     usual = SIDES[bench.settings.shapes]
-    notes = {}
+    notes: dict[str, Any] = {}
     for side in (usual // 2, usual, usual * 2):
         notes[f"step, {side}²"] = _step(bench, 1, operations=False, side=side).seconds
         notes[f"picture, {side}²"] = bench.pictures(1, 2, 1, side, operations=False).seconds
@@ -312,8 +314,9 @@ def demo(bench: Bench) -> Measurement:
 def throughput(bench: Bench) -> Measurement:
     """Seconds a whole demo run takes when several run at once on this machine."""
     count = bench.settings.processes
-    row = measured([_demos(bench, count) / count], Memory(bench.device).peak_gib())
-    row.notes = {"processes": count, "runs_per_hour": round(3600 / row.seconds)}
+    seconds = _demos(bench, count) / count
+    row = measured([seconds], Memory(bench.device).peak_gib())
+    row.notes = {"processes": count, "runs_per_hour": round(3600 / seconds)}
     return row
 
 

@@ -30,7 +30,8 @@ def describe(module: LearningStage) -> str:
             where = f"on cross layers {ranges([words.index(site) for site in term.sites])}"
             below = f"at times below {term.settings.time_below:g}" if term.settings.time_below < 1 else ""
             begin, end = (module.timeline.weight(term, step) for step in (first, last - 1))
-            weight = f"{term.name if "." in term.settings.loss else term.settings.loss} × {begin:g}" + (f" to {end:g}" if end != begin else "")
+            loss = term.name if "." in term.settings.loss else term.settings.loss
+            weight = f"{loss} × {begin:g}" + (f" to {end:g}" if end != begin else "")
             losses.append(" ".join(part for part in (weight, where, when, below) if part))
     learned = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     return (

@@ -14,6 +14,7 @@ from mifo.commands.setup import prepare
 from mifo.config.jobs import claim_folder
 from mifo.config.location import conf_folder
 from mifo.config.schema import CalibrateSettings
+from mifo.data.instance_names import find_source
 from mifo.data.instances import read_instances
 from mifo.data.layouts import LayoutSettings, layouts
 from mifo.data.saved_pictures import as_image
@@ -24,7 +25,8 @@ from mifo.metrics.evaluation import METRICS, PictureEvaluator
 from mifo.metrics.settings import Fit
 from mifo.miniature.calibration import CASES, calibration_picture
 from mifo.report.tables import markdown_table, write_csv
-from mifo.world.scenes import SIZE, SceneSpec
+from mifo.world.scenes import SIZE
+from mifo.world.spec import SceneSpec
 
 METRIC_NAMES = {name: f"{name} {'↑' if METRICS[name].higher_is_better else '↓'}" for name in METRICS}
 
@@ -44,7 +46,8 @@ def calibrate(settings: CalibrateSettings) -> Path:
     rows, sheet = [], []
     for given in track(scenes, "calibration"):
         instances = read_instances(given)
-        spec = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SceneSpec), given.scene))
+        spec = find_source(given)
+        assert isinstance(spec, SceneSpec)  # `named_scenes` gives nothing else
         source = instances.image.float() / 255
         shown = [source]
         for case in CASES:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from mifo.config.jobs import claim_folder
 from mifo.config.schema import LayoutTaskSettings
-from mifo.data.instances import read_instances
+from mifo.data.instance_names import name_instances
 from mifo.data.layouts import Layout, layouts
 from mifo.data.pictures import read_picture
 from mifo.errors import MifoError
@@ -25,8 +25,8 @@ def layout(settings: LayoutTaskSettings) -> Path:
 
     Layouts of the same boxes are drawn once.
     """
-    wanted = layouts(settings.layout, read_instances(settings.instances).tokens)
-    picture = settings.picture and _picture(settings.picture)
+    wanted = layouts(settings.layout, name_instances(settings.instances).tokens)
+    picture = _picture(settings.picture) if settings.picture else None
     _warn_of_small_boxes(wanted)
     folder = claim_folder(settings)
     path = folder / "layout.png"

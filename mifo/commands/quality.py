@@ -8,6 +8,7 @@ from importlib.metadata import version
 from importlib.resources import files
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -47,12 +48,14 @@ def quality(settings: QualitySettings) -> Path:
     unknown = [part for part in settings.parts if part not in parts]
     if unknown:
         raise MifoError(f"parts: '{unknown[0]}' is no part of quality; choose from {', '.join(parts)}")
-    weights = Path(settings.weights) if settings.weights else files("mifo") / "miniature" / "weights"
+    weights = (
+        Path(settings.weights) if settings.weights else Path(str(files("mifo"))) / "miniature" / "weights"
+    )
     if not (weights / "pipeline").is_dir():
         raise MifoError(f"weights={weights} holds no pipeline/; name the folder weights/ of mifo pretrain")
     device = prepare(settings)
     folder = claim_folder(settings)
-    record = {"about": about(device), "seconds": {}, "measured": {}}
+    record: dict[str, dict[str, Any]] = {"about": about(device), "seconds": {}, "measured": {}}
     for part in settings.parts:
         began = time.perf_counter()
         record["measured"] |= parts[part](settings, weights, device, folder)

@@ -1,7 +1,9 @@
 """`mifo run`: learn, synthesize and evaluate in one folder, and show the result on a contact sheet."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+
+from lightning.pytorch.loggers import Logger
 
 from mifo.acceleration.profile import available, ready_for_synthesis
 from mifo.commands.evaluate import class_names, print_scores, scored
@@ -27,14 +29,16 @@ def run(settings: RunSettings) -> Path:
         check_layouts(settings, wanted, instances.tokens)
     device = prepare(settings)
     folder = Path(settings.paths.output)
-    scores_wanted = settings.metrics is not None and not has_scores(folder / SCORES)
-    if scores_wanted:
+    judge = None if has_scores(folder / SCORES) else settings.metrics
+    if judge is not None:
         # an evaluator that cannot be loaded is refused now rather than after learning
-        PictureEvaluator.from_settings(settings.metrics, "cpu")
+        PictureEvaluator.from_settings(judge, "cpu")
     claim_folder(settings)
     pictures_wanted = not (folder / "pictures" / "pictures.json").is_file()
     # what is finished was logged by then
-    with open_loggers(settings) if pictures_wanted or scores_wanted else nullcontext([]) as loggers:
+    unfinished = pictures_wanted or judge is not None
+    opened: AbstractContextManager[list[Logger]] = open_loggers(settings) if unfinished else nullcontext([])
+    with opened as loggers:
         if pictures_wanted:
             model = learned_model(settings, instances, folder, device, loggers)
             performance = available(settings.performance, device)

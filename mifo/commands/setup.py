@@ -23,7 +23,13 @@ from transformers.utils.logging import disable_progress_bar
 from mifo.acceleration.libraries import load_libraries
 from mifo.acceleration.repeatable import compute_repeatably
 from mifo.config.compose import reason
-from mifo.config.schema import EvaluateSettings, ModelTaskSettings, TaskSettings
+from mifo.config.schema import (
+    EvaluateSettings,
+    LearnSettings,
+    ModelTaskSettings,
+    PretrainTaskSettings,
+    TaskSettings,
+)
 from mifo.errors import MifoError
 from mifo.files import read_text, write_whole
 from mifo.tracking.results import define_metrics
@@ -53,7 +59,9 @@ def prepare(settings: TaskSettings) -> torch.device:
 
 
 @contextmanager
-def open_loggers(settings: ModelTaskSettings | EvaluateSettings) -> Iterator[list[Logger]]:
+def open_loggers(
+    settings: LearnSettings | EvaluateSettings | PretrainTaskSettings,
+) -> Iterator[list[Logger]]:
     """The loggers of the configuration; a Weights & Biases run is closed with the exit code of the block.
 
     A run that is continued in its folder goes on in its own run there, offline in a further file whose steps

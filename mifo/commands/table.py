@@ -4,7 +4,6 @@ import hashlib
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from rich.console import Console
@@ -14,22 +13,8 @@ from mifo.errors import MifoError
 from mifo.tables.execute import Done, execute, finished
 from mifo.tables.plan import Run, plan
 from mifo.tables.record import EVALUATORS, Entry, read_record
-from mifo.tables.settings import TableSettings, read_table
+from mifo.tables.settings import read_table
 from mifo.tables.write import QUESTION, claim_results, write_table
-
-HELP = f"""usage: mifo table FOLDER [table.KEY=VALUE ...] [override of every run ...]
-
-  mifo table experiments/methods                                   on the embedded miniature
-  mifo table experiments/methods model=sd21 trainer=gpu            the same on Stable Diffusion 2.1
-  mifo table experiments/methods debug=default 'table.seeds=[0]'   a few steps of everything
-  mifo table experiments/methods table.workers=8                   eight runs at once
-  mifo table experiments/methods table.missing=leave               the table of what is finished so far
-  mifo table experiments/methods table.record=FOLDER ...           with the runs of an earlier table's results
-
-FOLDER/table.yaml says what is asked; table.KEY=VALUE changes one of its keys, which are
-{", ".join(field.name for field in fields(TableSettings))}.
-Rows, scenes and seeds are changed there alone: an override of what they set is refused.
-Run it again after an interruption: what is done is not done again, what failed is tried again."""
 
 
 def table(arguments: list[str]) -> int:
@@ -38,9 +23,6 @@ def table(arguments: list[str]) -> int:
     Raises:
         MifoError: the table cannot be read, all its runs are refused, or they cannot be compared.
     """
-    if not arguments or {"-h", "--help"} & {*arguments}:
-        print(HELP)
-        return 0
     given, *changes = arguments
     folder = Path(given)
     name = folder.resolve().name
@@ -94,11 +76,11 @@ def _tell_refusals(runs: Sequence[Run]) -> None:
     Raises:
         MifoError: all of them are.
     """
-    reasons = Counter(run.error for run in runs if run.settings is None)
+    reasons = Counter(run.error or "" for run in runs if run.settings is None)
     told = [f"{count} of {len(runs)} runs: {reason}" for reason, count in reasons.items()]
     if reasons.total() == len(runs):
         raise MifoError(
-            f"every run of the table is refused: {'; '.join(reasons if len(reasons) < 2 else told)}"
+            f"every run of the table is refused: {'; '.join(told if len(reasons) > 1 else list(reasons))}"
         )
     for line in told:
         Console(stderr=True, soft_wrap=True).print(f"refused: {line}", style="red", markup=False)

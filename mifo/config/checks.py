@@ -1,4 +1,8 @@
-"""What no single task checks, refused before any work begins."""
+"""What no single task checks, refused before any work begins.
+
+Torch, Lightning and what needs them are imported by the checks that ask them, so that a task that needs none
+of them starts at once.
+"""
 
 import inspect
 import math
@@ -7,11 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning import Callback
-from lightning.pytorch.loggers import Logger, WandbLogger
-
-from mifo.acceleration.profile import check_performance
 from mifo.config.schema import (
     LearnSettings,
     ModelTaskSettings,
@@ -21,14 +20,9 @@ from mifo.config.schema import (
 )
 from mifo.errors import MifoError
 from mifo.method.guidance.settings import check_guidance
-from mifo.method.losses.timeline import check_penalty
 from mifo.method.synthesis.settings import check_synthesis
-from mifo.metrics.evaluation import METRICS
-from mifo.training.fit import check_learning, check_trainer
-from mifo.training.targets import target
 
 _DEVICES = ("auto", "cpu", "cuda")
-_KINDS = {"callbacks": Callback, "logger": Logger}
 
 
 def check(settings: TaskSettings) -> None:
@@ -40,31 +34,30 @@ def check(settings: TaskSettings) -> None:
     _check_finite(asdict(settings))
     if settings.device not in _DEVICES:
         raise MifoError(f"device={settings.device} is not known; take one of {', '.join(_DEVICES)}")
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise MifoError("device=cuda, but torch sees no GPU; take device=cpu, or a torch built for this GPU")
+    if settings.device == "cuda":
+        _check_gpu()
     if not 0 <= settings.seed < 2**32:
         raise MifoError(f"seed={settings.seed} is no seed; take a whole number from 0 to {2**32 - 1}")
-    for group in _KINDS:
+    for group in ("callbacks", "logger"):
         for name, node in getattr(settings, group, {}).items():
-            if issubclass(_class_of(f"{group}.{name}", node, _KINDS[group]), WandbLogger):
-                _check_wandb(f"logger.{name}", node, settings)
-            if isinstance(node.get("metrics"), dict) and node["metrics"].get("given", "own") is None:
-                raise MifoError(
-                    f"{group}.{name} scores pictures, for which metrics=none leaves no judge; choose "
-                    "metrics, or leave it out"
-                )
+            _check_node(group, name, node, settings)
     if (metrics := getattr(settings, "metrics", None)) is not None:
         for key in ("batch_size", "windows"):
             if getattr(metrics, key) < 1:
                 raise MifoError(f"metrics.{key}={getattr(metrics, key)} is too small; take at least 1")
-    if unknown := [name for name in getattr(settings, "objectives", []) if name not in METRICS]:
-        raise MifoError(f"objectives: {unknown[0]} is no score; take some of {', '.join(METRICS)}")
+    if objectives := getattr(settings, "objectives", []):
+        _check_objectives(objectives)
     if isinstance(settings, ModelTaskSettings):
+        from mifo.acceleration.profile import check_performance
+
         check_performance(settings.performance)
     if isinstance(settings, SynthesizeSettings | LearnSettings | QualitySettings):
         check_synthesis(settings.synthesis)
         check_guidance(settings.guidance)
     if isinstance(settings, LearnSettings):
+        from mifo.method.losses.timeline import check_penalty
+        from mifo.training.fit import check_learning
+
         check_learning(settings.learning)
         check_penalty(settings.penalty)
         _check_trainer(settings.trainer)
@@ -83,8 +76,39 @@ def _check_finite(node: Any, key: str = "") -> None:
             _check_finite(each, f"{key}.{name}" if key else str(name))
 
 
+def _check_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise MifoError("device=cuda, but torch sees no GPU; take device=cpu, or a torch built for this GPU")
+
+
+def _check_objectives(objectives: list[str]) -> None:
+    from mifo.metrics.evaluation import METRICS
+
+    if unknown := [name for name in objectives if name not in METRICS]:
+        raise MifoError(f"objectives: {unknown[0]} is no score; take some of {', '.join(METRICS)}")
+
+
+def _check_node(group: str, name: str, node: Any, settings: TaskSettings) -> None:
+    """Refuse a callback or a logger that cannot be made, or that would find nothing to do."""
+    from lightning import Callback
+    from lightning.pytorch.loggers import Logger, WandbLogger
+
+    kind = Callback if group == "callbacks" else Logger
+    if issubclass(_class_of(f"{group}.{name}", node, kind), WandbLogger):
+        _check_wandb(f"logger.{name}", node, settings)
+    if isinstance(node.get("metrics"), dict) and node["metrics"].get("given", "own") is None:
+        raise MifoError(
+            f"{group}.{name} scores pictures, for which metrics=none leaves no judge; choose metrics, or "
+            "leave it out"
+        )
+
+
 def _class_of(key: str, node: Any, kind: type) -> type:
     """The class that a callback or a logger is made of."""
+    from mifo.training.targets import target
+
     found = target(key, node)
     if not (inspect.isclass(found) and issubclass(found, kind)):
         raise MifoError(
@@ -118,6 +142,8 @@ def _check_trainer(arguments: dict[str, Any]) -> None:
             "trainer.precision is set by the performance profile; take "
             "performance.learning_precision=bfloat16 (or float16, float32) instead"
         )
+    from mifo.training.fit import check_trainer
+
     check_trainer(arguments)
     every = arguments.get("log_every_n_steps", 1)
     if type(every) is not int or every < 1:

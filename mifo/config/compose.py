@@ -135,7 +135,7 @@ def explain(error: Exception, task: str) -> str:
             f"{error.override} cannot be read ({str(error).splitlines()[0]}); "
             "quote a text with special characters twice: 'key=\"a photo of <asset0>\"'"
         )
-    cause = error
+    cause: BaseException = error
     while not isinstance(cause, OmegaConfBaseException) and cause.__cause__ is not None:
         cause = cause.__cause__
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
@@ -154,7 +154,7 @@ def explain(error: Exception, task: str) -> str:
     return " ".join(str(error).split())
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """The first line of what went wrong in the first place, of an exception raised from others."""
     while error.__cause__ is not None:
         error = error.__cause__

@@ -21,7 +21,7 @@ from rich.table import Table
 from mifo.config.compose import as_plain, explain
 from mifo.config.resume import COMMAND, CONFIG, FREE, Command, read_settings
 from mifo.config.schema import TaskSettings
-from mifo.data.instances import folder_digest
+from mifo.data.photo_folder import folder_digest
 from mifo.errors import MifoError, refuse
 from mifo.files import read_record, write_whole
 
@@ -173,8 +173,12 @@ def report_sweep() -> bool:
         return False
     folder, _sweep_folder = _sweep_folder, None
     # a job's folder may lie deeper, as with hydra.sweep.subdir='${method}/seed_${seed}'
-    found = {str(path.parent.relative_to(folder)): read_status(path.parent) for path in folder.rglob(STATUS)}
-    jobs = {name: found[name] for name in sorted(found, key=lambda name: (len(name), name)) if found[name]}
+    found = {
+        str(path.parent.relative_to(folder)): status
+        for path in folder.rglob(STATUS)
+        if (status := read_status(path.parent))
+    }
+    jobs = dict(sorted(found.items(), key=lambda job: (len(job[0]), job[0])))
     everywhere = (
         set.intersection(*(set(job["overrides"]) for job in jobs.values())) if len(jobs) > 1 else set()
     )
@@ -215,12 +219,12 @@ def claim_folder(settings: TaskSettings) -> Path:
 def _record_command(folder: Path, settings: TaskSettings) -> None:
     """Record once what was typed, where, and what the user's image and masks were; refuse others later."""
     command, instances = folder / COMMAND, getattr(settings, "instances", None)
-    files = instances and folder_digest(instances)
+    files = folder_digest(instances) if instances else None
     if command.is_file():
         if read_record(command, Command).files != files:
             raise MifoError(
-                f"the image or the masks in {instances.folder} have changed since the run in {folder} began; "
-                "choose another folder"
+                f"the image or the masks of the run in {folder} have changed since it began; choose another "
+                "folder"
             )
         return
     typed = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []

@@ -158,7 +158,7 @@ class QualitySettings(TaskSettings):
 
 @dataclass
 class BenchmarkTaskSettings(ModelTaskSettings):
-    """`mifo benchmark`; of `model` it reads the dtype, of `learning` the steps in the row both_stages alone."""
+    """`mifo benchmark`; of `model` it reads the dtype, of `learning` the steps in row both_stages alone."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
     learning: LearningSettings = field(default_factory=LearningSettings)

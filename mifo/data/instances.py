@@ -1,29 +1,24 @@
 """One image and a mask per instance, from a folder or drawn by the miniature."""
 
-import hashlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from torch.nn import functional as F
 
+from mifo.data.instance_names import find_source, name_instances
 from mifo.data.masks import read_mask
 from mifo.data.photo_folder import image_file, mask_files
-from mifo.data.pictures import MOST_BYTES, read_picture
+from mifo.data.pictures import read_picture
 from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
-from mifo.files import regular_file
-
-FITS = ("squash", "crop", "pad")
+from mifo.world.spec import SceneSpec
 
 # names that nobody gave: the default, and that of conf/instances/local.yaml
 UNNAMED = (InstancesSettings.name, "local")
@@ -45,9 +40,7 @@ class InstanceSet:
         name: of the set, for titles and messages.
         image: (3, H, W) uint8, RGB.
         masks: (N, H, W) float32 in [0, 1].
-        class_names: N words such as "car", or None where they are not known.
-        initializers: per instance the word whose embedding its token starts from, or None for a random start.
-        tokens: "<asset0>" … of the N instances.
+        class_names, initializers, tokens: see `InstanceNames`.
     """
 
     name: str
@@ -71,29 +64,15 @@ def read_instances(settings: InstancesSettings) -> InstanceSet:
     A mask over most of the picture or of its border, and two of almost the same place, are warned of.
 
     Raises:
-        MifoError: neither or both of folder and scene; a missing or unreadable image or mask, a gap in the
-            numbers of the masks, a file that looks like a mask and would be left out; a mask of several
-            labels, or that is empty, nowhere above half, too small to be learned or of other proportions than
-            the image; names that do not match the number of masks, or an empty initializer.
+        MifoError: as `name_instances`; an unreadable image or mask; a mask of several labels, or that is
+            empty, nowhere above half, too small to be learned or of other proportions than the image.
     """
-    if settings.folder is not None and settings.scene is not None:
-        raise MifoError(
-            f"instances {settings.name} has a scene, so it can not have the folder {settings.folder} too; "
-            "for a picture of your own take instances=local instances.folder=PATH."
-        )
-    if settings.folder is None and settings.scene is None:
-        raise MifoError("instances has neither a folder nor a scene; set instances.folder=PATH.")
-    if settings.fit not in FITS:
-        raise MifoError(f"instances.fit={settings.fit} is not known; take one of {', '.join(FITS)}.")
-    if any(word is not None and not word.strip() for word in settings.initializers or ()):
-        raise MifoError("instances.initializers holds an empty word; name a word such as 'car', or null.")
-    class_names = settings.class_names
-    if settings.scene is not None:
-        image, masks, drawn = _draw(settings.scene)
-        class_names = class_names or drawn
-        sources = [f"thing {i} of the scene {settings.name}" for i in range(len(masks))]
+    names, source = name_instances(settings), find_source(settings)
+    if isinstance(source, Path):
+        image, masks, sources = _read_folder(source)
     else:
-        image, masks, sources = _read_folder(Path(settings.folder).expanduser())
+        image, masks = _draw(source)
+        sources = [f"thing {i} of the scene {settings.name}" for i in range(len(masks))]
     _refuse_empty(masks, sources, "marks nothing; paint its instance white on black")
     image, masks = _fit(image, masks, settings.fit)
     _refuse_empty(masks, sources, "lies outside the square that is cut out; take instances.fit=squash or pad")
@@ -105,34 +84,7 @@ def read_instances(settings: InstancesSettings) -> InstanceSet:
         "paint more of its instance, or cut the picture closer",
     )
     _warn_of_doubtful(marked, sources)
-    return InstanceSet(
-        name=_name(settings),
-        image=image,
-        masks=masks,
-        class_names=_one_each("class_names", class_names, masks) if class_names else None,
-        initializers=_one_each("initializers", settings.initializers or [None] * len(masks), masks),
-        tokens=tuple(f"<asset{i}>" for i in range(len(masks))),
-    )
-
-
-def folder_digest(settings: InstancesSettings) -> str | None:
-    """Tell whether a user's folder still holds the same image and masks, whatever its path.
-
-    Returns:
-        The first 12 hex digits of SHA-256 over the bytes of the image, mask 0, mask 1, … in this order;
-        None for a drawn scene of the miniature, which its settings tell.
-
-    Raises:
-        MifoError: a missing or unreadable image or mask, or a gap in the numbers of the masks.
-    """
-    if settings.folder is None:
-        return None
-    folder = Path(settings.folder).expanduser()
-    found = hashlib.sha256()
-    for file in (image_file(folder), *mask_files(folder)):
-        with regular_file(file, MOST_BYTES) as stream:
-            found.update(stream.read())
-    return found.hexdigest()[:12]
+    return InstanceSet(_name(settings), image, masks, names.class_names, names.initializers, names.tokens)
 
 
 def _name(settings: InstancesSettings) -> str:
@@ -185,25 +137,13 @@ def _refuse_empty(masks: Tensor, sources: Sequence[str], complaint: str) -> None
             raise MifoError(f"{source} {complaint}.")
 
 
-def _one_each(key: str, values: Sequence[str | None], masks: Tensor) -> tuple[str | None, ...]:
-    if len(values) != len(masks):
-        raise MifoError(
-            f"instances.{key} names {len(values)} instances, but there are {len(masks)} masks; name one each."
-        )
-    return tuple(values)
-
-
-def _draw(spec: Mapping[str, Any]) -> tuple[Tensor, Tensor, list[str]]:
-    """Image, masks and class names of a scene of the miniature."""
+def _draw(spec: SceneSpec) -> tuple[Tensor, Tensor]:
+    """Image and masks of a scene of the miniature."""
     # imported here, since those who bring a picture need no drawing
-    from mifo.world.scenes import SceneSpec, render_scene
+    from mifo.world.scenes import render_scene
 
-    try:
-        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SceneSpec), spec))
-    except OmegaConfBaseException as error:
-        raise MifoError(f"instances.scene.{error.full_key}: {str(error).splitlines()[0]}.") from error
-    scene = render_scene(typed)
-    return (scene.image * 255).round().byte(), scene.masks.float(), scene.class_names
+    scene = render_scene(spec)
+    return (scene.image * 255).round().byte(), scene.masks.float()
 
 
 def _read_folder(folder: Path) -> tuple[Tensor, Tensor, list[str]]:

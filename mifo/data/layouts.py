@@ -1,7 +1,7 @@
 """Layouts: a prompt and a box for each thing in it, from the configuration to checked boxes."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -36,7 +36,7 @@ class Layout:
     boxes: dict[str, tuple[float, float, float, float]]
 
 
-def layouts(settings: LayoutSettings, tokens: list[str]) -> list[Layout]:
+def layouts(settings: LayoutSettings, tokens: Sequence[str]) -> list[Layout]:
     """Every layout that `settings` describe for the instance `tokens`, by subset and then by ending.
 
     Raises:
@@ -58,15 +58,18 @@ def layouts(settings: LayoutSettings, tokens: list[str]) -> list[Layout]:
     found = []
     for subset in _subsets(tokens) if "{subset}" in settings.prompt else [tokens]:
         left_out = {*tokens} - {*subset}
-        own = {name: box for name, box in boxes.items() if name not in left_out}
+        own: Mapping[str, Sequence[float]] = {
+            name: box for name, box in boxes.items() if name not in left_out
+        }
         if not boxes and settings.arrange:
             own = ARRANGEMENTS[settings.arrange](subset)
         check_boxes(own)
+        checked = {name: (x0, y0, x1, y1) for name, (x0, y0, x1, y1) in own.items()}
         named = re.sub(r"\{(instances|subset)\}", " and ".join(subset), settings.prompt)
         for ending in settings.endings:
             prompt = " ".join(named.replace("{ending}", ending).split())
             check_instances(prompt, own, tokens)
-            found.append(Layout(prompt, own))
+            found.append(Layout(prompt, checked))
     return found
 
 
@@ -82,7 +85,7 @@ def _numbers(name: str, box: Any) -> tuple[float, ...]:
     return tuple(box)
 
 
-def _row(tokens: list[str], margin: float = 0.04) -> dict[str, tuple[float, float, float, float]]:
+def _row(tokens: Sequence[str], margin: float = 0.04) -> dict[str, tuple[float, float, float, float]]:
     """Boxes of one size from left to right, in the lower middle where things stand on the ground."""
     width = (1 - margin) / len(tokens)
     side = min(width - margin, 0.6)
@@ -93,7 +96,7 @@ def _row(tokens: list[str], margin: float = 0.04) -> dict[str, tuple[float, floa
     }
 
 
-def _spread(tokens: list[str], margin: float = 0.04) -> dict[str, tuple[float, float, float, float]]:
+def _spread(tokens: Sequence[str], margin: float = 0.04) -> dict[str, tuple[float, float, float, float]]:
     """Squares of one size with air between them in two staggered columns, the first at the upper left."""
     places = -(-len(tokens) // 2)
     pitch = (1 - margin) / places

@@ -61,8 +61,8 @@ class LearningData(lightning.LightningDataModule):
     Args:
         sizes: of the attention maps that are compared with masks.
         stream: tells the random draws of the stages apart.
-        class_pictures: gives the class pictures and the prompt of each, made at its first call in one process;
-            None: no class samples.
+        class_pictures: gives the class pictures and the prompt of each, made at its first call in one
+            process; None: no class samples.
         performance: how class pictures are encoded; None: in float32.
     """
 

@@ -33,7 +33,7 @@ def read_mask(file: Path) -> np.ndarray:
             above half.
     """
     levels, whole = _levels(file)
-    lit = levels.any(-1)
+    lit = np.asarray(levels.any(-1))
     if lit.any() and not lit.all() and (levels[lit] == levels[lit][0]).all():
         return lit.astype(np.float32)
     coloured = (np.ptp(levels, -1) > _GREY).sum() > 0.01 * lit.sum()
@@ -72,7 +72,7 @@ def _levels(file: Path) -> tuple[np.ndarray, int]:
     # Pillow clips 16 bits of grey, whose one transparent level it would then confuse with others
     if image.has_transparency_data and not deep:
         alpha = image.convert("RGBA").getchannel("A")
-        if alpha.getextrema()[0] < 255:
+        if any(alpha.histogram()[:255]):
             image = alpha
     if image.mode in ("1", "LA"):
         image = image.convert("L")

@@ -1,12 +1,14 @@
 """Which files of a user's folder are the image and its masks; none that looks like a mask is left out."""
 
+import hashlib
 import re
 from itertools import count
 from pathlib import Path
 
-from mifo.data.pictures import ENDINGS
+from mifo.data.pictures import ENDINGS, MOST_BYTES
+from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
-from mifo.files import existing_folder
+from mifo.files import existing_folder, regular_file
 
 IMAGE_NAMES = tuple(f"img{ending}" for ending in ENDINGS)
 
@@ -67,6 +69,26 @@ def mask_files(folder: Path) -> list[Path]:
             "number the masks from 0 without gaps."
         )
     return [numbered[number] for number in sorted(numbered)]
+
+
+def folder_digest(settings: InstancesSettings) -> str | None:
+    """Tell whether a user's folder still holds the same image and masks, whatever its path.
+
+    Returns:
+        The first 12 hex digits of SHA-256 over the bytes of the image, mask 0, mask 1, … in this order;
+        None for a drawn scene of the miniature, which its settings tell.
+
+    Raises:
+        MifoError: a missing or unreadable image or mask, or a gap in the numbers of the masks.
+    """
+    if settings.folder is None:
+        return None
+    folder = Path(settings.folder).expanduser()
+    found = hashlib.sha256()
+    for file in (image_file(folder), *mask_files(folder)):
+        with regular_file(file, MOST_BYTES) as stream:
+            found.update(stream.read())
+    return found.hexdigest()[:12]
 
 
 def _pictures(folder: Path) -> list[Path]:

@@ -9,11 +9,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
+from itertools import chain, product
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
 
 from mifo.errors import MifoError
 from mifo.files import regular_file
@@ -54,7 +54,7 @@ def read_picture(file: Path) -> Image.Image:
         shown = _in_srgb(image.convert(kind if kind in ("L", "CMYK") else "RGB"), profile, file)
     if alpha is None or alpha.getextrema()[0] == 255:
         return shown
-    share = np.mean(np.asarray(alpha) < 255)
+    share = 1 - alpha.histogram()[255] / (alpha.width * alpha.height)
     log.warning("%s is transparent in %.1f %% of its pixels, which are read over white", file, 100 * share)
     canvas = Image.new("RGB", shown.size, "white")
     canvas.paste(shown, mask=alpha)
@@ -133,6 +133,8 @@ def _in_eight_bits(image: Image.Image) -> Image.Image:
     """Grey of 16 bits, which Pillow would clip, scaled to 8; other pictures as they are."""
     if not image.mode.startswith("I"):
         return image
+    import numpy as np  # imported here, since few pictures have 16 bits
+
     levels = np.asarray(image)
     grey = Image.fromarray((levels.astype(np.float32) / 65535 * 255).round().astype(np.uint8))
     if (hidden := image.info.get("transparency")) is not None:
@@ -157,13 +159,19 @@ def _in_srgb(colours: Image.Image, profile: bytes | None, file: Path) -> Image.I
         return colours.convert("RGB")
     if mode == "RGB":
         samples = _samples()
-        moved = np.asarray(ImageCms.applyTransform(samples, to_srgb)).astype(int) - np.asarray(samples)
-        if np.abs(moved).max() <= _SAME_COLOUR:
+        moved = ImageChops.difference(_transformed(samples, to_srgb), samples)
+        if not any(any(band.histogram()[_SAME_COLOUR + 1 :]) for band in moved.split()):
             return colours
-    return ImageCms.applyTransform(colours, to_srgb)
+    return _transformed(colours, to_srgb)
+
+
+def _transformed(image: Image.Image, transform: ImageCms.ImageCmsTransform) -> Image.Image:
+    moved = ImageCms.applyTransform(image, transform)
+    assert moved is not None  # it is None only where the image itself is changed
+    return moved
 
 
 def _samples() -> Image.Image:
     """Nine levels of every channel with all others."""
-    levels = np.linspace(0, 255, 9).round().astype(np.uint8)
-    return Image.fromarray(np.stack(np.meshgrid(levels, levels, levels), -1).reshape(27, 27, 3))
+    levels = [round(255 * step / 8) for step in range(9)]
+    return Image.frombytes("RGB", (27, 27), bytes(chain.from_iterable(product(levels, repeat=3))))

@@ -90,4 +90,5 @@ def _picture(folder: Path, row: _Row) -> Picture:
     except MifoError as error:
         raise MifoError(f"{folder / 'pictures.json'} is damaged: {error}") from error
     image = pil_to_tensor(read_picture(file)) / 255
-    return Picture(image, row.prompt, {name: tuple(box) for name, box in row.boxes.items()}, row.seed)
+    boxes = {name: (x0, y0, x1, y1) for name, (x0, y0, x1, y1) in row.boxes.items()}
+    return Picture(image, row.prompt, boxes, row.seed)

@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -21,7 +20,7 @@ from mifo.data.pictures import is_whole
 from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
 from mifo.method.guidance.settings import GuidanceSettings
-from mifo.method.synthesis.sampler import Sampler
+from mifo.method.synthesis.sampler import Sampler, StepReport
 from mifo.method.synthesis.settings import SynthesisSettings
 
 
@@ -137,12 +136,15 @@ def _make(
         bar = progress.add_task("class pictures", total=len(missing) * settings.steps)
         for start in range(0, len(missing), size):
             chosen = missing[start : start + size]
-            step = partial(progress.advance, bar, len(chosen))
+
+            def advance(_: StepReport, count: int = len(chosen)) -> None:
+                progress.advance(bar, count)
+
             with autocast:
                 latents = sampler(
                     model.encode_prompts([""] * len(chosen) + [prompt for _, prompt, _ in chosen]),
                     torch.stack([_initial_noise(model, seed, i) for *_, i in chosen]).to(model.device),
-                    on_step=lambda _, advance=step: advance(),
+                    on_step=advance,
                 )
             images = model.decode_latents(latents, 2)
             for (file, *_), image in zip(chosen, images.cpu(), strict=True):

@@ -1,4 +1,4 @@
-"""What the method asks of a text-to-image model. A model family answers in a room of its own, `mifo/backbones`.
+"""What the method asks of a text-to-image model. A model family answers in its own room, `mifo/backbones`.
 
 Letters: B samples, n = h · w pixels of a site, L words (tokens) of the conditioning sequence, C channels.
 """
@@ -21,8 +21,8 @@ class Site:
     Attributes:
         index: place in the order of execution, from 0.
         name: path of the module, by which settings name the site.
-        kind: what the pixels attend to there: the `words` of the prompt, or the `pixels` of the image. A layer
-            that attends to both at once is two sites of one name.
+        kind: what the pixels attend to there: the `words` of the prompt, or the `pixels` of the image. A
+            layer that attends to both at once is two sites of one name.
         size: (h, w) of the pixels.
     """
 

@@ -26,9 +26,7 @@ class BoxAdherence(Metric):
         super().update(box_iou(found, boxes).diagonal())
 
 
-def find_instance(
-    image: Tensor, reference: Tensor, box: Box, encoder: ImageEncoder, windows: int = 7
-) -> tuple[float, float, float, float]:
+def find_instance(image: Tensor, reference: Tensor, box: Box, encoder: ImageEncoder, windows: int = 7) -> Box:
     """Return the window of `image` (3, H, W) in [0, 1] that is most similar to the feature `reference` (D,).
 
     The windows are the box itself and windows of its size at windows × windows even places over the picture;
@@ -37,10 +35,13 @@ def find_instance(
     """
     width, height = box[2] - box[0], box[3] - box[1]
     places = [index / max(windows - 1, 1) for index in range(windows)]
-    candidates = [tuple(box)] + [
-        (x * (1 - width), y * (1 - height), x * (1 - width) + width, y * (1 - height) + height)
-        for y in places
-        for x in places
+    candidates: list[Box] = [
+        tuple(box),
+        *(
+            (x * (1 - width), y * (1 - height), x * (1 - width) + width, y * (1 - height) + height)
+            for y in places
+            for x in places
+        ),
     ]
     features = encoder.encode_images([crop_box(image, candidate) for candidate in candidates])
     similarity = similarity_matrix(features, reference[None])[:, 0]

@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,7 @@ class PictureEvaluator:
         masks: Tensor,
         tokens: Sequence[str],
         class_names: Sequence[str | None],
-        progress: Callable[[Sequence], Sequence] = iter,
+        progress: Callable[[Sequence[Picture]], Iterable[Picture]] = iter,
     ) -> Evaluation:
         """Measure `pictures` against the image they were learned from.
 
@@ -190,7 +190,7 @@ class PictureEvaluator:
         ]
         sizes = [len(boxes) for boxes in subjects]
         own_features, own_features_clip = (
-            encoder.encode_images(crops).split(sizes) if crops else [None] * len(pictures)
+            encoder.encode_images(crops).split(sizes) if crops else [torch.empty(0)] * len(pictures)
             for encoder in (self.image, self.image_text)
         )
         for index, picture in enumerate(progress(pictures)):
@@ -230,7 +230,7 @@ class PictureEvaluator:
             for name in METRICS
             if counts[name]
         )
-        matrix = ()
+        matrix: tuple[tuple[float | None, ...], ...] = ()
         if all_crops and len(tokens) > 1:
             means = leakage_matrix(torch.cat(all_crops), references_image, torch.cat(all_own)).tolist()
             matrix = tuple(tuple(None if value != value else value for value in row) for row in means)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from zipfile import BadZipFile
 
 import open_clip
@@ -62,6 +62,10 @@ def weight_hash(model: nn.Module) -> str:
 
 class _BatchedEncoder(nn.Module):
     """Squares, resizes and normalises pictures, and encodes them batch by batch."""
+
+    model: Any  # a network with the methods of its library
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -277,4 +281,4 @@ def _quiet() -> Iterator[None]:
 
 
 def _embedded(folder: str) -> Path:
-    return files("mifo") / "miniature" / "weights" / folder
+    return Path(str(files("mifo"))) / "miniature" / "weights" / folder

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from mifo.data.saved_pictures import Picture
 from mifo.world.scenes import SceneSpec, redraw_scene
 
@@ -43,4 +45,4 @@ def calibration_picture(
     worn = {"colours": [following], "blend": [own, following]}.get(case, [None])
     places = list(boxes.values())
     images = [redraw_scene(spec, slots, places, background, seed, colours).image for colours in worn]
-    return Picture(sum(images) / len(images), prompt, boxes, seed)
+    return Picture(torch.stack(images).mean(0), prompt, boxes, seed)

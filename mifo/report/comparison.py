@@ -8,7 +8,7 @@ from textwrap import wrap
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from mifo.data.saved_pictures import Picture
+from mifo.data.saved_pictures import Picture, as_image
 from mifo.metrics.crops import mask_box
 from mifo.report.content import LABELS
 from mifo.report.drawing import draw_layout, font_for
@@ -43,7 +43,7 @@ def draw_comparison(
     _write(draw, MARGIN, MARGIN, title, 24, INK)
     top = MARGIN + TITLE
     boxes = {token: mask_box(mask) for token, mask in zip(tokens, masks, strict=True)}
-    page.paste(draw_layout(boxes, source, SIDE, labels=False), (MARGIN, top))
+    page.paste(draw_layout(boxes, as_image(source), SIDE, labels=False), (MARGIN, top))
     # what the prompts share is the instances, which the colours of the boxes tell
     shared = _shared_words(prompts) if len(set(prompts)) > 1 else 0
     for column, prompt in enumerate(prompts, 1):
@@ -67,7 +67,7 @@ def draw_comparison(
             told = f"{LABELS[metric].lower()} {value:.2f}"
             _write(draw, MARGIN, y + 22 * len(lines) + 10 + 19 * place, told, 14, MUTED)
         for column, picture in enumerate(row.pictures, 1):
-            drawn = draw_layout(picture.boxes, picture.image, SIDE, labels=False)
+            drawn = draw_layout(picture.boxes, as_image(picture.image), SIDE, labels=False)
             page.paste(drawn, (MARGIN + cell * column, y))
     return page
 

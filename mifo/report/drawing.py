@@ -1,17 +1,11 @@
-"""Pictures with masks and boxes drawn over them, and the text tools of everything drawn."""
+"""Pictures with boxes drawn over them, and the text tools of everything drawn. Needs no torch."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
 
-import matplotlib
-import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
-from torch.nn import functional as F
 
-from mifo.data.saved_pictures import as_image
-from mifo.report.palette import Colour, instance_colour, name_colours, text_colour
+from mifo.report.palette import Colour, name_colours, text_colour
 
 Box = Sequence[float]
 CANVAS: Colour = (247, 247, 248)
@@ -19,14 +13,16 @@ GRID: Colour = (226, 226, 230)
 
 
 @cache
-def _font(size: float, ascii_only: bool) -> ImageFont.FreeTypeFont:
+def _font(size: float, ascii_only: bool) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     # Pillow's own face has no letters beyond ASCII; matplotlib's has.
     if ascii_only:
         return ImageFont.load_default(size)
+    import matplotlib  # imported here, since most texts need none of it
+
     return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size * 0.92)
 
 
-def font_for(text: str, size: float) -> ImageFont.FreeTypeFont:
+def font_for(text: str, size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Return a font of `size` pixels that has every letter of `text`."""
     return _font(size, text.isascii())
 
@@ -38,23 +34,9 @@ def fit(image: Image.Image, width: int, height: int) -> Image.Image:
     return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
 
 
-def draw_masks(picture: Tensor | Image.Image, masks: Tensor) -> Image.Image:
-    """Draw the picture in grey, and what each mask (N, H, W) in [0, 1] covers in its instance's colour."""
-    image = _rgb(picture)
-    soft = F.interpolate(masks[None].float().cpu(), image.size[::-1], mode="bilinear", antialias=True)[0]
-    grey = torch.from_numpy(np.array(image.convert("L"))).float()[..., None]
-    drawn = (0.35 * grey + 0.65 * 235).expand(-1, -1, 3)  # a pale background
-    for index, mask in enumerate(soft.clamp(0, 1)):
-        colour = torch.tensor(instance_colour(index)).float()
-        # Dark stays dark and light becomes pale, so that the covered thing stays recognisable.
-        tinted = torch.lerp(colour * (0.25 + 0.75 * grey / 255), grey, 0.2)
-        drawn = torch.lerp(drawn, tinted, mask[..., None])
-    return Image.fromarray(drawn.round().clamp(0, 255).byte().numpy())
-
-
 def draw_layout(
     boxes: Mapping[str, Box],
-    picture: Tensor | Image.Image | None = None,
+    picture: Image.Image | None = None,
     size: int = 768,
     pixel_ratio: float = 1,
     labels: bool = True,
@@ -68,7 +50,7 @@ def draw_layout(
         pixel_ratio: lines and labels are this many times as large; 2 for dense screens.
         labels: whether each box bears its name.
     """
-    image = _empty_canvas(size) if picture is None else fit(_rgb(picture), size, size).copy()
+    image = _empty_canvas(size) if picture is None else fit(picture.convert("RGB"), size, size)
     colours = name_colours(boxes)
     width = round(3 * pixel_ratio)
     edges = {name: _pixels(box, image.size) for name, box in boxes.items()}
@@ -90,10 +72,6 @@ def draw_layout(
     for name, edge in edges.items() if labels else ():
         placed.append(_draw_label(draw, name, edge, colours[name], 17 * pixel_ratio, image.size, placed))
     return image
-
-
-def _rgb(picture: Tensor | Image.Image) -> Image.Image:
-    return picture.convert("RGB") if isinstance(picture, Image.Image) else as_image(picture)
 
 
 def _empty_canvas(size: int) -> Image.Image:

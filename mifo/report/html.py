@@ -11,7 +11,8 @@ from PIL import Image
 from mifo.data.saved_pictures import as_image
 from mifo.metrics.crops import mask_box
 from mifo.report.content import EXPLANATIONS, LABELS, Sheet
-from mifo.report.drawing import draw_masks, fit
+from mifo.report.drawing import fit
+from mifo.report.masked_picture import draw_masks
 from mifo.report.palette import hexadecimal, instance_colour, name_colours, text_colour
 
 SHARP = 768  # smaller pictures are enlarged to this many pixels: browsers enlarge less well

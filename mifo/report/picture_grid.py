@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from mifo.data.saved_pictures import Picture
+from mifo.data.saved_pictures import Picture, as_image
 from mifo.report.drawing import draw_layout
 
 
@@ -18,6 +18,7 @@ def draw_pictures(
     for index, picture in enumerate(pictures):
         row, column = divmod(index, columns)
         grid.paste(
-            draw_layout(picture.boxes, picture.image, side), (column * (side + gap), row * (side + gap))
+            draw_layout(picture.boxes, as_image(picture.image), side),
+            (column * (side + gap), row * (side + gap)),
         )
     return grid

@@ -7,7 +7,8 @@ from PIL import Image, ImageDraw
 from mifo.data.saved_pictures import Picture, as_image
 from mifo.metrics.crops import mask_box
 from mifo.report.content import EXPLANATIONS, LABELS, Sheet
-from mifo.report.drawing import draw_layout, draw_masks, fit, font_for
+from mifo.report.drawing import draw_layout, fit, font_for
+from mifo.report.masked_picture import draw_masks
 from mifo.report.palette import INK, MUTED, PAPER, Colour, instance_colour, text_colour
 
 SCALE = 2
@@ -35,8 +36,8 @@ class _Page:
         anchor: str = "ls",
     ):
         font = font_for(text, size * SCALE)
-        weight = {"stroke_width": size * SCALE / 55, "stroke_fill": colour} if bold else {}
-        self.draw.text((x * SCALE, y * SCALE), text, font=font, fill=colour, anchor=anchor, **weight)
+        stroke = size * SCALE / 55 if bold else 0
+        self.draw.text((x * SCALE, y * SCALE), text, colour, font, anchor, stroke_width=stroke)
 
     def rule(self, x0: float, x1: float, y: float):
         self.draw.line((x0 * SCALE, y * SCALE, x1 * SCALE, y * SCALE), fill=RULE, width=SCALE)
@@ -103,7 +104,7 @@ def _column(columns: int) -> float:
 
 def _header(page: _Page, sheet: Sheet) -> float:
     page.text(MARGIN, MARGIN + 26, sheet.title, 32, bold=True)
-    x = MARGIN
+    x: float = MARGIN
     for name, value in sheet.facts.items():
         page.text(x, MARGIN + 58, name, 14.5, MUTED)
         x += length(name, 14.5) + 7
@@ -177,9 +178,8 @@ def _pictures(page: _Page, sheet: Sheet, y: float, columns: int) -> float:
         for place, index in enumerate(range(start, min(start + columns, len(sheet.pictures)))):
             x = MARGIN + place * (column + GAP)
             picture = sheet.pictures[index]
-            drawn = fit(
-                draw_layout(picture.boxes, picture.image, size=side, pixel_ratio=0.75 * SCALE), side, side
-            )
+            image = as_image(picture.image)
+            drawn = fit(draw_layout(picture.boxes, image, side, pixel_ratio=0.75 * SCALE), side, side)
             page.picture(x, y, drawn)
             bottom = _prompt(page, picture, x, y + drawn.height / SCALE + 25, column)
             bottoms.append(_picture_scores(page, sheet.scores_of(index), x, bottom, column))

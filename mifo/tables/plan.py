@@ -24,7 +24,7 @@ from mifo.config.compose import REFUSALS, compose, explain, settings_of
 from mifo.config.identity import fingerprint
 from mifo.config.location import conf_folder
 from mifo.config.schema import RunSettings
-from mifo.data.instances import folder_digest
+from mifo.data.photo_folder import folder_digest
 from mifo.errors import MifoError
 from mifo.tables.settings import TableSettings, key_of
 

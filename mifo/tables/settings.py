@@ -12,7 +12,6 @@ from yaml import YAMLError
 from mifo.config.compose import nearest
 from mifo.errors import MifoError
 from mifo.files import read_yaml
-from mifo.metrics.evaluation import METRICS
 
 FILE = "table.yaml"
 LABELLED = ("rows", "grid", "scenes")  # their keys are the user's
@@ -55,6 +54,21 @@ class TableSettings:
     runs: str = "outputs/runs"  # all tables share their runs
     record: str | None = None  # the results of an earlier table, whose runs count as they are
     results: str | None = None  # where the table goes; None: outputs/tables/NAME-…
+
+
+HELP = f"""usage: mifo table FOLDER [table.KEY=VALUE ...] [override of every run ...]
+
+  mifo table experiments/methods                                   on the embedded miniature
+  mifo table experiments/methods model=sd21 trainer=gpu            the same on Stable Diffusion 2.1
+  mifo table experiments/methods debug=default 'table.seeds=[0]'   a few steps of everything
+  mifo table experiments/methods table.workers=8                   eight runs at once
+  mifo table experiments/methods table.missing=leave               the table of what is finished so far
+  mifo table experiments/methods table.record=FOLDER ...           with the runs of an earlier table's results
+
+FOLDER/table.yaml says what is asked; table.KEY=VALUE changes one of its keys, which are
+{", ".join(field.name for field in fields(TableSettings))}.
+Rows, scenes and seeds are changed there alone: an override of what they set is refused.
+Run it again after an interruption: what is done is not done again, what failed is tried again."""
 
 
 def read_table(folder: Path, arguments: list[str]) -> tuple[TableSettings, list[str]]:
@@ -116,6 +130,8 @@ def _explain(error: OmegaConfBaseException, file: Path, changed: DictConfig) -> 
 
 
 def _check(settings: TableSettings, file: Path) -> None:
+    from mifo.metrics.evaluation import METRICS  # imported here, since it needs torch and the help does not
+
     if not (settings.rows or settings.grid) or not settings.scenes or not settings.seeds:
         raise MifoError(f"{file}: a table needs rows or a grid, scenes and seeds")
     for label in (settings.title, *settings.rows, *settings.grid, *settings.scenes):

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mifo.errors import MifoError
 from mifo.method.prompts.articles import article
 from mifo.world import backgrounds, things
+from mifo.world.spec import MAX_THINGS, SceneSpec, ThingSpec, check_scene, check_word
 from mifo.world.vocabulary import (
     BACKGROUNDS,
     COLOURS,
@@ -30,8 +30,6 @@ from mifo.world.vocabulary import (
 
 SIZE = 128
 """Side of a scene in pixels."""
-
-MAX_THINGS = 4
 
 HALF_SIZES = {1: (0.2, 0.36), 2: (0.17, 0.25), 3: (0.14, 0.2), 4: (0.13, 0.17)}
 """Number of things → range of a thing's half extent, as a share of the picture's side."""
@@ -223,8 +221,8 @@ def _draw_things(identities: Identities, placements: Placements, size: int) -> t
         rows = torch.nonzero(identities.thing == index).squeeze(1)
         if not len(rows):
             continue
-        p = tuple(identities.proportions[rows, i].view(-1, 1, 1) for i in range(3))
-        parts = things.DRAWINGS[name](x[rows], y[rows], p)
+        a, b, c = identities.proportions[rows].view(-1, 3, 1, 1).unbind(1)
+        parts = things.DRAWINGS[name](x[rows], y[rows], (a, b, c))
         outline = things.union(*(distance for distance, _ in parts)) - 0.045
         scale = sharpness[rows]
         canvas = (identities.body[rows] * 0.32).view(-1, 3, 1, 1).expand(-1, -1, size, size)
@@ -336,46 +334,13 @@ def captions(scenes: SceneBatch, seed: int, drop: float = 0.15) -> list[str]:
     return out
 
 
-@dataclass
-class ThingSpec:
-    """One thing of a scene in words; what the words leave open is drawn from the scene's seed.
-
-    `hue` in degrees stands for a body colour that no colour word names; `centre` and `size` (half extent) are
-    shares of the picture's side.
-    """
-
-    thing: str
-    colour: str | None = None
-    pattern: str = "plain"
-    centre: tuple[float, float] | None = None
-    size: float | None = None
-    hue: float | None = None
-
-
-@dataclass
-class SceneSpec:
-    """A scene of the benchmark world: never a scene of pretraining, since its hues are held out there."""
-
-    things: list[ThingSpec]
-    background: str
-    seed: int = 0
-
-
-def _index(options, word: str | None, what: str) -> int:
-    options = list(options)
-    if word not in options:
-        raise MifoError(f"instances.scene: {what} '{word}' is not known; choose one of {', '.join(options)}.")
-    return options.index(word)
-
-
 def scene_batch(spec: SceneSpec) -> SceneBatch:
     """The one scene that ``spec`` describes, as a batch of one.
 
-    Raises MifoError for a word that the miniature does not know or a number of things outside 1…4.
+    Raises MifoError as `check_scene` does.
     """
+    check_scene(spec)
     count = len(spec.things)
-    if not 1 <= count <= MAX_THINGS:
-        raise MifoError(f"instances.scene.things: {count} things; a scene holds 1 to {MAX_THINGS}.")
     generator = torch.Generator().manual_seed(spec.seed)
     identities = sample_identities((1, count), generator, held_out=True)
     for slot, thing in enumerate(spec.things):
@@ -384,15 +349,15 @@ def scene_batch(spec: SceneSpec) -> SceneBatch:
         body = identities.body[0, slot]
         value, low = body.max(), body.min()
         fraction = ((_hue(body) - drawn[0]) % 360) / (drawn[1] - drawn[0])
-        if thing.hue is None:
-            identities.colour[0, slot] = _index(COLOURS, thing.colour, "colour")
+        if thing.colour is not None:
+            identities.colour[0, slot] = list(COLOURS).index(thing.colour)
             wanted = COLOURS[thing.colour]
             hue = wanted[0] + fraction * (wanted[1] - wanted[0])
         else:
-            hue = torch.tensor(_unnamed_hue(thing))
+            hue = torch.tensor(thing.hue)
         identities.body[0, slot] = hsv_to_rgb(hue, (value - low) / value, value)
-        identities.thing[0, slot] = _index(THINGS, thing.thing, "thing")
-        identities.pattern[0, slot] = _index(PATTERNS, thing.pattern, "pattern")
+        identities.thing[0, slot] = THINGS.index(thing.thing)
+        identities.pattern[0, slot] = PATTERNS.index(thing.pattern)
     placements = arrange(torch.tensor([count]), generator, slots=count, tries=4096)
     for slot, thing in enumerate(spec.things):
         if thing.centre is not None:
@@ -403,25 +368,9 @@ def scene_batch(spec: SceneSpec) -> SceneBatch:
         identities=identities,
         placements=placements,
         count=torch.tensor([count]),
-        background=torch.tensor([_index(BACKGROUNDS, spec.background, "background")]),
+        background=torch.tensor([BACKGROUNDS.index(spec.background)]),
         variation=torch.rand(1, 5, generator=generator),
     )
-
-
-def _unnamed_hue(thing: ThingSpec) -> float:
-    """The hue of a thing that gives one instead of a colour word. Raises MifoError for a hue with a word."""
-    if thing.colour is not None:
-        raise MifoError(
-            f"instances.scene: the {thing.thing} has the colour {thing.colour} and the hue {thing.hue:g}; "
-            "give one of them."
-        )
-    for word, (low, high) in COLOURS.items():
-        if (thing.hue - low) % 360 <= high - low:
-            raise MifoError(
-                f"instances.scene: the hue {thing.hue:g} lies inside '{word}' ({low:g} to {high:g}), where "
-                f"pretraining may have seen it; take colour: {word}, or a hue between two words."
-            )
-    return thing.hue
 
 
 def _hue(colour: Tensor) -> Tensor:
@@ -456,6 +405,7 @@ def redraw_scene(
     as large as its extent allows, in its middle, in a new turn and mirror of ``seed``. ``colours`` names the
     things whose colours they wear instead of their own. Raises MifoError for an unknown background.
     """
+    check_word("background", background, BACKGROUNDS)
     generator = torch.Generator().manual_seed(seed)
     known = scene_batch(spec).identities
     identities = known[:, list(slots)]
@@ -480,7 +430,7 @@ def redraw_scene(
         identities=identities,
         placements=fitted,
         count=torch.tensor([len(slots)]),
-        background=torch.tensor([_index(BACKGROUNDS, background, "background")]),
+        background=torch.tensor([BACKGROUNDS.index(background)]),
         variation=torch.rand(1, 5, generator=generator),
     )
     return _scene(batch, [spec.things[slot] for slot in slots], background, size)

@@ -9,6 +9,7 @@ part's colour. Everything is batched, since a GPU draws thousands of things in t
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -47,13 +48,12 @@ def box(x: Tensor, y: Tensor, cx, cy, hx, hy, corner=0.0) -> Tensor:
 
 def polygon(x: Tensor, y: Tensor, *points) -> Tensor:
     """A convex polygon, its corners clockwise as seen in the picture (y down)."""
-    distance = None
+    distances = []
     for (ax, ay), (bx, by) in zip(points, points[1:] + points[:1], strict=True):
         ex, ey = bx - ax, by - ay
         length = (ex**2 + ey**2) ** 0.5
-        side = ((x - ax) * ey - (y - ay) * ex) / length
-        distance = side if distance is None else torch.maximum(distance, side)
-    return distance
+        distances.append(((x - ax) * ey - (y - ay) * ex) / length)
+    return reduce(torch.maximum, distances)
 
 
 def segment(x: Tensor, y: Tensor, ax, ay, bx, by, width) -> Tensor:

@@ -86,7 +86,7 @@ class AttentiveUNet:
         return kept
 
     def enable_checkpointing(self) -> None:
-        """Compute activations twice instead of keeping them; the second time finds the processors of the first."""
+        """Compute activations twice instead of keeping them; both times by the same processors."""
 
         def twice(module: nn.Module, *inputs: Any) -> Any:
             then = [each.processor for each in self._modules]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -61,7 +62,7 @@ class Timeline:
                 min(max(edge, 0), self._steps) for edge in (term.settings.from_step, self._end(term.settings))
             }
         ordered = sorted(ends)
-        return [(first, last, self.active(first)) for first, last in zip(ordered, ordered[1:], strict=False)]
+        return [(first, last, self.active(first)) for first, last in pairwise(ordered)]
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -115,7 +116,8 @@ def check_penalty(settings: PenaltySettings) -> None:
             raise MifoError(f"{key}.time_below={term.time_below} is no share of the time; take 0 to 1.")
         if (term.ramp is Ramp.constant) != (term.weight_end is None):
             raise MifoError(
-                f"{key}.ramp={term.ramp} and weight_end belong together; give ramp=linear or cosine with weight_end."
+                f"{key}.ramp={term.ramp} and weight_end belong together; give ramp=linear or cosine with "
+                "weight_end."
             )
         if term.sites is not None and not term.sites:
             raise MifoError(f"{key}.sites is empty; name at least one site, or null for the loss's own.")
@@ -133,7 +135,8 @@ def _sites(
         if not fitting:
             raise MifoError(
                 f"penalty.terms.{name}.sites names {wanted}, which the model does not have; take sizes "
-                f"({', '.join(sorted({str(site.size[0]) for site in words}, key=int))}) or names such as {words[0].name}"
+                f"({', '.join(sorted({str(site.size[0]) for site in words}, key=int))}) or names such as "
+                f"{words[0].name}"
             )
         chosen += fitting
     return tuple(sorted(set(chosen), key=lambda site: site.index))

@@ -60,16 +60,16 @@ def _lloyd(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         points: (B, n, d). centres: (B, r, K, d). A cluster that loses all its points keeps its centre.
     """
     starts, clusters = centres.shape[1:3]
-    labels = None
+    labels = points.new_empty(0, dtype=torch.long)
     for _ in range(MAX_ITERATIONS):
         # the centres of all starts are rows of one product, so that points are not copied for each start
-        distances = torch.cdist(points, centres.flatten(1, 2)).unflatten(-1, (starts, clusters))
+        distances = torch.cdist(points, centres.flatten(1, 2)).reshape(*points.shape[:2], starts, clusters)
         nearest, new_labels = distances.min(dim=-1)  # (B, n, r)
-        if labels is not None and torch.equal(labels, new_labels):
+        if torch.equal(labels, new_labels):
             break
         labels = new_labels
         members = torch.nn.functional.one_hot(labels, clusters).to(points.dtype)  # (B, n, r, K)
         sizes = members.sum(dim=1)[..., None]
-        sums = (members.flatten(2).mT @ points).unflatten(1, (starts, clusters))
+        sums = (members.flatten(2).mT @ points).reshape(centres.shape)
         centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
     return labels.mT, centres, nearest.square().sum(dim=1)

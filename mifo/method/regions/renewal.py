@@ -83,6 +83,5 @@ def renew_shapes(
     for subject in range(subjects):
         lost = ~(owned == subject).any(dim=1, keepdim=True)
         owned = torch.where(lost & boxes[subject].flatten(), subject, owned)
-    return (owned[:, None] == torch.arange(subjects, device=owned.device)[:, None]).unflatten(
-        2, (side, side)
-    ), centres
+    renewed = owned[:, None] == torch.arange(subjects, device=owned.device)[:, None]
+    return renewed.reshape(len(owned), subjects, side, side), centres

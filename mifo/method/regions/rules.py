@@ -47,7 +47,7 @@ class SubjectWords(NamedTuple):
 
     @property
     def context(self) -> Tensor:
-        """Bool (1, S, L): a subject's tokens and the first end-of-text token, which the guidance loss reads."""
+        """Bool (1, S, L): a subject's tokens and the first end-of-text token, for the guidance loss."""
         return (self.subjects | self.end)[None]
 
 
@@ -96,7 +96,7 @@ def region_rules(
     words: SubjectWords,
     guidance: bool,
 ) -> Rules:
-    """The rules of a guidance pass, or of a denoising pass, whose batch is the unconditional half and the other.
+    """The rules of a guidance pass, or of a denoising pass, whose batch has an unconditional half first.
 
     The unconditional half sees every word; pixels are bounded in both halves.
 

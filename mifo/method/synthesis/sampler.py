@@ -142,7 +142,7 @@ class Sampler:
         return self.backbone.process.step(latents, guided, self.times, step)
 
     def time(self, step: int, device: torch.device) -> Tensor:
-        """The time of a step, a scalar; the times go to the device once, since each way there waits for it."""
+        """The time of a step, a scalar; the times go to the device once, since each copy waits for it."""
         self._times = self._times.to(device)
         return self._times[step]
 
@@ -154,10 +154,10 @@ class Sampler:
         rules: Rules | None,
         leading: Tensor | None,
     ) -> tuple[Tensor, dict[Kind, Tensor]]:
-        """Both halves of a prediction, (2B, C, h, w) in the latents' precision, and the mean maps of each kind.
+        """Both halves of a prediction, (2B, C, h, w) in the latents' precision, and mean maps of each kind.
 
-        Maps are read if `leading`, the position (S,) of each subject's leading token, is given: pixels (B, n, n)
-        and words (B, n, S), means over heads and sites, conditional half.
+        Maps are read if `leading`, the position (S,) of each subject's leading token, is given: pixels
+        (B, n, n) and words (B, n, S), means over heads and sites, conditional half.
         """
         reads: dict[Site, Read] = {}
         if leading is not None:
@@ -337,7 +337,8 @@ def sites_in_use(backbone: Backbone, guidance: GuidanceSettings) -> tuple[Sequen
             raise MifoError(f"guidance.{option} is empty: name at least one layer.")
         if unknown := set(wanted) - {site.index for site in backbone.sites}:
             raise MifoError(
-                f"guidance.{option} names layer {min(unknown)}, but the model has 0 to {len(backbone.sites) - 1}."
+                f"guidance.{option} names layer {min(unknown)}, but the model has 0 to "
+                f"{len(backbone.sites) - 1}."
             )
         chosen.append(tuple(site for site in backbone.sites if site.index in wanted))
     guided, shaping = chosen

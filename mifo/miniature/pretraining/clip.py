@@ -47,6 +47,10 @@ def model_config(tokenizer) -> dict:
     }
 
 
+def build_clip(tokenizer) -> open_clip.CLIP:
+    return open_clip.CLIP(**model_config(tokenizer))
+
+
 def normalise(images: Tensor) -> Tensor:
     """uint8 or [0, 1] pictures → the encoders' input range [-1, 1]."""
     return (images.float() / 255 if images.dtype == torch.uint8 else images) * 2 - 1
@@ -58,7 +62,7 @@ class ClipPretraining(Pretraining):
     part = "clip"
 
     def __init__(self, corpus: Corpus, tokenizer, settings: PretrainSettings) -> None:
-        super().__init__(open_clip.CLIP(**model_config(tokenizer)), settings.clip, settings.seed)
+        super().__init__(build_clip(tokenizer), settings.clip, settings.seed)
         self.corpus = corpus
         self.questions = {
             "thing": tokenise(tokenizer, [caption([thing], None) for thing in THINGS]),

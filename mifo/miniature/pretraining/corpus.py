@@ -83,7 +83,8 @@ def draw_corpus(n: int, seed: int, device: torch.device, tokenizer, variants: in
         for variant in range(variants):
             texts[variant] += captions(scenes, seed=seed * 1_000_003 + start * variants + variant)
     ids = torch.stack([tokenise_captions(tokenizer, column) for column in texts], 1).to(device)
-    return Corpus(images, *(torch.cat(column) for column in zip(*parts, strict=True)), captions=ids)
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    return Corpus(*[images, *columns, ids])
 
 
 def crop(images: Tensor, boxes: Tensor, size: int = SIZE) -> Tensor:
@@ -92,7 +93,7 @@ def crop(images: Tensor, boxes: Tensor, size: int = SIZE) -> Tensor:
     theta = torch.zeros(len(boxes), 2, 3, device=boxes.device)
     theta[:, 0, 0], theta[:, 1, 1] = x1 - x0, y1 - y0
     theta[:, 0, 2], theta[:, 1, 2] = x0 + x1 - 1, y0 + y1 - 1
-    grid = F.affine_grid(theta, (len(boxes), 3, size, size), align_corners=False)
+    grid = F.affine_grid(theta, [len(boxes), 3, size, size], align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", align_corners=False, padding_mode="border")
 
 

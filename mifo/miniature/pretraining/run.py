@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from mifo.miniature.pretraining.autoencoder import (
     build_autoencoder,
     encode_corpus,
 )
-from mifo.miniature.pretraining.clip import MEAN, STD, ClipPretraining, save_clip
+from mifo.miniature.pretraining.clip import MEAN, STD, ClipPretraining, build_clip, save_clip
 from mifo.miniature.pretraining.corpus import draw_corpus
 from mifo.miniature.pretraining.denoiser import DenoiserPretraining, build_scheduler, build_unet
 from mifo.miniature.pretraining.segmenter import Segmenter, SegmenterPretraining, save_segmenter
@@ -51,20 +52,19 @@ def pretrain(settings: PretrainSettings, work: Path, weights: Path, logger=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     tokenizer = build_tokenizer(work / "tokenizer")
-    needs_corpus = not {"vit", "segmenter"}.issuperset(settings.parts)
-    corpus = draw_corpus(settings.scenes, settings.seed, device, tokenizer) if needs_corpus else None
+    corpus = cache(lambda: draw_corpus(settings.scenes, settings.seed, device, tokenizer))
     finished = {}
     for part in settings.parts:
         torch.manual_seed(settings.seed)
         began = time.perf_counter()
         if part == "autoencoder":
-            module: Pretraining = AutoencoderPretraining(corpus, settings)
+            module: Pretraining = AutoencoderPretraining(corpus(), settings)
         elif part == "decoder":
-            module = DecoderPretraining(corpus, _made(work, "autoencoder", build_autoencoder), settings)
+            module = DecoderPretraining(corpus(), _made(work, "autoencoder", build_autoencoder), settings)
         elif part == "text_encoder":
-            module = TextEncoderPretraining(corpus, tokenizer, settings)
+            module = TextEncoderPretraining(corpus(), tokenizer, settings)
         elif part == "clip":
-            module = ClipPretraining(corpus, tokenizer, settings)
+            module = ClipPretraining(corpus(), tokenizer, settings)
         elif part == "vit":
             module = VitPretraining(settings, device)
         elif part == "segmenter":
@@ -72,14 +72,12 @@ def pretrain(settings: PretrainSettings, work: Path, weights: Path, logger=True)
         else:
             vae = _made(work, "autoencoder", build_autoencoder).to(device)
             text_encoder = _made(work, "text_encoder", lambda: build_text_encoder(tokenizer))
-            latents, factor = encode_corpus(vae, corpus)
+            latents, factor = encode_corpus(vae, corpus())
             empty = torch.tensor(tokenizer("", padding="max_length").input_ids)
-            module = DenoiserPretraining(corpus, latents * factor, text_encoder, empty, settings)
+            module = DenoiserPretraining(corpus(), latents * factor, text_encoder, empty, settings)
             torch.save(factor, work / "scaling_factor.pt")
         finished[part] = fit(module, work / part, settings.minutes, logger)
-        average = module.average.module
-        if part == "text_encoder":
-            average = average.text_encoder
+        average = module.average.module.get_submodule("text_encoder" if part == "text_encoder" else "")
         torch.save(average.state_dict(), work / f"{part}.pt")
         print(f"{part}: {module.global_step} steps in {time.perf_counter() - began:.0f} s", flush=True)
     export(work, weights, tokenizer)
@@ -138,9 +136,9 @@ def export(work: Path, weights: Path, tokenizer) -> None:
         )
         pipeline.to(torch.float16).save_pretrained(weights / "pipeline", max_shard_size=SHARD)
     if (work / "clip.pt").exists():
-        module = ClipPretraining(None, tokenizer, PretrainSettings())
-        module.network.load_state_dict(torch.load(work / "clip.pt", map_location="cpu", weights_only=True))
-        save_clip(module.network, work / "tokenizer", weights / "clip", tokenizer)
+        clip = build_clip(tokenizer)
+        clip.load_state_dict(torch.load(work / "clip.pt", map_location="cpu", weights_only=True))
+        save_clip(clip, work / "tokenizer", weights / "clip", tokenizer)
     if (work / "vit.pt").exists():
         vit = build_vit()
         vit.load_state_dict(torch.load(work / "vit.pt", map_location="cpu", weights_only=True))

@@ -42,7 +42,8 @@ class Segmenter(nn.Module):
         self.head = nn.Conv2d(channels[0], len(THINGS) + 1, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        hidden, levels = images * 2 - 1, []
+        hidden = images * 2 - 1
+        levels: list[Tensor] = []
         for block in self.down:
             hidden = block(F.max_pool2d(hidden, 2) if levels else hidden)
             levels.append(hidden)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -36,6 +37,7 @@ class Pretraining(L.LightningModule):
     """
 
     part: str
+    network: Any  # whose methods its own part knows
 
     def __init__(self, network: nn.Module, settings: PartSettings, seed: int) -> None:
         super().__init__()

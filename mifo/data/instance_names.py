@@ -1,0 +1,87 @@
+"""Where instances come from and what they are called, known before any pixel is read. Needs no torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mifo.data.photo_folder import image_file, mask_files
+from mifo.data.settings import InstancesSettings
+from mifo.errors import MifoError
+from mifo.world.spec import SceneSpec, check_scene
+
+FITS = ("squash", "crop", "pad")
+
+
+@dataclass(frozen=True)
+class InstanceNames:
+    """What N instances are called.
+
+    Attributes:
+        tokens: "<asset0>" … of the N instances.
+        class_names: N words such as "car", or None where they are not known.
+        initializers: per instance the word whose embedding its token starts from, or None for a random start.
+    """
+
+    tokens: tuple[str, ...]
+    class_names: tuple[str, ...] | None
+    initializers: tuple[str | None, ...]
+
+
+def find_source(settings: InstancesSettings) -> Path | SceneSpec:
+    """The folder or the scene of the miniature that holds the instances.
+
+    Raises:
+        MifoError: neither or both of folder and scene, or a scene that cannot be drawn.
+    """
+    if settings.folder is None:
+        if settings.scene is None:
+            raise MifoError("instances has neither a folder nor a scene; set instances.folder=PATH.")
+        try:
+            spec = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SceneSpec), settings.scene))
+        except OmegaConfBaseException as error:
+            raise MifoError(f"instances.scene.{error.full_key}: {str(error).splitlines()[0]}.") from error
+        check_scene(spec)
+        return spec
+    if settings.scene is not None:
+        raise MifoError(
+            f"instances {settings.name} has a scene, so it can not have the folder {settings.folder} too; "
+            "for a picture of your own take instances=local instances.folder=PATH."
+        )
+    return Path(settings.folder).expanduser()
+
+
+def name_instances(settings: InstancesSettings) -> InstanceNames:
+    """Count the instances that `settings` name, by their masks or as things of the scene, and name them.
+
+    Raises:
+        MifoError: as `find_source`, `image_file` and `mask_files`; an unknown `fit`; names that do not match
+            the number of instances, or an empty initializer.
+    """
+    source = find_source(settings)
+    if settings.fit not in FITS:
+        raise MifoError(f"instances.fit={settings.fit} is not known; take one of {', '.join(FITS)}.")
+    if any(word is not None and not word.strip() for word in settings.initializers or ()):
+        raise MifoError("instances.initializers holds an empty word; name a word such as 'car', or null.")
+    if isinstance(source, Path):
+        image_file(source)
+        count, drawn = len(mask_files(source)), None
+    else:
+        count, drawn = len(source.things), tuple(thing.thing for thing in source.things)
+    for key in ("class_names", "initializers"):
+        _check_number(key, getattr(settings, key), count)
+    return InstanceNames(
+        tokens=tuple(f"<asset{i}>" for i in range(count)),
+        class_names=tuple(settings.class_names) if settings.class_names else drawn,
+        initializers=tuple(settings.initializers or [None] * count),
+    )
+
+
+def _check_number(key: str, names: Sequence[str | None] | None, count: int) -> None:
+    """Refuse names of more or fewer instances than there are; no names are as good as None."""
+    if names and len(names) != count:
+        raise MifoError(
+            f"instances.{key} names {len(names)} instances, but there are {count} masks; name one each."
+        )
