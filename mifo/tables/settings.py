@@ -16,6 +16,7 @@ from mifo.metrics.evaluation import METRICS
 
 FILE = "table.yaml"
 LABELLED = ("rows", "grid", "scenes")  # their keys are the user's
+_COLUMNS = ("editability", "instance_consistency", "identification", "leakage", "class_accuracy")
 PLOTS = ("dots", "lines", "pareto")
 
 
@@ -29,27 +30,18 @@ class TableSettings:
 
     title: str = MISSING
     rows: dict[str, list[str]] = field(default_factory=dict)  # label → overrides
-    grid: dict[str, list[Any]] = field(
-        default_factory=dict
-    )  # key → values; every combination is one more row
-    scenes: dict[str, list[str]] = field(
-        default_factory=dict
-    )  # set → names in conf/instances, * for any text
+    # key → values; every combination is one more row
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    # set → names in conf/instances, * for any text
+    scenes: dict[str, list[str]] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     overrides: list[str] = field(default_factory=list)  # of every run
-    columns: list[str] = field(
-        default_factory=lambda: [
-            "editability",
-            "instance_consistency",
-            "identification",
-            "leakage",
-            "class_accuracy",
-        ]
-    )
+    columns: list[str] = field(default_factory=lambda: [*_COLUMNS])
     plot: str = "dots"  # dots | lines (over the sets of scenes) | pareto (editability against consistency)
     # how, not what
     pages: list[str] | None = None  # scenes of which a page of pictures may be drawn; None: any
-    workers: int | None = None  # runs at once; 0: one by one in this process; None: one per GPU, or one
+    workers: int = 0  # short for hydra/launcher=joblib hydra.launcher.n_jobs=N; 0: another launcher, or none
+    per_job: int = 1  # so many groups of runs that learn the same go to one job of a launcher
     code: str = "current"  # current: runs of other code are made again; any: they count
     missing: str = "run"  # run: make what is missing; leave: the table of what is finished
     runs: str = "outputs/runs"  # all tables share their runs
@@ -121,6 +113,8 @@ def _check(settings: TableSettings, file: Path) -> None:
     for label in (settings.title, *settings.rows, *settings.grid, *settings.scenes):
         if not label.strip() or any(category(letter).startswith(("Cc", "Zl", "Zp")) for letter in label):
             raise MifoError(f"{file}: the title and every label must be one line of text, unlike {label!r}")
+    if settings.workers < 0 or settings.per_job < 1:
+        raise MifoError("table.workers must be at least 0, table.per_job at least 1")
     for key, value, known in (
         ("plot", settings.plot, PLOTS),
         ("code", settings.code, ("current", "any")),
