@@ -153,15 +153,18 @@ def _make(folder: Path, overrides: list[str]) -> None:
     except BaseException:
         write_status(folder, "interrupted", overrides, "stopped by a signal; the same command continues it")
         raise
-    seconds = round(time.monotonic() - started + _seconds_before(folder), 1)
-    about = About(**asdict(code_version()), seconds=seconds, overrides=overrides)
+    seconds = time.monotonic() - started
+    with suppress(MifoError):  # a damaged record of earlier attempts says nothing
+        seconds += before.seconds if (before := _about(folder)) else 0
+    about = About(**asdict(code_version()), seconds=round(seconds, 1), overrides=overrides)
     write_whole(folder / ABOUT, json.dumps(asdict(about), indent=2) + "\n")
     write_status(folder, status, overrides, error)
 
 
 def _done(run: Run, pool: Path, any_code: bool, record: Mapping[str, Entry]) -> Done | None:
     """A run that is finished already, by its folder before its record."""
-    folder, kept = _finished_folder(run, pool, any_code), record.get(run.key)
+    others = sorted(pool.glob(f"{run.key}-*")) if any_code else []
+    folder, kept = next(filter(_is_done, [_folder(run, pool), *others]), None), record.get(run.key)
     return Done(run, folder, None, None if folder else kept) if folder or kept else None
 
 
@@ -182,12 +185,6 @@ def _borrow_learned(folder: Path, others: Sequence[Path]) -> None:
         return
     with whole_folder(folder / "learned") as unfinished:
         shutil.copytree(source, unfinished, copy_function=os.link, dirs_exist_ok=True)
-
-
-def _finished_folder(run: Run, pool: Path, any_code: bool) -> Path | None:
-    """Where a run lies finished, made by the present code if it did, or None."""
-    others = sorted(pool.glob(f"{run.key}-*")) if any_code else []
-    return next(filter(_is_done, [_folder(run, pool), *others]), None)
 
 
 def _folder(run: Run, pool: Path) -> Path:
@@ -212,15 +209,6 @@ def _entry(folder: Path) -> Entry:
 def _about(folder: Path) -> About | None:
     path = folder / ABOUT
     return read_record(path, About) if path.exists() else None
-
-
-def _seconds_before(folder: Path) -> float:
-    """How long earlier attempts at a run took; none where their record is damaged."""
-    try:
-        about = _about(folder)
-    except MifoError:
-        return 0.0
-    return about.seconds if about else 0.0
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """A table as a picture, every mean with its interval, cut off where the metric's range ends."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -94,11 +94,7 @@ def _pareto(cells: Cells, columns: Sequence[str]) -> Figure:
     return figure
 
 
-_DRAW: dict[str, Callable[[Cells, Sequence[str]], Figure]] = {
-    "dots": _dots,
-    "lines": _lines,
-    "pareto": _pareto,
-}
+_DRAW = {"dots": _dots, "lines": _lines, "pareto": _pareto}
 
 
 def _found(
