@@ -84,6 +84,51 @@ def test_jobs_on_a_ray_cluster_that_runs_already(source, serial, tmp_path):
     assert all(rows.equal(expected) for rows, expected in zip(made, serial, strict=True))
 
 
+TABLE = """
+title: Small
+rows: {MIFO: [method=mifo], none: [method=no_attention_loss]}
+scenes: {cars: [three_cars]}
+seeds: [0, 1]
+"""
+
+
+def made_by_a_table(source, folder, *launcher):
+    """What each of four runs learned, drew and scored, by the run's folder."""
+    (folder / "small").mkdir(parents=True)
+    (folder / "small" / "table.yaml").write_text(TABLE)
+    command = [
+        *(sys.executable, "-m", "mifo", "table", "small", "debug=fast_dev_run", "device=cpu", "logger=none"),
+        *("callbacks=none", "sheet=false", "model=local", f"model.source={source}", "metrics=miniature"),
+        *("metrics.windows=2", "performance.threads=1", "table.per_job=2", *launcher),
+    ]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = list(folder.glob("outputs/runs/*"))
+    assert len(runs) == 4 and all((run / "log.txt").is_file() for run in runs)
+    return {
+        run.name: {
+            path.name: path.read_bytes()
+            for path in [*run.glob("learned/*.safetensors"), *run.glob("pictures/*.png"), run / "scores.json"]
+        }
+        for run in runs
+    }
+
+
+@pytest.fixture(scope="module")
+def serial_table(source, tmp_path_factory):
+    return made_by_a_table(source, tmp_path_factory.mktemp("serial") / "table")
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "submitit_slurm", "ray"])
+def test_a_launcher_makes_the_table_that_one_process_makes(launcher, source, serial_table, tmp_path):
+    plugin, options = LAUNCHERS[launcher]
+    pytest.importorskip(plugin)
+    if launcher == "submitit_slurm" and shutil.which("sbatch") is None:
+        pytest.skip("needs a node of a Slurm cluster")
+    made = made_by_a_table(source, tmp_path / "table", f"hydra/launcher={launcher}", *options)
+    assert made == serial_table and all(len(files) > 2 for files in made.values())
+
+
 ON_TWO_GPUS = {
     "gpus": ("hydra_plugins.hydra_joblib_launcher", ["hydra.launcher.n_jobs=2"]),
     "submitit_local": (

@@ -76,7 +76,7 @@ def made(monkeypatch):
         if not has_scores(folder / "scores.json"):
             Evaluation(tuple(scores), ()).save(folder / "scores.json")
 
-    monkeypatch.setattr(execute, "run_here", run)
+    monkeypatch.setattr(execute, "perform", run)
     return seen
 
 
@@ -124,18 +124,42 @@ def test_a_run_is_composed_as_its_process_will_compose_it(folder):
         assert again.learning == run.settings.learning
 
 
-def test_many_cells_are_composed_in_processes_of_their_own_as_they_are_here(folder, monkeypatch):
-    settings, _ = read_table(folder / "small", ["table.rows={MIFO: [method=mifo], bad: [method=nosuch]}"])
-    here = plan.plan("small", settings, [])
-    started = []
-    pool = plan.ProcessPoolExecutor
-    monkeypatch.setattr(plan, "ProcessPoolExecutor", lambda *given: started.append(given[0]) or pool(*given))
-    monkeypatch.setattr(plan, "CELLS_PER_PROCESS", 1)
-    monkeypatch.setattr(plan.os, "cpu_count", lambda: 2)
-    apart = plan.plan("small", settings, [])
-    assert started == [2]
-    assert [(run.settings, run.error) for run in apart] == [(run.settings, run.error) for run in here]
-    assert [run.error is None for run in apart] == [True, True, False, False]
+@pytest.mark.parametrize(
+    "own",
+    [
+        ["logger=none", "layout=benchmark", "instances.fit=pad"],
+        ["logger=wandb"],  # which reads the group
+        ["group=mine"],
+        ["learning.semantic.steps=ten"],
+    ],
+    ids=str,
+)
+def test_a_row_composed_once_is_what_each_scene_composes_to(own):
+    scenes = ("alike_two_cups", "mixed_flower_bird", "nosuch")
+    cells = {
+        scene: [
+            f"instances={scene}",
+            f"group=methods-{scene}",
+            "tags=[methods]",
+            "method=break_a_scene",
+            *own,
+        ]
+        for scene in scenes
+    }
+    found = plan.compose_row(cells)
+    assert found == {scene: plan.compose_cell(given) for scene, given in cells.items()}
+    assert found["nosuch"][1] and (found["alike_two_cups"][0] is None) == (own[0][:8] == "learning")
+
+
+def test_a_row_is_composed_once(folder, monkeypatch):
+    composed = []
+    whole = plan.compose
+    monkeypatch.setattr(plan, "compose", lambda task, given: composed.append(task) or whole(task, given))
+    plan._instances.cache_clear()
+    scenes = "table.scenes={all: [three_cars, alike_*, rare_*]}"
+    rows = "table.rows={a: [method=mifo], b: [guidance=none]}"
+    runs = plan.plan("small", *read_table(folder / "small", [scenes, rows]))
+    assert composed.count("run") == 2 and composed.count("layout") == len(runs) / 4
 
 
 def test_what_is_done_is_not_done_again_and_other_settings_are(folder, made, capsys):
@@ -203,8 +227,8 @@ def test_runs_that_learn_the_same_learn_once(folder, made):
 
 
 def test_a_bad_row_and_a_failing_run_spoil_nothing_else_and_are_named(folder, made, monkeypatch, capsys):
-    whole = execute.run_here
-    monkeypatch.setattr(execute, "run_here", lambda s: 1 / 0 if s.seed == 1 else whole(s))
+    whole = execute.perform
+    monkeypatch.setattr(execute, "perform", lambda s: 1 / 0 if s.seed == 1 else whole(s))
     rows = "table.rows={MIFO: [method=mifo], bad: [learning.semantic.steps=ten]}"
     assert table(["small", "table.workers=0", rows]) == 3
     text = (results(folder) / "table.md").read_text()
@@ -212,9 +236,56 @@ def test_a_bad_row_and_a_failing_run_spoil_nothing_else_and_are_named(folder, ma
     assert "learning.semantic.steps: Value 'ten'" in text and "ZeroDivisionError" in text
     (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("refused:")]
     assert told.startswith("refused: 2 of 4 runs: learning.semantic.steps: Value 'ten'")
-    monkeypatch.setattr(execute, "run_here", whole)
+    monkeypatch.setattr(execute, "perform", whole)
     assert table(["small", "table.workers=0", rows]) == 2  # what failed is tried again
     assert made == [("mifo", 0, "learned"), ("mifo", 1, "learned")]
+
+
+class Killed(BaseException):
+    """Stands for the end of a process."""
+
+
+def test_a_process_that_dies_costs_its_own_run_alone(folder, made, monkeypatch):
+    whole, launched = execute.perform, []
+
+    def perform(settings):
+        if (settings.method, settings.seed) == ("mifo", 0):
+            raise Killed
+        whole(settings)
+
+    def launch(jobs):
+        launched.append(len(jobs))
+        try:
+            for job in jobs:
+                execute.make_runs(*job)
+        except Killed as error:
+            raise RuntimeError("a process of the launcher died") from error
+
+    monkeypatch.setattr(execute, "perform", perform)
+    monkeypatch.setattr("mifo.commands.table.launcher", lambda *given: launch)
+    assert table(["small"]) == 1
+    assert launched == [4, 1, 3] and len(made) == 3
+    assert "stopped by a signal" in (results(folder) / "table.md").read_text()
+    monkeypatch.setattr(execute, "perform", whole)
+    assert table(["small", "hydra/launcher=basic"]) == 0  # and writes to the same folder
+    assert launched == [4, 1, 3, 1] and len(made) == 4
+
+
+def test_a_launcher_that_never_starts_is_one_sentence(folder, made, monkeypatch):
+    def launch(jobs):
+        raise ConnectionError("no cluster at this address")
+
+    monkeypatch.setattr("mifo.commands.table.launcher", lambda *given: launch)
+    with pytest.raises(MifoError, match=r"the launcher failed.*no cluster at this address"):
+        table(["small"])
+
+
+def test_several_groups_go_to_one_job(folder, made, monkeypatch):
+    jobs = []
+    monkeypatch.setattr("mifo.commands.table.launcher", lambda *given: jobs.extend)
+    with pytest.raises(MifoError, match="no run of the table is finished"):
+        table(["small", "table.per_job=3"])
+    assert [len(job) for job in jobs] == [3, 1]
 
 
 @pytest.mark.parametrize("missing", ["run", "leave"])
@@ -254,6 +325,9 @@ def test_figures_of_different_evaluators_are_refused(folder, made):
         (["small", "table.scenes={a: [nothing]}"], "nothing"),
         (["small", "table.seeds=[]"], "seeds"),
         (["small", "table.workers=many"], "table.workers: Value 'many'"),
+        (["small", "table.per_job=0"], "table.per_job"),
+        (["small", "hydra/launcher=jobs"], "hydra/launcher=jobs does not exist; .*use one of"),
+        (["small", "hydra.launcher.n_jobs=2"], "hydra.launcher.n_jobs"),
         (["small", "table.seeds.a=3"], "small/table.yaml: Cannot merge"),
         (["small", "table.rows={a: [method=mifo"], "a table.KEY=VALUE cannot be read"),
         (["small", "table.rows={a, b: [method=mifo]}"], "table.rows.a: .* quote a label"),
@@ -336,7 +410,7 @@ def test_the_written_forms_agree(folder, made):
 
 def test_a_page_shows_each_row_on_one_scene_and_seed(folder, made, monkeypatch):
     colours = {"mifo": (0.9, 0.1, 0.1), "no_attention_loss": (0.1, 0.1, 0.9)}
-    without_pictures = execute.run_here
+    without_pictures = execute.perform
 
     def run(settings):
         without_pictures(settings)
@@ -345,7 +419,7 @@ def test_a_page_shows_each_row_on_one_scene_and_seed(folder, made, monkeypatch):
             pictures = [Picture(image, f"a photo of <asset0> in the {place}") for place in ("snow", "jungle")]
             save_pictures(Path(settings.paths.output) / "pictures", pictures)
 
-    monkeypatch.setattr(execute, "run_here", run)
+    monkeypatch.setattr(execute, "perform", run)
     table(["small", "table.workers=0"])
     assert "](pictures-cars.jpg)" in (results(folder) / "table.md").read_text()
     page = np.asarray(Image.open(results(folder) / "pictures-cars.jpg").convert("RGB")) / 255.0

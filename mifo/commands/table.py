@@ -9,11 +9,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
+from mifo.config.launch import launcher
 from mifo.errors import MifoError
 from mifo.tables.execute import Done, execute, finished
 from mifo.tables.plan import Run, plan
 from mifo.tables.record import EVALUATORS, Entry, read_record
-from mifo.tables.settings import read_table
+from mifo.tables.settings import key_of, read_table
 from mifo.tables.write import QUESTION, claim_results, write_table
 
 
@@ -23,22 +24,27 @@ def table(arguments: list[str]) -> int:
     Raises:
         MifoError: the table cannot be read, all its runs are refused, or they cannot be compared.
     """
-    given, *changes = arguments
+    given, *others = arguments
+    hydra = [text for text in others if key_of(text).startswith(("hydra/", "hydra."))]
+    changes = [text for text in others if text not in hydra]
     folder = Path(given)
     name = folder.resolve().name
     settings, overrides = read_table(folder, changes)
+    asked = hashlib.sha256(repr(changes).encode()).hexdigest()[:6]
+    target = Path(settings.results or f"outputs/tables/{name}-{asked}")
+    if settings.workers:
+        hydra = ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={settings.workers}", *hydra]
+    launch = launcher("mifo.tables.execute.make_runs", hydra, target, "exclusive_gpu=true" in overrides)
     runs = plan(name, settings, overrides)
     _tell_refusals(runs)
     record = _record(settings.record, runs) if settings.record else {}
-    asked = hashlib.sha256(repr(changes).encode()).hexdigest()[:6]
-    target = Path(settings.results or f"outputs/tables/{name}-{asked}")
     claim_results(target, settings, overrides)
     pool, any_code = Path(settings.runs), settings.code == "any"
     if settings.missing == "leave":
         ended = finished(runs, pool, any_code, record)
         _keep_all(target, ended)
     else:
-        ended = execute(runs, pool, settings.workers, any_code, record)
+        ended = execute(runs, pool, launch, settings.per_job, any_code, record)
     command = shlex.join(["mifo", "table", *arguments])
     Console().print(Markdown(write_table(target, command, settings, ended)))
     print(f"table: {target / 'table.md'}")
@@ -52,7 +58,7 @@ def _record(folder: str, runs: Sequence[Run]) -> dict[str, Entry]:
     if not common:
         raise MifoError(
             f"none of the {len(record)} runs of table.record={folder} is one of this table's; give the "
-            f"overrides that they were made with, which stand in its {QUESTION}"
+            f"overrides that stand in its {QUESTION}, with the version of MIFO that made them"
         )
     print(f"{len(common)} of {len(runs)} runs stand in {folder}")
     return record

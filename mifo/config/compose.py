@@ -127,6 +127,9 @@ def explain(error: Exception, task: str) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         options = error.options or []
+        extra = option.partition("_")[0]
+        if group == "hydra/launcher" and extra in ("joblib", "ray", "submitit"):
+            return f"{group}={option} is not installed; pip install 'mifo[{extra}]' brings it"
         if group:
             near = nearest(option, options)
             return f"{group}={option} does not exist; {near}use one of: {', '.join(options)}"

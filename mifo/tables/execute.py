@@ -1,34 +1,37 @@
-"""Making the runs that are missing: several at once in processes of their own, none twice."""
+"""Making the runs that are missing, through a launcher of Hydra or in this process; none twice."""
 
 import fcntl
+import gc
 import json
 import os
 import shutil
-import signal
-import threading
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from itertools import chain, count
 from pathlib import Path
-from queue import SimpleQueue
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+import torch
 
-from mifo.config.compose import compose, settings_of
-from mifo.config.gpus import visible_gpus
-from mifo.config.jobs import read_status, write_status
-from mifo.config.launch import perform
+from mifo.config.compose import compose, reason, settings_of
+from mifo.config.jobs import STATUS, read_status, write_status
+from mifo.config.launch import Launch, perform
 from mifo.errors import MifoError
 from mifo.files import read_record, whole_folder, write_whole
 from mifo.metrics.evaluation import SCORES, Evaluation
 from mifo.tables.plan import Run, code_version
 from mifo.tables.record import About, Entry
-from mifo.tables.worker import LOG, Worker
 
-ABOUT = "table_run.json"
+ABOUT, LOG = "table_run.json", "log.txt"
+
+_UNDER_WAY = {"running", "died", "interrupted"}
+
+Missing = tuple[
+    str, Path, tuple[str, ...]
+]  # of a run to be made: what it is called, its folder, its overrides
+Group = tuple[list[Missing], list[Path]]  # of runs that learn the same: those to be made, the folders of all
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class Done:
 def finished(runs: Sequence[Run], pool: Path, any_code: bool, record: Mapping[str, Entry]) -> list[Done]:
     """How each of `runs` ended so far; none is made. Arguments as of `execute`."""
     return [
-        (run.settings and _done(run, pool, any_code, record)) or Done(run, None, run.error or "not made yet")
+        (run.settings and _done(run, pool, any_code, record))
+        or Done(run, None, run.error or _why_not(_folder(run, pool)))
         for run in runs
     ]
 
@@ -60,7 +64,8 @@ def finished(runs: Sequence[Run], pool: Path, any_code: bool, record: Mapping[st
 def execute(
     runs: Sequence[Run],
     pool: Path,
-    workers: int | None,
+    launch: Launch,
+    per_job: int,
     any_code: bool,
     record: Mapping[str, Entry],
 ) -> list[Done]:
@@ -70,98 +75,107 @@ def execute(
     again, one that was interrupted or failed is continued. Runs that differ after learning alone learn once.
 
     Args:
-        workers: processes at once, spread over the GPUs; 0: here, one by one; None: one per GPU, or one.
+        launch: calls `make_runs` with the groups of each job.
+        per_job: how many groups of runs that learn the same go to one job.
         any_code: a finished run of the same configuration counts, whatever code made it.
         record: runs of an earlier table by their configuration, which count as they are.
     """
-    groups: dict[str, list[Run]] = {}
+    found: dict[str, dict[str, Run]] = {}  # by what they learn, then by what they are
     for run in runs:
         if run.settings is not None:
-            groups.setdefault(run.learning_key, []).append(run)
-    gpus = visible_gpus()
-    count = max(1, len(gpus)) if workers is None else workers
-    threads = max(1, (os.cpu_count() or 1) // max(1, count))
-    staff = [Worker(gpus[number % len(gpus)] if gpus else None, threads) for number in range(count)]
-    free: SimpleQueue[Worker | None] = SimpleQueue()
-    for worker in staff or [None]:
-        free.put(worker)
-    ended = {run: Done(run, None, run.error) for run in runs}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("runs", total=sum(map(len, groups.values())))
+            found.setdefault(run.learning_key, {}).setdefault(run.key, run)
+    number, total = count(1), sum(map(len, found.values()))
+    groups: list[Group] = []
+    for same in found.values():
+        named = [(f"{next(number)} of {total}: {run}", run) for run in same.values()]
+        left = [(label, run) for label, run in named if not _done(run, pool, any_code, record)]
+        missing = [(label, _folder(run, pool), run.overrides) for label, run in left]
+        for _, folder, _ in missing:
+            if _state(folder) != "running":  # how it ended before says nothing of this attempt
+                (folder / STATUS).unlink(missing_ok=True)
+        if missing:
+            groups.append((missing, [_folder(run, pool) for run in same.values()]))
+    if groups:
+        _launch([groups[first : first + per_job] for first in range(0, len(groups), per_job)], launch)
+    return finished(runs, pool, any_code, record)
 
-        def make(group: list[Run]) -> None:
-            worker = free.get()
-            try:
-                for run in group:
-                    ended[run] = _done(run, pool, any_code, record) or _make(run, group, pool, worker)
-                    if ended[run].error:
-                        progress.console.print(
-                            f"failed: {run}: {ended[run].error}", style="red", markup=False
-                        )
-                    progress.advance(bar)
-            finally:
-                free.put(worker)
 
-        with _stopping(staff), ThreadPoolExecutor(max(1, count)) as pool_of_threads:
-            futures = [pool_of_threads.submit(make, group) for group in groups.values()]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-            except BaseException:
-                pool_of_threads.shutdown(wait=False, cancel_futures=True)
-                for worker in staff:
-                    worker.stop()
-                raise
-        for worker in staff:
-            worker.close()
-    return [ended[run] for run in runs]
+def _launch(jobs: Sequence[list[Group]], launch: Launch) -> None:
+    """Launch all jobs, also where a process dies and its launcher gives up the others.
+
+    Raises:
+        MifoError: the launcher fails without any run being under way.
+    """
+    try:
+        launch(jobs)
+    except Exception as error:
+        states = [{_state(folder) for missing, _ in job for _, folder, _ in missing} for job in jobs]
+        broken = [job for job, state in zip(jobs, states, strict=True) if state & _UNDER_WAY]
+        if not broken:
+            raise MifoError(f"the launcher failed: {reason(error)}; the same command goes on") from error
+        for missing, folders in chain.from_iterable(broken):
+            for run in missing:  # one at a time: the run that kills its process stops no other
+                with suppress(Exception):
+                    launch([[([run], folders)]])
+        if rest := [job for job, state in zip(jobs, states, strict=True) if state == {None}]:
+            _launch(rest, launch)
+
+
+def _state(folder: Path) -> str | None:
+    return (read_status(folder) or {}).get("status")
+
+
+def make_runs(*groups: Group) -> None:
+    """Make runs one after the other, in whichever process; their `status.json` say how they ended."""
+    for missing, folders in groups:
+        for label, folder, overrides in missing:
+            folder.mkdir(parents=True, exist_ok=True)
+            with _locked(folder):
+                if not _is_done(folder):
+                    _borrow_learned(folder, folders)
+                    with _logged(folder / LOG):
+                        _make(folder, list(overrides))
+            error = _why_not(folder)
+            print(f"{label}: {f'failed: {error}' if error else 'ok'}", flush=True)
+            # Lightning's objects refer to each other, so that a run's weights would linger
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def _make(folder: Path, overrides: list[str]) -> None:
+    write_status(folder, "running", overrides)
+    started = time.monotonic()
+    status, error = "ok", None
+    try:
+        perform(settings_of(compose("run", [*overrides, f"paths.output='{folder}'"])))
+    except Exception as raised:
+        status, error = "failed", f"{type(raised).__name__}: {raised}"
+    except BaseException:
+        write_status(folder, "interrupted", overrides, "stopped by a signal; the same command continues it")
+        raise
+    seconds = time.monotonic() - started
+    with suppress(MifoError):  # a damaged record of earlier attempts says nothing
+        seconds += before.seconds if (before := _about(folder)) else 0
+    about = About(**asdict(code_version()), seconds=round(seconds, 1), overrides=overrides)
+    write_whole(folder / ABOUT, json.dumps(asdict(about), indent=2) + "\n")
+    write_status(folder, status, overrides, error)
 
 
 def _done(run: Run, pool: Path, any_code: bool, record: Mapping[str, Entry]) -> Done | None:
     """A run that is finished already, by its folder before its record."""
-    folder, kept = _finished_folder(run, pool, any_code), record.get(run.key)
+    others = sorted(pool.glob(f"{run.key}-*")) if any_code else []
+    folder, kept = next(filter(_is_done, [_folder(run, pool), *others]), None), record.get(run.key)
     return Done(run, folder, None, None if folder else kept) if folder or kept else None
 
 
-def _make(run: Run, group: list[Run], pool: Path, worker: Worker | None) -> Done:
-    folder = _folder(run, pool)
-    folder.mkdir(parents=True, exist_ok=True)
-    job = (folder, run, [_folder(other, pool) for other in group])
-    code = worker.make(*job) if worker else make_here(*job)
-    if code is not None:
-        reason = f"the process ended with {code}; see {folder / LOG}"
-        write_status(folder, "failed", list(run.overrides), reason)
-    if _is_done(folder):
-        return Done(run, folder)
-    return Done(run, None, (read_status(folder) or {}).get("error") or f"interrupted; see {folder / LOG}")
-
-
-def make_here(folder: Path, run: Run, others: Sequence[Path]) -> None:
-    """Make a run in this process, unless another one has made it meanwhile; see its `status.json`.
-
-    Args:
-        others: folders of runs that learn the same, whose result is taken over.
-    """
-    with _locked(folder):
-        if _is_done(folder):
-            return
-        _borrow_learned(folder, others)
-        _run_here(run, folder)
-
-
-def _run_here(run: Run, folder: Path) -> None:
-    write_status(folder, "running", list(run.overrides))
-    started = time.monotonic()
-    try:
-        perform(settings_of(compose("run", [*run.overrides, f"paths.output='{folder}'"])))
-        error = None
-    except Exception as raised:
-        error = f"{type(raised).__name__}: {raised}"
-    seconds = round(time.monotonic() - started + _seconds_before(folder), 1)
-    about = About(**asdict(code_version()), seconds=seconds, overrides=list(run.overrides))
-    write_whole(folder / ABOUT, json.dumps(asdict(about), indent=2) + "\n")
-    write_status(folder, "failed" if error else "ok", list(run.overrides), error)
+def _why_not(folder: Path) -> str | None:
+    """Why a run has no result; None where it has one."""
+    known = read_status(folder)
+    if known is None:
+        return "not made yet"
+    if known["status"] == "ok":
+        return None if _is_done(folder) else "its scores are damaged or missing"
+    return known["error"] or f"{known['status']}; see {folder / LOG}"
 
 
 def _borrow_learned(folder: Path, others: Sequence[Path]) -> None:
@@ -173,19 +187,13 @@ def _borrow_learned(folder: Path, others: Sequence[Path]) -> None:
         shutil.copytree(source, unfinished, copy_function=os.link, dirs_exist_ok=True)
 
 
-def _finished_folder(run: Run, pool: Path, any_code: bool) -> Path | None:
-    """Where a run lies finished, made by the present code if it did, or None."""
-    others = sorted(pool.glob(f"{run.key}-*")) if any_code else []
-    return next(filter(_is_done, [_folder(run, pool), *others]), None)
-
-
 def _folder(run: Run, pool: Path) -> Path:
     return pool.absolute() / f"{run.key}-{code_version().digest}"
 
 
 def _is_done(folder: Path) -> bool:
     """Whether a run is finished; one whose files are damaged is made again from what is left of it."""
-    if (read_status(folder) or {}).get("status") != "ok":
+    if _state(folder) != "ok":
         return False
     try:
         _entry(folder)
@@ -203,15 +211,6 @@ def _about(folder: Path) -> About | None:
     return read_record(path, About) if path.exists() else None
 
 
-def _seconds_before(folder: Path) -> float:
-    """How long earlier attempts at a run took; none where their record is damaged."""
-    try:
-        about = _about(folder)
-    except MifoError:
-        return 0.0
-    return about.seconds if about else 0.0
-
-
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Wait until no other process works in `folder`, and keep others out as long as this one lives."""
@@ -221,13 +220,19 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _stopping(staff: Sequence[Worker]) -> Iterator[None]:
-    """A request to end this process ends its runs too."""
-    if not staff or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _logged(path: Path) -> Iterator[None]:
+    """Add what this process says, and the libraries in it, to a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    before = [os.dup(stream) for stream in (1, 2)]
+    with open(path, "a") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for stream, kept in zip((1, 2), before, strict=True):
+            os.dup2(kept, stream)
+            os.close(kept)

@@ -1,16 +1,13 @@
 """Which runs a table needs, and what each of them is known by."""
 
 import hashlib
-import os
 import re
 import subprocess
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
-from functools import cache, partial
+from functools import cache, cached_property
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +21,18 @@ from mifo.config.compose import REFUSALS, compose, explain, settings_of
 from mifo.config.identity import fingerprint
 from mifo.config.location import conf_folder
 from mifo.config.schema import RunSettings
+from mifo.config.sections import section as typed_section
 from mifo.data.photo_folder import folder_digest
+from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
 from mifo.tables.settings import TableSettings, key_of
 
-CELLS_PER_PROCESS = 16  # Hydra composes one in 0.3 s; a process of its own starts in some seconds
+Composed = tuple[RunSettings | None, str | None]  # settings, or why they are refused
 
 # what comes after learning: runs that differ in these alone learn the same
 _AFTER_LEARNING = {"layout", "guidance", "synthesis", "metrics"}
+_ANYWHERE = "paths.output=unknown"  # a run's folder follows from its identity, so that it is no part of it
+_REFUSED = (MifoError, *REFUSALS)
 _STATES = {True: " (dirty)", False: "", None: " (no git)"}
 
 
@@ -62,12 +63,12 @@ class Run:
     settings: RunSettings | None
     error: str | None = None
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Hash of the resolved configuration, and of the user's image and masks where there are some."""
         return fingerprint(self._identity())
 
-    @property
+    @cached_property
     def learning_key(self) -> str:
         """Runs of one such key have the same `learned/`."""
         return fingerprint(self._identity(), _AFTER_LEARNING)
@@ -87,17 +88,26 @@ def plan(name: str, settings: TableSettings, overrides: list[str]) -> list[Run]:
         MifoError: an override of every run sets a key in which rows differ.
     """
     _check_differences(settings, overrides)
-    cells = []
-    for (row, deltas), (scenes, instances) in product(_rows(settings), _scenes(settings)):
-        group = re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{name}-{row}-{instances}")
-        given = [f"instances={instances}", f"group={group}", f"tags=[{name}]", *deltas, *overrides]
-        cells.append((row, scenes, instances, given))
+    scenes = _scenes(settings)
     runs = []
-    composed = _composed([given for *_, given in cells])
-    for (row, scenes, instances, given), (typed, refusal) in zip(cells, composed, strict=True):
-        for seed in settings.seeds:
-            own = typed and replace(typed, seed=seed)
-            runs.append(Run(row, scenes, instances, seed, (*given, f"seed={seed}"), own, refusal))
+    for row, deltas in track(_rows(settings), "plan", console=Console(stderr=True)):
+        cells = {}
+        for _, instances in scenes:
+            group = re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{name}-{row}-{instances}")
+            cells[instances] = [
+                f"instances={instances}",
+                f"group={group}",
+                f"tags=[{name}]",
+                *deltas,
+                *overrides,
+            ]
+        composed = compose_row(cells)
+        for label, instances in scenes:
+            typed, refusal = composed[instances]
+            for seed in settings.seeds:
+                own = typed and replace(typed, seed=seed)
+                given = (*cells[instances], f"seed={seed}")
+                runs.append(Run(row, label, instances, seed, given, own, refusal))
     _check_measures(runs)
     return runs
 
@@ -128,12 +138,8 @@ def _check_differences(settings: TableSettings, overrides: list[str]) -> None:
     others = [each for each in overrides if each not in single]
     (_, instances), *_ = _scenes(settings)
     rows = _rows(settings)
-    composed = _composed([[f"instances={instances}", *row, *others] for _, row in rows])
-    known = [
-        (label, OmegaConf.structured(typed))
-        for (label, _), (typed, _) in zip(rows, composed, strict=True)
-        if typed is not None
-    ]
+    composed = [(label, compose_cell([f"instances={instances}", *row, *others])[0]) for label, row in rows]
+    known = [(label, OmegaConf.structured(typed)) for label, typed in composed if typed is not None]
     for override in single:
         key = key_of(override)
         values = [(label, OmegaConf.select(config, key)) for label, config in known]
@@ -146,23 +152,51 @@ def _check_differences(settings: TableSettings, overrides: list[str]) -> None:
                 )
 
 
-def _composed(wanted: Sequence[list[str]]) -> list[tuple[RunSettings | None, str | None]]:
-    """The settings of each list of overrides, or why they are refused; many of them in several processes."""
-    processes = min(os.cpu_count() or 1, len(wanted) // CELLS_PER_PROCESS)
-    show = partial(track, description="plan", total=len(wanted), console=Console(stderr=True))
-    if processes < 2:
-        return list(show(map(_settings_or_refusal, wanted)))
-    # not forked: a copy of a process with threads may wait for a lock for ever
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        return list(show(pool.map(_settings_or_refusal, wanted)))
+def compose_row(cells: Mapping[str, list[str]]) -> dict[str, Composed]:
+    """What `compose_cell` gives for the overrides of each scene of a row, without composing each anew.
 
+    Hydra composes the row on its first scene; the other scenes differ in `instances` and `group` alone. A row
+    for which that is not so is composed scene by scene.
 
-def _settings_or_refusal(overrides: list[str]) -> tuple[RunSettings | None, str | None]:
+    Args:
+        cells: overrides by scene, which begin with `instances=SCENE` and `group=NAME`.
+    """
+    first, *_ = cells
+    own = tuple(text for text in cells[first][1:] if key_of(text).partition(".")[0] == "instances")
     try:
-        # the folder of a run follows from its identity, so that it cannot be part of it
-        typed = settings_of(compose("run", [*overrides, "paths.output=unknown"]))
+        config = compose("run", [*cells[first], _ANYWHERE])
+        typed = settings_of(config)
+        is_usual = typed.instances == _instances(first, own) and f"group={typed.group}" == cells[first][1]
+    except _REFUSED:
+        is_usual = False
+    if not is_usual:
+        return {scene: compose_cell(given) for scene, given in cells.items()}
+    others = OmegaConf.masked_copy(config, [key for key in config if key not in ("instances", "group")])
+    is_read = re.search(r"\$\{[^}]*(instances|group)", OmegaConf.to_yaml(others))
+    found: dict[str, Composed] = {}
+    for scene, given in cells.items():
+        try:
+            part = {"instances": _instances(scene, own), "group": given[1].partition("=")[2]}
+            each = settings_of(OmegaConf.merge(config, part)) if is_read else replace(typed, **part)
+            check(each)
+            found[scene] = each, None
+        except _REFUSED as error:
+            found[scene] = None, explain(error, "run")
+    return found
+
+
+@cache
+def _instances(scene: str, overrides: tuple[str, ...]) -> InstancesSettings:
+    given = compose("layout", [f"instances={scene}", *overrides])  # the smallest task with instances
+    return typed_section("mifo.data.settings.InstancesSettings", given.instances)
+
+
+def compose_cell(overrides: list[str]) -> Composed:
+    """The checked settings of a run with these overrides, or None and why they are refused."""
+    try:
+        typed = settings_of(compose("run", [*overrides, _ANYWHERE]))
         check(typed)
-    except (MifoError, *REFUSALS) as error:
+    except _REFUSED as error:
         return None, explain(error, "run")
     return typed, None
 

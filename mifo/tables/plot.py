@@ -1,6 +1,6 @@
 """A table as a picture, every mean with its interval, cut off where the metric's range ends."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -33,19 +33,8 @@ def _dots(cells: Cells, columns: Sequence[str]) -> Figure:
     for axes, metric in zip(panels, columns, strict=True):
         for place, scenes in enumerate(sets):
             shift = 0.6 * (place - (len(sets) - 1) / 2) / len(sets)
-            at = [
-                (i + shift, cells[row, scenes][metric])
-                for i, row in enumerate(rows)
-                if metric in cells.get((row, scenes), {})
-            ]
-            _errorbars(
-                axes,
-                [each.mean for _, each in at],
-                [y for y, _ in at],
-                place,
-                scenes,
-                x=[_half_widths(each, metric) for _, each in at],
-            )
+            at, means, halves = _found(cells, [(row, scenes) for row in rows], metric)
+            _errorbars(axes, means, [i + shift for i in at], place, scenes, x=halves)
         axes.set_yticks(range(len(rows)), rows if axes is panels[0] else [""] * len(rows))
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_title(name(metric), fontsize=9)
@@ -60,22 +49,9 @@ def _lines(cells: Cells, columns: Sequence[str]) -> Figure:
     figure, panels = _panels(len(columns), 2.7, 2.6)
     for axes, metric in zip(panels, columns, strict=True):
         for index, row in enumerate(rows):
-            at = [
-                (i, cells[row, scenes][metric])
-                for i, scenes in enumerate(sets)
-                if metric in cells.get((row, scenes), {})
-            ]
+            at, means, halves = _found(cells, [(row, scenes) for scenes in sets], metric)
             shift = 0.06 * (index - (len(rows) - 1) / 2)
-            places = [i + shift for i, _ in at]
-            _errorbars(
-                axes,
-                places,
-                [each.mean for _, each in at],
-                index,
-                row,
-                y=[_half_widths(each, metric) for _, each in at],
-                line="-",
-            )
+            _errorbars(axes, [i + shift for i in at], means, index, row, y=halves, line="-")
         axes.set_xticks(range(len(sets)), sets)
         axes.set_title(name(metric), fontsize=9)
     _legend(figure, panels[-1])
@@ -97,16 +73,8 @@ def _pareto(cells: Cells, columns: Sequence[str]) -> Figure:
         axes.plot(*zip(*[points[index] for index in front], strict=True), "-", color="#9ca3af", zorder=1)
         for index, (row, each) in enumerate(found.items()):
             best = index in front
-            _errorbars(
-                axes,
-                [each[across].mean],
-                [each[up].mean],
-                0 if best else 7,
-                None,
-                x=[_half_widths(each[across], across)],
-                y=[_half_widths(each[up], up)],
-                faint=True,
-            )
+            (x, y), widths = points[index], [[_half_widths(each[key], key)] for key in metrics]
+            _errorbars(axes, [x], [y], 0 if best else 7, None, *widths, faint=True)
             number = {"color": "white", "fontsize": 6, "ha": "center", "va": "center_baseline"}
             axes.annotate(str(rows.index(row) + 1), points[index], zorder=5 + best, **number)
         # of sweeps over a few scenes the intervals are many times as long as the points are apart
@@ -126,11 +94,15 @@ def _pareto(cells: Cells, columns: Sequence[str]) -> Figure:
     return figure
 
 
-_DRAW: dict[str, Callable[[Cells, Sequence[str]], Figure]] = {
-    "dots": _dots,
-    "lines": _lines,
-    "pareto": _pareto,
-}
+_DRAW = {"dots": _dots, "lines": _lines, "pareto": _pareto}
+
+
+def _found(
+    cells: Cells, keys: Sequence[tuple[str, str]], metric: str
+) -> tuple[list[int], list[float], list[tuple[float, float]]]:
+    """Of the `keys` that have the metric: places among them, means, half-widths."""
+    at = [(i, cells[key][metric]) for i, key in enumerate(keys) if metric in cells.get(key, {})]
+    return [i for i, _ in at], [each.mean for _, each in at], [_half_widths(each, metric) for _, each in at]
 
 
 def _names(cells: Cells) -> tuple[list[str], list[str]]:

@@ -15,6 +15,7 @@ from mifo.files import read_yaml
 
 FILE = "table.yaml"
 LABELLED = ("rows", "grid", "scenes")  # their keys are the user's
+_COLUMNS = ("editability", "instance_consistency", "identification", "leakage", "class_accuracy")
 PLOTS = ("dots", "lines", "pareto")
 
 
@@ -28,27 +29,18 @@ class TableSettings:
 
     title: str = MISSING
     rows: dict[str, list[str]] = field(default_factory=dict)  # label → overrides
-    grid: dict[str, list[Any]] = field(
-        default_factory=dict
-    )  # key → values; every combination is one more row
-    scenes: dict[str, list[str]] = field(
-        default_factory=dict
-    )  # set → names in conf/instances, * for any text
+    # key → values; every combination is one more row
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    # set → names in conf/instances, * for any text
+    scenes: dict[str, list[str]] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     overrides: list[str] = field(default_factory=list)  # of every run
-    columns: list[str] = field(
-        default_factory=lambda: [
-            "editability",
-            "instance_consistency",
-            "identification",
-            "leakage",
-            "class_accuracy",
-        ]
-    )
+    columns: list[str] = field(default_factory=lambda: [*_COLUMNS])
     plot: str = "dots"  # dots | lines (over the sets of scenes) | pareto (editability against consistency)
     # how, not what
     pages: list[str] | None = None  # scenes of which a page of pictures may be drawn; None: any
-    workers: int | None = None  # runs at once; 0: one by one in this process; None: one per GPU, or one
+    workers: int = 0  # short for hydra/launcher=joblib hydra.launcher.n_jobs=N; 0: another launcher, or none
+    per_job: int = 1  # so many groups of runs that learn the same go to one job of a launcher
     code: str = "current"  # current: runs of other code are made again; any: they count
     missing: str = "run"  # run: make what is missing; leave: the table of what is finished
     runs: str = "outputs/runs"  # all tables share their runs
@@ -61,12 +53,15 @@ HELP = f"""usage: mifo table FOLDER [table.KEY=VALUE ...] [override of every run
   mifo table experiments/methods                                   on the embedded miniature
   mifo table experiments/methods model=sd21 trainer=gpu            the same on Stable Diffusion 2.1
   mifo table experiments/methods debug=default 'table.seeds=[0]'   a few steps of everything
-  mifo table experiments/methods table.workers=8                   eight runs at once
+  mifo table experiments/methods table.workers=8                   eight processes (extra joblib)
+  mifo table experiments/methods hydra/launcher=gpus hydra.launcher.n_jobs=2    each alone on a GPU
+  mifo table experiments/methods hydra/launcher=submitit_slurm hydra.launcher.partition=NAME table.per_job=9
   mifo table experiments/methods table.missing=leave               the table of what is finished so far
   mifo table experiments/methods table.record=FOLDER ...           with the runs of an earlier table's results
 
 FOLDER/table.yaml says what is asked; table.KEY=VALUE changes one of its keys, which are
 {", ".join(field.name for field in fields(TableSettings))}.
+Without a launcher of Hydra the runs are made in this process, one after the other.
 Rows, scenes and seeds are changed there alone: an override of what they set is refused.
 Run it again after an interruption: what is done is not done again, what failed is tried again."""
 
@@ -137,6 +132,8 @@ def _check(settings: TableSettings, file: Path) -> None:
     for label in (settings.title, *settings.rows, *settings.grid, *settings.scenes):
         if not label.strip() or any(category(letter).startswith(("Cc", "Zl", "Zp")) for letter in label):
             raise MifoError(f"{file}: the title and every label must be one line of text, unlike {label!r}")
+    if settings.workers < 0 or settings.per_job < 1:
+        raise MifoError("table.workers must be at least 0, table.per_job at least 1")
     for key, value, known in (
         ("plot", settings.plot, PLOTS),
         ("code", settings.code, ("current", "any")),

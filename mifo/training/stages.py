@@ -175,7 +175,7 @@ class LearningStage(lightning.LightningModule):
         return self._steps[terms]
 
     def _rounded(self) -> tuple[Callable[..., Any], dict[nn.Parameter, Tensor]]:
-        """The loss on rounded copies of weights, and the copies of what learns; none where autocast rounds."""
+        """The loss on rounded copies of weights, and copies of what learns; none where autocast rounds."""
         if self.passes_in is not None:
             rounded = RoundedWeights(self, every_weight(self), self.passes_in)
             return rounded, {each: copy for each, copy in rounded.copies.items() if each.requires_grad}
