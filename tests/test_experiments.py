@@ -15,6 +15,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args, load_sweep_
 from mifo.commands.run import run
 from mifo.config import compose, conf_folder, settings_of
 from mifo.config.checks import check
+from mifo.config.launch import launcher
 from mifo.metrics.evaluation import METRICS
 from mifo.tables.settings import read_table
 
@@ -80,7 +81,9 @@ def test_what_the_page_on_sweeps_says_composes(command):
     need_plugins(command)
     _, task, *typed = shlex.split(command)
     if task == "table":
-        read_table(ROOT / typed[0], typed[1:])
+        own = [text for text in typed if text.startswith("hydra")]
+        launcher("no.function", own, ROOT)
+        read_table(ROOT / typed[0], [text for text in typed[1:] if text not in own])
         return
     overrides = OverridesParser.create().parse_overrides([each for each in typed if each != "-m"])
     jobs = BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
