@@ -19,7 +19,7 @@ class BoxAdherence(Metric):
 
     @staticmethod
     def inputs(picture: Features) -> tuple[Tensor, ...] | None:
-        return None if picture.found is None else (picture.found, picture.boxes)
+        return None if picture.found is None or picture.boxes is None else (picture.found, picture.boxes)
 
     def update(self, found: Tensor, boxes: Tensor) -> None:
         """Take found windows and boxes, both (C, 4) as [x0, y0, x1, y1]."""

@@ -30,7 +30,7 @@ class ClassAccuracy(Metric):
     def inputs(picture: Features) -> tuple[Tensor, ...] | None:
         """Crops of instances whose class is known."""
         known = [place for place, own in enumerate(picture.own) if picture.classes[own] is not None]
-        if not known:
+        if not known or picture.crops_clip is None:
             return None
         wanted = torch.tensor([picture.classes[own] for own in picture.own[known]])
         return picture.crops_clip[known], picture.texts_clip, wanted

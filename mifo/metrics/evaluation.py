@@ -215,7 +215,7 @@ class PictureEvaluator:
                 torch.tensor(found) if placed else None,
             )
             rows.append(self._measured(features, totals, counts, index))
-            if boxes:
+            if features.crops is not None:
                 all_crops.append(features.crops)
                 all_own.append(own)
         scores = tuple(

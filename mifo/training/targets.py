@@ -21,8 +21,8 @@ def target(key: str, node: Any) -> Any:
     """The class or function that the `_target_` of `node` names, which takes the node's other keys.
 
     Raises:
-        MifoError: there is no `_target_`, its package is not installed, it does not exist, or it does not take
-            an argument.
+        MifoError: there is no `_target_`, its package is not installed, it does not exist, or an argument of
+            the node is none of its own.
     """
     path = node.get("_target_") if isinstance(node, Mapping) else None
     if not isinstance(path, str) or not path:
