@@ -108,6 +108,8 @@ def _run(arguments: Sequence[str]) -> None:
             sys.exit(min(1, import_module("mifo.commands.table").table(others)))
         _run_with_hydra(task, others)
     except Exception as error:
+        if code := _signalled(error):  # a library took the signal for a fault of its own
+            raise Interrupted(code) from error
         if report_sweep():
             sys.exit(1)
         if TRACEBACK_WANTED or not isinstance(error, (MifoError, OSError, *REFUSALS)):

@@ -341,7 +341,8 @@ class Harness:
             if code is None:
                 end(pid)
                 outcome.findings.append(self.finding("stuck", story, place, "does not end by a signal"))
-            self.inspect(name, place, story, outcome, answered=number != signal.SIGKILL and code != -number)
+            could_answer = number != signal.SIGKILL and code != -number
+            self.inspect(name, place, story, outcome, answered=pid if could_answer else None)
         self.finish(name, place, temporary, choose, story, outcome)
         return outcome
 
@@ -367,7 +368,7 @@ class Harness:
             Path(f"{place}.stderr").write_bytes(text.read() or b"")
         outcome.disturbed += code != 0
         # nobody can write how it ended
-        self.inspect(name, place, story, outcome, answered=False)
+        self.inspect(name, place, story, outcome)
         self.finish(name, place, temporary, choose, story, outcome)
         return outcome
 
@@ -391,9 +392,20 @@ class Harness:
         return self.commands[name]
 
     def inspect(
-        self, name: str, place: Path, story: list[str], outcome: Outcome, answered: bool, last: bool = False
+        self,
+        name: str,
+        place: Path,
+        story: list[str],
+        outcome: Outcome,
+        answered: int | None = None,
+        last: bool = False,
     ) -> None:
-        """Look for traces, false statuses and half results after one attempt."""
+        """Look for traces, false statuses and half results after one attempt.
+
+        Args:
+            answered: the process that could say how it ended; the status of a killed one before it stays
+                "running", which readers of the status tell as "died".
+        """
         told = Path(f"{place}.stderr")
         text = told.read_text(errors="replace")
         told.write_text("")
@@ -403,10 +415,12 @@ class Harness:
         status = place / "run" / "status.json"
         if status.exists():
             try:
-                said = json.loads(status.read_text())["status"]
-            except (ValueError, KeyError, TypeError):
-                said = "damaged"
-            if said == "damaged" or (answered and said == "running") or (last and said != "ok"):
+                record = json.loads(status.read_text())
+                said, process = record["status"], record.get("pid")
+            except (AttributeError, ValueError, KeyError, TypeError):
+                said, process = "damaged", None
+            false = answered is not None and said == "running" and process == answered
+            if said == "damaged" or false or (last and said != "ok"):
                 outcome.findings.append(self.finding("status", story, place, f"status.json says {said}"))
         found, expected = results(place), self.expected[name]
         groups = {"learned": "learned/", "pictures/pictures.json": "pictures/", "scores.json": "scores.json"}
@@ -437,7 +451,7 @@ class Harness:
             detail = f"exit code {code}: {told[-1] if told else ''}"
             outcome.findings.append(self.finding("stuck", story, place, detail))
         else:
-            self.inspect(name, place, story, outcome, answered=True, last=True)
+            self.inspect(name, place, story, outcome, answered=pid, last=True)
             found, expected = results(place), self.expected[name]
             if different := sorted(f for f in {*found, *expected} if found.get(f) != expected.get(f)):
                 outcome.findings.append(self.finding("bits", story, place, ", ".join(different[:4])))

@@ -196,7 +196,7 @@ def _foreign(recorded: dict[str, Any], folder: Path) -> Iterator[tuple[str, Any]
                     yield key, value
             elif isinstance(value, str) and not mine and _is_place(keys[-1], value):
                 place = Path(_moved(value, before, str(folder))).expanduser()
-                if not place.resolve().is_relative_to(folder.resolve()):
+                if not _really(place).is_relative_to(_really(folder)):
                     yield key, value
 
 
@@ -252,16 +252,21 @@ def _check_entries(folder: Path) -> None:
     """Refuse links that lead out of the folder, and pipes, which would be written to or waited for."""
     if not folder.is_dir():
         return
-    inside = folder.resolve()
+    inside = _really(folder)
     for place, folders, files in os.walk(folder):
         if Path(place).parent == folder / "wandb":  # a run of Weights & Biases, to which nobody writes again
             folders.clear()
             continue
         for path in (Path(place, name) for name in (*folders, *files)):
             mode = path.lstat().st_mode
-            if stat.S_ISLNK(mode) and not path.resolve().is_relative_to(inside):
+            if stat.S_ISLNK(mode) and not _really(path).is_relative_to(inside):
                 raise MifoError(
                     f"{path} is a link out of the run's folder; put what it leads to in its place"
                 )
             if not (stat.S_ISLNK(mode) or stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise MifoError(f"{path} is neither a file nor a folder; take it out of the run's folder")
+
+
+def _really(path: Path) -> Path:
+    """Where a path leads; `Path.resolve` would raise for a circle of links."""
+    return Path(os.path.realpath(path))

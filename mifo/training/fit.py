@@ -108,6 +108,10 @@ def check_learning(settings: LearningSettings) -> None:
         raise MifoError(
             "learning.prior.pictures must be at least 1; set learning.prior.weight=0 to leave them out."
         )
+    if settings.prior.weight and not settings.prior.prompts:
+        raise MifoError(
+            "learning.prior.prompts is empty; give at least one prompt, such as a photo of {class}."
+        )
     for prompt in settings.prior.prompts:
         check_placeholders("learning.prior.prompts", prompt, ("class",))
     if finetuned and settings.prior.weight and settings.prior.folder is not None:
