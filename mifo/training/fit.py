@@ -17,6 +17,7 @@ from lightning.pytorch.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from mifo.acceleration.profile import PRECISIONS, available, ready_for_learning
 from mifo.acceleration.settings import PerformanceSettings
@@ -317,19 +318,38 @@ def _trainer(
     return make(
         "trainer",
         {**TRAINER, **arguments},
-        usual={"enable_model_summary": False, "log_every_n_steps": 10},
+        usual={"enable_model_summary": False, "log_every_n_steps": 10, **_device(arguments)},
         max_steps=stage.steps,
         max_epochs=-1,
         default_root_dir=checkpoints.parent,
         enable_checkpointing=False,
         logger=list(loggers),
-        plugins=[WholeCheckpoints(), *_no_others(arguments)],
+        # one device has no other processes; Lightning would start MPI, where there is one, to ask
+        plugins=[WholeCheckpoints(), *([LightningEnvironment()] if _alone(arguments) else [])],
         callbacks=[FiniteNumbers(), *callbacks, *savers],
     )
 
 
-def _no_others(arguments: Mapping[str, Any]) -> list[LightningEnvironment]:
-    """That one device has no other processes; Lightning would start MPI, where there is one, to ask."""
-    alone = arguments.get("devices") == 1 and arguments.get("num_nodes", 1) == 1
+def _alone(arguments: Mapping[str, Any]) -> bool:
+    """Whether the arguments of the trainer ask for one device, and nobody started several processes."""
     started = TorchElasticEnvironment.detect() or SLURMEnvironment.detect()
-    return [LightningEnvironment()] if alone and not started else []
+    return arguments.get("devices") == 1 and arguments.get("num_nodes", 1) == 1 and not started
+
+
+def _device(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The strategy where one GPU learns, unless the arguments name one."""
+    gpu = arguments.get("accelerator", "auto") in ("gpu", "cuda", "auto") and torch.cuda.is_available()
+    return (
+        {"strategy": _OneGpu(torch.device("cuda", torch.cuda.current_device()))}
+        if gpu and _alone(arguments)
+        else {}
+    )
+
+
+class _OneGpu(SingleDeviceStrategy):
+    """A GPU on which model and optimiser stay; Lightning carries both to the processor after every stage."""
+
+    def teardown(self) -> None:
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
