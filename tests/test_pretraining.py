@@ -58,6 +58,7 @@ def made(tmp_path_factory):
     return work, folder, first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_goes_on_from_its_checkpoint(part, made):
     work, _, first = made
@@ -86,6 +87,7 @@ def test_stopping_and_going_on_changes_nothing(tmp_path):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 def test_the_generator_is_an_ordinary_pipeline(made):
     pipeline = StableDiffusionPipeline.from_pretrained(made[1] / "pipeline", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -93,6 +95,7 @@ def test_the_generator_is_an_ordinary_pipeline(made):
     assert picture.shape == (3, 128, 128)
 
 
+@pytest.mark.slow
 def test_the_clip_is_an_open_clip_folder(made):
     folder = made[1] / "clip"
     model = open_clip.create_model(f"local-dir:{folder}")
@@ -107,6 +110,7 @@ def test_the_clip_is_an_open_clip_folder(made):
     assert json.loads((folder / "open_clip_config.json").read_text())["preprocess_cfg"]["mean"] == [0.5] * 3
 
 
+@pytest.mark.slow
 def test_the_vit_is_a_transformers_folder(made):
     model = ViTModel.from_pretrained(made[1] / "vit", add_pooling_layer=False, dtype=torch.float32)
     processor = ViTImageProcessor.from_pretrained(made[1] / "vit")
@@ -114,6 +118,7 @@ def test_the_vit_is_a_transformers_folder(made):
     assert model(pixels).last_hidden_state.shape == (1, 65, 192)
 
 
+@pytest.mark.slow
 def test_the_segmenter_maps_every_pixel_to_a_class(made):
     maps = class_maps(load_segmenter(made[1] / "segmenter"), torch.rand(2, 3, 128, 128))
     assert maps.shape == (2, 64, 64) and maps.min() >= 0 and maps.max() <= BACKGROUND
@@ -254,6 +259,7 @@ def test_finished_parts_are_taken_over_from_another_run(tmp_path):
     assert all(torch.equal(taken[name], made[name]) for name in made)
 
 
+@pytest.mark.slow
 def test_the_decoder_learns_and_the_latents_stay(made):
     before, after = (made[2][part] for part in ("autoencoder", "decoder"))
     moved = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
