@@ -1,12 +1,14 @@
 """Every part of the pretraining steps, continues from its checkpoint and is exported as it will be used."""
 
 import json
+import math
 from dataclasses import replace
 
 import open_clip
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, ViTImageProcessor, ViTModel
 
 from mifo.errors import MifoError
@@ -18,15 +20,25 @@ from mifo.miniature.pretraining.corpus import (
     draw_corpus,
     jitter,
     portraits,
+    tokenise_captions,
     with_siblings,
 )
-from mifo.miniature.pretraining.run import PARTS, pretrain
+from mifo.miniature.pretraining.denoiser import DenoiserPretraining, build_scheduler
+from mifo.miniature.pretraining.run import EMBEDDED, PARTS, pretrain
 from mifo.miniature.pretraining.segmenter import BACKGROUND, class_maps, draw_class_maps, load_segmenter
 from mifo.miniature.pretraining.settings import PartSettings, PretrainSettings
-from mifo.miniature.pretraining.text_encoder import TextEncoderPretraining
+from mifo.miniature.pretraining.text_encoder import WIDTH, TextEncoderPretraining, build_text_encoder
 from mifo.miniature.pretraining.training import fit
 from mifo.miniature.pretraining.vit import likeness
+from mifo.miniature.pretraining.words import (
+    ATTRIBUTES,
+    OFFSET,
+    WordWriter,
+    attributes,
+    rows_of_words,
+)
 from mifo.miniature.tokenizer import build_tokenizer
+from mifo.world.scenes import captions, sample_scenes
 from mifo.world.vocabulary import THINGS
 
 
@@ -46,6 +58,7 @@ def made(tmp_path_factory):
     return work, folder, first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_goes_on_from_its_checkpoint(part, made):
     work, _, first = made
@@ -74,6 +87,7 @@ def test_stopping_and_going_on_changes_nothing(tmp_path):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 def test_the_generator_is_an_ordinary_pipeline(made):
     pipeline = StableDiffusionPipeline.from_pretrained(made[1] / "pipeline", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -81,6 +95,7 @@ def test_the_generator_is_an_ordinary_pipeline(made):
     assert picture.shape == (3, 128, 128)
 
 
+@pytest.mark.slow
 def test_the_clip_is_an_open_clip_folder(made):
     folder = made[1] / "clip"
     model = open_clip.create_model(f"local-dir:{folder}")
@@ -95,6 +110,7 @@ def test_the_clip_is_an_open_clip_folder(made):
     assert json.loads((folder / "open_clip_config.json").read_text())["preprocess_cfg"]["mean"] == [0.5] * 3
 
 
+@pytest.mark.slow
 def test_the_vit_is_a_transformers_folder(made):
     model = ViTModel.from_pretrained(made[1] / "vit", add_pooling_layer=False, dtype=torch.float32)
     processor = ViTImageProcessor.from_pretrained(made[1] / "vit")
@@ -102,6 +118,7 @@ def test_the_vit_is_a_transformers_folder(made):
     assert model(pixels).last_hidden_state.shape == (1, 65, 192)
 
 
+@pytest.mark.slow
 def test_the_segmenter_maps_every_pixel_to_a_class(made):
     maps = class_maps(load_segmenter(made[1] / "segmenter"), torch.rand(2, 3, 128, 128))
     assert maps.shape == (2, 64, 64) and maps.min() >= 0 and maps.max() <= BACKGROUND
@@ -146,6 +163,89 @@ def test_the_corpus_holds_each_scene_with_its_words(tmp_path):
         assert {THINGS[i] for i in corpus.thing[row, : corpus.count[row]].tolist()} <= named
 
 
+def test_a_caption_says_things_by_words_of_their_own(tmp_path):
+    scenes = sample_scenes(200, torch.Generator().manual_seed(0))
+    assert captions(scenes, seed=1) == captions(scenes, seed=1, words=0)
+    texts = captions(scenes, seed=1, words=0.6)
+    tokenizer = build_tokenizer(tmp_path)
+    ids, slots = tokenise_captions(tokenizer, texts)
+    rows, places = (slots >= 0).nonzero(as_tuple=True)
+    assert 0.5 < len(rows) / scenes.count.sum() < 0.7
+    said = scenes.identities.thing[rows, slots[rows, places]]
+    things = torch.tensor([tokenizer(thing).input_ids[1] for thing in THINGS])
+    assert torch.equal(ids[rows, places], things[said])  # under the class word of the very thing
+    bare = torch.isin(ids[rows, places - 1], torch.tensor(tokenizer("a an").input_ids[1:3])).logical_not()
+    assert bare.float().mean() > 0.7
+
+
+def test_attributes_tell_what_is_seen():
+    identities = crowd(400, torch.Generator().manual_seed(0))
+    told = attributes(identities)
+    assert told.shape == (400, ATTRIBUTES) and told.abs().max() <= 1
+    plain = identities.pattern == 0
+    unseen = replace(identities, second=1 - identities.second, phase=1 - identities.phase)
+    same = (attributes(unseen) == told).all(1)
+    assert same[plain].all() and not same[~plain].any()
+    turned = replace(identities, angle=identities.angle + math.pi, phase=-identities.phase)
+    torch.testing.assert_close(attributes(turned), told, atol=1e-5, rtol=0)
+    torch.testing.assert_close(portraits(turned), portraits(identities), atol=2e-3, rtol=0)
+
+
+def test_words_lie_around_their_class_word_or_the_mean():
+    table, classes = torch.randn(9, WIDTH), torch.tensor([[3, 5]])
+    offsets = WordWriter(WIDTH)(torch.randn(1, 2, ATTRIBUTES))
+    torch.testing.assert_close(offsets.norm(dim=-1), torch.full((1, 2), OFFSET))
+    rows = rows_of_words(table, classes, offsets, torch.tensor([[False, True]]))
+    torch.testing.assert_close(rows - offsets, torch.stack([table[3], table.mean(0)])[None])
+
+
+def test_the_denoiser_learns_words_from_what_they_say(tmp_path):
+    tokenizer = build_tokenizer(tmp_path)
+    corpus = draw_corpus(8, 0, torch.device("cpu"), tokenizer, words=1.0)
+    empty = torch.tensor(tokenizer("", padding="max_length").input_ids)
+    settings = replace(tiny(["denoiser"], 1), words=1.0)
+    latents = torch.randn(8, 4, 32, 32)
+    module = DenoiserPretraining(corpus, latents, build_text_encoder(tokenizer), empty, settings)
+    batch = module.batch(torch.Generator().manual_seed(0))
+    loss = module.objective(*batch)["loss"]
+    loss.backward()
+    assert all(weight.grad.abs().max() > 0 for weight in module.writer.parameters())
+    assert not any("writer" in name for name in module.network.state_dict())  # so that it is not exported
+    with torch.no_grad():
+        module.writer.layers[-1].bias += 1
+        assert module.objective(*batch)["loss"] != loss
+
+
+def test_without_words_of_their_own_the_denoiser_learns_as_the_shipped_one_did(tmp_path):
+    settings = tiny(["denoiser"], 1)
+    assert settings.words == 0
+    tokenizer = build_tokenizer(tmp_path)
+    corpus = draw_corpus(8, 0, torch.device("cpu"), tokenizer, words=settings.words)
+    empty = torch.tensor(tokenizer("", padding="max_length").input_ids)
+    latents = torch.randn(8, 4, 32, 32, generator=torch.Generator().manual_seed(1))
+    module = DenoiserPretraining(corpus, latents, build_text_encoder(tokenizer), empty, settings)
+    clean, noise, timesteps, _, ids, *_ = batch = module.batch(torch.Generator().manual_seed(0))
+    assert (timesteps < 500).any()
+    alpha = build_scheduler().alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    predicted = module.network(alpha.sqrt() * clean + (1 - alpha).sqrt() * noise, timesteps, ids)
+    snr = (alpha / (1 - alpha)).flatten()
+    expected = ((predicted - noise).pow(2).mean((1, 2, 3)) * snr.clamp(max=5) / snr).mean()
+    torch.testing.assert_close(module.objective(*batch)["loss"], expected)
+
+
+def test_the_denoiser_goes_on_from_a_pipeline(tmp_path):
+    with pytest.raises(MifoError, match=r"pretraining\.words=1\.5"):
+        pretrain(replace(tiny([], 1), words=1.5), tmp_path / "work", tmp_path, logger=False)
+    with pytest.raises(MifoError, match=r"pretraining\.start"):
+        pretrain(replace(tiny([], 1), start=str(tmp_path)), tmp_path / "work", tmp_path, logger=False)
+    settings = replace(tiny(["denoiser"], 1), start="embedded", words=0.6)
+    settings.denoiser.learning_rate = 0.0
+    pretrain(settings, tmp_path / "work", tmp_path / "weights", logger=False)
+    for file in EMBEDDED.rglob("*.safetensors"):
+        made = load_file(tmp_path / "weights" / "pipeline" / file.relative_to(EMBEDDED))
+        assert all(torch.equal(made[name], value) for name, value in load_file(file).items())
+
+
 def test_finished_parts_are_taken_over_from_another_run(tmp_path):
     run, work = tmp_path / "run", tmp_path / "work"
     with pytest.raises(MifoError, match=r"pretraining\.after"):
@@ -159,6 +259,7 @@ def test_finished_parts_are_taken_over_from_another_run(tmp_path):
     assert all(torch.equal(taken[name], made[name]) for name in made)
 
 
+@pytest.mark.slow
 def test_the_decoder_learns_and_the_latents_stay(made):
     before, after = (made[2][part] for part in ("autoencoder", "decoder"))
     moved = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}

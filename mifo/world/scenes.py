@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -305,11 +306,16 @@ def caption(things_words: list[str], background: str | None) -> str:
     return " ".join(part for part in (PROMPT_START, phrase, background) if part)
 
 
-def captions(scenes: SceneBatch, seed: int, drop: float = 0.15) -> list[str]:
+SLOT_MARK = "#"
+"""Stands in a caption between a class word and the slot of the thing that this word alone describes."""
+
+
+def captions(scenes: SceneBatch, seed: int, drop: float = 0.15, words: float = 0.0) -> list[str]:
     """One caption a scene, its things in random order.
 
     Colour, pattern, articles and background are dropped at times, so that the text encoder also meets the
-    short prompts that people write.
+    short prompts that people write. With probability ``words`` a thing is said by a word of its own, as a
+    learned instance is: its class word and its slot, mostly without an article, as in "a photo of car#2".
     """
     rng = random.Random(seed)
     columns = [getattr(scenes.identities, name).tolist() for name in ("thing", "colour", "pattern")] + [
@@ -321,6 +327,9 @@ def captions(scenes: SceneBatch, seed: int, drop: float = 0.15) -> list[str]:
     for kinds, hues, patterns, count, background in zip(*columns, strict=True):
         phrases = []
         for slot in rng.sample(range(count), count):
+            if words and rng.random() < words:
+                phrases.append(f"{THINGS[kinds[slot]]}{SLOT_MARK}{slot}")
+                continue
             colour = None if rng.random() < drop else colours[hues[slot]]
             pattern = None if rng.random() < drop else PATTERNS[patterns[slot]]
             phrases.append(describe(THINGS[kinds[slot]], colour, pattern))
@@ -330,6 +339,8 @@ def captions(scenes: SceneBatch, seed: int, drop: float = 0.15) -> list[str]:
             text = " ".join(word for word in text.split() if word not in ("a", "an")).replace(
                 "photo", "a photo", 1
             )
+        if words and rng.random() > drop:
+            text = re.sub(rf"\ba (\w+{SLOT_MARK})", r"\1", text)
         out.append(text)
     return out
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from mifo.miniature.tokenizer import MAX_LENGTH
 from mifo.world.scenes import (
     SIZE,
+    SLOT_MARK,
     Identities,
     Placements,
     SceneBatch,
@@ -29,16 +30,32 @@ CHUNK = 2048
 
 @dataclass
 class Corpus:
-    """n scenes: images uint8 (n, 3, H, W), boxes (n, T, 4), word indices (n, T), captions (n, V, L)."""
+    """n scenes: images uint8 (n, 3, H, W), boxes (n, T, 4), what the things are (n, T), captions (n, V, L).
+
+    ``cover`` is the share of each latent's pixels that things cover, uint8 (n, H/4, W/4) of 255. ``slots``
+    (n, V, L) is the slot of the thing that a token of a caption says by itself, -1 for ordinary words.
+    """
 
     images: Tensor
+    cover: Tensor
     boxes: Tensor
-    thing: Tensor
-    colour: Tensor
-    pattern: Tensor
+    identities: Identities
     count: Tensor
     background: Tensor
     captions: Tensor
+    slots: Tensor
+
+    @property
+    def thing(self) -> Tensor:
+        return self.identities.thing
+
+    @property
+    def colour(self) -> Tensor:
+        return self.identities.colour
+
+    @property
+    def pattern(self) -> Tensor:
+        return self.identities.pattern
 
     def __len__(self) -> int:
         return len(self.images)
@@ -51,16 +68,29 @@ def tokenise(tokenizer, texts: list[str]) -> Tensor:
     )
 
 
-def tokenise_captions(tokenizer, texts: list[str]) -> Tensor:
-    """``tokenise`` for captions, whose every word is one token; 20 times faster over a whole corpus."""
+def tokenise_captions(tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Captions, whose every word is one token → ids (n, L), and the slots (n, L) that tokens mark, else -1.
+
+    20 times faster than ``tokenise`` over a whole corpus.
+    """
     vocabulary = tokenizer.get_vocab()
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    rows = [[start, *(vocabulary[word + "</w>"] for word in text.lower().split())] for text in texts]
-    return torch.tensor([row + [end] * (MAX_LENGTH - len(row)) for row in rows])
+    ids, slots = [], []
+    for text in texts:
+        words = [word.partition(SLOT_MARK) for word in text.lower().split()]
+        padding = MAX_LENGTH - 1 - len(words)
+        ids.append([start, *(vocabulary[word + "</w>"] for word, _, _ in words)] + [end] * padding)
+        slots.append([-1, *(int(slot or -1) for _, _, slot in words)] + [-1] * padding)
+    return torch.tensor(ids), torch.tensor(slots)
 
 
-def draw_corpus(n: int, seed: int, device: torch.device, tokenizer, variants: int = 2) -> Corpus:
-    """Draw ``n`` pretraining scenes; each gets ``variants`` captions that leave out different words."""
+def draw_corpus(
+    n: int, seed: int, device: torch.device, tokenizer, variants: int = 2, words: float = 0.0
+) -> Corpus:
+    """Draw ``n`` pretraining scenes; each gets ``variants`` captions that leave out different words.
+
+    ``words`` is the share of things that a caption says by a word of their own, see ``captions``.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     images = torch.empty(n, 3, SIZE, SIZE, dtype=torch.uint8, device=device)
     parts: list[tuple[Tensor, ...]] = []
@@ -69,22 +99,15 @@ def draw_corpus(n: int, seed: int, device: torch.device, tokenizer, variants: in
         scenes = sample_scenes(min(CHUNK, n - start), generator)
         pictures, masks = draw(scenes)
         images[start : start + len(pictures)] = (pictures * 255).round().to(torch.uint8)
-        identities = scenes.identities
-        parts.append(
-            (
-                mask_boxes(masks),
-                identities.thing,
-                identities.colour,
-                identities.pattern,
-                scenes.count,
-                scenes.background,
-            )
-        )
+        cover = (F.avg_pool2d(masks.amax(1), 4) * 255).round().to(torch.uint8)
+        traits = (getattr(scenes.identities, field.name) for field in dataclasses.fields(Identities))
+        parts.append((cover, mask_boxes(masks), scenes.count, scenes.background, *traits))
         for variant in range(variants):
-            texts[variant] += captions(scenes, seed=seed * 1_000_003 + start * variants + variant)
-    ids = torch.stack([tokenise_captions(tokenizer, column) for column in texts], 1).to(device)
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    return Corpus(*[images, *columns, ids])
+            texts[variant] += captions(scenes, seed * 1_000_003 + start * variants + variant, words=words)
+    read = [tokenise_captions(tokenizer, column) for column in texts]
+    ids, slots = (torch.stack(column, 1).to(device) for column in zip(*read, strict=True))
+    cover, boxes, count, background, *identities = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Corpus(images, cover, boxes, Identities(*identities), count, background, ids, slots)
 
 
 def crop(images: Tensor, boxes: Tensor, size: int = SIZE) -> Tensor:

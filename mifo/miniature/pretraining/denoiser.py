@@ -1,6 +1,13 @@
-"""The miniature's UNet2DConditionModel, learned together with its text encoder on the corpus' latents."""
+"""The miniature's UNet2DConditionModel, learned together with its text encoder on the corpus' latents.
+
+With `pretraining.words` captions say a share of the things by one word for each thing, which
+`mifo.miniature.pretraining.words` writes from the thing's truth.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -9,10 +16,12 @@ from diffusers.models.transformers import Transformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from mifo.acceleration.graphs import capture
 from mifo.miniature.pretraining.corpus import Corpus
 from mifo.miniature.pretraining.settings import PretrainSettings
 from mifo.miniature.pretraining.text_encoder import WIDTH
 from mifo.miniature.pretraining.training import Pretraining
+from mifo.miniature.pretraining.words import FROM_MEAN, NOISE, SCALES, WordWriter, attributes, rows_of_words
 from mifo.world.scenes import SIZE
 
 EMPTY_PROMPTS = 0.1
@@ -20,6 +29,19 @@ EMPTY_PROMPTS = 0.1
 
 TEXT_RATE = 0.3
 """Learning rate of the text encoder as a share of the U-Net's."""
+
+WORD_RATE = 3.0
+"""Learning rate of the writer of words as a share of the U-Net's."""
+
+THINGS_WEIGHT = 3.0
+"""Weight of things in the loss beside 1 of the background, of which they cover a small part.
+
+Only with `pretraining.words`: without, every pixel weighs alike, as for the weights in the repository.
+And only where noise leaves the places of things to be seen (t < SEEN): before, it would make things where
+there are none.
+"""
+
+SEEN = 500
 
 SNR_CAP = 5.0
 """γ of min-SNR weighting (Hang et al., arXiv 2303.09556)."""
@@ -78,13 +100,22 @@ class DenoiserPretraining(Pretraining):
         text_encoder: CLIPTextModel,
         empty: Tensor,
         settings: PretrainSettings,
+        unet: UNet2DConditionModel | None = None,
     ) -> None:
-        super().__init__(Painter(text_encoder, build_unet()), settings.denoiser, settings.seed)
+        """``empty`` (L,) holds the ids of the empty prompt; without a ``unet`` a new one learns."""
+        super().__init__(Painter(text_encoder, unet or build_unet()), settings.denoiser, settings.seed)
         self.corpus = corpus
         self.latents = latents
+        self.writer = WordWriter(WIDTH)
+        self.things_weight = THINGS_WEIGHT if settings.words else 1.0
         self.register_buffer("empty", empty, persistent=False)
         self.register_buffer("alphas", build_scheduler().alphas_cumprod, persistent=False)
         self.network.unet.to(memory_format=torch.channels_last)
+        self._table = next(
+            name for name, _ in self.network.named_parameters() if name.endswith("token_embedding.weight")
+        )
+        self._replay: Callable[..., Any] | None = None
+        self._gradients: Sequence[Tensor | None] | None = None
         if settings.compile:
             # Block by block: the same speed as the whole network, in a third of the compilation time.
             torch._dynamo.config.recompile_limit = 64
@@ -92,35 +123,110 @@ class DenoiserPretraining(Pretraining):
                 if isinstance(block, (ResnetBlock2D, Transformer2DModel)):
                     block.compile(dynamic=False)
 
-    def predict(self, latents: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
-        """ε̂ with bf16 copies of the fp32 weights on a GPU: autocast would run every normalisation in fp32."""
-        if self.device.type != "cuda":
-            return self.network(latents, timesteps, ids)
-        half = {name: weight.bfloat16() for name, weight in self.network.named_parameters()}
-        with torch.autocast("cuda", enabled=False):
-            return torch.func.functional_call(self.network, half, (latents.bfloat16(), timesteps, ids))
-
     def parameter_groups(self) -> list[dict]:
         """The text encoder, which already reads, learns at a lower rate than the U-Net."""
         rate = self.settings.learning_rate
         return [
             {"params": list(self.network.unet.parameters())},
             {"params": list(self.network.text_encoder.parameters()), "lr": TEXT_RATE * rate},
+            {"params": list(self.writer.parameters()), "lr": WORD_RATE * rate},
         ]
 
     def loss(self, generator: torch.Generator) -> dict[str, Tensor]:
+        batch = self.batch(generator)
+        # autocast would keep rounded weights from one step to the next, also inside a graph
+        with torch.autocast(self.device.type, enabled=False):
+            if self.device.type != "cuda":
+                return self.objective(*batch)
+            if self._replay is None:
+                self._graded(*batch)  # compiles, which a capture must not
+                self._replay = capture(self._graded, batch)
+            parts, self._gradients = self._replay(*batch)
+        return parts
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """A replayed step has its gradients already."""
+        if self._gradients is None:
+            super().backward(loss, *args, **kwargs)
+            return
+        for parameter, gradient in zip(self._learned(), self._gradients, strict=True):
+            parameter.grad = gradient
+
+    def _learned(self) -> list[nn.Parameter]:
+        return [*self.network.parameters(), *self.writer.parameters()]
+
+    def _graded(self, *batch: Tensor) -> tuple[dict[str, Tensor], Sequence[Tensor | None]]:
+        """The loss and its gradients, to be replayed as one graph: the GPU need not wait for Python."""
+        parts = self.objective(*batch)
+        gradients = torch.autograd.grad(parts["loss"], self._learned(), allow_unused=True)
+        return {name: value.detach() for name, value in parts.items()}, gradients
+
+    def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """What `objective` takes, drawn anew."""
         device, n = self.device, self.settings.batch_size
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(n, *shape, generator=generator, device=device)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(n, *shape, generator=generator, device=device)
+
         rows = torch.randint(len(self.corpus), (n,), generator=generator, device=device)
         variant = torch.randint(self.corpus.captions.shape[1], (n,), generator=generator, device=device)
-        ids = self.corpus.captions[rows, variant]
-        dropped = torch.rand(n, 1, generator=generator, device=device) < EMPTY_PROMPTS
-        ids = torch.where(dropped, self.empty, ids)
-        clean = self.latents[rows].float()
-        noise = torch.randn(clean.shape, generator=generator, device=device)
-        timesteps = torch.randint(1000, (n,), generator=generator, device=device)
+        dropped = uniform(1) < EMPTY_PROMPTS
+        ids = torch.where(dropped, self.empty, self.corpus.captions[rows, variant])
+        slots = torch.where(dropped, -1, self.corpus.slots[rows, variant])
+        things = attributes(self.corpus.identities[rows])
+        count = things.shape[1]
+        low, high = SCALES
+        return (
+            self.latents[rows].float(),
+            normal(*self.latents.shape[1:]),
+            torch.randint(1000, (n,), generator=generator, device=device),
+            self.corpus.cover[rows].unsqueeze(1) / 255,
+            ids,
+            slots,
+            things,
+            low + (high - low) * uniform(count, 1),
+            NOISE * uniform(count, 1) * normal(count, WIDTH),
+            uniform(*ids.shape[1:]) < FROM_MEAN,
+        )
+
+    def objective(
+        self,
+        clean: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        cover: Tensor,
+        ids: Tensor,
+        slots: Tensor,
+        things: Tensor,
+        scales: Tensor,
+        disturbances: Tensor,
+        around_mean: Tensor,
+    ) -> dict[str, Tensor]:
+        """The loss of one batch as named parts."""
         alpha = self.alphas[timesteps].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-        predicted = self.predict(noisy.contiguous(memory_format=torch.channels_last), timesteps, ids)
-        squared = (predicted.float() - noise).pow(2).mean((1, 2, 3))
+        offsets = self.writer(things) * scales + disturbances
+        said = slots.clamp(min=0).unsqueeze(-1).expand(-1, -1, offsets.shape[-1])
+        weights = dict(self.network.named_parameters())
+        table = weights[self._table]
+        words = rows_of_words(table, ids, offsets.gather(1, said), around_mean)
+        # the words of this batch are further rows of the table, as those of learned instances are
+        weights[self._table] = torch.cat([table, words.flatten(0, 1)])
+        rows = len(table) + torch.arange(ids.numel(), device=ids.device).view_as(ids)
+        noisy = noisy.contiguous(memory_format=torch.channels_last)
+        predicted = self.predict(weights, noisy, timesteps, torch.where(slots >= 0, rows, ids))
+        emphasis = 1 + (self.things_weight - 1) * cover * (timesteps < SEEN).view(-1, 1, 1, 1)
+        squared = (predicted.float() - noise).pow(2)
         snr = (alpha / (1 - alpha)).flatten()
-        return {"loss": (squared * snr.clamp(max=SNR_CAP) / snr).mean(), "mse": squared.mean()}
+        losses = (emphasis * squared).mean((1, 2, 3)) * snr.clamp(max=SNR_CAP) / snr
+        return {"loss": losses.mean(), "mse": squared.mean()}
+
+    def predict(self, weights: dict[str, Tensor], noisy: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
+        """ε̂ with bf16 copies of the fp32 weights on a GPU: autocast would run every normalisation in fp32."""
+        if self.device.type == "cuda":
+            weights = {name: weight.bfloat16() for name, weight in weights.items()}
+            noisy = noisy.bfloat16()
+        return torch.func.functional_call(self.network, weights, (noisy, timesteps, ids))

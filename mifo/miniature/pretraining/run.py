@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -32,6 +33,11 @@ from mifo.world.scenes import SIZE
 CHECKPOINTS = "checkpoints"
 """Folder in a run's own folder of what training goes on from, and of each part's averaged weights."""
 
+FACTOR = "scaling_factor.pt"
+"""File in that folder of the factor by which latents come to unit size."""
+
+EMBEDDED = Path(str(files("mifo"))) / "miniature" / "weights" / "pipeline"
+
 SHARD = "12MB"
 """Largest file of a saved model, so that the weights travel in small pieces."""
 
@@ -47,24 +53,28 @@ def pretrain(settings: PretrainSettings, work: Path, weights: Path, logger=True)
     unknown = [part for part in settings.parts if part not in PARTS]
     if unknown:
         raise MifoError(f"pretraining.parts: '{unknown[0]}' is no part; choose from {', '.join(PARTS)}.")
+    if not 0 <= settings.words <= 1:
+        raise MifoError(f"pretraining.words={settings.words} is no share; take 0 to 1.")
     if settings.after:
         _take_over(Path(settings.after), work)
+    if settings.start:
+        _begin_with(EMBEDDED if settings.start == "embedded" else Path(settings.start), work)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     tokenizer = build_tokenizer(work / "tokenizer")
-    corpus = cache(lambda: draw_corpus(settings.scenes, settings.seed, device, tokenizer))
+    corpus = cache(lambda words: draw_corpus(settings.scenes, settings.seed, device, tokenizer, words=words))
     finished = {}
     for part in settings.parts:
         torch.manual_seed(settings.seed)
         began = time.perf_counter()
         if part == "autoencoder":
-            module: Pretraining = AutoencoderPretraining(corpus(), settings)
+            module: Pretraining = AutoencoderPretraining(corpus(0.0), settings)
         elif part == "decoder":
-            module = DecoderPretraining(corpus(), _made(work, "autoencoder", build_autoencoder), settings)
+            module = DecoderPretraining(corpus(0.0), _made(work, "autoencoder", build_autoencoder), settings)
         elif part == "text_encoder":
-            module = TextEncoderPretraining(corpus(), tokenizer, settings)
+            module = TextEncoderPretraining(corpus(0.0), tokenizer, settings)
         elif part == "clip":
-            module = ClipPretraining(corpus(), tokenizer, settings)
+            module = ClipPretraining(corpus(0.0), tokenizer, settings)
         elif part == "vit":
             module = VitPretraining(settings, device)
         elif part == "segmenter":
@@ -72,10 +82,14 @@ def pretrain(settings: PretrainSettings, work: Path, weights: Path, logger=True)
         else:
             vae = _made(work, "autoencoder", build_autoencoder).to(device)
             text_encoder = _made(work, "text_encoder", lambda: build_text_encoder(tokenizer))
-            latents, factor = encode_corpus(vae, corpus())
+            unet = _made(work, "unet", build_unet) if settings.start else None
+            scenes = corpus(settings.words)
+            latents, factor = encode_corpus(vae, scenes)
+            if settings.start:
+                factor = torch.load(work / FACTOR, weights_only=True)
             empty = torch.tensor(tokenizer("", padding="max_length").input_ids)
-            module = DenoiserPretraining(corpus(), latents * factor, text_encoder, empty, settings)
-            torch.save(factor, work / "scaling_factor.pt")
+            module = DenoiserPretraining(scenes, latents * factor, text_encoder, empty, settings, unet)
+            torch.save(factor, work / FACTOR)
         finished[part] = fit(module, work / part, settings.minutes, logger)
         average = module.average.module.get_submodule("text_encoder" if part == "text_encoder" else "")
         torch.save(average.state_dict(), work / f"{part}.pt")
@@ -95,6 +109,25 @@ def _take_over(run: Path, work: Path) -> None:
     for file in finished:
         if not (work / file.name).exists():
             shutil.copy2(file, work)
+
+
+def _begin_with(pipeline: Path, work: Path) -> None:
+    """Put the parts of a pipeline of the miniature into `work`, which keeps what it has."""
+    if not (pipeline / "unet").is_dir():
+        raise MifoError(f"pretraining.start={pipeline} holds no unet/; name a folder pipeline/, or embedded.")
+    work.mkdir(parents=True, exist_ok=True)
+    vae = AutoencoderKL.from_pretrained(pipeline / "vae", dtype=torch.float32)
+    parts = {
+        "autoencoder": vae.state_dict(),
+        "text_encoder": CLIPTextModel.from_pretrained(
+            pipeline / "text_encoder", dtype=torch.float32
+        ).state_dict(),
+        "unet": UNet2DConditionModel.from_pretrained(pipeline / "unet", dtype=torch.float32).state_dict(),
+        "scaling_factor": vae.config.scaling_factor,
+    }
+    for name, part in parts.items():
+        if not (work / f"{name}.pt").exists():
+            torch.save(part, work / f"{name}.pt")
 
 
 def _made(work: Path, part: str, build):
@@ -123,7 +156,7 @@ def export(work: Path, weights: Path, tokenizer) -> None:
         text.load_state_dict({k.removeprefix(prefix): v for k, v in painter.items() if k.startswith(prefix)})
         decoded = "decoder" if (work / "decoder.pt").exists() else "autoencoder"
         vae: AutoencoderKL = _made(work, decoded, build_autoencoder)
-        vae.register_to_config(scaling_factor=torch.load(work / "scaling_factor.pt", weights_only=True))
+        vae.register_to_config(scaling_factor=torch.load(work / FACTOR, weights_only=True))
         pipeline = StableDiffusionPipeline(
             vae=vae,
             text_encoder=text,

@@ -25,13 +25,16 @@ class PretrainSettings:
 
     ``after`` is the folder of an earlier run whose finished parts are taken over: parts can be made in runs
     of their own, on several GPUs at once. The decoder needs the autoencoder, the denoiser the text encoder
-    too.
+    too. ``start`` is a folder ``pipeline/`` of weights, or "embedded": the denoiser goes on from it and keeps
+    its autoencoder.
     """
 
     parts: list[str] = field(default_factory=lambda: list(PARTS))
     scenes: int = 100_000
     seed: int = 0
     after: str | None = None
+    start: str | None = None
+    words: float = 0.0  # share of things that the denoiser's captions say by a word of their own
     minutes: float | None = None
     compile: bool = True
     autoencoder: PartSettings = field(default_factory=lambda: PartSettings(4000, 96, 6e-4))
