@@ -387,7 +387,7 @@ class Harness:
 
     def command(self, name: str, place: Path, choose: random.Random) -> list[str]:
         """The command as it was typed first, or `resume=` where there is something to go on with."""
-        if (place / "run" / "command.json").is_file() and choose.random() < 0.5:
+        if (place / "run" / "config.yaml").is_file() and choose.random() < 0.5:
             return [self.commands[name][0], "resume=run"]
         return self.commands[name]
 

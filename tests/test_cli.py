@@ -108,7 +108,7 @@ def test_help_lists_every_task_and_its_keys(mifo, capsys):
             ["learn", "+callbacks.mine._target_=pathlib.Path"],
             "callbacks.mine._target_=pathlib.Path is no Callback",
         ),
-        (["learn", "logger.csv={_target_: mifo.callbacks.announce.Announce}"], "is no Logger of Lightning"),
+        (["learn", "+logger.mine._target_=mifo.callbacks.announce.Announce"], "is no Logger of Lightning"),
         (["learn", "logger=wandb", f"tags=[ok,{'x' * 65}]"], "65 letters; take 1 to 64"),
         (["learn", "logger=wandb", "logger.wandb.project=a/b"], "logger.wandb.project=a/b is no name"),
         (["learn", "logger=wandb", f"group={'x' * 129}"], "129 letters"),

@@ -160,4 +160,5 @@ def test_the_page_on_methods_says_what_is_set(method, model):
         assert (
             int(prior.split()[0]) == settings.learning.prior.pictures and settings.learning.prior.weight == 1
         )
-    assert (settings.penalty.timestep_limit == 1000) == (method == "break_a_scene")
+    below = {term.time_below for term in settings.penalty.terms.values()}
+    assert below == ({1.0} if method == "break_a_scene" else {0.5} if method == "mifo" else set())

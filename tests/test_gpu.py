@@ -46,8 +46,7 @@ def captured(caplog):
 @pytest.fixture
 def exact(monkeypatch):
     """Products and convolutions in whole float32."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from mifo.backbones.settings import ModelSettings
 from mifo.config.checks import check
 from mifo.config.schema import LearnSettings
 from mifo.data.saved_pictures import Picture
+from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
 from mifo.files import check_room, read_json
 from mifo.method.backbone import Conditioning
@@ -32,7 +33,7 @@ from mifo.metrics.scores import Evaluator, Score
 from mifo.tensors import not_finite, read_tensors, write_tensors
 from mifo.training.checkpoints import WholeCheckpoints, newest_checkpoint
 from mifo.training.fit import learn
-from mifo.training.settings import LearningSettings, PriorSettings, StageSettings
+from mifo.training.settings import LearningSettings, StageSettings
 
 TRAINER = {"accelerator": "cpu", "enable_progress_bar": False}
 

@@ -104,7 +104,7 @@ def test_the_command_that_is_printed_works_when_pasted(mifo, tmp_path, monkeypat
 def test_a_signal_before_anything_was_done_asks_for_the_same_command(
     mifo, tmp_path, monkeypatch, capsys, number, code
 ):
-    monkeypatch.setattr("mifo.config.launch.check", lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr("mifo.config.checks.check", lambda *_: signal.raise_signal(number))
     assert mifo("layout", "hydra.run.dir=here", "seed=2") == code
     assert status(tmp_path / "here") == "interrupted"
     assert "go on with: mifo layout hydra.run.dir=here seed=2" in capsys.readouterr().err

@@ -35,7 +35,10 @@ def test_a_run_is_told_completely(mifo, model, tmp_path):
     told = read(tmp_path / "made")
     assert told.group.startswith("local-three_cars-break_a_scene-") and told.job_type == "run"
     assert told.tags == ("paper", "first") and told.exit_code == 0
-    assert told.config["seed"] == 3 and told.config["penalty"]["semantic"]["term"] == "break_a_scene"
+    assert (
+        told.config["seed"] == 3
+        and told.config["penalty"]["terms"]["break_a_scene"]["loss"] == "break_a_scene"
+    )
     assert told.config["learning"]["finetuning"]["steps"] == 2
     assert told.config["paths"]["output"].endswith("made")
     assert "${" not in json.dumps(told.config)

@@ -104,7 +104,13 @@ def recorded_instances(pictures: Path) -> InstancesSettings:
     if not recorded.exists():
         raise MifoError(f"{recorded} is missing, so the instances are not known; name them by instances=…")
     try:
-        return OmegaConf.to_object(OmegaConf.merge(InstancesSettings, read_yaml(recorded, from_outside=True)))
+        typed = OmegaConf.merge(InstancesSettings, read_yaml(recorded, from_outside=True))
+        settings: InstancesSettings = OmegaConf.to_object(typed)
+        if not all(
+            isinstance(name, str) for name in settings.class_names or []
+        ):  # OmegaConf lets objects pass
+            raise ValueError("class_names holds no list of words")
+        return settings
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise MifoError(f"{recorded} is damaged ({reason}); name the instances by instances=…") from error

@@ -38,7 +38,7 @@ def target(key: str, node: Any) -> Any:
     except Exception as error:
         try:
             near = get_close_matches(name, dir(import_module(module)), n=1)
-        except (ImportError, ValueError):
+        except (ImportError, TypeError, ValueError):
             near = []
         fix = f"did you mean {module}.{near[0]}?" if near else "check its spelling"
         told = " ".join(str(error).split())

@@ -38,7 +38,7 @@ def find_loss(name: str) -> AttentionLoss:
     module, _, wanted = name.rpartition(".")
     try:
         found = import_module(module or f"{__package__}.{name}")
-    except ModuleNotFoundError as error:
+    except (ModuleNotFoundError, TypeError, ValueError) as error:  # of a text that is no name of a module
         raise MifoError(f"loss={name} does not exist; take one of {', '.join(known_losses())}") from error
     for each, value in vars(found).items():
         own = (
