@@ -132,8 +132,8 @@ def read_settings(folder: Path, task: str) -> dict[str, Any]:
     if not path.is_file():
         kind = "it is a file, not a folder" if folder.is_file() else f"it lacks {CONFIG}"
         raise MifoError(
-            f"resume={folder}: no run to go on with ({kind}); name the folder of a run that began, or give the "
-            "command of this one again"
+            f"resume={folder}: no run to go on with ({kind}); name the folder of a run that began, or give "
+            "the command of this one again"
         )
     content = read_yaml(path, from_outside=True)
     if not isinstance(content, dict) or content.get("task") not in SCHEMAS:
