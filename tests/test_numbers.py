@@ -4,7 +4,7 @@ import json
 import math
 import random
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import reduce
 
 import pytest
@@ -25,6 +25,7 @@ from mifo.files import check_room, read_json
 from mifo.method.backbone import Conditioning
 from mifo.method.guidance.settings import GuidanceSettings
 from mifo.method.losses.settings import PenaltySettings
+from mifo.method.objective import learning_loss
 from mifo.method.prompts.instances import PromptTokens
 from mifo.method.synthesis.sampler import Sampler
 from mifo.method.synthesis.settings import SynthesisSettings
@@ -62,7 +63,7 @@ def test_every_number_of_the_settings_is_finite(mifo, capsys, monkeypatch):
     assert mifo("learn", "learning.semantic.learning_rate=1e400") == 2
     assert "error: learning.semantic.learning_rate=inf is not finite" in capsys.readouterr().err
     for key, value in {
-        "penalty.semantic.weight": math.nan,
+        "penalty.reward_weight": math.nan,
         "learning.semantic.gradient_clip": -math.inf,
         "learning.semantic.betas": (0.9, math.nan),
         "trainer": {"limit_train_batches": math.inf},
@@ -98,14 +99,20 @@ def test_on_a_gpu_numbers_are_read_later_and_told_as_they_came(model, settings, 
                 return
             if part == "gradient_norm":
                 module.model.new_rows["text_encoder"].grad.fill_(torch.inf)
-            elif part != "weight":
-                object.__setattr__(module.last, part, torch.tensor(torch.nan))
 
         def on_train_batch_end(self, trainer, module, *args):
             if part == "weight" and self.step == 4:
                 module.model.new_rows["text_encoder"].data[1] = torch.nan
 
+    calls = []
+
+    def spoiled(*inputs):
+        calls.append(learning_loss(*inputs))
+        spoils = len(calls) == 2 and part not in ("gradient_norm", "weight")
+        return replace(calls[-1], **{part: torch.tensor(torch.nan)}) if spoils else calls[-1]
+
     settings.semantic.checkpoint_every = 0
+    monkeypatch.setattr("mifo.training.stages.learning_loss", spoiled)
     monkeypatch.setattr("mifo.training.finite._interval", lambda *_: 4)
     told = {"gradient_norm": "at step 2: its gradient norm is inf", "weight": "at step 4: its weight"}
     with pytest.raises(MifoError, match=told.get(part, f"at step 2: its {part} loss is nan")):
