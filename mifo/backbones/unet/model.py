@@ -90,8 +90,12 @@ class AttentiveUNet:
 
         def twice(module: nn.Module, *inputs: Any) -> Any:
             then = [each.processor for each in self._modules]
-            again = lambda: (nullcontext(), self._installed(then))  # noqa: E731
-            return checkpoint(module.__call__, *inputs, use_reentrant=False, context_fn=again)
+            return checkpoint(
+                module.__call__,
+                *inputs,
+                use_reentrant=False,
+                context_fn=lambda: (nullcontext(), self._installed(then)),
+            )
 
         self.unet.enable_gradient_checkpointing(gradient_checkpointing_func=twice)
 
