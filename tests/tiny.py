@@ -6,6 +6,9 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -100,6 +103,49 @@ def tiny_sdxl_pipeline(folder: Path | str, depths: tuple[int, int] = (2, 10)) ->
         _scheduler(),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+def tiny_sd3_pipeline(folder: Path | str, t5: bool = True) -> Path:
+    """Save a tiny random Stable Diffusion 3.5 into `folder`: images 32×32, latents 16×16×4, prompts of 32.
+
+    Its transformer has 3 joint blocks on 8×8 patches, of which the first attends twice, and normed queries
+    and keys. Without `t5` it reads no wider states than those of the two CLIP encoders.
+    """
+    torch.manual_seed(0)
+    tokenizer, tokenizer_2 = tiny_tokenizer(), tiny_tokenizer(pad_token="!")
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=64 if t5 else 40,
+        caption_projection_dim=16,
+        pooled_projection_dim=40,
+        pos_embed_max_size=12,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    for name, parameter in transformer.named_parameters():  # norms of zeros would hide words from pixels
+        if "norm" in name and parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, 1 if "weight" in name else 0, 0.3)
+    vae = _vae()
+    vae.register_to_config(scaling_factor=1.5, shift_factor=0.06)
+    pipeline = StableDiffusion3Pipeline(
+        transformer,
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae,
+        # as published: an end that is not the tokenizer's
+        CLIPTextModelWithProjection(_text_config(tokenizer, 16, eos_token_id=2)),
+        tokenizer,
+        CLIPTextModelWithProjection(_text_config(tokenizer_2, 24, eos_token_id=2)),
+        tokenizer_2,
+        None,
+        None,
     )
     pipeline.save_pretrained(folder)
     return Path(folder)

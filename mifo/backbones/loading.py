@@ -1,7 +1,6 @@
 """Loading a text-to-image pipeline: embedded, a local folder or single file, or on the hub."""
 
 import hashlib
-import inspect
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
@@ -21,12 +19,11 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer, PreTrainedModel
 
 from mifo.backbones.kinds import FAMILIES, Family, check_kind, family_of, pipeline_index
+from mifo.backbones.latent import LatentModel
 from mifo.backbones.settings import ModelSettings
-from mifo.backbones.unet.model import UNetModel
 from mifo.backbones.weights import fingerprint, first_rows, weight_files, weight_patterns
 from mifo.errors import MifoError
-from mifo.files import check_entries, read_json
-from mifo.method.diffusion.ddim import DDIM
+from mifo.files import check_entries
 
 DTYPES = ("float32", "float16", "bfloat16")
 FIRST_KEY = "model.diffusion_model.input_blocks.0.0.weight"  # of a single file under its original key names
@@ -115,7 +112,7 @@ def _from_hub(settings: ModelSettings, weights: bool) -> Path:
         ) from error
 
 
-def load_model(settings: ModelSettings, device: torch.device | str = "cpu") -> UNetModel:
+def load_model(settings: ModelSettings, device: torch.device | str = "cpu") -> LatentModel:
     """Load the pipeline of `settings` for inference, all weights frozen, the VAE in float32.
 
     Raises:
@@ -196,12 +193,12 @@ def _of_file(
     return networks, rows
 
 
-def load_outline(settings: ModelSettings) -> UNetModel:
+def load_outline(settings: ModelSettings) -> LatentModel:
     """The model of `settings` without its weights, read in a moment, to check prompts, boxes and sites on.
 
     Raises:
         MifoError: see `model_folder` and `check_kind`; files are damaged; the scheduler is not supported, see
-            `DDIM`; or the tokenizer has a word for which the text encoder has no row.
+            the model's `process`; or the tokenizer has a word for which the text encoder has no row.
     """
     folder = model_folder(settings, weights=False)
     check_entries(folder)
@@ -212,25 +209,25 @@ def load_outline(settings: ModelSettings) -> UNetModel:
             for part in family.parts
             if part not in family.networks
         }
-        noise_scheduler = _noise_scheduler(folder)
-        DDIM.from_scheduler(noise_scheduler)
+        denoiser = family.model.part
+        index = {"force_zeros_for_empty_prompt": family.zero_empty_prompt} | pipeline_index(folder)
         with torch.device("meta"):
-            unet = family.parts["unet"].from_config(configs["unet"])
-        return family.model(
+            network = family.parts[denoiser].from_config(configs[denoiser])
+        outline = family.model(
             **tokenizers,
+            **{denoiser: network},
+            **family.model.options(settings, index, configs),
             text_encoder=None,
             vae=None,
-            unet=unet,
-            noise_scheduler=noise_scheduler,
+            noise_scheduler=family.scheduler(folder),
             name=settings.name,
             source=settings.source,
             revision=settings.revision,
             fingerprint="",
             vocabulary="",
-            zero_empty_prompt=bool(
-                pipeline_index(folder).get("force_zeros_for_empty_prompt", family.zero_empty_prompt)
-            ),
         )
+        _ = outline.process  # refuses a scheduler that it does not know
+        return outline
 
 
 def _tokenizer(folder: Path, part: str, text_encoder: dict[str, Any]) -> CLIPTokenizer:
@@ -251,23 +248,6 @@ def _tokenizer(folder: Path, part: str, text_encoder: dict[str, Any]) -> CLIPTok
             "rows hold none for it; take the tokenizer and the text encoder from one model."
         )
     return tokenizer
-
-
-def _noise_scheduler(folder: Path) -> DDIMScheduler:
-    """The model's scheduler as DDIM, whichever class it has itself; keys that DDIM lacks have no effect."""
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
-    name = config.get("_class_name", "DDIMScheduler")
-    own = inspect.signature(getattr(diffusers, name)).parameters if name in DDIMScheduler._compatibles else {}
-    # a missing key takes the default of its own class; only DDIM and DDPM clip, and only where they say so
-    known = {"clip_sample": False, "set_alpha_to_one": False}
-    known |= {key: each.default for key, each in own.items() if each.default is not each.empty} | config
-    if "beta_start" not in own:
-        raise MifoError(
-            f"scheduler/scheduler_config.json in {folder} is of the class {name}, which has no betas for "
-            "DDIM; name a text-to-image model of Stable Diffusion 1.x, 2.x or XL's kind."
-        )
-    wanted = inspect.signature(DDIMScheduler).parameters
-    return DDIMScheduler(**{key: value for key, value in known.items() if key in wanted})
 
 
 @contextmanager

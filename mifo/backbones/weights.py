@@ -16,6 +16,7 @@ STEMS = {
     "vae": "diffusion_pytorch_model",
     "unet": "diffusion_pytorch_model",
     "text_encoder_2": "model",
+    "transformer": "diffusion_pytorch_model",
 }
 
 
