@@ -371,7 +371,7 @@ def test_checkpointing_changes_no_gradient(source, inputs):
 
 def test_boxes_guide_bound_and_renew(shared):
     prompt = "a red car and a cat in the snow"
-    boxes = {"red car": (0.0, 0.0, 0.5, 1.0), "cat": (0.5, 0.0, 1.0, 1.0)}
+    boxes = {"red car": (0.0, 0.0, 0.5, 0.75), "cat": (0.5, 0.25, 1.0, 1.0)}
     guidance = GuidanceSettings(
         guided_steps=2,
         iterations=2,
