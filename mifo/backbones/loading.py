@@ -25,6 +25,10 @@ from mifo.backbones.weights import fingerprint, first_rows, weight_files, weight
 from mifo.errors import MifoError
 from mifo.files import check_entries
 
+EMBEDDED = {
+    "embedded": "pipeline",
+    "embedded_mmdit": "pipeline_mmdit",
+}  # folders of the package's own weights
 DTYPES = ("float32", "float16", "bfloat16")
 FIRST_KEY = "model.diffusion_model.input_blocks.0.0.weight"  # of a single file under its original key names
 
@@ -45,8 +49,8 @@ def model_folder(settings: ModelSettings, weights: bool = True) -> Path:
         return _folder_beside(settings, local)
     if settings.config:
         raise MifoError(f"model.config={settings.config} is for a single file; leave it out for a folder.")
-    if settings.source == "embedded":
-        folder = Path(str(files("mifo"))) / "miniature" / "weights" / "pipeline"
+    if settings.source in EMBEDDED:
+        folder = Path(str(files("mifo"))) / "miniature" / "weights" / EMBEDDED[settings.source]
     elif local.is_dir():
         folder = local
     else:

@@ -8,9 +8,8 @@ class ModelSettings:
     """A pipeline of Stable Diffusion 1.x, 2.x, XL or 3: a folder in the diffusers layout or a single file."""
 
     name: str = "miniature"  # a name for people: logs, folders, `learned.json`
-    source: str = (
-        "embedded"  # "embedded" (the miniature inside the package), a folder, a .safetensors file, a hub id
-    )
+    # "embedded" or "embedded_mmdit" (the package's miniatures), a folder, a .safetensors file, a hub id
+    source: str = "embedded"
     revision: str | None = None  # branch, tag or commit of a hub id; None: its main branch
     config: str | None = (
         None  # of a single file: folder or hub id with tokenizers and configurations of its kind
