@@ -7,9 +7,12 @@ import shutil
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from PIL import Image
+from safetensors.torch import load_file
 from tiny import tiny_sd3_pipeline
 
 from mifo.acceleration.block_attention import block_attention, block_mask
+from mifo.backbones.learned import load_learned
 from mifo.backbones.loading import load_model, load_outline
 from mifo.backbones.mmdit.attention import joint_heads, joint_rule
 from mifo.backbones.settings import ModelSettings
@@ -391,3 +394,52 @@ def test_boxes_guide_bound_and_renew(shared):
     assert [len(report.losses) for report in reports] == [2, 2, 0]
     assert all(report.losses[1] < report.losses[0] for report in reports[:2])
     assert reports[0].shapes.shape == (1, 2, 8, 8)
+
+
+# a run
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    """A photo of two things, with their masks."""
+    folder = tmp_path_factory.mktemp("photo")
+    Image.effect_noise((32, 32), 90).convert("RGB").save(folder / "img.png")
+    for i in range(2):
+        mask = Image.new("L", (32, 32))
+        mask.paste(255, (16 * i, 4, 16 * i + 15, 30))
+        mask.save(folder / f"mask{i}.png")
+    return folder
+
+
+def test_the_whole_road_of_a_run(mifo, photo, tmp_path):
+    """Both stages with adapters and a prior, and pictures in boxes, on bfloat16 weights."""
+    source = tiny_sd3_pipeline(tmp_path / "sd3", t5=False)
+    run = [
+        *("run", "model=local", f"model.source={source}", "debug=default", "metrics=none", "instances=local"),
+        *(f"instances.folder={photo}", "instances.class_names=[car,cat]"),
+        *("performance=low_vram", "learning.finetuning.learning_rate=1e-3", "hydra.run.dir=run"),
+        *(
+            f"learning.prior.cache={tmp_path}/prior",
+            "synthesis.steps=2",
+            "guidance.shapes_from=1",
+            "learning.semantic.steps=2",
+            "learning.finetuning.steps=1",
+            "learning.prior.pictures=1",
+            "learning.prior.steps=1",
+        ),
+    ]
+    assert mifo(*run) == 0
+    learned = tmp_path / "run" / "learned"
+    rows = load_file(learned / "tokens.safetensors")
+    assert {name: each.shape for name, each in rows.items()} == {
+        "rows": (2, 16),
+        "rows.text_encoder_2": (2, 24),
+    }
+    model = load_model(ModelSettings("tiny", str(source)))
+    load_learned(learned, model)
+    adapters = load_file(learned / "transformer.safetensors")
+    assert adapters.keys() == model.trainable("lora")["transformer"].keys()
+    assert any("add_k_proj" in name for name in adapters) and all("lora_" in name for name in adapters)
+    assert torch.equal(model.new_rows["text_encoder_2"], rows["rows.text_encoder_2"])
+    assert (tmp_path / "run" / "pictures" / "pictures.json").is_file()
+    assert next((tmp_path / "prior").rglob("*.png"))
