@@ -314,7 +314,7 @@ def test_a_bounded_word_moves_the_pixels_of_its_own_box_alone_in_one_layer(share
     states = torch.randn(2, PIXELS, 16, generator=torch.Generator().manual_seed(2))
     words = torch.randn(2, LENGTH, 16, generator=torch.Generator().manual_seed(3))
     attentive = shared.attentive
-    processors = attentive.processors(list(attentive._sites_of.values()), {}, lambda *_: None, rules)
+    processors = attentive.processors({}, lambda *_: None, rules)
     moved_word, moved_pixel = words.clone(), states.clone()
     moved_word[:, 5] += 1
     inside = rasterise_boxes([(0.0, 0.0, 0.625, 0.75), (0.5, 0.25, 1.0, 1.0)], 8).flatten(1)

@@ -39,24 +39,31 @@ class AttentiveNetwork(ABC):
     Attributes:
         network: of diffusers, or what has its modules and configuration.
         sites: in order of execution. default_sites: see `DefaultSites`.
+        layers: the sites of each attention layer, in order of execution.
+        whole_row: whether a map holds shares of a query's whole row, though its site has a part of the keys.
     """
+
+    whole_row = False
 
     def __init__(self, network: nn.Module, sites: Sequence[Site], default_sites: DefaultSites) -> None:
         self.network, self.sites, self.default_sites = network, tuple(sites), default_sites
-        self._sites_of: dict[str, list[Site]] = {}
+        named: dict[str, list[Site]] = {}
         for site in self.sites:
-            self._sites_of.setdefault(site.name, []).append(site)
-        self._modules = [network.get_submodule(name) for name in self._sites_of]
+            named.setdefault(site.name, []).append(site)
+        self.layers = list(named.values())
+        self._modules = [network.get_submodule(name) for name in named]
 
     @abstractmethod
     def forward(self, noisy: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's plain prediction (B, C, h, w)."""
 
     @abstractmethod
-    def processors(
-        self, modules: Sequence[Sequence[Site]], reads: Mapping[Site, Read], keep: Keep, rules: Rules | None
-    ) -> list[Any]:
-        """A processor for each attention layer, which are given by their sites."""
+    def processors(self, reads: Mapping[Site, Read], keep: Keep, rules: Rules | None) -> list[Any]:
+        """A processor for each of the `layers`, with `rule`, which bounds it, and its `attend` of heads."""
+
+    def keys(self, site: Site) -> slice:
+        """Which keys of its layer are a site's."""
+        return slice(None)
 
     def predict(
         self,
@@ -70,7 +77,7 @@ class AttentiveNetwork(ABC):
         kept: dict[Site, Tensor] = {}
         if reads is None and rules is None:  # the network's own attention serves
             return self.forward(noisy, time, conditioning), kept
-        with self.installed(self._processors(reads or {}, rules, kept, None)):
+        with self.installed(self.processors(reads or {}, kept.__setitem__, rules)):
             return self.forward(noisy, time, conditioning), kept
 
     def maps(
@@ -84,7 +91,13 @@ class AttentiveNetwork(ABC):
         """See `Backbone.maps`."""
         kept: dict[Site, Tensor] = {}
         last = max(reads, key=lambda site: site.index)
-        with suppress(_AllRead), self.installed(self._processors(reads, rules, kept, last)):
+
+        def keep(site: Site, read: Tensor) -> None:
+            kept[site] = read
+            if site == last:
+                raise _AllRead
+
+        with suppress(_AllRead), self.installed(self.processors(reads, keep, rules)):
             self.forward(noisy, time, conditioning)
         return kept
 
@@ -113,16 +126,6 @@ class AttentiveNetwork(ABC):
         finally:
             for module, processor in zip(self._modules, before, strict=True):
                 module.processor = processor
-
-    def _processors(
-        self, reads: Mapping[Site, Read], rules: Rules | None, kept: dict[Site, Tensor], last: Site | None
-    ) -> list[Any]:
-        def keep(site: Site, read: Tensor) -> None:
-            kept[site] = read
-            if site == last:
-                raise _AllRead
-
-        return self.processors(list(self._sites_of.values()), reads, keep, rules)
 
 
 class _AllRead(Exception):

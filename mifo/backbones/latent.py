@@ -21,6 +21,7 @@ from mifo.acceleration.fused_attention import quick_to_start
 from mifo.backbones.attention import AttentiveNetwork
 from mifo.backbones.clip import prompt_words, tokenize
 from mifo.backbones.model import ORIGIN, DiffusionModel, Trainable
+from mifo.backbones.self_check import check_maps, check_rules
 from mifo.backbones.settings import ModelSettings
 from mifo.backbones.tokens import NewTokenRows, add_rows, extend
 from mifo.backbones.trainable import add_adapters, trainable_parameters
@@ -248,6 +249,12 @@ class LatentModel(DiffusionModel):
 
     def trainable(self, what: Trainable) -> dict[str, dict[str, nn.Parameter]]:
         return trainable_parameters(self.part, self.networks, what, self.keys_and_values)
+
+    def check_attention(
+        self, noisy: Tensor, time: Tensor, conditioning: Conditioning, reads: Sequence[Site], rules: Rules
+    ) -> None:
+        check_maps(self.attentive, noisy, time, conditioning, reads)
+        check_rules(self.attentive, noisy, time, conditioning, rules)
 
     def add_lora(self, rank: int) -> None:
         add_adapters(self.part, self.networks, rank, self.adapted)

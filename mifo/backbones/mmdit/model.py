@@ -4,7 +4,7 @@ Letters: B samples, E text encoders, L tokens.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from functools import cached_property
@@ -49,9 +49,7 @@ class AttentiveTransformer(AttentiveNetwork):
             return_dict=False,
         )[0]
 
-    def processors(
-        self, modules: Sequence[Sequence[Site]], reads: Mapping[Site, Read], keep: Keep, rules: Rules | None
-    ) -> list[Any]:
+    def processors(self, reads: Mapping[Site, Read], keep: Keep, rules: Rules | None) -> list[Any]:
         masks = JointRules(rules)
         return [
             JointAttention(
@@ -61,8 +59,12 @@ class AttentiveTransformer(AttentiveNetwork):
                 masks,
                 self.whole_row,
             )
-            for sites in modules
+            for sites in self.layers
         ]
+
+    def keys(self, site: Site) -> slice:
+        pixels = site.size[0] * site.size[1]
+        return slice(pixels, None) if site.kind == "words" else slice(pixels)
 
 
 @dataclass(kw_only=True)

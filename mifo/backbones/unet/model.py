@@ -37,11 +37,9 @@ class AttentiveUNet(AttentiveNetwork):
             noisy.to(states.dtype), time, encoder_hidden_states=states, return_dict=False, **added
         )[0]
 
-    def processors(
-        self, modules: Sequence[Sequence[Site]], reads: Mapping[Site, Read], keep: Keep, rules: Rules | None
-    ) -> list[Any]:
+    def processors(self, reads: Mapping[Site, Read], keep: Keep, rules: Rules | None) -> list[Any]:
         biases, found = Biases(), []
-        for (site,) in modules:
+        for (site,) in self.layers:
             rule = rules.of(site) if rules else None
             if site in reads:
                 found.append(ReadAttention(site, reads[site], keep, rule, biases))
