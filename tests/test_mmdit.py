@@ -9,13 +9,15 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import tiny_sd3_pipeline
+from terms import penalty
+from tiny import tiny_sd3_pipeline, two_instances
 
 from mifo.acceleration.block_attention import block_attention, block_mask
 from mifo.backbones.learned import load_learned
 from mifo.backbones.loading import load_model, load_outline
 from mifo.backbones.mmdit.attention import joint_heads, joint_rule
 from mifo.backbones.settings import ModelSettings
+from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
 from mifo.method.diffusion.flow import Flow, Timesteps
 from mifo.method.guidance.settings import GuidanceSettings
@@ -25,6 +27,8 @@ from mifo.method.regions.grids import rasterise_boxes
 from mifo.method.regions.rules import SubjectWords, region_rules
 from mifo.method.synthesis.sampler import Sampler
 from mifo.method.synthesis.settings import SynthesisSettings
+from mifo.training.fit import learn
+from mifo.training.settings import LearningSettings, StageSettings, constant
 
 PROMPTS = ["a photo of a red car", "a cat in the snow"]
 WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
@@ -443,3 +447,63 @@ def test_the_whole_road_of_a_run(mifo, photo, tmp_path):
     assert torch.equal(model.new_rows["text_encoder_2"], rows["rows.text_encoder_2"])
     assert (tmp_path / "run" / "pictures" / "pictures.json").is_file()
     assert next((tmp_path / "prior").rglob("*.png"))
+
+
+@pytest.mark.parametrize("what", ["tokens", "cross_attention_kv", "denoiser", "full"])
+def test_what_learned_is_saved_and_loaded_on_the_same_base_alone(source, tmp_path, what):
+    """Words alone, keys and values of the prompt, the transformer, or all with both text encoders."""
+    rate = {"learning_rate": 1e-2, "lr_scheduler": constant()}
+    settings = LearningSettings(
+        semantic=StageSettings(steps=1),
+        finetuning=StageSettings(steps=0 if what == "tokens" else 1, trainable=what, **rate),
+        prior=PriorSettings(pictures=1, steps=1, cache=str(tmp_path / "prior")),
+    )
+    model, base = (load_model(ModelSettings("tiny", source)) for _ in range(2))
+    trainer = {"accelerator": "cpu", "enable_progress_bar": False}
+    learned = learn(model, two_instances(), settings, penalty(), tmp_path, trainer=trainer)
+    names = {part: set(each) for part, each in base.trainable(what).items()}
+    for part, network in base.networks.items():
+        now = dict(model.networks[part].named_parameters())
+        moved = {
+            name.removeprefix("text_model.")
+            for name, weight in network.named_parameters()
+            if name in now and not torch.equal(weight, now[name])
+        }
+        assert moved <= names[part] and len(moved) >= 0.9 * len(names[part])
+    load_learned(learned, base)
+    prompt = ["a photo of <asset0> and <asset1>"]
+    ours, theirs = (each.encode_prompts(prompt) for each in (model, base))
+    for part in ours.parts:
+        torch.testing.assert_close(ours.parts[part], theirs.parts[part])
+    noise, time = torch.randn(1, *model.latent_shape), torch.tensor(500.0)
+    with torch.no_grad():
+        torch.testing.assert_close(model.predict(noise, time, ours)[0], base.predict(noise, time, ours)[0])
+    other = tiny_sd3_pipeline(tmp_path / "other", t5=False)
+    with pytest.raises(MifoError, match="was learned on tiny"):
+        load_learned(learned, load_model(ModelSettings("other", str(other))))
+
+
+@pytest.mark.gpu
+def test_block_masks_bound_on_a_gpu_and_pass_gradients():
+    """At the lengths of Stable Diffusion 3.5: 64² patches and 77 + 256 words."""
+    size, length = (64, 64), 333
+    tokens = PromptTokens({"a": (5,), "b": (7, 8)}, (4, 6), 9, length)
+    words = SubjectWords.of(list(tokens.subjects.values()), tokens, torch.device("cuda"))
+    boxes = [(0.0, 0.0, 0.5, 0.75), (0.5, 0.25, 1.0, 1.0)]
+    rules = region_rules(
+        lambda size: rasterise_boxes(boxes, size[0], torch.device("cuda"))[None],
+        [size],
+        words,
+        guidance=False,
+    )
+    joint = joint_rule(rules, size)
+    for dtype, off in ((torch.float32, 1e-2), (torch.bfloat16, 2e-2)):
+        inputs = torch.randn(3, 2, 4, 4096 + length, 64, device="cuda", dtype=dtype).requires_grad_()
+        grad = torch.randn(2, 4, 4096 + length, 64, device="cuda", dtype=dtype)
+        found = block_attention(*inputs, block_mask(*joint), 0.125)
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            *inputs, attn_mask=joint.allowed()[:, None], scale=0.125
+        )
+        torch.testing.assert_close(found, expected, rtol=off, atol=off)
+        ours, theirs = (torch.autograd.grad(each, inputs, grad)[0] for each in (found, expected))
+        torch.testing.assert_close(ours, theirs, rtol=off, atol=5 * off)
