@@ -1,5 +1,6 @@
 """Stable Diffusion 3 behind the seam: joint attention read and bounded, rectified flow, prompts, a run."""
 
+import copy
 import json
 import math
 import shutil
@@ -13,14 +14,19 @@ from terms import penalty
 from tiny import tiny_sd3_pipeline, two_instances
 
 from mifo.acceleration.block_attention import block_attention, block_mask
+from mifo.acceleration.settings import PerformanceSettings
 from mifo.backbones.learned import load_learned
 from mifo.backbones.loading import load_model, load_outline
 from mifo.backbones.mmdit.attention import joint_heads, joint_rule
 from mifo.backbones.settings import ModelSettings
+from mifo.benchmark.rows import Bench, stage2_step
+from mifo.benchmark.settings import BenchmarkSettings
+from mifo.benchmark.shapes import SHAPES, SIDES, random_model
 from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
 from mifo.method.diffusion.flow import Flow, Timesteps
 from mifo.method.guidance.settings import GuidanceSettings
+from mifo.method.losses.settings import PenaltySettings
 from mifo.method.objective import word_maps
 from mifo.method.prompts.instances import PromptTokens, find_instances
 from mifo.method.regions.grids import rasterise_boxes
@@ -507,3 +513,19 @@ def test_block_masks_bound_on_a_gpu_and_pass_gradients():
         torch.testing.assert_close(found, expected, rtol=off, atol=off)
         ours, theirs = (torch.autograd.grad(each, inputs, grad)[0] for each in (found, expected))
         torch.testing.assert_close(ours, theirs, rtol=off, atol=5 * off)
+
+
+def test_the_benchmark_measures_its_shapes_with_adapters(monkeypatch, model):
+    parts = {"transformer": model.transformer, "vae": model.vae, **model.text_encoders}
+    monkeypatch.setitem(SHAPES, "sd35", lambda: copy.deepcopy(parts))
+    words = len(random_model("miniature", torch.device("cpu"), "float32").tokenizer)
+    for part in model.text_encoders.values():
+        part.resize_token_embeddings(words, mean_resizing=False)
+    monkeypatch.setitem(SIDES, "sd35", 32)
+    settings = BenchmarkSettings("sd35", steps=1, warmup=1, instances=2, operations=False)
+    learning = LearningSettings(prior=PriorSettings(pictures=1, steps=1))
+    bench = Bench(
+        settings, PerformanceSettings(), torch.device("cpu"), "float32", learning, PenaltySettings()
+    )
+    row = stage2_step(bench)
+    assert row.seconds > 0 and row.notes["trainable"] == "adapters alone (lora, rank 16)"
