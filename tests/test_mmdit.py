@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file
 from terms import penalty
+from test_learning import TRAINER, Watch
 from tiny import tiny_sd3_pipeline, two_instances
 
 from mifo.acceleration.block_attention import block_attention, block_mask
+from mifo.acceleration.graphs import GraphedFunction
 from mifo.acceleration.settings import PerformanceSettings
 from mifo.backbones.learned import load_learned
 from mifo.backbones.loading import load_model, load_outline
@@ -406,6 +409,36 @@ def test_boxes_guide_bound_and_renew(shared):
     assert reports[0].shapes.shape == (1, 2, 8, 8)
 
 
+def test_passes_replayed_from_graphs_are_the_same(shared, recordings):
+    """Nothing in a pass waits for the device: rules, maps and times are tensors."""
+    prompt = "a red car and a cat"
+    boxes = {"red car": (0.0, 0.0, 0.5, 0.75), "cat": (0.5, 0.25, 1.0, 1.0)}
+    guidance = GuidanceSettings(
+        guided_steps=1, iterations=2, step_size_start=0.1, shapes_from=1, shapes_every=1
+    )
+    noise = torch.randn(1, *shared.latent_shape, generator=torch.Generator().manual_seed(0))
+    conditioning, tokens = shared.encode_prompts(["", prompt]), find_instances(prompt, boxes, shared.words)
+    plain, graphed = (
+        Sampler(shared, SynthesisSettings(3, 2.0), guidance, partial(GraphedFunction, wanted=wanted))(
+            conditioning, noise, boxes, tokens
+        )
+        for wanted in (False, True)
+    )
+    assert recordings.count == 2  # guidance and denoising
+    torch.testing.assert_close(graphed, plain, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_block_masks_are_made_within_a_graph(rules, recordings):
+    def blocks(*bits):
+        mask = block_mask(*bits)
+        return mask.kv_num_blocks, mask.kv_indices
+
+    joint = joint_rule(rules, SIZE)
+    for found, expected in zip(recordings.capture(blocks, joint)(*joint), blocks(*joint), strict=True):
+        assert torch.equal(found, expected)
+
+
 # a run
 
 
@@ -465,8 +498,7 @@ def test_what_learned_is_saved_and_loaded_on_the_same_base_alone(source, tmp_pat
         prior=PriorSettings(pictures=1, steps=1, cache=str(tmp_path / "prior")),
     )
     model, base = (load_model(ModelSettings("tiny", source)) for _ in range(2))
-    trainer = {"accelerator": "cpu", "enable_progress_bar": False}
-    learned = learn(model, two_instances(), settings, penalty(), tmp_path, trainer=trainer)
+    learned = learn(model, two_instances(), settings, penalty(), tmp_path, trainer=TRAINER)
     names = {part: set(each) for part, each in base.trainable(what).items()}
     for part, network in base.networks.items():
         now = dict(model.networks[part].named_parameters())
@@ -529,3 +561,24 @@ def test_the_benchmark_measures_its_shapes_with_adapters(monkeypatch, model):
     )
     row = stage2_step(bench)
     assert row.seconds > 0 and row.notes["trainable"] == "adapters alone (lora, rank 16)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"autocast": False, "learning_precision": "bfloat16"}])
+def test_learning_replayed_from_graphs_is_the_same(source, recordings, tmp_path, changes):
+    found = {}
+    for graphs in (False, True):
+        settings = LearningSettings(
+            semantic=StageSettings(steps=2),
+            finetuning=StageSettings(steps=2, trainable="full", learning_rate=1e-4, lr_scheduler=constant()),
+            prior=PriorSettings(pictures=1, steps=1, cache=str(tmp_path / "prior")),
+        )
+        performance = PerformanceSettings(
+            **{"learning_precision": "float32", "cuda_graphs": graphs, "compile": False} | changes
+        )
+        model, watch = load_model(ModelSettings("tiny", source)), Watch()
+        options = {"trainer": TRAINER, "callbacks": [watch], "performance": performance}
+        learn(model, two_instances(), settings, penalty(), tmp_path / str(graphs), **options)
+        found[graphs] = [loss for _, _, loss in watch.losses]
+    assert recordings.count >= 2
+    assert len(found[True]) == 4 and found[True] == pytest.approx(found[False], rel=2e-2 if changes else 1e-4)

@@ -56,8 +56,9 @@ class JointRules:
 class JointAttention:
     """Attention over pixels and words in one row, or over pixels alone where a layer is given no words.
 
-    Maps are computed beside the fused attention. With `whole_row` a map holds shares of the whole row,
-    exp(q·k − lse); without, shares of the attention to keys of the site's own kind.
+    Maps are computed beside the fused attention, those of words without n² numbers. With `whole_row` a map
+    holds shares of the whole row, exp(q·k − lse); without, shares of the attention to keys of the site's own
+    kind.
     """
 
     def __init__(
@@ -75,7 +76,15 @@ class JointAttention:
         query, key, value = joint_heads(attn, hidden_states, encoder_hidden_states)
         pixels = hidden_states.shape[1]
         for site, read in self.reads.items():
-            self.keep(site, read(self.probabilities(site, query, key, pixels, attn.scale)))
+
+            def kept(query: Tensor, key: Tensor, site: Site = site, read: Read = read) -> Tensor:
+                return read(self.probabilities(site, query, key, pixels, attn.scale))
+
+            if site.kind == "pixels":  # n² numbers, which are computed again for the gradient and not kept
+                found = checkpoint(kept, query, key, use_reentrant=False, preserve_rng_state=False)
+            else:
+                found = kept(query, key)
+            self.keep(site, found)
         query, key = query.to(value.dtype), key.to(value.dtype)
         attended = self.attend(attn, query, key, value, None).transpose(1, 2).flatten(2)
         projection, dropout = attn.to_out
