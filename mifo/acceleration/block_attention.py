@@ -3,7 +3,6 @@
 For long sequences: blocks of 128 queries and keys that do not see each other cost nothing.
 """
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -44,11 +43,10 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, 
     Returns:
         (B, heads, n, d).
     """
-    attend = _compiled() if query.is_cuda else flex_attention
-    attended: Tensor = attend(query, key, value, block_mask=mask, scale=scale)
+    attended: Tensor = _attend(query.is_cuda)(query, key, value, block_mask=mask, scale=scale)
     return attended
 
 
 @cache
-def _compiled() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=False)
+def _attend(compiled: bool) -> Any:
+    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention

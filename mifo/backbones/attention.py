@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mifo.method.backbone import Conditioning, DefaultSites, Read, Rule, Rules, Site
@@ -45,13 +45,13 @@ class AttentiveNetwork(ABC):
 
     whole_row = False
 
-    def __init__(self, network: nn.Module, sites: Sequence[Site], default_sites: DefaultSites) -> None:
+    def __init__(self, network: Any, sites: Sequence[Site], default_sites: DefaultSites) -> None:
         self.network, self.sites, self.default_sites = network, tuple(sites), default_sites
         named: dict[str, list[Site]] = {}
         for site in self.sites:
             named.setdefault(site.name, []).append(site)
         self.layers = list(named.values())
-        self._modules = [network.get_submodule(name) for name in named]
+        self._modules: list[Any] = [network.get_submodule(name) for name in named]
 
     @abstractmethod
     def forward(self, noisy: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
@@ -104,7 +104,7 @@ class AttentiveNetwork(ABC):
     def enable_checkpointing(self) -> None:
         """Compute activations twice instead of keeping them; both times by the same processors."""
 
-        def twice(module: nn.Module, *inputs: Any) -> Any:
+        def twice(module: Any, *inputs: Any) -> Any:
             then = [each.processor for each in self._modules]
             return checkpoint(
                 module.__call__,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from re import Pattern
+from typing import Any
 
 from torch import nn
 
@@ -12,7 +13,7 @@ _ADAPTED_TEXT = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 def trainable_parameters(
-    denoiser: str, networks: Mapping[str, nn.Module], what: Trainable, keys_and_values: Pattern[str]
+    denoiser: str, networks: Mapping[str, Any], what: Trainable, keys_and_values: Pattern[str]
 ) -> dict[str, dict[str, nn.Parameter]]:
     """See `DiffusionModel.trainable`.
 

@@ -68,7 +68,7 @@ class JointAttention:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -94,9 +94,7 @@ class JointAttention:
         words = attended[:, pixels:]
         return out, words if attn.context_pre_only else attn.to_add_out(words)
 
-    def attend(
-        self, attn: nn.Module, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
-    ) -> Tensor:
+    def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         """(B, heads, n + L, d) of queries, keys and values of that shape; a transformer has no own `bias`."""
         with quick_to_start(query.shape[2]):
             if self.rule is not None:
@@ -163,9 +161,7 @@ def row_levels(query: Tensor, key: Tensor, scale: float, rule: Rule | None) -> T
     )
 
 
-def joint_heads(
-    attn: nn.Module, hidden_states: Tensor, words: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def joint_heads(attn: Any, hidden_states: Tensor, words: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values (B, heads, n + L, d); adapters on the projections take part."""
 
     def heads(projection: nn.Module, norm: nn.Module | None, states: Tensor) -> Tensor:

@@ -4,12 +4,12 @@ Each joint block attends once over pixels and words, which is two sites of one n
 first blocks then attend a second time, among pixels alone. All sites have the size of the grid of patches.
 """
 
-from torch import nn
+from typing import Any
 
 from mifo.method.backbone import DefaultSites, Kind, Site
 
 
-def network_sites(transformer: nn.Module) -> tuple[Site, ...]:
+def network_sites(transformer: Any) -> tuple[Site, ...]:
     """The sites of all blocks in order of execution."""
     side = transformer.config.sample_size // transformer.config.patch_size
     found: list[Site] = []

@@ -86,7 +86,12 @@ class Pretraining(L.LightningModule):
 
 
 class ReplayedPretraining(Pretraining):
-    """A part whose step, on a GPU, is replayed as one graph with its gradients, on bf16 copies of weights."""
+    """A part whose step, on a GPU, is replayed as one graph with its gradients, on bf16 copies of weights.
+
+    ``objective`` gives the loss of what ``batch`` draws, as named parts.
+    """
+
+    objective: Callable[..., dict[str, Tensor]]
 
     def __init__(self, network: nn.Module, settings: PartSettings, seed: int) -> None:
         super().__init__(network, settings, seed)
@@ -95,10 +100,6 @@ class ReplayedPretraining(Pretraining):
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """What `objective` takes, drawn anew."""
-        raise NotImplementedError
-
-    def objective(self, *batch: Tensor) -> dict[str, Tensor]:
-        """The loss of one batch as named parts."""
         raise NotImplementedError
 
     def loss(self, generator: torch.Generator) -> dict[str, Tensor]:
