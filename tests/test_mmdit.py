@@ -107,6 +107,45 @@ def test_a_transformer_that_never_had_t5_gets_no_zeros_for_it(tmp_path):
     assert load_outline(ModelSettings("tiny", str(folder))).words("a car").length == 32
 
 
+@torch.no_grad()
+def test_t5_is_read_where_the_settings_ask_for_it(tmp_path, source):
+    """Its states are the pipeline's; words have places for it, and a row of its table for each instance."""
+    folder = tiny_sd3_pipeline(tmp_path / "sd3", third=True)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
+    expected = pipeline.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False)
+    settings = ModelSettings("tiny", str(folder), t5=True)
+    model = load_model(settings)
+    found = model.encode_prompts(PROMPTS).parts
+    torch.testing.assert_close(found["states"], expected[0])
+    torch.testing.assert_close(found["pooled"], expected[2])
+    assert found["states"][:, 32:].abs().sum() > 0
+    assert load_model(ModelSettings("tiny", str(folder))).fingerprint != model.fingerprint
+    model.add_words(["<asset0>"], ["red car"])
+    assert {name: rows.shape[1] for name, rows in model.new_rows.items()} == {
+        "text_encoder": 16,
+        "text_encoder_2": 24,
+        "text_encoder_3": 64,
+    }
+    prompt = "a photo of <asset0> and a red car"
+    ids = model.tokenize([prompt])
+    words = dict(model.words(prompt).words)
+    assert words["<asset0>"] == (32 + 3, 4) and words["car"] == (32 + 7, 8) and words["and"] == (32 + 4, 5)
+    assert model.places(ids[0], "<asset0>").tolist() == [4]
+    assert ids[0, 2, 3] == model.tokenizer_3.convert_tokens_to_ids("<asset0>")
+    model.set_trainable("full")
+    learned = [name for name, each in model.text_encoder_3.named_parameters() if each.requires_grad]
+    assert learned == ["shared.rows"]
+    with torch.enable_grad():
+        states = model.encode(ids).parts["states"]
+        states[:, 32:].square().sum().backward()
+    assert model.new_rows["text_encoder_3"].grad.any()
+    assert load_outline(settings).words(prompt).length == found["states"].shape[1]
+    with pytest.raises(MifoError, match="lacks tokenizer_3, text_encoder_3"):
+        load_outline(ModelSettings("tiny", source, t5=True))
+    with pytest.raises(MifoError, match=r"model\.t5=true is for models of Stable Diffusion 3"):
+        load_outline(ModelSettings(t5=True))
+
+
 def test_both_tables_learn_together(model):
     model.add_words(["<asset0>", "<asset1>"], ["car", None])
     model.set_trainable("tokens")

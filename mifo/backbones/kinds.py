@@ -1,12 +1,18 @@
 """Which pipelines MIFO works on, told by small files alone: one `Family` for each layout of parts."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKL, SchedulerMixin, SD3Transformer2DModel, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from mifo.backbones.latent import LatentModel
 from mifo.backbones.mmdit.model import MMDiTModel
@@ -54,9 +60,9 @@ class Family:
 
 
 def _texts(configs: Configs) -> list[dict[str, Any]]:
-    """The configurations of the text encoders; a missing key takes the default of its class."""
+    """The configurations of CLIP's text encoders; a missing key takes the default of its class."""
     defaults = {"hidden_size": 512, "projection_dim": 512}
-    return [defaults | config for part, config in configs.items() if part.startswith("text_encoder")]
+    return [defaults | configs[part] for part in ("text_encoder", "text_encoder_2") if part in configs]
 
 
 def _unet_sizes(configs: Configs) -> Sizes:
@@ -78,6 +84,9 @@ def _mmdit_sizes(configs: Configs) -> Sizes:
     if (read := transformer.get("joint_attention_dim", 4096)) < width:
         needed = f"at least {width}, the width of the text encoders"
         yield "transformer", "joint_attention_dim", read, needed
+    if third := configs.get("text_encoder_3"):
+        read = transformer.get("joint_attention_dim", 4096)
+        yield "transformer", "joint_attention_dim", read, third.get("d_model", 512)
     pooled = sum(each["projection_dim"] for each in texts)
     yield "transformer", "pooled_projection_dim", transformer.get("pooled_projection_dim", 2048), pooled
     channels = configs["vae"].get("latent_channels", 4)
@@ -141,22 +150,32 @@ STABLE_DIFFUSION_3 = Family(
     _mmdit_sizes,
     read_flow,
 )
+WITH_T5 = replace(
+    STABLE_DIFFUSION_3,
+    parts=STABLE_DIFFUSION_3.parts | {"tokenizer_3": T5Tokenizer, "text_encoder_3": T5EncoderModel},
+)
 # by `_class_name` in model_index.json
 FAMILIES = {each.pipeline: each for each in (STABLE_DIFFUSION, STABLE_DIFFUSION_XL, STABLE_DIFFUSION_3)}
 
 
-def family_of(folder: Path) -> Family:
+def family_of(folder: Path, t5: bool = False) -> Family:
     """The family of a pipeline folder; where its index names no known class, told by its parts.
 
+    Args:
+        t5: with the third text encoder of Stable Diffusion 3.
+
     Raises:
-        MifoError: model_index.json is damaged.
+        MifoError: model_index.json is damaged; or another family is to have T5.
     """
     index = pipeline_index(folder)
     second = index.get("text_encoder_2", (folder / "text_encoder_2").is_dir())
     other = STABLE_DIFFUSION_XL if second else STABLE_DIFFUSION
     if index.get("transformer", (folder / "transformer").is_dir()):
         other = STABLE_DIFFUSION_3
-    return FAMILIES.get(str(index.get("_class_name")), other)
+    found = FAMILIES.get(str(index.get("_class_name")), other)
+    if t5 and found is not STABLE_DIFFUSION_3:
+        raise MifoError("model.t5=true is for models of Stable Diffusion 3's kind; leave it out for others.")
+    return WITH_T5 if t5 else found
 
 
 def pipeline_index(folder: Path) -> dict[str, Any]:
@@ -164,13 +183,13 @@ def pipeline_index(folder: Path) -> dict[str, Any]:
     return _read(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
 
 
-def check_kind(folder: Path, source: str) -> Configs:
+def check_kind(folder: Path, source: str, family: Family) -> Configs:
     """The configurations of the networks of a pipeline folder, by part, if MIFO can work on them.
 
     Raises:
         MifoError: a configuration is missing, damaged or of a model of another kind; it names `source`.
     """
-    index, family = pipeline_index(folder), family_of(folder)
+    index = pipeline_index(folder)
     configs = {part: _read(folder / part / "config.json") for part in family.networks}
     if index.get("text_encoder_2") and "text_encoder_2" not in family.parts:
         raise _other(source, "model_index.json", "text_encoder_2", "present", "absent")

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from mifo.acceleration.fused_attention import quick_to_start
@@ -83,7 +84,7 @@ class LatentModel(DiffusionModel):
     def attentive(self) -> AttentiveNetwork: ...
 
     @property
-    def tokenizers(self) -> list[CLIPTokenizer]:
+    def tokenizers(self) -> list[Any]:
         return [each for each in (self.tokenizer, self.tokenizer_2) if each is not None]
 
     @property
@@ -141,15 +142,22 @@ class LatentModel(DiffusionModel):
         return self
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Ids (B, E, L), padded; see `clip.tokenize` for what is refused."""
-        return torch.stack([tokenize(each, prompts) for each in self.tokenizers], 1)
+        """Ids (B, E, L), padded, of shorter encoders with −1; see `clip.tokenize` for what is refused."""
+        found = [tokenize(each, prompts) for each in self.tokenizers]
+        longest = max(each.shape[1] for each in found)
+        return torch.stack([F.pad(each, (0, longest - each.shape[1]), value=-1) for each in found], 1)
 
     def encoded(self, ids: Tensor, **options: Any) -> list[Any]:
         """What each text encoder gives for its ids of (B, E, L)."""
         ids = ids.to(self.device)
         # activations are computed a second time outside of this block, where they must find the same kernels
         with nullcontext() if self.checkpointing else quick_to_start():
-            return [each(ids[:, i], **options) for i, each in enumerate(self.text_encoders.values())]
+            return [
+                encoder(ids[:, i, : tokenizer.model_max_length], **options)
+                for i, (tokenizer, encoder) in enumerate(
+                    zip(self.tokenizers, self.text_encoders.values(), strict=True)
+                )
+            ]
 
     @torch.no_grad()
     def encode_images(self, images: Iterable[Tensor], at_once: int = 8) -> tuple[Tensor, Tensor]:

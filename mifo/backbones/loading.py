@@ -16,10 +16,11 @@ from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import CLIPTokenizer, PreTrainedModel
+from transformers import CLIPTokenizer, PreTrainedModel, T5Tokenizer
 
-from mifo.backbones.kinds import FAMILIES, Family, check_kind, family_of, pipeline_index
+from mifo.backbones.kinds import FAMILIES, WITH_T5, Family, check_kind, family_of, pipeline_index
 from mifo.backbones.latent import LatentModel
+from mifo.backbones.mmdit.model import T5_TOKENS
 from mifo.backbones.settings import ModelSettings
 from mifo.backbones.weights import fingerprint, first_rows, weight_files, weight_patterns
 from mifo.errors import MifoError
@@ -55,7 +56,7 @@ def model_folder(settings: ModelSettings, weights: bool = True) -> Path:
         folder = local
     else:
         folder = _from_hub(settings, weights)
-    parts = family_of(folder).folders
+    parts = family_of(folder, settings.t5).folders
     missing = [part for part in parts if not (folder / part).is_dir()]
     if missing:
         raise MifoError(
@@ -94,7 +95,8 @@ def _folder_beside(settings: ModelSettings, file: Path) -> Path:
 
 
 def _from_hub(settings: ModelSettings, weights: bool) -> Path:
-    parts = sorted({part for family in FAMILIES.values() for part in family.folders})
+    families = [*FAMILIES.values(), *([WITH_T5] if settings.t5 else [])]
+    parts = sorted({part for family in families for part in family.folders})
     patterns = [f"{part}/*{ending}" for part in parts for ending in (".json", ".txt")]
     try:
         return Path(
@@ -104,7 +106,7 @@ def _from_hub(settings: ModelSettings, weights: bool) -> Path:
                 allow_patterns=[
                     "model_index.json",
                     *patterns,
-                    *(weight_patterns(settings.variant) if weights else ()),
+                    *(weight_patterns(settings.variant, parts) if weights else ()),
                 ],
             )
         )
@@ -127,7 +129,7 @@ def load_model(settings: ModelSettings, device: torch.device | str = "cpu") -> L
         raise MifoError(f"model.dtype={settings.dtype} is not known; take float32, float16 or bfloat16.")
     outline = load_outline(settings)
     folder, file = model_folder(settings), Path(settings.source).expanduser()
-    family = family_of(folder)
+    family = family_of(folder, settings.t5)
     vocabulary = "".join(json.dumps(sorted(each.get_vocab().items())) for each in outline.tokenizers)
     with _refusing_damage(settings, folder):
         single = file.is_file()
@@ -207,10 +209,11 @@ def load_outline(settings: ModelSettings) -> LatentModel:
     folder = model_folder(settings, weights=False)
     check_entries(folder)
     with _refusing_damage(settings, folder):
-        family, configs = family_of(folder), check_kind(folder, settings.source)
+        family = family_of(folder, settings.t5)
+        configs = check_kind(folder, settings.source, family)
         tokenizers = {
-            part: _tokenizer(folder, part, configs[part.replace("tokenizer", "text_encoder")])
-            for part in family.parts
+            part: _tokenizer(folder, part, kind, configs[part.replace("tokenizer", "text_encoder")])
+            for part, kind in family.parts.items()
             if part not in family.networks
         }
         denoiser = family.model.part
@@ -234,17 +237,19 @@ def load_outline(settings: ModelSettings) -> LatentModel:
         return outline
 
 
-def _tokenizer(folder: Path, part: str, text_encoder: dict[str, Any]) -> CLIPTokenizer:
+def _tokenizer(
+    folder: Path, part: str, kind: type, text_encoder: dict[str, Any]
+) -> CLIPTokenizer | T5Tokenizer:
     """A tokenizer, whose prompts are as long as its text encoder reads."""
     names = {file.name for file in (folder / part).iterdir()}
     if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
         # transformers would go on with a tokenizer that knows no word
         raise MifoError(f"{folder / part} lacks tokenizer.json, or vocab.json and merges.txt; add the files.")
-    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder=part, local_files_only=True)
+    tokenizer = kind.from_pretrained(folder, subfolder=part, local_files_only=True)
     # old tokenizers do not tell their length, which then is 10³⁰
-    positions = text_encoder.get("max_position_embeddings", 77)
+    positions = text_encoder.get("max_position_embeddings", 77) if kind is CLIPTokenizer else T5_TOKENS
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-    rows = text_encoder.get("vocab_size", 49408)
+    rows = text_encoder.get("vocab_size", 49408 if kind is CLIPTokenizer else 32128)
     beyond = {number: word for word, number in tokenizer.get_vocab().items() if number >= rows}
     if beyond:
         raise MifoError(

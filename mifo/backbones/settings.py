@@ -18,6 +18,7 @@ class ModelSettings:
         "float32"  # of denoiser and text encoders: float32 | float16 | bfloat16; the VAE stays float32
     )
     variant: str | None = None  # "fp16" loads model.fp16.safetensors and its like; None: model.safetensors
+    t5: bool = False  # of Stable Diffusion 3: load its third text encoder too, of 9.5 GB in half precision
     timesteps: str = "logit_normal"  # of Stable Diffusion 3, as learning draws them: logit_normal | uniform
     # of Stable Diffusion 3: maps are shares of the attention to words alone or to pixels alone (own), or of a
     # pixel's whole attention (row)

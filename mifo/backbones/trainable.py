@@ -5,6 +5,7 @@ from re import Pattern
 from typing import Any
 
 from torch import nn
+from transformers import T5EncoderModel
 
 from mifo.backbones.model import Trainable
 from mifo.errors import MifoError
@@ -31,7 +32,9 @@ def trainable_parameters(
             for own, each in network.named_parameters()
             if id(each) not in apart
         }
-        if what == "full" or (what == "denoiser" and not text):
+        if isinstance(network, T5EncoderModel):  # of Stable Diffusion 3, whose new rows alone learn
+            chosen[name] = {}
+        elif what == "full" or (what == "denoiser" and not text):
             chosen[name] = parameters
         elif what == "cross_attention_kv" and not text:
             chosen[name] = {own: each for own, each in parameters.items() if keys_and_values.search(own)}
@@ -60,6 +63,8 @@ def add_adapters(
             "trainable=lora needs the package peft; install it with: pip install 'mifo[low_vram]'."
         ) from error
     for name, network in networks.items():
+        if isinstance(network, T5EncoderModel):
+            continue
         # peft's own call: the models' `add_adapter` refuses releases of peft that do this just as well
         targets = list(projections) if name == denoiser else _ADAPTED_TEXT
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), network)

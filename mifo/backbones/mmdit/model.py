@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import T5EncoderModel, T5Tokenizer
 
 from mifo.backbones.attention import AttentiveNetwork, Keep
 from mifo.backbones.latent import LatentModel
@@ -71,8 +72,9 @@ class AttentiveTransformer(AttentiveNetwork):
 class MMDiTModel(LatentModel):
     """A latent diffusion model with a multimodal transformer and two CLIP text encoders with projections.
 
-    T5, the third text encoder of Stable Diffusion 3, is left out: `zeros` tokens stand for its states, as in
-    diffusers. A model whose transformer reads no wider states than CLIP's never had T5, and gets none.
+    Without T5, the third text encoder of Stable Diffusion 3, `zeros` tokens stand for its states, as in
+    diffusers. A model whose transformer reads no wider states than CLIP's never had T5, and gets none. With
+    T5 an instance has a word for it too, whose row learns with CLIP's; maps are read at CLIP's word.
     `whole_row`: see `JointAttention`. `timesteps`: see `Flow`.
     """
 
@@ -85,6 +87,8 @@ class MMDiTModel(LatentModel):
     timesteps: Timesteps = Timesteps.logit_normal
     whole_row: bool = False
     zeros: int = T5_TOKENS
+    tokenizer_3: T5Tokenizer | None = None
+    text_encoder_3: T5EncoderModel | None = None
 
     @classmethod
     def options(
@@ -95,7 +99,7 @@ class MMDiTModel(LatentModel):
             if (value := getattr(settings, key)) not in values:
                 raise MifoError(f"model.{key}={value} is not known; take {' or '.join(values)}.")
         read = configs["transformer"].get("joint_attention_dim", 4096)
-        widths = [config.get("hidden_size", 512) for part, config in configs.items() if "text" in part]
+        widths = [configs[part].get("hidden_size", 512) for part in ("text_encoder", "text_encoder_2")]
         return {
             "timesteps": Timesteps(settings.timesteps),
             "whole_row": settings.maps == "row",
@@ -110,21 +114,44 @@ class MMDiTModel(LatentModel):
     def process(self) -> Flow:
         return Flow.from_scheduler(self.noise_scheduler, self.timesteps)
 
+    @property
+    def tokenizers(self) -> list[Any]:
+        return super().tokenizers + ([] if self.tokenizer_3 is None else [self.tokenizer_3])
+
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        third = {} if self.text_encoder_3 is None else {"text_encoder_3": self.text_encoder_3}
+        return super().text_encoders | third
+
     def encode(self, ids: Tensor) -> Conditioning:
-        """States of ids (B, E, L) before the last layers side by side, (B, L + zeros, width), and pooled."""
-        both = self.encoded(ids, output_hidden_states=True)
+        """CLIP's states of ids (B, E, L) before the last layers side by side, then T5's or zeros; and pooled.
+
+        The states are (B, L + T5's tokens, width).
+        """
+        *both, third = [*self.encoded(ids, output_hidden_states=True), *[None] * (self.tokenizer_3 is None)]
         states = torch.cat([each.hidden_states[-2] for each in both], -1)
         wider = self.transformer.config.joint_attention_dim - states.shape[-1]
-        return Conditioning(
-            {
-                "states": F.pad(states, (0, wider, 0, self.zeros)),
-                "pooled": torch.cat([each.text_embeds for each in both], -1),
-            }
-        )
+        states = F.pad(states, (0, wider, 0, self.zeros if third is None else 0))
+        if third is not None:
+            states = torch.cat([states, third.last_hidden_state.to(states.dtype)], 1)
+        pooled = torch.cat([each.text_embeds for each in both], -1)
+        return Conditioning({"states": states, "pooled": pooled})
 
     def words(self, prompt: str) -> PromptWords:
-        found = super().words(prompt)
-        return changed(found, length=found.length + self.zeros)
+        found = changed(super().words(prompt), length=self.tokenizer.model_max_length + self.zeros)
+        if self.tokenizer_3 is None:
+            return found
+        spans, theirs = (
+            each(prompt, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+            for each in (self.tokenizer, self.tokenizer_3)
+        )
+        words = []
+        for text, places in found.words:
+            first, end = spans[places[0]][0], spans[places[-1]][1]
+            also = [i for i, (a, b) in enumerate(theirs) if max(a, first) < min(b, end)]
+            # the last place of a word is that at which its maps are read
+            words.append((text, (*(self.tokenizer.model_max_length + i for i in also), *places)))
+        return changed(found, words=tuple(words))
 
     def identity(self) -> dict[str, str | None]:
         return super().identity() | {"vae_shift_factor": str(self.vae.config.shift_factor or 0)}
