@@ -4,7 +4,7 @@ A folder `learned/` holds
 
     learned.json                what it is: base model, tokens, class names, stages, checksums of the weights
     tokens.safetensors          the new token rows
-    unet.safetensors            the U-Net's weights that learned, if any
+    unet.safetensors            the denoiser's weights that learned, if any; transformer.safetensors of others
     text_encoder.safetensors    the text encoder's weights that learned, if any
     config.yaml                 the configuration of the run
 """

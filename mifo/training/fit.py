@@ -40,6 +40,7 @@ from mifo.training.checkpoints import (
     refusing_odd,
 )
 from mifo.training.finite import FiniteNumbers
+from mifo.training.self_check import AttentionCheck
 from mifo.training.settings import LearningSettings, StageSettings
 from mifo.training.stages import LearningStage
 from mifo.training.targets import check_optimizer, make, target
@@ -332,7 +333,7 @@ def _trainer(
         logger=list(loggers),
         # one device has no other processes; Lightning would start MPI, where there is one, to ask
         plugins=[WholeCheckpoints(), *([LightningEnvironment()] if _alone(arguments) else [])],
-        callbacks=[FiniteNumbers(), *callbacks, *savers],
+        callbacks=[AttentionCheck(), FiniteNumbers(), *callbacks, *savers],
     )
 
 
