@@ -336,7 +336,9 @@ class Harness:
             story.append(f"{' '.join(arguments[:2])} {signal.Signals(number).name} after {delay:.3f} s")
             if wait(pid, delay) is not None:
                 break
-            (os.killpg if number == signal.SIGKILL else os.kill)(pid, number)
+            # before the command's first line it has no group of its own yet
+            own_group = os.getpgid(pid) == pid
+            (os.killpg if number == signal.SIGKILL and own_group else os.kill)(pid, number)
             outcome.disturbed += 1
             code = wait(pid, LONGEST)
             if code is None:
