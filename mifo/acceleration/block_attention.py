@@ -14,7 +14,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 def runs_in_blocks(query: Tensor) -> bool:
     """Whether the blocks' kernel takes queries (B, heads, n, d)."""
     width = query.shape[-1]
-    return query.is_cuda and width >= 16 and width & (width - 1) == 0
+    fits = width >= 16 and width & (width - 1) == 0 and query.dtype != torch.float64
+    return query.is_cuda and fits
 
 
 def block_mask(query_bits: Tensor, key_bits: Tensor) -> BlockMask:
