@@ -130,7 +130,7 @@ def read_learned(folder: Path | str) -> Learned:
     learned = as_record(content, Learned, file)
     count = len(learned.tokens)
     wrong = {
-        "tokens": not all(learned.tokens) or len({*learned.tokens}) != max(count, 1),
+        "tokens": learned.tokens != [f"<asset{i}>" for i in range(count)] or not count,
         "class_names": learned.class_names is not None and len(learned.class_names) != count,
         "initializers": learned.initializers is not None and len(learned.initializers) != count,
         "trainable": learned.trainable not in get_args(Trainable),
