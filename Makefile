@@ -16,8 +16,9 @@ help: ## list the targets
 
 setup: $(INSTALLED) ## make the virtual environment .venv with MIFO in it
 
+MODEL ?= miniature
 demo: $(INSTALLED) ## learn three look-alikes from one image, put them into boxes, score the pictures
-	$(RUN) -m mifo run experiment=demo
+	$(RUN) -m mifo run experiment=demo model=$(MODEL)
 
 check: $(INSTALLED) ## check format, style, types and floors
 	$(RUN) -m ruff format --check .
