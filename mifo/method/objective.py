@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from mifo.method.backbone import Backbone, Conditioning, Read, Site
-from mifo.method.diffusion.denoising import denoising_loss
 from mifo.method.losses.timeline import Term, attention_loss
 
 
@@ -93,6 +92,17 @@ def learning_loss(
     attended = attention_loss(terms, weights, maps, inputs.masks, inputs.valid, share)
     total = denoising + prior + attended
     return LossParts(total, denoising, prior, attended, {site: each.detach() for site, each in maps.items()})
+
+
+def denoising_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """MSE(ε̂·U, ε·U), the mean over all elements, also those outside the mask U (arXiv 2305.16311, eq. 1).
+
+    Args:
+        prediction, target: (B, C, h, w); compared in 32 bits.
+        mask: (B, 1, h, w) in [0, 1], or `None` for the plain loss.
+    """
+    error = prediction.float() - target.float()
+    return torch.mean((error if mask is None else error * mask).square())
 
 
 def word_maps(positions: Tensor) -> Read:

@@ -40,11 +40,9 @@ def find_loss(name: str) -> AttentionLoss:
         found = import_module(module or f"{__package__}.{name}")
     except (ModuleNotFoundError, TypeError, ValueError) as error:  # of a text that is no name of a module
         raise MifoError(f"loss={name} does not exist; take one of {', '.join(known_losses())}") from error
-    for each, value in vars(found).items():
-        own = (
-            inspect.isclass(value) and value.__module__ == found.__name__ and issubclass(value, AttentionLoss)
-        )
-        if own and each == (wanted if module else each):
+    for key, value in vars(found).items():
+        own = inspect.isclass(value) and value.__module__ == found.__name__
+        if own and issubclass(value, AttentionLoss) and wanted in (key, name):
             loss: AttentionLoss = value()
             return loss
     raise MifoError(
@@ -54,9 +52,5 @@ def find_loss(name: str) -> AttentionLoss:
 
 def known_losses() -> list[str]:
     """The names of the losses in this folder."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return [
-        file.stem
-        for file in files
-        if "(AttentionLoss)" in file.read_text(encoding="utf-8") and file.stem != Path(__file__).stem
-    ]
+    files, base = sorted(Path(__file__).parent.glob("*.py")), f"({AttentionLoss.__name__}):"
+    return [file.stem for file in files if base in file.read_text(encoding="utf-8")]

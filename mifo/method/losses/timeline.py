@@ -1,7 +1,7 @@
 """Which terms of the attention loss are active at a step, with which weight."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mifo.errors import MifoError
 from mifo.method.backbone import Backbone, Site, Stage
-from mifo.method.losses.attention_loss import AttentionLoss, find_loss
+from mifo.method.losses.attention_loss import AttentionLoss, Maps, Masks, find_loss
 from mifo.method.losses.settings import PenaltySettings, Ramp, TermSettings, TermStage
 
 
@@ -56,20 +56,15 @@ class Timeline:
 
     def spans(self) -> list[tuple[int, int, tuple[Term, ...]]]:
         """First step, step after the last, and the active terms, wherever the set of active terms changes."""
-        ends = {0, self._steps}
+        edges = {0, self._steps}
         for term in self._terms:
-            ends |= {
-                min(max(edge, 0), self._steps) for edge in (term.settings.from_step, self._end(term.settings))
-            }
-        ordered = sorted(ends)
-        return [(first, last, self.active(first)) for first, last in pairwise(ordered)]
+            edges |= {min(term.settings.from_step, self._steps), self._end(term.settings)}
+        return [(first, last, self.active(first)) for first, last in pairwise(sorted(edges))]
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """All sites that the stage may read, in order of execution."""
-        return tuple(
-            sorted({site for term in self._terms for site in term.sites}, key=lambda site: site.index)
-        )
+        return _ordered(site for term in self._terms for site in term.sites)
 
     def _end(self, settings: TermSettings) -> int:
         return self._steps if settings.to_step is None else min(settings.to_step, self._steps)
@@ -78,8 +73,8 @@ class Timeline:
 def attention_loss(
     terms: Sequence[Term],
     weights: Sequence[Tensor] | Tensor,
-    maps: Mapping[Site, Tensor],
-    masks: Mapping[tuple[int, int], Tensor],
+    maps: Maps,
+    masks: Masks,
     valid: Tensor,
     share: Tensor,
 ) -> Tensor:
@@ -87,7 +82,7 @@ def attention_loss(
 
     Args:
         weights: (terms,), one factor a term; a tensor, so that a captured step reads it anew.
-        maps, masks: see `attention_loss.py`; of all sites that some term reads.
+        maps, masks: of all sites that some term reads.
         valid: (B, K), 1 for an instance that counts and 0 for padding.
         share: time of each sample as a share of the whole, (B,) in [0, 1].
     """
@@ -139,4 +134,8 @@ def _sites(
                 f"{words[0].name}"
             )
         chosen += fitting
-    return tuple(sorted(set(chosen), key=lambda site: site.index))
+    return _ordered(chosen)
+
+
+def _ordered(sites: Iterable[Site]) -> tuple[Site, ...]:
+    return tuple(sorted(set(sites), key=lambda site: site.index))

@@ -7,15 +7,14 @@ Letters: B samples, S subjects, L tokens of the prompt, n = R² pixels of the si
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mifo.errors import MifoError
-from mifo.method.backbone import Backbone, Conditioning, Kind, Read, Rules, Site
-from mifo.method.diffusion.classifier_free_guidance import classifier_free_guidance
+from mifo.method.backbone import Backbone, Conditioning, Kind, Rules, Site
 from mifo.method.guidance.descent import descend, loss_and_gradient
 from mifo.method.guidance.loss import attention_sums
 from mifo.method.guidance.settings import GuidanceSettings
@@ -64,12 +63,17 @@ class Sampler:
         guidance: GuidanceSettings,
         accelerate: Accelerate = lambda function: function,
     ) -> None:
-        """With `accelerate` the two functions of tensors are wrapped, as by CUDA graphs."""
+        """`accelerate` wraps the two functions of tensors, for example in CUDA graphs."""
         self.backbone, self.settings, self.guidance = backbone, settings, guidance
         self.times = backbone.process.times(settings.steps)
         self._times = torch.tensor(self.times)
         self.gradient = accelerate(self._loss_and_gradient)
         self.prediction = accelerate(self._prediction_and_maps)
+
+    @cached_property
+    def sites(self) -> tuple[Sequence[Site], Sequence[Site]]:
+        """See `sites_in_use`."""
+        return sites_in_use(self.backbone, self.guidance)
 
     @torch.no_grad()
     def __call__(
@@ -137,8 +141,9 @@ class Sampler:
         prediction, maps = self.prediction(latents, time, conditioning, rules, leading)
         if regions:
             regions.add(maps)
+        # classifier-free guidance (arXiv 2207.12598)
         unconditional, conditional = prediction.chunk(2)
-        guided = classifier_free_guidance(unconditional, conditional, self.settings.guidance_scale)
+        guided = unconditional + self.settings.guidance_scale * (conditional - unconditional)
         return self.backbone.process.step(latents, guided, self.times, step)
 
     def time(self, step: int, device: torch.device) -> Tensor:
@@ -159,20 +164,17 @@ class Sampler:
         Maps are read if `leading`, the position (S,) of each subject's leading token, is given: pixels
         (B, n, n) and words (B, n, S), means over heads and sites, conditional half.
         """
-        reads: dict[Site, Read] = {}
-        if leading is not None:
-            keep: dict[Kind, Read] = {
-                "pixels": lambda probabilities: probabilities.chunk(2)[1].mean(dim=1),
-                "words": lambda probabilities: probabilities.chunk(2)[1].mean(dim=1)[..., leading],
-            }
-            reads = {site: keep[site.kind] for site in sites_in_use(self.backbone, self.guidance)[1]}
+
+        def mean_map(probabilities: Tensor, kind: Kind) -> Tensor:
+            mean = probabilities.chunk(2)[1].mean(dim=1)
+            return mean[..., leading] if kind == "words" else mean
+
+        shaping = () if leading is None else self.sites[1]
+        reads = {site: partial(mean_map, kind=site.kind) for site in shaping}
         both = torch.cat([latents, latents])
         prediction, maps = self.backbone.predict(both, time, conditioning, reads or None, rules)
-        return prediction.to(latents.dtype), {
-            kind: torch.stack(of_kind).mean(0)
-            for kind in ("pixels", "words")
-            if (of_kind := [each for site, each in maps.items() if site.kind == kind])
-        }
+        kinds: tuple[Kind, ...] = ("pixels", "words") if maps else ()
+        return prediction.to(latents.dtype), {k: torch.stack(_of_kind(maps, k)).mean(0) for k in kinds}
 
     def _loss_and_gradient(
         self,
@@ -189,22 +191,15 @@ class Sampler:
         Args:
             shapes: bool (B, S, n) by size. context: bool (1, S, L), the words that the loss reads.
         """
-        sites = sites_in_use(self.backbone, self.guidance)[0]
-        reads = {
-            site: partial(
-                attention_sums,
-                shapes=shapes[site.size],
-                context=context if site.kind == "words" else shapes[site.size],
-            )
-            for site in sites
-        }
+        reads = {}
+        for site in self.sites[0]:
+            own = shapes[site.size]
+            keys = context if site.kind == "words" else own
+            reads[site] = partial(attention_sums, shapes=own, context=keys)
 
         def sums(z: Tensor) -> tuple[list[Tensor], list[Tensor]]:
             found = self.backbone.maps(z, time, conditional, reads, rules)
-            words, pixels = (
-                [each for site, each in found.items() if site.kind == kind] for kind in ("words", "pixels")
-            )
-            return words, pixels
+            return _of_kind(found, "words"), _of_kind(found, "pixels")
 
         return loss_and_gradient(latents, sums, alphas, self.guidance)
 
@@ -237,7 +232,7 @@ class Regions:
             MifoError: too many boxes, an impossible one, or one smaller than a pixel of the shapes.
         """
         self._sampler, self._guidance, self._seed = sampler, sampler.guidance, seed
-        guided, shaping = sites_in_use(sampler.backbone, sampler.guidance)
+        guided, shaping = sampler.sites
         self._guided_sizes = {site.size for site in guided}
         side = shaping[0].size[0]
         if len(boxes) > MOST_SUBJECTS:
@@ -318,17 +313,20 @@ class Regions:
         return self._guidance.masked and every > 0 and since >= 0 and since % every == 0
 
 
+def _of_kind(found: Mapping[Site, Tensor], kind: Kind) -> list[Tensor]:
+    """What the sites of one kind gave, in order of execution."""
+    return [each for site, each in found.items() if site.kind == kind]
+
+
 def sites_in_use(backbone: Backbone, guidance: GuidanceSettings) -> tuple[Sequence[Site], Sequence[Site]]:
     """The sites that the guidance loss reads, and those that give the shapes.
 
     Raises:
         MifoError: a choice of sites that cannot be read.
     """
+    guided, shaping = backbone.default_sites.guidance, backbone.default_sites.shapes
     chosen = []
-    for option, default in (
-        ("layers", backbone.default_sites.guidance),
-        ("shape_layers", backbone.default_sites.shapes),
-    ):
+    for option, default in (("layers", guided), ("shape_layers", shaping)):
         wanted = getattr(guidance, option)
         if wanted is None:
             chosen.append(default)
