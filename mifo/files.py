@@ -13,7 +13,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from io import BufferedReader
 from pathlib import Path
 from types import NoneType, UnionType
@@ -200,7 +200,7 @@ def read_yaml(path: Path, from_outside: bool = False) -> Any:
 def read_record(path: Path, form: type[T]) -> T:
     """A JSON object as the dataclass `form`: its keys must be the fields, its values of their types.
 
-    Fields with a default may be missing.
+    Fields with a default may be missing; a field may be a dataclass itself.
 
     Raises:
         MifoError: as `read_json`, or keys or types differ.
@@ -215,34 +215,41 @@ def as_record(content: Any, form: type[T], path: Path) -> T:
     known = {field.name: field for field in fields(form)}
     if unknown := sorted(content.keys() - known.keys()):
         raise MifoError(f"{path} is damaged: it holds the unknown key {unknown[0][:40]!r}")
-    required = {
-        name for name, field in known.items() if field.default is MISSING and field.default_factory is MISSING
-    }
-    if missing := sorted(required - content.keys()):
-        raise MifoError(f"{path} is damaged: it lacks the key {missing[0]}")
-    kinds = get_type_hints(form)
+    for name, field in sorted(known.items()):
+        if name not in content and field.default is MISSING and field.default_factory is MISSING:
+            raise MifoError(f"{path} is damaged: it lacks the key {name}")
+    kinds, values = get_type_hints(form), {}
     for name, value in content.items():
-        if not _fits(value, kinds[name]):
-            raise MifoError(f"{path} is damaged: {name} holds {str(value)[:40]!r}")
-    return form(**content)
+        try:
+            values[name] = _typed(value, kinds[name], path)
+        except TypeError as error:
+            raise MifoError(f"{path} is damaged: {name} holds {str(value)[:40]!r}") from error
+    return form(**values)
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value of JSON has the type `kind`, looking into lists and objects."""
+def _typed(value: Any, kind: Any, path: Path) -> Any:
+    """A value of JSON as the type `kind`: plain, optional, a dataclass, or a list, tuple or object of such.
+
+    Raises:
+        TypeError: the value is of another type.
+        MifoError: see `as_record`.
+    """
     origin, inner = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return True
+    if kind is Any or (value is None and NoneType in inner):
+        return value
     if origin in (Union, UnionType):
-        return any(_fits(value, each) for each in inner)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(each, inner[0]) for each in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(each, inner[1]) for each in value.values())
-    if kind is NoneType:
-        return value is None
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        (kind,) = (each for each in inner if each is not NoneType)
+        return _typed(value, kind, path)
+    if isinstance(kind, type) and is_dataclass(kind):
+        return as_record(value, kind, path)
+    if origin in (list, tuple) and isinstance(value, list):
+        return origin(_typed(each, inner[0], path) for each in value)
+    if origin is dict and isinstance(value, dict):
+        return {key: _typed(each, inner[1], path) for key, each in value.items()}
+    plain = (int, float) if kind is float else kind
+    if origin or not isinstance(value, plain) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError
+    return value
 
 
 def _number(text: str) -> float:

@@ -9,7 +9,6 @@ from omegaconf import OmegaConf
 from rich.progress import track
 from scipy.stats import t as student
 
-from mifo.commands.evaluate import class_names
 from mifo.commands.setup import prepare
 from mifo.config.jobs import claim_folder
 from mifo.config.location import conf_folder
@@ -48,8 +47,7 @@ def calibrate(settings: CalibrateSettings) -> Path:
         instances = read_instances(given)
         spec = find_source(given)
         assert isinstance(spec, SceneSpec)  # `named_scenes` gives nothing else
-        source = instances.image.float() / 255
-        shown = [source]
+        shown = [instances.image.float() / 255]
         for case in CASES:
             pictures = [
                 calibration_picture(spec, case, each.boxes, each.prompt, ending, settings.seed + number)
@@ -58,18 +56,11 @@ def calibrate(settings: CalibrateSettings) -> Path:
                 )
             ]
             shown.append(pictures[0].image)
-            found = evaluator.evaluate(
-                pictures, source, instances.masks, instances.tokens, class_names(instances)
-            )
+            about = {"scene": given.name, "things": len(instances.tokens), "case": case}
+            found = evaluator.evaluate(pictures, instances).pictures
             rows += [
-                {
-                    "scene": given.name,
-                    "things": len(instances.tokens),
-                    "case": case,
-                    "ending": ending,
-                    **scores,
-                }
-                for ending, scores in zip(settings.endings, found.pictures, strict=True)
+                {**about, "ending": ending, **scores}
+                for ending, scores in zip(settings.endings, found, strict=True)
             ]
         sheet.append(torch.cat(shown, 2))
     table = pd.DataFrame(rows)

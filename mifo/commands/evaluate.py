@@ -67,14 +67,7 @@ def scored(
     path = folder / SCORES
     if not has_scores(path):
         evaluator = PictureEvaluator.from_settings(settings, device)
-        evaluator.evaluate(
-            pictures,
-            instances.image.float() / 255,
-            instances.masks,
-            instances.tokens,
-            class_names(instances),
-            progress=lambda each: track(each, "evaluation"),
-        ).save(path)
+        evaluator.evaluate(pictures, instances, lambda each: track(each, "evaluation")).save(path)
     evaluation = Evaluation.read(path)
     if len(evaluation.pictures) != len(pictures):
         raise MifoError(
@@ -183,11 +176,6 @@ def objective_values(folder: Path, wanted: Sequence[str]) -> float | list[float]
         raise MifoError(f"objectives: {missing[0]} was not measured; take of {', '.join(found)}")
     values = [found[name] for name in wanted]
     return values[0] if len(values) == 1 else values
-
-
-def class_names(instances: InstanceSet) -> tuple[str | None, ...]:
-    """One class name, or None, for each instance."""
-    return instances.class_names or (None,) * len(instances.tokens)
 
 
 def print_scores(scores: tuple[Score, ...]) -> None:

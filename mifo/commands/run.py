@@ -6,7 +6,7 @@ from pathlib import Path
 from lightning.pytorch.loggers import Logger
 
 from mifo.acceleration.profile import available, ready_for_synthesis
-from mifo.commands.evaluate import class_names, print_scores, scored
+from mifo.commands.evaluate import print_scores, scored
 from mifo.commands.learn import learned_model
 from mifo.commands.setup import open_loggers, prepare
 from mifo.commands.synthesize import check_layouts, record_instances
@@ -60,7 +60,7 @@ def run(settings: RunSettings) -> Path:
             source=instances.image,
             masks=instances.masks,
             tokens=instances.tokens,
-            class_names=class_names(instances),
+            class_names=instances.class_names or (None,) * len(instances.tokens),
             pictures=pictures,
             evaluation=evaluation,
             facts={"model": settings.model.name, "method": settings.method, "seed": str(settings.seed)},
