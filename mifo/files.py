@@ -12,11 +12,11 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields, is_dataclass
 from io import BufferedReader
 from pathlib import Path
-from types import NoneType, UnionType
+from types import UnionType
 from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from yaml import AliasEvent, SafeLoader, YAMLError
@@ -228,18 +228,19 @@ def as_record(content: Any, form: type[T], path: Path) -> T:
 
 
 def _typed(value: Any, kind: Any, path: Path) -> Any:
-    """A value of JSON as the type `kind`: plain, optional, a dataclass, or a list, tuple or object of such.
+    """A value of JSON as the type `kind`: plain, optional, one of several, a dataclass, or a list, tuple or object.
 
     Raises:
         TypeError: the value is of another type.
         MifoError: see `as_record`.
     """
     origin, inner = get_origin(kind), get_args(kind)
-    if kind is Any or (value is None and NoneType in inner):
+    if kind is Any:
         return value
     if origin in (Union, UnionType):
-        (kind,) = (each for each in inner if each is not NoneType)
-        return _typed(value, kind, path)
+        for each in inner:
+            with suppress(TypeError):
+                return _typed(value, each, path)
     if isinstance(kind, type) and is_dataclass(kind):
         return as_record(value, kind, path)
     if origin in (list, tuple) and isinstance(value, list):

@@ -2,19 +2,18 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from platform import processor, python_version
 from subprocess import run
-from typing import Any
 
 import pandas as pd
 import torch
 
 from mifo.benchmark.measuring import Measurement
-from mifo.files import as_record, read_record, write_whole
+from mifo.files import read_record, write_whole
 from mifo.report.tables import markdown_table, markdown_text
 
 PACKAGES = ("diffusers", "transformers", "lightning")
@@ -73,17 +72,14 @@ class Circumstances:
 
 @dataclass(frozen=True)
 class Record(Circumstances):
-    """What was measured, row by row; `read` gives the rows as `Measurement`, JSON has them as objects."""
+    """What was measured, row by row."""
 
-    rows: dict[str, Any]
+    rows: dict[str, Measurement]
 
     @classmethod
     def read(cls, file: Path) -> "Record":
         """Raises MifoError where the file is damaged."""
-        record = read_record(file, cls)
-        return replace(
-            record, rows={name: as_record(row, Measurement, file) for name, row in record.rows.items()}
-        )
+        return read_record(file, cls)
 
 
 def _processor() -> str:
