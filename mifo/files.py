@@ -228,7 +228,7 @@ def as_record(content: Any, form: type[T], path: Path) -> T:
 
 
 def _typed(value: Any, kind: Any, path: Path) -> Any:
-    """A value of JSON as the type `kind`: plain, optional, one of several, a dataclass, or a list, tuple or object.
+    """A value of JSON as the type `kind`: a plain one, a dataclass, a union, or a container of such.
 
     Raises:
         TypeError: the value is of another type.

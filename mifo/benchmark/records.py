@@ -130,7 +130,9 @@ def write_table(folder: Path) -> Path:
                 for key, value in row.notes.items()
             ]
         if low_vram and None not in low_vram:
-            notes.append(f"- largest peak of low_vram: {max(low_vram):.1f} GiB, mark {LOW_VRAM_MARK}")
+            notes.append(
+                f"- largest peak of low_vram: {max(filter(None, low_vram)):.1f} GiB, mark {LOW_VRAM_MARK}"
+            )
         last = [record for record in records if (record.device, record.shapes) == machine][-1]
         versions = ", ".join(f"{name} {number}" for name, number in last.versions.items())
         lines += [f"## {markdown_text(machine[0])}, shapes of {markdown_text(machine[1])}", ""]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -48,10 +48,10 @@ class WholeCheckpoints(CheckpointIO):
             path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(path) as unfinished:
                 previous.unlink(missing_ok=True)
-                with open(unfinished, "wb") as file:
-                    hashed = _Hashed(file)
-                    torch.save(checkpoint, hashed)
-                    file.write(hashed.sha256.digest())
+                with open(unfinished, "w+b") as file:
+                    torch.save(checkpoint, file)
+                    file.seek(0)
+                    file.write(hashlib.file_digest(file, "sha256").digest())
                 if path.exists():
                     path.replace(previous)
         except (OSError, RuntimeError) as error:
@@ -163,21 +163,6 @@ def refusing_odd(checkpoint: Path | None) -> Iterator[None]:
             f"{checkpoint} is damaged: its states do not fit ({reason(error)}); delete the folder "
             f"{checkpoint.parent}, and its stage begins anew"
         ) from error
-
-
-class _Hashed:
-    """A file to write to that adds up its checksum."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.sha256 = hashlib.sha256()
-
-    def write(self, content: bytes) -> int:
-        self.sha256.update(content)
-        return self._file.write(content)
-
-    def flush(self) -> None:
-        self._file.flush()
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -31,8 +31,8 @@ class FiniteNumbers(Callback):
         self, trainer: Trainer, pl_module: LearningStage, outputs: Any, batch: Any, batch_index: int
     ) -> None:
         last, norm, step = pl_module.last, pl_module.gradient_norm, trainer.global_step
-        if norm is None:
-            norm = torch.zeros_like(last.total)
+        assert last is not None  # a step has been taken
+        norm = torch.zeros_like(last.total) if norm is None else norm
         self._kept.append((step, torch.stack([last.denoising, last.prior, last.attention, norm])))
         if step % _interval(trainer, pl_module) == 0:
             self._check(trainer, pl_module, weights=pl_module.device.type == "cpu")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import lightning
 import torch
@@ -26,7 +26,7 @@ from mifo.backbones.model import DiffusionModel, Trainable
 from mifo.data.class_pictures import class_prompts, own_picture_files
 from mifo.data.instances import InstanceSet
 from mifo.data.learning_data import LearningData
-from mifo.errors import MifoError
+from mifo.errors import MifoError, check_least
 from mifo.files import check_room, reason
 from mifo.making.class_pictures import check_cache, class_pictures
 from mifo.method.backbone import Stage
@@ -46,15 +46,7 @@ from mifo.training.targets import check_optimizer, make, target
 
 TRAINER = {"_target_": "lightning.Trainer"}
 # arguments of the trainer that learning decides
-FIXED = (
-    "max_steps",
-    "max_epochs",
-    "default_root_dir",
-    "enable_checkpointing",
-    "logger",
-    "plugins",
-    "callbacks",
-)
+FIXED = "max_steps max_epochs default_root_dir enable_checkpointing logger plugins callbacks".split()
 
 
 def check_learning(settings: LearningSettings) -> None:
@@ -68,20 +60,14 @@ def check_learning(settings: LearningSettings) -> None:
         if stage.trainable not in get_args(Trainable):
             known = ", ".join(get_args(Trainable))
             raise MifoError(f"{key}.trainable={stage.trainable} is not known; take one of {known}.")
-        if min(stage.steps, stage.checkpoint_every, stage.lr_warmup_steps) < 0 or stage.batch_size < 1:
-            raise MifoError(
-                f"{key} needs steps, checkpoint_every and lr_warmup_steps of at least 0, and batch_size "
-                "of at least 1."
-            )
-        for value in ("learning_rate", "weight_decay", "eps", "gradient_clip"):
-            if getattr(stage, value) < 0:
-                raise MifoError(f"{key}.{value}={getattr(stage, value)} is negative; take at least 0.")
+        check_least(key, stage, steps=0, batch_size=1, checkpoint_every=0, lr_warmup_steps=0)
+        check_least(key, stage, learning_rate=0, weight_decay=0, eps=0, gradient_clip=0)
         if len(stage.betas) != 2 or not all(0 <= beta < 1 for beta in stage.betas):
             raise MifoError(
                 f"{key}.betas={list(stage.betas)} must be two numbers of at least 0 and less than 1."
             )
-        if stage.trainable == "lora" and stage.lora_rank < 1:
-            raise MifoError(f"{key}.lora_rank={stage.lora_rank} is too small; take at least 1.")
+        if stage.trainable == "lora":
+            check_least(key, stage, lora_rank=1)
         if stage.steps:
             check_optimizer(name, stage)
     if settings.semantic.trainable != "tokens":
@@ -101,22 +87,20 @@ def check_learning(settings: LearningSettings) -> None:
         )
     if not 0 <= settings.flip_probability <= 1:
         raise MifoError(f"learning.flip_probability={settings.flip_probability} is not between 0 and 1.")
-    if settings.prior.weight < 0:
-        raise MifoError(
-            f"learning.prior.weight={settings.prior.weight} is negative; take 0 to leave the prior out."
-        )
-    if settings.prior.weight and not settings.prior.folder and settings.prior.pictures < 1:
+    prior = settings.prior
+    check_least("learning.prior", prior, weight=0)
+    if prior.weight and not prior.folder and prior.pictures < 1:
         raise MifoError(
             "learning.prior.pictures must be at least 1; set learning.prior.weight=0 to leave them out."
         )
-    if settings.prior.weight and not settings.prior.prompts:
+    if prior.weight and not prior.prompts:
         raise MifoError(
             "learning.prior.prompts is empty; give at least one prompt, such as a photo of {class}."
         )
-    for prompt in settings.prior.prompts:
+    for prompt in prior.prompts:
         check_placeholders("learning.prior.prompts", prompt, ("class",))
-    if finetuned and settings.prior.weight and settings.prior.folder is not None:
-        own_picture_files(settings.prior.folder)
+    if finetuned and prior.weight and prior.folder is not None:
+        own_picture_files(prior.folder)
 
 
 def check_trainer(arguments: Mapping[str, Any]) -> None:
@@ -231,7 +215,7 @@ def learn(
         class_names=instances.class_names,
         initializers=instances.initializers,
         stages=steps,
-        trainable=settings.finetuning.trainable if settings.finetuning.steps else "tokens",
+        trainable=cast(Trainable, settings.finetuning.trainable if settings.finetuning.steps else "tokens"),
         lora_rank=settings.finetuning.lora_rank,
         half=settings.save_half,
         config=config,
@@ -257,7 +241,7 @@ def _room(
     """Bytes that the checkpoints of these stages and the result will take; adapters count once they exist."""
     total = 2**20  # of small files
     for name, stage, _ in stages:
-        parts = model.trainable(stage.trainable).values() if stage.steps else ()
+        parts = model.trainable(cast(Trainable, stage.trainable)).values() if stage.steps else ()
         learning = [*model.new_rows.values(), *(each for part in parts for each in part.values())]
         numbers = sum(each.numel() for each in learning)
         result = numbers * 2 if half else sum(each.numel() * each.element_size() for each in learning)

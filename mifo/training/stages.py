@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mifo.acceleration.adamw_8bit import AdamW8bit
 from mifo.acceleration.graphs import GraphedStep, take_gradients_in
 from mifo.acceleration.rounding import RoundedWeights, every_weight, frozen_products
-from mifo.backbones.model import DiffusionModel
+from mifo.backbones.model import DiffusionModel, Trainable
 from mifo.data.instances import InstanceSet
 from mifo.data.learning_data import LearningBatch
 from mifo.method.backbone import Stage
@@ -70,7 +70,7 @@ class LearningStage(lightning.LightningModule):
         self._graphs = graphs
         self._copies: dict[nn.Parameter, Tensor] = {}  # of what learns, as the passes read it
         self._steps: dict[tuple[Term, ...], GraphedStep] = {}  # that of the active terms
-        model.set_trainable(settings.trainable)
+        model.set_trainable(cast(Trainable, settings.trainable))  # `check_learning` has seen it
         self.train()
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -84,20 +84,18 @@ class LearningStage(lightning.LightningModule):
         }
 
     def on_fit_start(self) -> None:
-        # what Lightning or PyTorch does to gradients on their way would be left out of a graph
-        reasons = {
-            "float16 scales the gradients": self.trainer.precision == "16-mixed",
-            "several processes share their gradients": self.trainer.world_size > 1,
-        }
-        if self._graphs and any(reasons.values()):
+        # a graph would leave out what Lightning or PyTorch does to gradients on their way
+        reason = "float16 scales the gradients" if self.trainer.precision == "16-mixed" else None
+        if self.trainer.world_size > 1:
+            reason = "several processes share their gradients"
+        if self._graphs and reason:
             self._graphs = False
-            log.warning("Learning goes on without CUDA graphs, since %s.", max(reasons, key=reasons.get))
+            log.warning("Learning goes on without CUDA graphs, since %s.", reason)
 
     def training_step(self, batch: LearningBatch, batch_index: int) -> None:
-        terms = self.timeline.active(self.global_step)
-        weights = torch.tensor([self.timeline.weight(term, self.global_step) for term in terms])
+        terms, weights = self._terms(self.global_step)
         step, optimizer = self._step(terms), self.optimizers()
-        total, (parts, maps) = step(batch, weights.to(self.device, non_blocking=True))
+        total, (parts, maps) = step(batch, weights)
         with torch.autocast(self.device.type, enabled=False):  # which would round the gradients' products
             step.backward(total, self.manual_backward)
         optimizer.step()
@@ -107,12 +105,8 @@ class LearningStage(lightning.LightningModule):
         self.last = LossParts(total.detach(), **parts, maps=maps)
         # values are read, which waits for the device, only at the steps that are logged
         if self.global_step % self.trainer.log_every_n_steps == 0:
-            self.log_dict(
-                {
-                    f"{self.stage}/loss/{name}": value
-                    for name, value in {"total": self.last.total, **parts}.items()
-                }
-            )
+            losses = {"total": self.last.total, **parts}
+            self.log_dict({f"{self.stage}/loss/{name}": value for name, value in losses.items()})
 
     def forward(
         self, terms: tuple[Term, ...], batch: LearningBatch, weights: Tensor
@@ -132,7 +126,8 @@ class LearningStage(lightning.LightningModule):
         self.gradient_norm = None if self.trainer.precision == "16-mixed" else norm
         if optimizer.defaults.get("fused") or isinstance(optimizer, AdamW8bit):
             # divides the gradients as it reads them, which spares a pass over them; also GradScaler's way
-            optimizer.grad_scale = ((norm + 1e-6) / self.settings.gradient_clip).clamp(min=1)
+            scale = ((norm + 1e-6) / self.settings.gradient_clip).clamp(min=1)
+            optimizer.grad_scale = scale  # type: ignore[attr-defined]
         else:
             nn.utils.clip_grads_with_norm_(parameters, self.settings.gradient_clip, norm)
 
@@ -153,10 +148,15 @@ class LearningStage(lightning.LightningModule):
 
     def eager_step(self, batch: LearningBatch) -> Tensor:
         """The loss of the first step's kind without a graph, for counting its operations."""
-        terms = self.timeline.active(0)
-        weights = torch.tensor([self.timeline.weight(term, 0) for term in terms], device=self.device)
+        terms, weights = self._terms(0)
         with self.trainer.precision_plugin.forward_context():
             return self._rounded()[0](terms, batch, weights)[0]
+
+    def _terms(self, step: int) -> tuple[tuple[Term, ...], Tensor]:
+        """The terms of the attention loss that are active at a step, and their weights (terms,)."""
+        terms = self.timeline.active(step)
+        weights = torch.tensor([self.timeline.weight(term, step) for term in terms])
+        return terms, weights.to(self.device, non_blocking=True)
 
     def _step(self, terms: tuple[Term, ...]) -> GraphedStep:
         """The step of the active terms; that of other terms goes first, with the memory of its graph."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mifo.errors import MifoError
+from mifo.errors import MifoError, check_least
 
 
 @dataclass
@@ -54,10 +54,8 @@ def check_guidance(settings: GuidanceSettings) -> None:
     Raises:
         MifoError: naming the key and the values that it takes.
     """
-    least = {"guided_steps": 0, "iterations": 0, "shapes_every": 0, "clusters_per_subject": 1, "restarts": 1}
-    for key, bound in least.items():
-        if (value := getattr(settings, key)) < bound:
-            raise MifoError(f"guidance.{key}={value} is too small; take at least {bound}.")
+    check_least("guidance", settings, guided_steps=0, iterations=0, shapes_every=0)
+    check_least("guidance", settings, clusters_per_subject=1, restarts=1)
     if settings.shapes_every and settings.shapes_from < 1:
         raise MifoError(
             f"guidance.shapes_from={settings.shapes_from} is too early, since shapes form in earlier steps; "

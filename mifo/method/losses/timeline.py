@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from mifo.errors import MifoError
+from mifo.errors import MifoError, check_least
 from mifo.method.backbone import Backbone, Site, Stage
 from mifo.method.losses.attention_loss import AttentionLoss, Maps, Masks, find_loss
 from mifo.method.losses.settings import PenaltySettings, Ramp, TermSettings, TermStage
@@ -103,10 +103,8 @@ def check_penalty(settings: PenaltySettings) -> None:
     for name, term in settings.terms.items():
         key = f"penalty.terms.{name}"
         find_loss(term.loss)
-        if term.weight < 0 or (term.weight_end or 0) < 0:
-            raise MifoError(f"{key}.weight={term.weight} is negative; take at least 0.")
-        if term.from_step < 0 or (term.to_step is not None and term.to_step < 0):
-            raise MifoError(f"{key}.from_step and to_step count steps; take at least 0.")
+        ends = {name: 0 for name in ("to_step", "weight_end") if getattr(term, name) is not None}
+        check_least(key, term, weight=0, from_step=0, **ends)
         if not 0 <= term.time_below <= 1:
             raise MifoError(f"{key}.time_below={term.time_below} is no share of the time; take 0 to 1.")
         if (term.ramp is Ramp.constant) != (term.weight_end is None):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mifo.errors import MifoError
+from mifo.errors import check_least
 
 
 @dataclass
@@ -23,11 +23,5 @@ class SynthesisSettings:
 
 
 def check_synthesis(settings: SynthesisSettings) -> None:
-    """Refuse impossible settings before any model is loaded.
-
-    Raises:
-        MifoError: naming the key and the values that it takes.
-    """
-    for key in ("steps", "samples"):
-        if (value := getattr(settings, key)) < 1:
-            raise MifoError(f"synthesis.{key}={value} makes no picture; take at least 1.")
+    """Refuse impossible settings before any model is loaded; see `check_least`."""
+    check_least("synthesis", settings, steps=1, samples=1)
