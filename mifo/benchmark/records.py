@@ -55,7 +55,7 @@ class Circumstances:
 
     @classmethod
     def now(cls, device: torch.device, profile: str, shapes: str) -> "Circumstances":
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
         described = run(
             ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
             capture_output=True,
@@ -82,7 +82,8 @@ class Record(Circumstances):
         return read_record(file, cls)
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """The processor, and how many threads torch uses on it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
