@@ -76,11 +76,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def check_entries(folder: Path) -> None:
-    """Refuse pipes and devices below a folder, for which a library that reads the folder would wait.
-
-    Raises:
-        MifoError: naming the first of them.
-    """
+    """Refuse pipes and devices below a folder, for which a library that reads the folder would wait."""
     for place, _, files in os.walk(folder):
         for path in (Path(place, name) for name in files):
             if path.exists() and not path.is_file():

@@ -15,7 +15,7 @@ from mifo.backbones.loading import load_model, load_outline
 from mifo.backbones.settings import ModelSettings
 from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
-from mifo.making.class_pictures import class_picture_files
+from mifo.making.class_pictures import class_pictures
 from mifo.method.backbone import Conditioning
 from mifo.method.diffusion.ddim import DDIM
 
@@ -237,9 +237,9 @@ def test_a_tokenizer_without_a_length_takes_that_of_the_text_encoder(source, tmp
 
 def test_class_pictures_of_other_timesteps_are_made_anew(source, model, tmp_path):
     prior = PriorSettings(pictures=1, steps=1, cache=str(tmp_path))
-    (first,), _ = class_picture_files(model, ["a car"], prior, 0)
+    (first,) = class_pictures(model, ["a car"], prior, 0)[0].files
     other = load_model(copy_of(source, tmp_path / "copy", scheduler={"steps_offset": 0}))
-    (second,), _ = class_picture_files(other, ["a car"], prior, 0)
+    (second,) = class_pictures(other, ["a car"], prior, 0)[0].files
     assert first != second and first.read_bytes() != second.read_bytes()
 
 

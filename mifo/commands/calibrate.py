@@ -27,8 +27,6 @@ from mifo.report.tables import markdown_table, write_csv
 from mifo.world.scenes import SIZE
 from mifo.world.spec import SceneSpec
 
-METRIC_NAMES = {name: f"{name} {'↑' if METRICS[name].higher_is_better else '↓'}" for name in METRICS}
-
 
 def calibrate(settings: CalibrateSettings) -> Path:
     """Measure every case on every scene; write `pictures.csv`, `calibration.md`, `calibration.jpg`.
@@ -47,13 +45,12 @@ def calibrate(settings: CalibrateSettings) -> Path:
         instances = read_instances(given)
         spec = find_source(given)
         assert isinstance(spec, SceneSpec)  # `named_scenes` gives nothing else
+        placed = layouts(layout, instances.tokens)
         shown = [instances.image.float() / 255]
         for case in CASES:
             pictures = [
-                calibration_picture(spec, case, each.boxes, each.prompt, ending, settings.seed + number)
-                for number, (each, ending) in enumerate(
-                    zip(layouts(layout, instances.tokens), settings.endings, strict=True)
-                )
+                calibration_picture(spec, case, each, ending, settings.seed + number)
+                for number, (each, ending) in enumerate(zip(placed, settings.endings, strict=True))
             ]
             shown.append(pictures[0].image)
             about = {"scene": given.name, "things": len(instances.tokens), "case": case}
@@ -97,10 +94,8 @@ def report(table: pd.DataFrame, evaluator: PictureEvaluator, fit: Fit) -> str:
     """The table in Markdown: cases by metrics, all scenes and each kind of scene; scenes are the sample."""
     metrics = [name for name in METRICS if name in table]
     scenes = table.groupby(["case", "scene"], sort=False)[metrics].mean().reset_index()
-    kinds = {
-        "all scenes": "",
-        **{kind: kind for kind in dict.fromkeys(n.split("_")[0] for n in scenes.scene)},
-    }
+    kinds = {"all scenes": "", **{kind: kind for kind in (name.split("_")[0] for name in scenes.scene)}}
+    heads = [f"{name} {'↑' if METRICS[name].higher_is_better else '↓'}" for name in metrics]
     lines = [
         "# The measures on drawn pictures",
         "",
@@ -116,6 +111,5 @@ def report(table: pd.DataFrame, evaluator: PictureEvaluator, fit: Fit) -> str:
             [case, *(interval(part[part.case == case][metric].dropna()) for metric in metrics)]
             for case in CASES
         ]
-        heads = ["case", *(METRIC_NAMES[metric] for metric in metrics)]
-        lines += ["", f"## {title}", "", *markdown_table(pd.DataFrame(rows, columns=heads))]
+        lines += ["", f"## {title}", "", *markdown_table(pd.DataFrame(rows, columns=["case", *heads]))]
     return "\n".join(lines) + "\n"

@@ -78,11 +78,7 @@ def scored(
 
 
 def pictures_folder(given: str) -> Path:
-    """The folder of pictures, given itself or the run that holds it.
-
-    Raises:
-        MifoError: there is no such folder.
-    """
+    """The folder of pictures, given itself or the run that holds it."""
     folder = existing_folder("pictures", given, "what mifo synthesize or mifo run made")
     return folder / "pictures" if (folder / "pictures").is_dir() else folder
 
@@ -123,11 +119,7 @@ def other_instances(pictures: Path, given: InstancesSettings | None) -> str | No
 
 
 def check_tokens(pictures: Sequence[Picture], instances: InstanceSet) -> None:
-    """Refuse pictures of instances that are not among `instances`; boxes of other words are no instances.
-
-    Raises:
-        MifoError: a prompt or a box names an unknown token.
-    """
+    """Refuse pictures of instances that are not among `instances`; boxes of other words are no instances."""
     for picture in pictures:
         for token in INSTANCE.findall(" ".join([picture.prompt, *picture.boxes])):
             if token not in instances.tokens:
@@ -166,11 +158,7 @@ def other_measure(pictures: Path, metrics: MetricsSettings) -> str | None:
 
 
 def objective_values(folder: Path, wanted: Sequence[str]) -> float | list[float]:
-    """The `wanted` scores of a run as a search reads them: one alone as a number.
-
-    Raises:
-        MifoError: one of them was not measured.
-    """
+    """The `wanted` scores of a run as a search reads them: one alone as a number."""
     found = {score.metric: score.value for score in Evaluation.read(folder / SCORES).scores}
     if missing := [name for name in wanted if name not in found]:
         raise MifoError(f"objectives: {missing[0]} was not measured; take of {', '.join(found)}")

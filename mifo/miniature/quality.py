@@ -85,7 +85,7 @@ class Judge:
     def best(self, features: Tensor, prompts: list[str], thing: Tensor | None = None) -> Tensor:
         """The index of the prompt that each picture fits best, (n,).
 
-        Where its `thing` (n,) is known, of that thing's prompts alone; the prompts are in the order of things.
+        Where its `thing` (n,) is known, of that thing's prompts alone; prompts are in the order of things.
         """
         texts = self.texts(prompts)
         if thing is None:

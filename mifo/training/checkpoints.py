@@ -117,13 +117,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def check_checkpoint(checkpoint: Mapping[str, Any], learning: Mapping[str, Tensor]) -> None:
-    """See that a checkpoint holds the weights that learn, and an optimiser's state of them.
+    """Refuse a checkpoint of other weights than those that learn, or of an optimiser's states of others.
 
     Args:
         learning: the weights by name, in the order in which the optimiser has them.
-
-    Raises:
-        MifoError: names, shapes or precisions differ.
     """
     expected = {name: each.shape for name, each in learning.items()}
     try:

@@ -48,11 +48,7 @@ class FiniteNumbers(Callback):
         self._check(trainer, pl_module)
 
     def _check(self, trainer: Trainer, module: LearningStage, weights: bool = True) -> None:
-        """Read what was kept since the last call, and the weights if `weights` says so.
-
-        Raises:
-            MifoError: a number is not finite.
-        """
+        """Refuse kept numbers that are not finite, and such weights if `weights` says so."""
         kept, self._kept = self._kept, []
         values = torch.stack([parts for _, parts in kept]).tolist() if kept else []
         for (step, _), row in zip(kept, values, strict=True):

@@ -50,11 +50,7 @@ FIXED = "max_steps max_epochs default_root_dir enable_checkpointing logger plugi
 
 
 def check_learning(settings: LearningSettings) -> None:
-    """Refuse impossible settings before any model is loaded.
-
-    Raises:
-        MifoError: naming the key and the values that it takes.
-    """
+    """Refuse impossible settings before any model is loaded."""
     for name, stage in (("semantic", settings.semantic), ("finetuning", settings.finetuning)):
         key = f"learning.{name}"
         if stage.trainable not in get_args(Trainable):
@@ -104,11 +100,7 @@ def check_learning(settings: LearningSettings) -> None:
 
 
 def check_trainer(arguments: Mapping[str, Any]) -> None:
-    """Refuse what is no trainer, an argument that it does not take, or one that learning decides.
-
-    Raises:
-        MifoError: naming the key.
-    """
+    """Refuse what is no trainer, an argument that it does not take, or one that learning decides."""
     for name in FIXED:
         if name in arguments:
             raise MifoError(f"trainer.{name} is fixed by learning and callbacks; take it out of trainer.")

@@ -98,11 +98,7 @@ def make_lr_scheduler(stage: str, settings: StageSettings, optimizer: torch.opti
 
 
 def check_optimizer(stage: str, settings: StageSettings) -> None:
-    """Make optimiser and LR scheduler of a single number, before there is a model.
-
-    Raises:
-        MifoError: see `make`; or they are none.
-    """
+    """Refuse an optimiser or LR scheduler that cannot be made, tried on a single number."""
     key = f"learning.{stage}"
     optimizer = make_optimizer(stage, settings, [nn.Parameter(torch.zeros(1))], fused=True)
     if not isinstance(optimizer, torch.optim.Optimizer):

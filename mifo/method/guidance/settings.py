@@ -49,11 +49,7 @@ class GuidanceSettings:
 
 
 def check_guidance(settings: GuidanceSettings) -> None:
-    """Refuse impossible settings before any model is loaded; layers need the U-Net and are checked with it.
-
-    Raises:
-        MifoError: naming the key and the values that it takes.
-    """
+    """Refuse impossible settings before any model is loaded; layers are checked with the model."""
     check_least("guidance", settings, guided_steps=0, iterations=0, shapes_every=0)
     check_least("guidance", settings, clusters_per_subject=1, restarts=1)
     if settings.shapes_every and settings.shapes_from < 1:

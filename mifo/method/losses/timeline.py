@@ -95,11 +95,7 @@ def attention_loss(
 
 
 def check_penalty(settings: PenaltySettings) -> None:
-    """Refuse impossible terms before any model is loaded; sites need the model and are checked with it.
-
-    Raises:
-        MifoError: naming the key and the values that it takes.
-    """
+    """Refuse impossible terms before any model is loaded; their sites are checked with the model."""
     for name, term in settings.terms.items():
         key = f"penalty.terms.{name}"
         find_loss(term.loss)

@@ -54,9 +54,6 @@ def check_placeholders(key: str, text: str, known: Collection[str] = ()) -> None
     Args:
         key: the setting that holds `text`.
         known: names of placeholders, without braces.
-
-    Raises:
-        MifoError: naming the placeholder and those that are known.
     """
     for found in _PLACEHOLDER.findall(text):
         if found[1:-1] not in known or not found.endswith("}"):
