@@ -84,7 +84,7 @@ def check_entries(folder: Path) -> None:
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Make `folder` where it is missing, and see that files can be written there and `needed` bytes are free.
+    """Make `folder` if it is missing; check that it can be written to and has `needed` bytes free.
 
     Raises:
         MifoError: the folder cannot be written to, or its disk is too full.
@@ -137,7 +137,7 @@ def regular_file(path: Path, limit: int | None = None) -> Iterator[BufferedReade
 
 
 def reason(error: Exception) -> str:
-    """What an error of the system says, in words alone."""
+    """The message of an error, on one line, without the error number and file name of the system."""
     return getattr(error, "strerror", None) or " ".join(str(error).split())
 
 
@@ -250,14 +250,14 @@ def _typed(value: Any, kind: Any, path: Path) -> Any:
 
 
 def _number(text: str) -> float:
-    """A finite number of JSON; 1e400 is none."""
+    """Read a number of JSON; refuse infinity, also where a number such as 1e400 becomes infinite."""
     if not math.isfinite(number := float(text)):
         raise ValueError(f"{text} is no finite number")
     return number
 
 
 def _flush(path: Path) -> None:
-    """Have the disk hold a file's content, or a folder's list of names, before going on."""
+    """Wait until the disk holds a file's content, or a folder's list of names."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -78,9 +78,7 @@ def named_scenes(patterns: list[str]) -> list[InstancesSettings]:
     scenes = [OmegaConf.to_object(OmegaConf.merge(schema, read_yaml(file))) for file in fitting]
     scenes = [scene for scene in scenes if scene.scene is not None]
     if not scenes:
-        raise MifoError(
-            f"scenes={','.join(patterns)} fits no drawn scene of conf/instances; try scenes=[alike_*]"
-        )
+        raise MifoError(f"scenes={','.join(patterns)} fits no drawn scene of conf/instances; try [alike_*]")
     return scenes
 
 

@@ -35,9 +35,7 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
         MifoError: no metrics, pictures that cannot be read, or instances that are not those of the pictures.
     """
     if settings.metrics is None:
-        raise MifoError(
-            "metrics=none leaves nothing to evaluate; choose metrics=miniature or metrics=standard"
-        )
+        raise MifoError("metrics=none leaves nothing to evaluate; choose metrics=miniature or standard")
     source = pictures_folder(settings.pictures)
     pictures = read_pictures(source)
     instances = read_instances(settings.instances or recorded_instances(source))
@@ -106,7 +104,7 @@ def recorded_instances(pictures: Path) -> InstancesSettings:
 
 
 def other_instances(pictures: Path, given: InstancesSettings | None) -> str | None:
-    """A line that warns of `given` instances unlike those that the pictures' tokens were learned from."""
+    """A warning if the `given` instances are not those that the pictures' tokens were learned from."""
     if given is None or not (pictures / "instances.yaml").is_file():
         return None
     recorded = recorded_instances(pictures)
@@ -130,10 +128,7 @@ def check_tokens(pictures: Sequence[Picture], instances: InstanceSet) -> None:
 
 
 def other_measure(pictures: Path, metrics: MetricsSettings) -> str | None:
-    """A line that warns of `metrics` unlike those of the pictures' own run, or not meant for its model.
-
-    None where they agree or nothing is recorded.
-    """
+    """A warning if `metrics` are not those of the pictures' own run, or not meant for its model."""
     recorded = pictures.parent / CONFIG
     if not recorded.is_file():
         return None

@@ -83,5 +83,5 @@ def _check_number(key: str, names: Sequence[str | None] | None, count: int) -> N
     """Refuse names of more or fewer instances than there are; no names are as good as None."""
     if names and len(names) != count:
         raise MifoError(
-            f"instances.{key} names {len(names)} instances, but there are {count} masks; name one each."
+            f"instances.{key} names {len(names)} instances, but there are {count}; name one each."
         )

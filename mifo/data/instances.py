@@ -20,13 +20,13 @@ from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
 from mifo.world.spec import SceneSpec
 
-# names that nobody gave: the default, and that of conf/instances/local.yaml
+# names that the user did not choose: the default, and the one of conf/instances/local.yaml
 UNNAMED = (InstancesSettings.name, "local")
 
 # Stable Diffusion's picture and latents, the finest on which a mask is learned; the miniature's are smaller
 _SIDE, _LATENT_SIDE = 512, 64
 
-# Of the picture, or of its border: a mask that covers more may be inverted
+# a mask that covers more than this share of the picture, or of its border, may be inverted
 _DOUBTFUL = 0.6
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def _resize(masks: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _on_latents(masks: Tensor) -> Tensor:
-    """Which latents (N, h, w), bool, the masks (N, H, W) mark, brought to them as learning does it."""
+    """Which latents the masks (N, H, W) mark, bool (N, h, w); the masks are resized as in learning."""
     picture = _resize(masks, (_SIDE, _SIDE))
     return F.interpolate(picture[None], size=(_LATENT_SIDE, _LATENT_SIDE), mode="nearest")[0] > 0.5
 

@@ -40,7 +40,7 @@ class LearningBatch(NamedTuple):
 
 
 class _Choices(NamedTuple):
-    """What a step takes, of the numbers that it draws.
+    """What a step draws before its noise.
 
     Attributes:
         selections: B times the numbers of the instances in the prompt's order.
@@ -167,7 +167,7 @@ class LearningData(lightning.LightningDataModule):
         return _Choices(selections, flips, [(i, self._flip(generator)) for i in pictures])
 
     def _encode(self, pairs: Iterable[tuple[int, int]]) -> None:
-        """Encode class pictures or their mirror images, as in `_Choices`, where they are not yet."""
+        """Encode the class pictures and mirror images, as in `_Choices`, that are not encoded yet."""
         missing = sorted({*pairs} - self.class_latents.keys())
         if not missing:
             return

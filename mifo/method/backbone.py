@@ -156,7 +156,7 @@ class Backbone(Protocol):
 
         Args:
             noisy: (B, C, h, w). time: one for all, or (B,).
-            reads: sites whose attention is read, which they then compute in the open and in 32 bits.
+            reads: what is kept of the attention of some sites, which then compute all of it, in 32 bits.
             rules: bound attention at every site; None: every pixel attends to everything.
         """
 

@@ -60,7 +60,7 @@ class Evaluation:
     """Mean `scores`, the scores of each picture by metric, and the mean leakage matrix.
 
     Row i of the N × N matrix belongs to crops that should show instance i; None where there were none.
-    `warnings` say what the scores do not tell, such as the end of a long prompt.
+    `warnings` say what was not measured, such as the end of a long prompt.
     """
 
     scores: tuple[Score, ...]

@@ -42,7 +42,7 @@ class ImageTextEncoder(ImageEncoder, Protocol):
     def encode_texts(self, texts: Sequence[str]) -> Tensor: ...
 
     def warnings(self, texts: Sequence[str]) -> list[str]:
-        """What the features of texts do not tell."""
+        """A line for each text of which the features leave something out."""
         ...
 
 
@@ -136,7 +136,7 @@ class OpenClipEncoder(_BatchedEncoder):
         return torch.cat([self.model.encode_text(batch) for batch in tokens.split(self.batch_size)])
 
     def warnings(self, texts: Sequence[str]) -> list[str]:
-        """A line for each text that is cut."""
+        """A line for each text that is longer than the model reads."""
         tokens = self.tokenizer(list(texts))
         length = tokens.shape[1]
         # with room for one token more, a text that is cut has another token at the end
@@ -233,7 +233,7 @@ def load_image_encoder(
 def _load_dreamsim(
     settings: ImageSettings, variant: str, batch_size: int, fit: Fit, device: torch.device | str
 ) -> DreamSimEncoder:
-    """Load DreamSim where it stays: some of its tensors follow the device that it was loaded on, not `to`."""
+    """Load DreamSim on the device where it will run, since `to` does not move all of its tensors."""
     try:
         from dreamsim import dreamsim
     except ImportError as error:

@@ -21,7 +21,7 @@ from mifo.tensors import difference, not_finite
 
 NEWEST, PREVIOUS = "last.ckpt", "previous.ckpt"
 _TENSORS = ("state_dict", "optimizer_states")
-# parts of Lightning's restoring
+# the functions with which Lightning restores a checkpoint
 _RESTORING = ("resume_start", "_restore_modules_and_callbacks", "restore_training_state")
 _DIGEST = hashlib.sha256().digest_size
 
@@ -111,7 +111,7 @@ class SaveCheckpoints(Callback):
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """What to load to go on with the stage of this folder; None: nothing, the stage begins."""
+    """The checkpoint from which this folder's stage goes on; None: the stage begins."""
     found = any(os.path.lexists(folder / name) for name in (NEWEST, PREVIOUS))
     return folder / NEWEST if found else None
 
@@ -146,7 +146,7 @@ def check_checkpoint(checkpoint: Mapping[str, Any], learning: Mapping[str, Tenso
 def refusing_odd(checkpoint: Path | None) -> Iterator[None]:
     """Turn what Lightning raises while it restores `checkpoint` into a sentence.
 
-    Its checksum may be right and its states of loops, callbacks or optimisers none that Lightning saved.
+    A checkpoint with the right checksum may still hold states that Lightning did not save.
     """
     try:
         yield

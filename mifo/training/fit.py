@@ -59,17 +59,13 @@ def check_learning(settings: LearningSettings) -> None:
         check_least(key, stage, steps=0, batch_size=1, checkpoint_every=0, lr_warmup_steps=0)
         check_least(key, stage, learning_rate=0, weight_decay=0, eps=0, gradient_clip=0)
         if len(stage.betas) != 2 or not all(0 <= beta < 1 for beta in stage.betas):
-            raise MifoError(
-                f"{key}.betas={list(stage.betas)} must be two numbers of at least 0 and less than 1."
-            )
+            raise MifoError(f"{key}.betas={list(stage.betas)} must be two numbers from 0 to less than 1.")
         if stage.trainable == "lora":
             check_least(key, stage, lora_rank=1)
         if stage.steps:
             check_optimizer(name, stage)
     if settings.semantic.trainable != "tokens":
-        raise MifoError(
-            "learning.semantic.trainable must be tokens: the first stage learns the new token rows alone."
-        )
+        raise MifoError("learning.semantic.trainable must be tokens: the first stage learns words alone.")
     finetuned = settings.finetuning.steps > 0
     if finetuned and settings.finetuning.trainable == "lora" and find_spec("peft") is None:
         raise MifoError(
@@ -86,13 +82,9 @@ def check_learning(settings: LearningSettings) -> None:
     prior = settings.prior
     check_least("learning.prior", prior, weight=0)
     if prior.weight and not prior.folder and prior.pictures < 1:
-        raise MifoError(
-            "learning.prior.pictures must be at least 1; set learning.prior.weight=0 to leave them out."
-        )
+        raise MifoError("learning.prior.pictures must be at least 1; learning.prior.weight=0 needs none.")
     if prior.weight and not prior.prompts:
-        raise MifoError(
-            "learning.prior.prompts is empty; give at least one prompt, such as a photo of {class}."
-        )
+        raise MifoError("learning.prior.prompts is empty; give a prompt, such as a photo of {class}.")
     for prompt in prior.prompts:
         check_placeholders("learning.prior.prompts", prompt, ("class",))
     if finetuned and prior.weight and prior.folder is not None:
@@ -106,9 +98,7 @@ def check_trainer(arguments: Mapping[str, Any]) -> None:
             raise MifoError(f"trainer.{name} is fixed by learning and callbacks; take it out of trainer.")
     found = target("trainer", {**TRAINER, **arguments})
     if not (isinstance(found, type) and issubclass(found, lightning.Trainer)):
-        raise MifoError(
-            f"trainer._target_={arguments['_target_']} is no Trainer of Lightning; name one that is."
-        )
+        raise MifoError(f"trainer._target_={arguments['_target_']} is no Trainer of Lightning; name one")
 
 
 def _names_instances_once(template: str) -> bool:

@@ -68,8 +68,8 @@ class LearningStage(lightning.LightningModule):
         self.gradient_norm: Tensor | None = None
         self.passes_in = passes_in
         self._graphs = graphs
-        self._copies: dict[nn.Parameter, Tensor] = {}  # of what learns, as the passes read it
-        self._steps: dict[tuple[Term, ...], GraphedStep] = {}  # that of the active terms
+        self._copies: dict[nn.Parameter, Tensor] = {}  # of learning weights, rounded
+        self._steps: dict[tuple[Term, ...], GraphedStep] = {}  # the step of the active terms alone
         model.set_trainable(cast(Trainable, settings.trainable))  # `check_learning` has seen it
         self.train()
 
@@ -132,7 +132,7 @@ class LearningStage(lightning.LightningModule):
             nn.utils.clip_grads_with_norm_(parameters, self.settings.gradient_clip, norm)
 
     def release(self) -> None:
-        """End graphs, gradients and copies."""
+        """Drop CUDA graphs, gradients and copies of weights."""
         self._steps.clear()
         self.zero_grad()
         for parameter in self._copies:
@@ -147,7 +147,7 @@ class LearningStage(lightning.LightningModule):
         check_checkpoint(checkpoint, self.state_dict())
 
     def eager_step(self, batch: LearningBatch) -> Tensor:
-        """The loss of the first step's kind without a graph, for counting its operations."""
+        """The loss of the first step, without a graph, so that its operations can be counted."""
         terms, weights = self._terms(0)
         with self.trainer.precision_plugin.forward_context():
             return self._rounded()[0](terms, batch, weights)[0]
@@ -159,7 +159,7 @@ class LearningStage(lightning.LightningModule):
         return terms, weights.to(self.device, non_blocking=True)
 
     def _step(self, terms: tuple[Term, ...]) -> GraphedStep:
-        """The step of the active terms; that of other terms goes first, with the memory of its graph."""
+        """The step of the active terms; the step of other terms is dropped first, to free its graph."""
         if terms not in self._steps:
             self._steps.clear()
             loss, self._copies = self._rounded()
@@ -175,7 +175,7 @@ class LearningStage(lightning.LightningModule):
         return self._steps[terms]
 
     def _rounded(self) -> tuple[Callable[..., Any], dict[nn.Parameter, Tensor]]:
-        """The loss on rounded copies of weights, and copies of what learns; none where autocast rounds."""
+        """The loss on rounded copies of weights, and the copies of learning weights (none under autocast)."""
         if self.passes_in is not None:
             rounded = RoundedWeights(self, every_weight(self), self.passes_in)
             return rounded, {each: copy for each, copy in rounded.copies.items() if each.requires_grad}

@@ -57,7 +57,7 @@ def make(key: str, node: Mapping[str, Any], *inputs: Any, usual: Mapping[str, An
     """Call what `node` names with `inputs`, the node's own keys and `fixed`.
 
     Args:
-        usual: arguments that it gets if it takes them and the node does not name them.
+        usual: arguments that are passed if the target takes them and the node does not name them.
 
     Raises:
         MifoError: see `target`; or the call refuses its arguments.

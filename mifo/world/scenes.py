@@ -337,7 +337,7 @@ def scene_batch(spec: SceneSpec) -> SceneBatch:
     generator = torch.Generator().manual_seed(spec.seed)
     identities = sample_identities((1, count), generator, held_out=True)
     for slot, thing in enumerate(spec.things):
-        # The held-out hue keeps its place inside the range when the colour word is the spec's own.
+        # the drawn hue keeps its place within the range when the spec names another colour word
         drawn = list(COLOURS.values())[int(identities.colour[0, slot])]
         body = identities.body[0, slot]
         value, low = body.max(), body.min()

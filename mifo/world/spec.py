@@ -42,9 +42,7 @@ def check_scene(spec: SceneSpec) -> None:
             one, or a number of things outside 1…4.
     """
     if not 1 <= len(spec.things) <= MAX_THINGS:
-        raise MifoError(
-            f"instances.scene.things: {len(spec.things)} things; a scene holds 1 to {MAX_THINGS}."
-        )
+        raise MifoError(f"instances.scene.things: {len(spec.things)} things; take 1 to {MAX_THINGS}.")
     for thing in spec.things:
         check_word("thing", thing.thing, THINGS)
         check_word("pattern", thing.pattern, PATTERNS)

@@ -21,10 +21,10 @@ class GuidanceSettings:
             `guided_steps`.
         cross_weight, self_weight: weights of the cross- and self-attention terms of the loss.
         penalty_scale: factor on the scheduled weight α of MIFO's penalty on the background.
-        layers: `AttentionLayer.index` of the layers the loss reads; None chooses them by place.
+        layers: `Site.index` of the sites that the loss reads; None: the model's default sites.
         shapes_from: the step before which boxes first give way to the shapes formed inside them.
         shapes_every: steps between renewals of the shapes; 0 keeps the boxes.
-        shape_layers: layers whose maps give the shapes, all of one resolution; None chooses them by place.
+        shape_layers: the sites whose maps give the shapes, all of one size; None: the model's default sites.
         clusters_per_subject: clusters of the self-attention map, per subject.
         shape_threshold: least score in [0, 1] with which a cluster goes to a subject.
         restarts: starts of the first k-means.

@@ -45,9 +45,7 @@ def find_loss(name: str) -> AttentionLoss:
         if own and issubclass(value, AttentionLoss) and wanted in (key, name):
             loss: AttentionLoss = value()
             return loss
-    raise MifoError(
-        f"loss={name} names no subclass of AttentionLoss; take one of {', '.join(known_losses())}"
-    )
+    raise MifoError(f"loss={name} names no AttentionLoss; take one of {', '.join(known_losses())}")
 
 
 def known_losses() -> list[str]:

@@ -63,7 +63,7 @@ def check_placeholders(key: str, text: str, known: Collection[str] = ()) -> None
 
 
 def check_instances(prompt: str, keys: Iterable[str], known: Collection[str]) -> None:
-    """Refuse what can be refused without a tokenizer.
+    """Check a prompt and the names of its boxes without a tokenizer.
 
     Args:
         keys: names of the layout's boxes: instance tokens, or words that occur in the prompt.
@@ -83,9 +83,7 @@ def check_instances(prompt: str, keys: Iterable[str], known: Collection[str]) ->
     for name in dict.fromkeys(INSTANCE.findall(" ".join([prompt, *keys]))):
         if name not in known:
             has = ", ".join(known) or "no instances"
-            raise MifoError(
-                f"{name} is not one of the learned instances ({has}): correct the prompt and the boxes."
-            )
+            raise MifoError(f"{name} is not one of the learned instances ({has}); correct prompt and boxes.")
     for key in keys:
         words = " ".join(key.lower().split())
         if not words or words not in " ".join(prompt.lower().split()):

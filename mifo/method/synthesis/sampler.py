@@ -207,7 +207,7 @@ class Sampler:
 class Regions:
     """The regions of one prompt: boxes at first, later the shapes that form inside them.
 
-    Of each sampling step, call `guide` and `renew`, then `Sampler.denoise`, in this order.
+    In each sampling step, call `guide` and `renew`, then `Sampler.denoise`, in this order.
 
     Attributes:
         shapes: bool (B, S, R, R) in force.
@@ -341,7 +341,5 @@ def sites_in_use(backbone: Backbone, guidance: GuidanceSettings) -> tuple[Sequen
         chosen.append(tuple(site for site in backbone.sites if site.index in wanted))
     guided, shaping = chosen
     if len({site.kind for site in shaping}) < 2 or len({site.size for site in shaping}) > 1:
-        raise MifoError(
-            "guidance.shape_layers must name a self- and a cross-attention layer at least, of one resolution."
-        )
+        raise MifoError("guidance.shape_layers needs a self- and a cross-attention layer of one resolution.")
     return guided, shaping
