@@ -40,33 +40,30 @@ def whole_file(path: Path) -> Iterator[Path]:
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         yield unfinished
-        _flush(unfinished)
+        for written in (unfinished, *unfinished.rglob("*")):
+            _flush(written)
         unfinished.replace(path)
     except BaseException:
-        unfinished.unlink(missing_ok=True)
+        remove(unfinished)
         raise
     _flush(path.parent)
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Give a new folder beside `path` to fill; afterwards its files are flushed and it is renamed to `path`.
-
-    `path` must not exist. A kill leaves `.NAME.unfinished`, which the next call removes; an exception
-    nothing.
-    """
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
+    """As `whole_file`, for a new folder `path`; what a kill left is removed by the next call."""
+    with whole_file(path) as unfinished:
+        remove(unfinished)
+        unfinished.mkdir(parents=True)
         yield unfinished
-        for file in unfinished.rglob("*"):
-            _flush(file)
-        unfinished.rename(path)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    _flush(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -25,8 +25,8 @@ from mifo.data.saved_pictures import as_image
 from mifo.errors import MifoError
 from mifo.files import write_whole
 from mifo.making.pictures import make_pictures
+from mifo.metrics.evaluators import EMBEDDED
 from mifo.miniature import quality as measures
-from mifo.miniature.pretraining.run import EMBEDDED
 from mifo.miniature.pretraining.segmenter import load_segmenter
 from mifo.report.tables import markdown_table
 from mifo.tables.plan import code_version
@@ -40,7 +40,7 @@ def quality(settings: QualitySettings) -> Path:
 
     Returns their folder. Raises MifoError for an unknown part or missing weights.
     """
-    weights, synthesis = Path(settings.weights or EMBEDDED.parent), settings.synthesis
+    weights, synthesis = Path(settings.weights or EMBEDDED), settings.synthesis
     if not (weights / "pipeline").is_dir():
         raise MifoError(f"weights={weights} holds no pipeline/; name the folder weights/ of mifo pretrain")
 

@@ -169,11 +169,8 @@ def _fit(image: Tensor, masks: Tensor, fit: str) -> tuple[Tensor, Tensor]:
     if fit == "squash" or height == width:
         return image, masks
     if fit == "pad":
-        total = max(height, width) - torch.tensor([width, height])
-        before = total // 2
-        left, top = before.tolist()
-        right, bottom = (total - before).tolist()
-        margins = (left, right, top, bottom)
+        down, right = max(width - height, 0), max(height - width, 0)
+        margins = (right // 2, right - right // 2, down // 2, down - down // 2)
         padded = F.pad(image[None].float(), margins, mode="replicate")[0].byte()
         return padded, F.pad(masks, margins)
     side = min(height, width)

@@ -26,6 +26,8 @@ from mifo.method.objective import StepInputs
 
 ENCODED_AT_ONCE = 16  # class pictures and mirror images
 
+_Turned = tuple[int, int]  # the number of a class picture, and 1 for its mirror image, else 0
+
 
 class LearningBatch(NamedTuple):
     """One step's draw; class samples come first. All shapes are the same at every step.
@@ -37,20 +39,6 @@ class LearningBatch(NamedTuple):
 
     ids: Tensor
     inputs: StepInputs
-
-
-class _Choices(NamedTuple):
-    """What a step draws before its noise.
-
-    Attributes:
-        selections: B times the numbers of the instances in the prompt's order.
-        flips: (B,) 1 for the mirror image, else 0.
-        pictures: (P,) a class picture's number and 1 for its mirror image, else 0.
-    """
-
-    selections: list[tuple[int, ...]]
-    flips: list[int]
-    pictures: list[tuple[int, int]]
 
 
 class LearningData(lightning.LightningDataModule):
@@ -103,13 +91,13 @@ class LearningData(lightning.LightningDataModule):
         if self._class_pictures:
             self.pictures, told = self._class_pictures()
             self.class_ids = self.model.tokenize(told)
-            self.class_latents: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+            self.class_latents: dict[_Turned, tuple[Tensor, Tensor]] = {}
             rank, accumulated = 0, 1
             if self.trainer is not None:
                 rank, accumulated = self.trainer.global_rank, self.trainer.accumulate_grad_batches
             # one more, as the trainer draws a batch ahead
             steps = range(self.steps * accumulated + 1)
-            self._encode(pair for i in steps for pair in self._choices(self._generator(i, rank)).pictures)
+            self._encode(pair for i in steps for pair in self._choices(self._generator(i, rank))[2])
 
     def train_dataloader(self) -> DataLoader:
         """Batches from the trainer's step on; without workers, since nothing is read or decoded."""
@@ -157,17 +145,22 @@ class LearningData(lightning.LightningDataModule):
         entropy = np.random.SeedSequence([self.seed, self.stream, rank, step]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(entropy[0]))
 
-    def _choices(self, generator: torch.Generator) -> _Choices:
-        """What a step takes: the first draws of its generator."""
+    def _choices(self, generator: torch.Generator) -> tuple[list[tuple[int, ...]], list[int], list[_Turned]]:
+        """The first draws of a step.
+
+        Returns:
+            B times the numbers of the instances in the prompt's order; B times 1 for the mirror image or 0;
+            and the P class pictures.
+        """
         selections = [self._selection(generator) for _ in range(self.batch_size)]
         flips = [self._flip(generator) for _ in selections]
         pictures = (
             self._integers(len(self.class_ids), self.batch_size, generator) if self._class_pictures else []
         )
-        return _Choices(selections, flips, [(i, self._flip(generator)) for i in pictures])
+        return selections, flips, [(i, self._flip(generator)) for i in pictures]
 
-    def _encode(self, pairs: Iterable[tuple[int, int]]) -> None:
-        """Encode the class pictures and mirror images, as in `_Choices`, that are not encoded yet."""
+    def _encode(self, pairs: Iterable[_Turned]) -> None:
+        """Encode the class pictures and mirror images that are not encoded yet."""
         missing = sorted({*pairs} - self.class_latents.keys())
         if not missing:
             return
@@ -179,7 +172,7 @@ class LearningData(lightning.LightningDataModule):
         means, deviations = (each.float() for each in encoded)
         self.class_latents.update(zip(missing, zip(means, deviations, strict=True), strict=True))
 
-    def _turned(self, pairs: list[tuple[int, int]]) -> Iterator[Tensor]:
+    def _turned(self, pairs: list[_Turned]) -> Iterator[Tensor]:
         """The class pictures or mirror images of sorted pairs, each picture read once."""
         numbers = list(dict.fromkeys(i for i, _ in pairs))
         turns = (turns for _, turns in groupby(pairs, itemgetter(0)))

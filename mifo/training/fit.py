@@ -1,6 +1,5 @@
 """Learning from first to last: new tokens, both stages, the folder `learned/`."""
 
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -27,7 +26,7 @@ from mifo.data.class_pictures import class_prompts, own_picture_files
 from mifo.data.instances import InstanceSet
 from mifo.data.learning_data import LearningData
 from mifo.errors import MifoError, check_least
-from mifo.files import check_room, reason
+from mifo.files import check_room, reason, remove
 from mifo.making.class_pictures import check_cache, class_pictures
 from mifo.method.backbone import Stage
 from mifo.method.losses.settings import PenaltySettings
@@ -157,7 +156,9 @@ def learn(
     _check_precision(model, settings, trainer)
     learned, checkpoints = Path(folder) / "learned", Path(folder) / "checkpoints"
     refuse_existing(learned)
-    _remove_unfinished(Path(folder))
+    # what killed runs left half written
+    for rest in (*Path(folder).glob(".learned*"), *checkpoints.glob("*/.*.unfinished")):
+        remove(rest)
     if settings.finetuning.steps and settings.prior.weight:
         check_cache(model, class_prompts(instances, settings.prior), settings.prior, seed)
     lightning.seed_everything(seed, verbose=False)
@@ -204,14 +205,8 @@ def learn(
     )
     _save(save, learned)
     model.freeze()
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    remove(checkpoints)
     return learned
-
-
-def _remove_unfinished(folder: Path) -> None:
-    """Remove what killed runs in `folder` left half written."""
-    for rest in (*folder.glob(".learned*"), *folder.glob("checkpoints/*/.*.unfinished")):
-        shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
 
 
 def _room(
