@@ -1,4 +1,4 @@
-"""Write the benchmark scenes into conf/instances, the same from the same seed.
+"""Write the benchmark scenes into conf/instances; the same seed gives the same scenes.
 
     python scripts/make_benchmark_scenes.py
 
@@ -7,8 +7,6 @@ between two colour words, which no caption names). A scene is kept when its thin
 differ to the eye. Hues are held out of pretraining (`mifo.world.scenes.sample_identities`), so that no
 scene was ever seen there.
 """
-
-from __future__ import annotations
 
 import random
 from itertools import combinations
