@@ -138,14 +138,14 @@ def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or " ".join(str(error).split())
 
 
-def read_text(path: Path, limit: int = MOST_TEXT) -> str:
-    """The text of a regular file of at most `limit` bytes, as UTF-8 with or without a byte-order mark.
+def read_text(path: Path) -> str:
+    """The text of a regular file of at most `MOST_TEXT` bytes, as UTF-8 with or without a byte-order mark.
 
     Raises:
         MifoError: as `regular_file`, or the file is not UTF-8.
     """
-    with regular_file(path, limit) as file:
-        return file.read(limit + 1).decode("utf-8-sig")
+    with regular_file(path, MOST_TEXT) as file:
+        return file.read(MOST_TEXT + 1).decode("utf-8-sig")
 
 
 def read_json(path: Path) -> Any:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from mifo.world.scenes import SceneSpec, ThingSpec, redraw_scene, render_scene
+from mifo.world.scenes import redraw_scene, render_scene
+from mifo.world.spec import SceneSpec, ThingSpec
 from mifo.world.vocabulary import BACKGROUNDS, COLOURS, PATTERNS, THINGS
 
 SEED = 4

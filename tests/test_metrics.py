@@ -30,7 +30,8 @@ from mifo.metrics.prompt_similarity import PromptSimilarity
 from mifo.metrics.protocol import name_classes
 from mifo.metrics.scores import Evaluator, Score, score_table
 from mifo.metrics.settings import ClassWords, Fit, ImageSettings, ImageTextSettings, MetricsSettings
-from mifo.world.scenes import SceneSpec, ThingSpec, redraw_scene, render_scene
+from mifo.world.scenes import redraw_scene, render_scene
+from mifo.world.spec import SceneSpec, ThingSpec
 
 RED, GREEN, BLUE = torch.eye(3)
 GREY = torch.full((3,), 1e-4)  # of texts that name no colour
@@ -77,7 +78,7 @@ def evaluate(*images, boxes=True, class_names=("red", "green", "blue")):
     pictures = [
         Picture(image, prompt, dict(zip(TOKENS, BOXES, strict=True)) if boxes else {}) for image in images
     ]
-    evaluator = PictureEvaluator(ColourEncoder(), ColourEncoder(), windows=5)
+    evaluator = PictureEvaluator(ColourEncoder(), ColourEncoder(), MetricsSettings(windows=5))
     return evaluator.evaluate(pictures, instances_of(draw(RED, GREEN, BLUE), masks(), class_names))
 
 
@@ -191,7 +192,7 @@ def test_a_boat_drawn_as_a_balloon_is_a_lost_class():
                         boxes,
                     )
                 ],
-                instances_of(source.image, source.masks.float(), tuple(source.class_names)),
+                instances_of(source.image, source.masks.float(), ("boat", "boat")),
             )
         )
         for spec in (boats, changed)

@@ -33,7 +33,7 @@ from mifo.metrics.metric import Features, Metric
 from mifo.metrics.prompt_similarity import PromptSimilarity
 from mifo.metrics.protocol import name_classes
 from mifo.metrics.scores import Evaluator, Score
-from mifo.metrics.settings import ClassWords, MetricsSettings
+from mifo.metrics.settings import MetricsSettings
 
 log = logging.getLogger(__name__)
 
@@ -115,28 +115,18 @@ class PictureEvaluator:
     """
 
     def __init__(
-        self,
-        image_text: ImageTextEncoder,
-        image: ImageEncoder,
-        protocol: str = "miniature",
-        windows: int = 7,
-        class_words: ClassWords = ClassWords.miniature,
-    ):
-        self.image_text, self.image = image_text, image
-        self.protocol, self.windows, self.class_words = protocol, windows, class_words
+        self, image_text: ImageTextEncoder, image: ImageEncoder, settings: MetricsSettings | None = None
+    ) -> None:
+        self.image_text, self.image, self.settings = image_text, image, settings or MetricsSettings()
 
     @classmethod
     def from_settings(
         cls, settings: MetricsSettings, device: torch.device | str = "cpu"
     ) -> "PictureEvaluator":
         """Load the evaluators. Raises MifoError when weights are missing."""
-        return cls(
-            load_image_text_encoder(settings.image_text, settings.batch_size, settings.fit).to(device),
-            load_image_encoder(settings.image, settings.batch_size, settings.fit, device),
-            settings.protocol,
-            settings.windows,
-            settings.class_words,
-        )
+        batch_size, fit = settings.batch_size, settings.fit
+        image_text = load_image_text_encoder(settings.image_text, batch_size, fit).to(device)
+        return cls(image_text, load_image_encoder(settings.image, batch_size, fit, device), settings)
 
     def evaluate(
         self,
@@ -154,7 +144,7 @@ class PictureEvaluator:
         class_names = instances.class_names or (None,) * len(tokens)
         cut_out = reference_crops(instances.image.float() / 255, instances.masks)
         references, references_clip = (each.encode_images(cut_out) for each in (self.image, self.image_text))
-        texts, own_text = class_texts(self.class_words, class_names)
+        texts, own_text = class_texts(self.settings.class_words, class_names)
         texts_clip = self.image_text.encode_texts(texts)
         prompts = [name_classes(picture.prompt, tokens, class_names) for picture in pictures]
         whole = self.image_text.encode_images([picture.image for picture in pictures])
@@ -181,7 +171,7 @@ class PictureEvaluator:
             own = torch.tensor([tokens.index(name) for name in boxes], dtype=torch.long)
             placed = list(boxes.values()) if picture.boxes else []
             found = [
-                find_instance(picture.image, references[instance], box, self.image, self.windows)
+                find_instance(picture.image, references[instance], box, self.image, self.settings.windows)
                 for instance, box in zip(own, placed, strict=False)
             ]
             features = Features(
@@ -199,6 +189,7 @@ class PictureEvaluator:
             )
             rows.append(self._measured(features, totals, counts, index))
             owns.append(own)
+        others = f", {self.settings.class_words} classes"
         scores = tuple(
             Score(
                 name,
@@ -206,7 +197,7 @@ class PictureEvaluator:
                 metric.higher_is_better,
                 self._evaluator(name),
                 # the choice among other classes is another measure
-                self.protocol + (f", {self.class_words} classes" if metric is ClassAccuracy else ""),
+                self.settings.protocol + (others if metric is ClassAccuracy else ""),
                 counts[name],
             )
             for name, metric in METRICS.items()

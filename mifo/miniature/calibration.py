@@ -7,7 +7,8 @@ import torch
 
 from mifo.data.layouts import Layout
 from mifo.data.saved_pictures import Picture
-from mifo.world.scenes import SceneSpec, redraw_scene
+from mifo.world.scenes import redraw_scene
+from mifo.world.spec import SceneSpec
 
 CASES = {
     "perfect": "every thing in its own box",

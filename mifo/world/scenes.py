@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mifo.method.prompts.articles import article
 from mifo.world import backgrounds, things
-from mifo.world.spec import MAX_THINGS, SceneSpec, ThingSpec, check_scene, check_word
+from mifo.world.spec import MAX_THINGS, SceneSpec, check_scene, check_word
 from mifo.world.vocabulary import BACKGROUNDS, COLOURS, HELD_OUT_HUES, PATTERNS, PROMPT_START, THINGS
 
 SIZE = 128  # side of a scene in pixels
@@ -78,9 +78,6 @@ class Scene:
     image: Tensor
     masks: Tensor
     boxes: Tensor
-    caption: str
-    class_names: list[str]
-    descriptions: list[str]
 
 
 def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
@@ -378,9 +375,9 @@ def _hue(colour: Tensor) -> Tensor:
     return 60 * ((red - green) / spread + 4)
 
 
-def render_scene(spec: SceneSpec, size: int = SIZE) -> Scene:
+def render_scene(spec: SceneSpec) -> Scene:
     """Draw the scene that ``spec`` describes, with its truth."""
-    return _scene(scene_batch(spec), spec.things, spec.background, size)
+    return _scene(scene_batch(spec))
 
 
 def redraw_scene(
@@ -390,7 +387,6 @@ def redraw_scene(
     background: str,
     seed: int = 0,
     colours: Sequence[int] | None = None,
-    size: int = SIZE,
 ) -> Scene:
     """The very things of ``spec`` in a new picture: what a perfect model would make of a layout.
 
@@ -412,7 +408,7 @@ def redraw_scene(
     trial = Placements(torch.full((1, len(slots), 2), 0.5), torch.full((1, len(slots)), 0.4), turn, mirror)
     fitted = dataclasses.replace(trial, centre=trial.centre.clone(), size=trial.size.clone())
     for place, box in enumerate(boxes):
-        x0, y0, x1, y1 = mask_boxes(_draw_things(identities[:, place], trial[:, place], size)[1])[0]
+        x0, y0, x1, y1 = mask_boxes(_draw_things(identities[:, place], trial[:, place], SIZE)[1])[0]
         left, top, right, bottom = torch.tensor(box)
         scale = torch.minimum((right - left) / (x1 - x0), (bottom - top) / (y1 - y0))
         fitted.size[0, place] = 0.4 * scale
@@ -425,17 +421,9 @@ def redraw_scene(
         background=torch.tensor([BACKGROUNDS.index(background)]),
         variation=torch.rand(1, 5, generator=generator),
     )
-    return _scene(batch, [spec.things[slot] for slot in slots], background, size)
+    return _scene(batch)
 
 
-def _scene(batch: SceneBatch, specs: Sequence[ThingSpec], background: str, size: int) -> Scene:
-    images, masks = draw(batch, size)
-    descriptions = [describe(thing.thing, thing.colour, thing.pattern) for thing in specs]
-    return Scene(
-        image=images[0],
-        masks=masks[0] > 0.5,
-        boxes=mask_boxes(masks[0]),
-        caption=caption(descriptions, background),
-        class_names=[thing.thing for thing in specs],
-        descriptions=descriptions,
-    )
+def _scene(batch: SceneBatch) -> Scene:
+    images, masks = draw(batch)
+    return Scene(images[0], masks[0] > 0.5, mask_boxes(masks[0]))

@@ -34,14 +34,12 @@ class StepReport:
     """Where a synthesis stands after a denoising step.
 
     Attributes:
-        step: the step just done, from 0. steps: how many there are. timestep: of the noise process.
+        timestep: of the noise process.
         latents: (B, C, h, w) after the step.
         shapes: bool (B, S, R, R) in force during the step, None without boxes.
         losses: guidance loss per sample and subject of each iteration of this step, on the latents' device.
     """
 
-    step: int
-    steps: int
     timestep: int
     latents: Tensor
     shapes: Tensor | None
@@ -122,7 +120,7 @@ class Sampler:
             sums.append(latents.sum(dtype=torch.float32))
             if on_step:
                 shapes = regions.shapes if regions else None
-                on_step(StepReport(step, len(self.times), time, latents, shapes, losses))
+                on_step(StepReport(time, latents, shapes, losses))
         finite = torch.stack(sums).isfinite().tolist()  # waits for the device once
         if not all(finite):
             raise MifoError(
