@@ -19,8 +19,7 @@ class InstanceConsistency(Metric):
     their class segmenter, which cannot tell look-alikes apart.
     """
 
-    higher_is_better = True
-    plot_lower_bound, plot_upper_bound = -1.0, 1.0
+    plot_lower_bound = -1.0
 
     @staticmethod
     def inputs(picture: Features) -> tuple[Tensor, ...] | None:
@@ -46,9 +45,6 @@ class InstanceConsistencyClip(InstanceConsistency):
 class Identification(Metric):
     """Share of crops whose most similar instance is their own: [0, 1], higher is better."""
 
-    higher_is_better = True
-    plot_lower_bound, plot_upper_bound = 0.0, 1.0
-
     @staticmethod
     def inputs(picture: Features) -> tuple[Tensor, ...] | None:
         """One instance alone cannot be taken for another."""
@@ -66,7 +62,6 @@ class Leakage(Metric):
     """
 
     higher_is_better = False
-    plot_lower_bound, plot_upper_bound = 0.0, 1.0
 
     inputs = staticmethod(Identification.inputs)
 

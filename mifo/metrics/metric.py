@@ -39,10 +39,13 @@ class Metric(MeanMetric):
 
     Attributes:
         encoder: whose features it compares.
-        higher_is_better, plot_lower_bound, plot_upper_bound: its direction and its range.
+        higher_is_better, plot_lower_bound, plot_upper_bound: its direction and its range; at first those of a
+            share that should be large.
     """
 
     encoder: ClassVar[Literal["image", "image_text"]] = "image"
+    higher_is_better = True
+    plot_lower_bound, plot_upper_bound = 0.0, 1.0
 
     @staticmethod
     def inputs(picture: Features) -> tuple[Tensor, ...] | None:

@@ -14,8 +14,7 @@ class PromptSimilarity(Metric):
     """
 
     encoder = "image_text"
-    higher_is_better = True
-    plot_lower_bound, plot_upper_bound = -1.0, 1.0
+    plot_lower_bound = -1.0
 
     @staticmethod
     def inputs(picture: Features) -> tuple[Tensor, ...]:
