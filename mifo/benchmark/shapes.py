@@ -1,6 +1,7 @@
 """Models of real shapes with random weights, and drawn instances to learn."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -30,7 +31,7 @@ def random_model(shapes: str, device: torch.device, dtype: str, side: int | None
     folder = model_folder(ModelSettings())
     torch.manual_seed(0)
     with torch.device(device):
-        parts = SHAPES[shapes]()
+        parts: dict[str, Any] = SHAPES[shapes]()
     unet, vae = parts["unet"], parts["vae"]
     tokenizers = {}
     for name in parts.keys() & {"text_encoder", "text_encoder_2"}:

@@ -33,6 +33,7 @@ class EvaluatePictures(SamplePictures):
 
     def show(self, trainer: Trainer, module: LearningStage, pictures: Sequence[Picture]) -> None:
         super().show(trainer, module, pictures)
+        assert self._evaluator is not None  # loaded at the start of fitting
         result = self._evaluator.evaluate(pictures, module.instances)
         log_values(trainer, module, "scores", {score.metric: score.value for score in result.scores})
         if result.leakage_matrix:
