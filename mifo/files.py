@@ -51,7 +51,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """As `whole_file`, for a new folder `path`; what a kill left is removed by the next call."""
+    """As `whole_file`, for a new folder `path`; the next call removes what a kill left."""
     with whole_file(path) as unfinished:
         remove(unfinished)
         unfinished.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""`mifo layout`: what a layout asks for, drawn before any model is loaded."""
+"""`mifo layout`: the boxes of a layout, drawn without a model."""
 
 import logging
 from collections.abc import Sequence

@@ -42,7 +42,7 @@ def learned_model(
     device: torch.device,
     loggers: Sequence[Logger],
 ) -> DiffusionModel:
-    """The base model with what `folder/learned` holds, which is learned first if it is not there yet.
+    """The base model with the result in `folder/learned`, which is learned first if it is missing.
 
     Raises:
         MifoError: a callback does not take its arguments, or cannot show these instances.

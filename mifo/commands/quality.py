@@ -1,4 +1,4 @@
-"""`mifo quality`: how good the miniature is, each figure beside what it should at least be."""
+"""`mifo quality`: how good the miniature is, each figure with the least that it should reach."""
 
 import json
 import platform

@@ -20,7 +20,7 @@ from mifo.tracking.results import log_evaluation
 
 
 def run(settings: RunSettings) -> Path:
-    """Do what is not done yet in the run's folder; returns the folder."""
+    """Do every step that is not finished in the run's folder; returns the folder."""
     instances = read_instances(settings.instances)
     wanted = layouts(settings.layout, instances.tokens)
     folder = Path(settings.paths.output)

@@ -1,4 +1,4 @@
-"""What every task does first: seeds, device, loggers."""
+"""The first steps of every task: seeds, device, loggers."""
 
 import logging
 import os

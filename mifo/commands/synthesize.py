@@ -68,7 +68,7 @@ def make_and_save(
 
 
 def record_instances(learned: Path, pictures: Path) -> None:
-    """Record beside pictures which instances they show, so that they can be scored wherever they lie.
+    """Record in the folder of pictures which instances they show, so that it can be scored anywhere.
 
     Called before the pictures are saved, so that finished ones never lack it. A record that is there stays.
     """

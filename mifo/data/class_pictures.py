@@ -19,7 +19,7 @@ from mifo.method.prompts.articles import article
 
 UNKNOWN_CLASS = "thing"
 READ_AT_ONCE = 16  # pictures in memory
-MOST_CHECKED = 200  # up to so many own pictures are decoded before learning; of more, only headers are read
+MOST_CHECKED = 200  # of a folder of more pictures, only the headers are read before learning begins
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ClassPictures:
     side: int
 
     def read(self, numbers: Sequence[int]) -> Iterator[Tensor]:
-        """The pictures of these numbers, (3, side, side) in [0, 1]; refuses what can not be read."""
+        """The pictures of these numbers, (3, side, side) in [0, 1]; one that can not be read is refused."""
         with ThreadPoolExecutor() as pool:
             for start in range(0, len(numbers), READ_AT_ONCE):
                 files = [self.files[i] for i in numbers[start : start + READ_AT_ONCE]]

@@ -1,4 +1,4 @@
-"""Where instances come from and what they are called, known before any pixel is read. Needs no torch."""
+"""The source and the names of instances, found before any pixel is read. This file imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ FITS = ("squash", "crop", "pad")
 
 @dataclass(frozen=True)
 class InstanceNames:
-    """What N instances are called.
+    """The names of N instances.
 
     Attributes:
         tokens: "<asset0>" … of the N instances.

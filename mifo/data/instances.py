@@ -139,7 +139,7 @@ def _refuse_empty(masks: Tensor, sources: Sequence[str], complaint: str) -> None
 
 def _draw(spec: SceneSpec) -> tuple[Tensor, Tensor]:
     """Image and masks of a scene of the miniature."""
-    # imported here, since those who bring a picture need no drawing
+    # imported here, since only scenes of the miniature need drawing
     from mifo.world.scenes import render_scene
 
     scene = render_scene(spec)

@@ -1,4 +1,4 @@
-"""What a learning step draws. All that is constant is computed once; a step only draws and picks.
+"""The random draws of a learning step. Latents and masks are computed once; a step draws and picks.
 
 B instance samples, P class samples (P = B with a prior, else 0), N instances, H × W pixels.
 """
@@ -68,13 +68,9 @@ class LearningData(lightning.LightningDataModule):
         performance: PerformanceSettings | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
-        self.instances = instances
-        self.settings = settings
+        self.model, self.instances, self.settings = model, instances, settings
         self.steps, self.batch_size, self.sizes = steps, batch_size, sizes
-        self.seed = seed
-        self.stream = stream
-        self.performance = performance
+        self.seed, self.stream, self.performance = seed, stream, performance
         self._class_pictures = class_pictures
         self._prompt = cache(self._tokenized)
 
@@ -84,7 +80,7 @@ class LearningData(lightning.LightningDataModule):
             self._class_pictures()
 
     def setup(self, stage: str) -> None:
-        """Encode the image, its mirror image and what the steps draw of the class pictures, each once."""
+        """Encode, once, the image, its mirror image and the class pictures that the steps will draw."""
         image, masks = self.instances.resized(self.model.image_size)
         self.latents = self.model.encode_images([image, image.flip(-1)])
         self.masks = MaskPyramid.of(masks.to(self.model.device), self.sizes, self.model.latent_shape[1:])

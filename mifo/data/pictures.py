@@ -1,4 +1,4 @@
-"""The one reader of pictures from outside: what it gives is what a viewer shows.
+"""The one reader of pictures from outside: it gives a picture as a viewer shows it.
 
 Photographs, masks, class pictures and saved pictures are all read here. A link to a picture is followed,
 since a user's folder may be made of links, and nothing but pixels is taken from its end.

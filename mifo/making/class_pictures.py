@@ -61,7 +61,7 @@ def check_cache(model: DiffusionModel, prompts: list[str], settings: PriorSettin
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Make a folder of the cache; what the system refuses there becomes a sentence."""
+    """Make a folder of the cache; turn errors of the system there into a sentence."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
@@ -75,7 +75,7 @@ def _writing(folder: Path) -> Iterator[None]:
 def _wanted(
     model: DiffusionModel, prompts: list[str], settings: PriorSettings, seed: int
 ) -> list[tuple[Path, str, int]]:
-    """The made pictures: the file, the prompt and the number among those of the prompt of each."""
+    """Of each picture that is made: its file, its prompt, and its number among the pictures of the prompt."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cache = Path(settings.cache).expanduser() if settings.cache else caches / "mifo" / "class_pictures"
     sampled = (settings.steps, settings.guidance_scale, model.sampling())
@@ -96,7 +96,7 @@ def _make(
     seed: int,
     precision: str,
 ) -> None:
-    """Make pictures, each given by its file, its prompt and its number among those of the prompt."""
+    """Make pictures, each given as by `_wanted`."""
     dtype = getattr(torch, precision)
     # a cache of rounded weights would stay in memory
     autocast = torch.autocast(
@@ -125,7 +125,7 @@ def _make(
                 )
             images = model.decode_latents(latents, 2)
             for (file, *_), image in zip(chosen, images.cpu(), strict=True):
-                # renamed when whole, so that a killed run or one beside this one leaves no half picture
+                # renamed when whole, so that neither a kill nor a run at the same time leaves half a picture
                 unfinished = file.with_suffix(f".{os.getpid()}.png")
                 with _writing(file.parent):
                     to_pil_image(image).save(unfinished)

@@ -49,9 +49,9 @@ class DefaultSites:
 
 
 class Conditioning(NamedTuple):
-    """What a prompt becomes for the network: named tensors whose first dimension is the sample.
+    """A prompt as the network reads it: named tensors whose first dimension is the sample.
 
-    The method picks, joins and hands on rows; what the parts mean is the family's business.
+    The method picks and joins rows and passes them on; only the model family knows what the parts mean.
     """
 
     parts: dict[str, Tensor]
@@ -100,7 +100,7 @@ class Rules(NamedTuple):
 
 
 Read = Callable[[Tensor], Tensor]
-"""Takes a site's attention probabilities (B, heads, n, L or n), float32, and gives what is kept of them."""
+"""A function of a site's attention probabilities (B, heads, n, L or n), float32; its result is kept."""
 
 
 class NoiseProcess(Protocol):
@@ -112,13 +112,13 @@ class NoiseProcess(Protocol):
         """The noisy latents (B, C, h, w) at the times (B,), or at one for all."""
 
     def target(self, clean: Tensor, noise: Tensor, time: Tensor | int) -> Tensor:
-        """What the network is to predict for them."""
+        """What the network is trained to predict, (B, C, h, w)."""
 
     def share(self, time: Tensor) -> Tensor:
         """The time as a share of the whole, in [0, 1]: 0 is clean, 1 is noise."""
 
     def times(self, steps: int) -> list[int]:
-        """The times of so many sampling steps, from noise to clean."""
+        """The times of this number of sampling steps, from noise to clean."""
 
     def step(self, noisy: Tensor, prediction: Tensor, times: Sequence[int], step: int) -> Tensor:
         """The latents after sampling step number `step` of those `times`, along a prediction."""
@@ -136,7 +136,7 @@ class Backbone(Protocol):
         """Token ids of prompts, (B, …)."""
 
     def encode(self, ids: Tensor) -> Conditioning:
-        """What token ids become for the network, with gradients to the new words and the text encoders."""
+        """The conditioning of token ids, with gradients to the new words and the text encoders."""
 
     def encode_images(self, images: Iterable[Tensor], at_once: int = 8) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (B, C, h, w) of the latents of images (3, H, W) in [0, 1]."""
@@ -152,7 +152,7 @@ class Backbone(Protocol):
         reads: Mapping[Site, Read] | None = None,
         rules: Rules | None = None,
     ) -> tuple[Tensor, dict[Site, Tensor]]:
-        """The network's prediction, and what each read kept, in order of execution.
+        """The network's prediction, and the result of each read, in order of execution.
 
         Args:
             noisy: (B, C, h, w). time: one for all, or (B,).

@@ -1,4 +1,4 @@
-"""What both stages of learning minimise: denoising in the masks, prior preservation and attention losses.
+"""The loss of both stages of learning: denoising in the masks, prior preservation and attention losses.
 
 B instance samples, P class samples (they come first; P = B, or 0 without a prior), K selected instances,
 L tokens, C × h × w latents.
@@ -95,7 +95,7 @@ def learning_loss(
 
 
 def denoising_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """MSE(ε̂·U, ε·U), the mean over all elements, also those outside the mask U (arXiv 2305.16311, eq. 1).
+    """MSE(ε̂·U, ε·U), the mean over all elements, inside and outside the mask U (arXiv 2305.16311, eq. 1).
 
     Args:
         prediction, target: (B, C, h, w); compared in 32 bits.

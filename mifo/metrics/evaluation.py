@@ -1,4 +1,4 @@
-"""Everything that is measured of a set of pictures made from one source image."""
+"""All measures of a set of pictures that were made from one source image."""
 
 import json
 import logging
@@ -99,7 +99,7 @@ class Evaluation:
 
 
 def has_scores(path: Path | str) -> bool:
-    """Whether `path` holds scores; what is damaged does not count."""
+    """Whether `path` holds scores; a damaged file counts as none."""
     try:
         Evaluation.read(path)
     except MifoError:
@@ -220,7 +220,7 @@ class PictureEvaluator:
                 continue
             values = [value.cpu() for value in inputs]
             counts[name] += len(values[0])
-            # those of NaN are refused first: the choice of the largest would hide them
+            # NaN is looked for first, since an argmax would hide it
             finite = all(value.isfinite().all() for value in values)
             row[name] = metric(*values).item() if finite else math.nan
             if not math.isfinite(row[name]):

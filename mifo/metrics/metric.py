@@ -1,4 +1,4 @@
-"""What every metric is: a mean over crops or pictures, and what it looks at of a picture."""
+"""The base class of metrics: a mean over crops or pictures, and the features of a picture that it reads."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -9,7 +9,7 @@ from torchmetrics import MeanMetric
 
 @dataclass(frozen=True)
 class Features:
-    """What is known of one picture. `…_clip` is of the image-text encoder, the others of the image encoder.
+    """The features of one picture: `…_clip` by the image–text encoder, the others by the image encoder.
 
     Attributes:
         whole_clip, prompt_clip: the picture and its prompt, (1, D).
@@ -35,7 +35,7 @@ class Features:
 
 
 class Metric(MeanMetric):
-    """A mean that declares which encoder it is measured by and what it looks at of a picture.
+    """A mean that declares its encoder and the features of a picture that it reads.
 
     Attributes:
         encoder: whose features it compares.
@@ -49,5 +49,5 @@ class Metric(MeanMetric):
 
     @staticmethod
     def inputs(picture: Features) -> tuple[Tensor, ...] | None:
-        """What `update` takes of a picture, one row a crop or picture; None: nothing can be measured."""
+        """The arguments of `update` for a picture, one row a crop or picture; None: it cannot be measured."""
         raise NotImplementedError

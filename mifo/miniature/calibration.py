@@ -1,4 +1,4 @@
-"""Pictures whose leakage is known, drawn rather than made: what the measures must say of them is known too.
+"""Drawn pictures whose leakage is known, so that the measures can be compared with the truth.
 
 Every case draws the things of a scene at the boxes of a layout on a new background.
 """

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class WholeCheckpoints(CheckpointIO):
-    """Writes a checkpoint beside its place, with its SHA-256 as the last 32 bytes, and keeps the one before.
+    """Writes checkpoints whole, each with its SHA-256 as the last 32 bytes, and keeps the one before.
 
     Each stage has a folder with `last.ckpt` and `previous.ckpt`. `torch.load` reads both as they are.
     """
@@ -55,7 +55,7 @@ class WholeCheckpoints(CheckpointIO):
                 if path.exists():
                     path.replace(previous)
         except (OSError, RuntimeError) as error:
-            # what torch raises while it closes the file hides the error of the system
+            # torch raises another error while it closes the file, which hides the error of the system
             told = error if isinstance(error, OSError) else error.__context__
             if not isinstance(told, OSError):
                 raise
@@ -98,7 +98,7 @@ class WholeCheckpoints(CheckpointIO):
 
 
 class SaveCheckpoints(Callback):
-    """Saves a checkpoint to `file` every so many steps."""
+    """Saves a checkpoint to `file` after every `every` steps."""
 
     def __init__(self, file: Path, every: int) -> None:
         self.file, self.every = file, every
@@ -117,7 +117,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def check_checkpoint(checkpoint: Mapping[str, Any], learning: Mapping[str, Tensor]) -> None:
-    """Refuse a checkpoint of other weights than those that learn, or of an optimiser's states of others.
+    """Refuse a checkpoint whose weights, or optimiser states, do not belong to the weights that learn.
 
     Args:
         learning: the weights by name, in the order in which the optimiser has them.

@@ -91,7 +91,7 @@ def check_learning(settings: LearningSettings) -> None:
 
 
 def check_trainer(arguments: Mapping[str, Any]) -> None:
-    """Refuse what is no trainer, an argument that it does not take, or one that learning decides."""
+    """Refuse a target that is no trainer, and arguments that it does not take or that learning decides."""
     for name in FIXED:
         if name in arguments:
             raise MifoError(f"trainer.{name} is fixed by learning and callbacks; take it out of trainer.")
@@ -156,11 +156,12 @@ def learn(
     _check_precision(model, settings, trainer)
     learned, checkpoints = Path(folder) / "learned", Path(folder) / "checkpoints"
     refuse_existing(learned)
-    # what killed runs left half written
+    # files that killed runs left unfinished
     for rest in (*Path(folder).glob(".learned*"), *checkpoints.glob("*/.*.unfinished")):
         remove(rest)
+    prompts = class_prompts(instances, settings.prior)
     if settings.finetuning.steps and settings.prior.weight:
-        check_cache(model, class_prompts(instances, settings.prior), settings.prior, seed)
+        check_cache(model, prompts, settings.prior, seed)
     lightning.seed_everything(seed, verbose=False)
     model.add_words(instances.tokens, instances.initializers, seed)
     stages: list[tuple[Stage, StageSettings, float]] = [
@@ -179,7 +180,6 @@ def learn(
         module = LearningStage(name, model, instances, stage, penalty, prior_weight, graphs, passes_in)
         prior = None
         if prior_weight:
-            prompts = class_prompts(instances, settings.prior)
             prior = partial(class_pictures, model, prompts, settings.prior, seed, performance)
         sizes = {site.size for site in module.timeline.sites}
         data = LearningData(

@@ -1,4 +1,4 @@
-"""The two stages of learning as one LightningModule: what learns, with which optimiser, on which loss."""
+"""Both stages of learning as one LightningModule: which parameters learn, by which optimiser and loss."""
 
 import logging
 from collections.abc import Callable
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class LearningStage(lightning.LightningModule):
-    """Semantic learning or fine-tuning. Checkpoints hold what learns and the optimiser, not the base model.
+    """Semantic learning or fine-tuning. Checkpoints hold the parameters that learn and the optimiser only.
 
     Optimisation is manual, since a step that is replayed as a CUDA graph has its gradients before Lightning
     would ask for them.
@@ -111,7 +111,7 @@ class LearningStage(lightning.LightningModule):
     def forward(
         self, terms: tuple[Term, ...], batch: LearningBatch, weights: Tensor
     ) -> tuple[Tensor, tuple[dict[str, Tensor], dict[Any, Tensor]]]:
-        """The loss of a batch; beside it its detached parts by name, and maps by site."""
+        """The loss of a batch, the loss's detached parts by name, and attention maps by site."""
         conditioning = self.model.encode(batch.ids)
         loss = learning_loss(self.model, conditioning, batch.inputs, terms, weights, self.prior_weight)
         parts = {name: getattr(loss, name).detach() for name in ("denoising", "prior", "attention")}
@@ -140,7 +140,7 @@ class LearningStage(lightning.LightningModule):
         self._copies = {}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Only what learns."""
+        """The parameters that learn, without the others."""
         return {name: each.detach() for name, each in self.named_parameters() if each.requires_grad}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ class _Fields:
 
 @dataclass
 class Identities(_Fields):
-    """What makes each thing this one. Every field is (n, T) or (n, T, 3)."""
+    """The properties that tell one thing from another. Every field is (n, T) or (n, T, 3)."""
 
     thing: Tensor
     colour: Tensor
@@ -388,7 +388,7 @@ def redraw_scene(
     seed: int = 0,
     colours: Sequence[int] | None = None,
 ) -> Scene:
-    """The very things of ``spec`` in a new picture: what a perfect model would make of a layout.
+    """The same things as in ``spec`` in a new picture, as a perfect model would draw them for a layout.
 
     In painter's order, the thing ``slots[i]`` of the scene fills ``boxes[i]`` ([x0, y0, x1, y1] in [0, 1]):
     as large as its extent allows, in its middle, in a new turn and mirror of ``seed``. ``colours`` names the

@@ -1,4 +1,4 @@
-"""A scene in words, and what is refused of it. Needs no torch."""
+"""A scene in words, and the check of its words. This file imports no torch."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ def check_word(kind: str, word: str | None, options: Collection[str]) -> None:
 
 
 def _check_hue(thing: ThingSpec, hue: float) -> None:
-    """Refuse a hue beside a colour word, or one that a colour word names."""
+    """Refuse a hue that is given together with a colour word, or that lies in the range of a colour word."""
     if thing.colour is not None:
         raise MifoError(
             f"instances.scene: the {thing.thing} has the colour {thing.colour} and the hue {hue:g}; "

@@ -1,4 +1,4 @@
-"""What every loss on attention is: the sites it reads, and a number for each instance."""
+"""The base class of losses on attention: which sites a loss reads, and its value for each instance."""
 
 import inspect
 from abc import ABC, abstractmethod

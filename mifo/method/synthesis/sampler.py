@@ -26,7 +26,7 @@ from mifo.method.regions.rules import MOST_SUBJECTS, SubjectWords, region_rules
 from mifo.method.synthesis.settings import SynthesisSettings
 
 Accelerate = Callable[[Callable[..., Any]], Callable[..., Any]]
-"""Gives a function that computes the same faster; what it returns may be overwritten by its next call."""
+"""Turns a function into a faster one; the result of a call may be overwritten by the next call."""
 
 
 @dataclass(frozen=True)
@@ -312,12 +312,12 @@ class Regions:
 
 
 def _of_kind(found: Mapping[Site, Tensor], kind: Kind) -> list[Tensor]:
-    """What the sites of one kind gave, in order of execution."""
+    """The tensors of the sites of one kind, in order of execution."""
     return [each for site, each in found.items() if site.kind == kind]
 
 
 def sites_in_use(backbone: Backbone, guidance: GuidanceSettings) -> tuple[Sequence[Site], Sequence[Site]]:
-    """The sites that the guidance loss reads, and those that give the shapes.
+    """The sites that the guidance loss reads, and the sites that give the shapes.
 
     Raises:
         MifoError: a choice of sites that cannot be read.
