@@ -17,17 +17,11 @@ FITS = ("squash", "crop", "pad")
 
 @dataclass(frozen=True)
 class InstanceNames:
-    """The names of N instances.
+    """The names of N instances."""
 
-    Attributes:
-        tokens: "<asset0>" … of the N instances.
-        class_names: N words such as "car", or None where they are not known.
-        initializers: per instance the word whose embedding its token starts from, or None for a random start.
-    """
-
-    tokens: tuple[str, ...]
-    class_names: tuple[str, ...] | None
-    initializers: tuple[str | None, ...]
+    tokens: tuple[str, ...]  # "<asset0>" …
+    class_names: tuple[str, ...] | None  # words such as "car"; None: not known
+    initializers: tuple[str | None, ...]  # the word whose embedding the token starts from; None: random
 
 
 def find_source(settings: InstancesSettings) -> Path | SceneSpec:

@@ -34,18 +34,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class InstanceSet:
-    """One image and its N instances; instance i is `tokens[i]`, `masks[i]`.
+    """One image and its N instances; instance i is `tokens[i]`, `masks[i]`. See also `InstanceNames`."""
 
-    Attributes:
-        name: of the set, for titles and messages.
-        image: (3, H, W) uint8, RGB.
-        masks: (N, H, W) float32 in [0, 1].
-        class_names, initializers, tokens: see `InstanceNames`.
-    """
-
-    name: str
-    image: Tensor
-    masks: Tensor
+    name: str  # of the set, for titles and messages
+    image: Tensor  # (3, H, W) uint8, RGB
+    masks: Tensor  # (N, H, W) float32 in [0, 1]
     class_names: tuple[str, ...] | None
     initializers: tuple[str | None, ...]
     tokens: tuple[str, ...]

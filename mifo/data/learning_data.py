@@ -30,15 +30,10 @@ _Turned = tuple[int, int]  # the number of a class picture, and 1 for its mirror
 
 
 class LearningBatch(NamedTuple):
-    """One step's draw; class samples come first. All shapes are the same at every step.
+    """One step's draw; class samples come first. All shapes are the same at every step."""
 
-    Attributes:
-        ids: tokens of the prompts, (P + B, …), as the model's `tokenize` gives them.
-        inputs: the tensors of the loss; K = N, and rows beyond the selected instances are not valid.
-    """
-
-    ids: Tensor
-    inputs: StepInputs
+    ids: Tensor  # tokens of the prompts, (P + B, …), as the model's `tokenize` gives them
+    inputs: StepInputs  # K = N, and rows beyond the selected instances are not valid
 
 
 class LearningData(lightning.LightningDataModule):

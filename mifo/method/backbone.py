@@ -18,34 +18,23 @@ Stage = Literal["semantic", "finetuning"]
 class Site:
     """A place in the network where the attention of image pixels can be read and bounded.
 
-    Attributes:
-        index: place in the order of execution, from 0.
-        name: path of the module, by which settings name the site.
-        kind: what the pixels attend to there: the `words` of the prompt, or the `pixels` of the image. A
-            layer that attends to both at once is two sites of one name.
-        size: (h, w) of the pixels.
+    A layer that attends to words and pixels at once is two sites of one name.
     """
 
-    index: int
-    name: str
-    kind: Kind
-    size: tuple[int, int]
+    index: int  # place in the order of execution, from 0
+    name: str  # path of the module, by which settings name the site
+    kind: Kind  # what the pixels attend to there: the words of the prompt, or the pixels of the image
+    size: tuple[int, int]  # (h, w) of the pixels
 
 
 @dataclass(frozen=True)
 class DefaultSites:
-    """The sites that the method reads unless the settings name others, in order of execution.
+    """The sites that the method reads unless the settings name others, in order of execution."""
 
-    Attributes:
-        semantic, finetuning: word maps that the attention losses of the two stages compare with the masks.
-        guidance: words and pixels whose attention guides the latents.
-        shapes: words and pixels, of one size, from which shapes are renewed.
-    """
-
-    semantic: tuple[Site, ...]
-    finetuning: tuple[Site, ...]
-    guidance: tuple[Site, ...]
-    shapes: tuple[Site, ...]
+    semantic: tuple[Site, ...]  # word maps that the attention losses of stage 1 compare with the masks
+    finetuning: tuple[Site, ...]  # the same of stage 2
+    guidance: tuple[Site, ...]  # words and pixels whose attention guides the latents
+    shapes: tuple[Site, ...]  # words and pixels, of one size, from which shapes are renewed
 
 
 class Conditioning(NamedTuple):

@@ -16,43 +16,26 @@ from mifo.method.losses.timeline import Term, attention_loss
 
 
 class StepInputs(NamedTuple):
-    """The tensors of one learning step.
+    """The tensors of one learning step. Masks are in [0, 1] and may overlap."""
 
-    Attributes:
-        latents, noise: (P + B, C, h, w).
-        times: (P + B,).
-        word_positions: place in the conditioning sequence of each selected instance's word, (B, K).
-        masks: of the selected instances, (B, K, *size) in [0, 1] by size; they may overlap.
-        latent_masks: the same at the size of the latents, by their nearest pixel, (B, K, h, w).
-        valid: (B, K), 1 for a selected instance, 0 for padding, whose other entries do not matter.
-    """
-
-    latents: Tensor
-    noise: Tensor
-    times: Tensor
-    word_positions: Tensor
-    masks: dict[tuple[int, int], Tensor]
-    latent_masks: Tensor
-    valid: Tensor
+    latents: Tensor  # (P + B, C, h, w)
+    noise: Tensor  # (P + B, C, h, w)
+    times: Tensor  # (P + B,)
+    word_positions: Tensor  # place in the conditioning sequence of each selected instance's word, (B, K)
+    masks: dict[tuple[int, int], Tensor]  # of the selected instances, (B, K, *size) by size
+    latent_masks: Tensor  # the same at the size of the latents, by their nearest pixel, (B, K, h, w)
+    valid: Tensor  # (B, K), 1 for a selected instance, 0 for padding, whose other entries do not matter
 
 
 @dataclass(frozen=True)
 class LossParts:
-    """A loss, the weighted parts that add up to it, and the attention maps behind it.
-
-    Attributes:
-        total: denoising + prior + attention, a scalar, as all of them.
-        denoising: on the instance samples, inside the union of their masks.
-        prior: weighted loss on the class samples; 0 without class samples.
-        attention: weighted sum of the active terms; 0 for samples whose time is at or above a term's limit.
-        maps: the instances' attention maps by site, (B, K, h, w), detached.
-    """
+    """A loss, the weighted parts that add up to it (scalars), and the attention maps behind it."""
 
     total: Tensor
-    denoising: Tensor
-    prior: Tensor
-    attention: Tensor
-    maps: dict[Site, Tensor]
+    denoising: Tensor  # on the instance samples, inside the union of their masks
+    prior: Tensor  # on the class samples; 0 without class samples
+    attention: Tensor  # sum of the active terms; a term is 0 for samples whose time is not below its limit
+    maps: dict[Site, Tensor]  # the instances' attention maps by site, (B, K, h, w), detached
 
 
 def learning_loss(

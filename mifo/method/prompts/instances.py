@@ -12,17 +12,11 @@ INSTANCE = re.compile(r"<asset\d+>")
 
 @dataclass(frozen=True)
 class PromptWords:
-    """The words of a prompt as a model reads them.
+    """The words of a prompt as a model reads them."""
 
-    Attributes:
-        words: text and positions in the conditioning sequence of each word, in order.
-        end: position of the first end-of-text token.
-        length: of the conditioning sequence.
-    """
-
-    words: tuple[tuple[str, tuple[int, ...]], ...]
-    end: int
-    length: int
+    words: tuple[tuple[str, tuple[int, ...]], ...]  # text and positions in the conditioning sequence
+    end: int  # position of the first end-of-text token
+    length: int  # of the conditioning sequence
 
 
 # what people write for an instance: asset0, <ASSET0>, <asset 0>, [asset0]
@@ -34,18 +28,13 @@ _PLACEHOLDER = re.compile(r"\{[^{}]*\}?")
 class PromptTokens:
     """Token positions in a prompt, counted from the start-of-text token at 0.
 
-    Attributes:
-        subjects: positions of each key's tokens, in the order of the keys. The last is the leading token:
-            that of the last word, which in an English noun phrase is its noun.
-        filter_indices: positions of function words outside all subjects.
-        eos_index: position of the first end-of-text token.
-        length: of the conditioning sequence.
+    The last token of a subject is its leading one: that of its last word, in an English noun phrase the noun.
     """
 
-    subjects: dict[str, tuple[int, ...]]
-    filter_indices: tuple[int, ...]
-    eos_index: int
-    length: int
+    subjects: dict[str, tuple[int, ...]]  # positions of each key's tokens, in the order of the keys
+    filter_indices: tuple[int, ...]  # function words outside all subjects
+    eos_index: int  # the first end-of-text token
+    length: int  # of the conditioning sequence
 
 
 def check_placeholders(key: str, text: str, known: Collection[str] = ()) -> None:

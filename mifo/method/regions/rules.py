@@ -19,19 +19,12 @@ _ALL = -1
 
 
 class SubjectWords(NamedTuple):
-    """Where the words of the subjects stand in a prompt.
+    """Where the words of the subjects stand in a prompt."""
 
-    Attributes:
-        subjects: bool (S, L), the tokens of each subject; no token of two.
-        filtered: bool (L,), function words.
-        end: bool (L,), the first end-of-text token.
-        leading: (S,) position of each subject's leading token.
-    """
-
-    subjects: Tensor
-    filtered: Tensor
-    end: Tensor
-    leading: Tensor
+    subjects: Tensor  # bool (S, L), the tokens of each subject; no token of two
+    filtered: Tensor  # bool (L,), function words
+    end: Tensor  # bool (L,), the first end-of-text token
+    leading: Tensor  # (S,) position of each subject's leading token
 
     @classmethod
     def of(cls, positions: Sequence[Sequence[int]], tokens: PromptTokens, device: torch.device) -> Self:

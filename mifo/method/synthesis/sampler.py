@@ -31,19 +31,12 @@ Accelerate = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 @dataclass(frozen=True)
 class StepReport:
-    """Where a synthesis stands after a denoising step.
+    """Where a synthesis stands after a denoising step."""
 
-    Attributes:
-        timestep: of the noise process.
-        latents: (B, C, h, w) after the step.
-        shapes: bool (B, S, R, R) in force during the step, None without boxes.
-        losses: guidance loss per sample and subject of each iteration of this step, on the latents' device.
-    """
-
-    timestep: int
-    latents: Tensor
-    shapes: Tensor | None
-    losses: Tensor
+    timestep: int  # of the noise process
+    latents: Tensor  # (B, C, h, w) after the step
+    shapes: Tensor | None  # bool (B, S, R, R) in force during the step, None without boxes
+    losses: Tensor  # guidance loss per sample and subject of each iteration, on the latents' device
 
 
 class Sampler:

@@ -7,19 +7,12 @@ from mifo.errors import check_least
 
 @dataclass
 class SynthesisSettings:
-    """DDIM sampling (arXiv 2010.02502, η = 0) with classifier-free guidance (arXiv 2207.12598).
+    """DDIM sampling (arXiv 2010.02502, η = 0) with classifier-free guidance (arXiv 2207.12598)."""
 
-    Attributes:
-        steps: denoising steps.
-        guidance_scale: weight of the conditional over the unconditional prediction; 1 is no guidance.
-        negative_prompt: the prompt of the unconditional half.
-        samples: pictures made at once of one prompt.
-    """
-
-    steps: int = 50
-    guidance_scale: float = 7.5
-    negative_prompt: str = ""
-    samples: int = 1
+    steps: int = 50  # denoising steps
+    guidance_scale: float = 7.5  # weight of the conditional over the unconditional prediction; 1: no guidance
+    negative_prompt: str = ""  # the prompt of the unconditional half
+    samples: int = 1  # pictures made at once of one prompt
 
 
 def check_synthesis(settings: SynthesisSettings) -> None:
