@@ -64,14 +64,10 @@ class Conditioning(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Who may attend to whom: a query sees the keys with which it has a bit in common.
+    """Who may attend to whom: a query sees the keys with which it has a bit in common."""
 
-    Attributes:
-        queries: int32 (B or 1, n). keys: int32 (B or 1, n or L).
-    """
-
-    queries: Tensor
-    keys: Tensor
+    queries: Tensor  # int32 (B or 1, n)
+    keys: Tensor  # int32 (B or 1, n or L)
 
     def allowed(self) -> Tensor:
         """Bool (B or 1, queries, keys)."""

@@ -27,10 +27,7 @@ class Features:
 class Metric(MeanMetric):
     """A mean that declares its encoder and the features of a picture that it reads.
 
-    Attributes:
-        encoder: whose features it compares.
-        higher_is_better, plot_lower_bound, plot_upper_bound: its direction and its range; at first those of a
-            share that should be large.
+    Its direction and range are at first those of a share that should be large.
     """
 
     encoder: ClassVar[Literal["image", "image_text"]] = "image"

@@ -20,22 +20,15 @@ SPACINGS = ("leading", "trailing", "linspace")
 class DDIM:
     """A noise schedule of T timesteps, what the network predicts on it, and where pictures are sampled.
 
-    Attributes:
-        alphas_cumprod: ᾱ by timestep, (T,), on the device of the latents.
-        prediction_type: "epsilon" (the noise) or "v_prediction" (√ᾱ·ε − √(1 − ᾱ)·x_0, arXiv 2202.00512).
-        timestep_spacing: "leading", "trailing" or "linspace", see `times`.
-        steps_offset: added to "leading" timesteps.
-        set_alpha_to_one: the last step ends at ᾱ = 1, a clean picture, in place of ᾱ of timestep 0.
-
     Raises:
         MifoError: another prediction type, spacing or offset.
     """
 
-    alphas_cumprod: Tensor
-    prediction_type: str = "epsilon"
-    timestep_spacing: str = "leading"
-    steps_offset: int = 0
-    set_alpha_to_one: bool = False
+    alphas_cumprod: Tensor  # ᾱ by timestep, (T,), on the device of the latents
+    prediction_type: str = "epsilon"  # or "v_prediction": √ᾱ·ε − √(1 − ᾱ)·x_0, arXiv 2202.00512
+    timestep_spacing: str = "leading"  # or "trailing" or "linspace", see `times`
+    steps_offset: int = 0  # added to "leading" timesteps
+    set_alpha_to_one: bool = False  # the last step ends at ᾱ = 1, a clean picture, not at ᾱ of timestep 0
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:

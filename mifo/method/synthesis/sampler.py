@@ -40,12 +40,7 @@ class StepReport:
 
 
 class Sampler:
-    """Samples latents of one prompt after the other, with boxes or without, on one model.
-
-    Attributes:
-        times: of the sampling steps, from noise to clean.
-        gradient, prediction: the two functions of tensors in which the network runs, accelerated.
-    """
+    """Samples latents of one prompt after the other, with boxes or without, on one model."""
 
     def __init__(
         self,
@@ -56,7 +51,7 @@ class Sampler:
     ) -> None:
         """`accelerate` wraps the two functions of tensors, for example in CUDA graphs."""
         self.backbone, self.settings, self.guidance = backbone, settings, guidance
-        self.times = backbone.process.times(settings.steps)
+        self.times = backbone.process.times(settings.steps)  # from noise to clean
         self._times = torch.tensor(self.times)
         self.gradient = accelerate(self._loss_and_gradient)
         self.prediction = accelerate(self._prediction_and_maps)
