@@ -81,11 +81,7 @@ def check_entries(folder: Path) -> None:
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Make `folder` if it is missing; check that it can be written to and has `needed` bytes free.
-
-    Raises:
-        MifoError: the folder cannot be written to, or its disk is too full.
-    """
+    """Make `folder` if it is missing; refuse it if it cannot be written to or lacks `needed` free bytes."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -100,11 +96,7 @@ def check_room(folder: Path, needed: int) -> None:
 
 
 def existing_folder(key: str, given: Path | str, content: str) -> Path:
-    """The folder that the setting `key` names, `~` expanded. `content` says what the folder holds.
-
-    Raises:
-        MifoError: it is a file, or is not there.
-    """
+    """The folder that the setting `key` names, `~` expanded; it must be there, and should hold `content`."""
     folder = Path(given).expanduser()
     if os.path.isdir(folder):  # Path.is_dir raises where a name is too long or a parent closed
         return folder

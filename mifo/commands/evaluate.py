@@ -82,11 +82,7 @@ def pictures_folder(given: str) -> Path:
 
 
 def recorded_instances(pictures: Path) -> InstancesSettings:
-    """The instances that the tokens in the pictures were learned from.
-
-    Raises:
-        MifoError: nothing is recorded beside the pictures, or the record is damaged.
-    """
+    """The instances that the tokens in the pictures were learned from, as recorded beside the pictures."""
     recorded = pictures / "instances.yaml"
     if not recorded.exists():
         raise MifoError(f"{recorded} is missing, so the instances are not known; name them by instances=…")

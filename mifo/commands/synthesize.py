@@ -29,11 +29,7 @@ def learned_folder(given: str) -> Path:
 
 
 def synthesize(settings: SynthesizeSettings) -> Path:
-    """Make `synthesis.samples` pictures of every prompt, unless they are there; returns their folder.
-
-    Raises:
-        MifoError: the run's folder holds pictures of other settings, or of unknown ones.
-    """
+    """Make `synthesis.samples` pictures of every prompt, unless the same are there; returns their folder."""
     source = learned_folder(settings.learned)
     tokens = read_learned(source).tokens
     wanted = layouts(settings.layout, tokens)

@@ -46,11 +46,7 @@ def class_prompts(instances: InstanceSet, settings: PriorSettings) -> list[str]:
 
 
 def own_picture_files(given: str) -> list[Path]:
-    """The pictures in the folder `settings.folder`.
-
-    Raises:
-        MifoError: it is no folder or holds no picture, or one of its pictures can not be read.
-    """
+    """The pictures in a folder, of which there must be one at least; refuses one that can not be read."""
     folder = existing_folder("learning.prior.folder", given, "class pictures, or take null to have them made")
     # a hidden file such as macOS's ._cat.jpg is no picture, whatever its ending
     files = sorted(

@@ -25,11 +25,7 @@ class InstanceNames:
 
 
 def find_source(settings: InstancesSettings) -> Path | SceneSpec:
-    """The folder or the scene of the miniature that holds the instances.
-
-    Raises:
-        MifoError: neither or both of folder and scene, or a scene that cannot be drawn.
-    """
+    """The folder or the scene of the miniature that holds the instances; exactly one must be given."""
     if settings.folder is None:
         if settings.scene is None:
             raise MifoError("instances has neither a folder nor a scene; set instances.folder=PATH.")

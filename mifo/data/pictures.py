@@ -79,11 +79,7 @@ def open_picture(file: Path) -> Image.Image:
 
 
 def check_picture(file: Path) -> None:
-    """Read a picture's header only.
-
-    Raises:
-        MifoError: no regular file, another format, or more pixels than are read.
-    """
+    """Refuse a file that `open_picture` would refuse by its header, which alone is read."""
     with regular_file(file, MOST_BYTES) as stream, _refusing(file):
         _identified(stream)
 

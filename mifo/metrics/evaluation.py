@@ -69,11 +69,10 @@ class Evaluation:
     warnings: tuple[str, ...] = ()
 
     def save(self, path: Path | str) -> None:
-        """Write everything as JSON, whole or not at all.
+        """Write everything as JSON, whole or not at all; replaces unfinished files, but no scores.
 
         Raises:
-            MifoError: there are scores already, or a score is not finite. What an interrupted process left
-                half written is replaced.
+            MifoError: there are scores already, or a score is not finite.
         """
         if has_scores(path):
             raise MifoError(f"{path} already exists: choose another output folder.")
@@ -85,11 +84,7 @@ class Evaluation:
 
     @classmethod
     def read(cls, path: Path | str) -> "Evaluation":
-        """What `save` wrote.
-
-        Raises:
-            MifoError: the file is missing or damaged, or a score is unknown or not finite.
-        """
+        """The evaluation in a file of `save`; refuses damage, unknown metrics and infinite numbers."""
         found = read_record(Path(path), cls)
         if unknown := {score.metric for score in found.scores}.union(*found.pictures) - METRICS.keys():
             raise MifoError(f"{path} is damaged: {min(unknown)[:40]!r} is no metric")

@@ -67,11 +67,7 @@ class WholeCheckpoints(CheckpointIO):
     def load_checkpoint(
         self, path: Path | str, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """The newest whole checkpoint, on the CPU, in the folder of `path`; it is the newest from now on.
-
-        Raises:
-            MifoError: none is whole.
-        """
+        """The newest whole checkpoint in the folder of `path`, on the CPU; it is the newest from now on."""
         newest = Path(path)
         previous = newest.with_name(PREVIOUS)
         damage = None
@@ -119,8 +115,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def check_checkpoint(checkpoint: Mapping[str, Any], learning: Mapping[str, Tensor]) -> None:
     """Refuse a checkpoint whose weights, or optimiser states, do not belong to the weights that learn.
 
-    Args:
-        learning: the weights by name, in the order in which the optimiser has them.
+    `learning` has these weights by name, in the order in which the optimiser has them.
     """
     expected = {name: each.shape for name, each in learning.items()}
     try:

@@ -231,11 +231,7 @@ def _room(
 
 
 def _save(save: Callable[[Path], Any], learned: Path) -> None:
-    """Save the result, and where that fails into a temporary folder, so that learning was not in vain.
-
-    Raises:
-        MifoError: it could not be saved in `learned`; says where it is.
-    """
+    """Save the result; if that fails, save it in a temporary folder and say where, in a `MifoError`."""
     try:
         save(learned)
     except OSError as error:

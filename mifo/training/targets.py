@@ -76,11 +76,7 @@ def make(key: str, node: Mapping[str, Any], *inputs: Any, usual: Mapping[str, An
 def make_optimizer(
     stage: str, settings: StageSettings, parameters: Sequence[nn.Parameter], fused: bool
 ) -> torch.optim.Optimizer:
-    """The optimiser of a stage; `learning_rate` is its `lr`, the other keys have its own names.
-
-    Args:
-        fused: update all parameters in one kernel, if the optimiser can.
-    """
+    """The optimiser of a stage, in one kernel if `fused` and if it can; `learning_rate` is its `lr`."""
     usual = {
         "lr": settings.learning_rate,
         "betas": tuple(settings.betas),

@@ -35,12 +35,7 @@ class SceneSpec:
 
 
 def check_scene(spec: SceneSpec) -> None:
-    """Refuse a scene that cannot be drawn.
-
-    Raises:
-        MifoError: a word that the miniature does not know, a hue beside a colour word or inside the range of
-            one, or a number of things outside 1…4.
-    """
+    """Refuse unknown words, hues that a colour word has, and other than 1 to `MAX_THINGS` things."""
     if not 1 <= len(spec.things) <= MAX_THINGS:
         raise MifoError(f"instances.scene.things: {len(spec.things)} things; take 1 to {MAX_THINGS}.")
     for thing in spec.things:

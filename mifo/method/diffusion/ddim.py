@@ -20,8 +20,7 @@ SPACINGS = ("leading", "trailing", "linspace")
 class DDIM:
     """A noise schedule of T timesteps, what the network predicts on it, and where pictures are sampled.
 
-    Raises:
-        MifoError: another prediction type, spacing or offset.
+    Refuses another prediction type, spacing or offset than it knows.
     """
 
     alphas_cumprod: Tensor  # ᾱ by timestep, (T,), on the device of the latents

@@ -30,11 +30,7 @@ class AttentionLoss(ABC):
 
 
 def find_loss(name: str) -> AttentionLoss:
-    """The loss of the file `name.py` beside this one, or of the dotted path of a class elsewhere.
-
-    Raises:
-        MifoError: there is none.
-    """
+    """The loss of the file `name.py` beside this one, or of the dotted path of a class elsewhere."""
     module, _, wanted = name.rpartition(".")
     try:
         found = import_module(module or f"{__package__}.{name}")

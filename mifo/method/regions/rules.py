@@ -91,10 +91,8 @@ def region_rules(
 ) -> Rules:
     """The rules of a guidance pass, or of a denoising pass, whose batch has an unconditional half first.
 
-    The unconditional half sees every word; pixels are bounded in both halves.
-
-    Args:
-        shapes_at: gives for a size bool shapes (B, S, h, w).
+    The unconditional half sees every word; pixels are bounded in both halves. `shapes_at` gives for a size
+    bool shapes (B, S, h, w).
     """
     of_words, of_pixels = {}, {}
     for size in sizes:

@@ -212,11 +212,7 @@ class Regions:
         device: torch.device,
         seed: int = 0,
     ) -> None:
-        """Arguments as for `Sampler.__call__`; `samples` is B.
-
-        Raises:
-            MifoError: too many boxes, an impossible one, or one smaller than a pixel of the shapes.
-        """
+        """Arguments as for `Sampler.__call__`; `samples` is B. Refuses impossible boxes, and too many."""
         self._sampler, self._guidance, self._seed = sampler, sampler.guidance, seed
         guided, shaping = sampler.sites
         self._guided_sizes = {site.size for site in guided}
@@ -305,11 +301,7 @@ def _of_kind(found: Mapping[Site, Tensor], kind: Kind) -> list[Tensor]:
 
 
 def sites_in_use(backbone: Backbone, guidance: GuidanceSettings) -> tuple[Sequence[Site], Sequence[Site]]:
-    """The sites that the guidance loss reads, and the sites that give the shapes.
-
-    Raises:
-        MifoError: a choice of sites that cannot be read.
-    """
+    """The sites that the guidance loss reads, and the sites that give the shapes; refuses impossible ones."""
     guided, shaping = backbone.default_sites.guidance, backbone.default_sites.shapes
     chosen = []
     for option, default in (("layers", guided), ("shape_layers", shaping)):
