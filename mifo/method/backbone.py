@@ -40,7 +40,7 @@ class DefaultSites:
 class Conditioning(NamedTuple):
     """A prompt as the network reads it: named tensors whose first dimension is the sample.
 
-    The method picks and joins rows and passes them on; only the model family knows what the parts mean.
+    The method picks rows and passes them on; only the model family knows what the parts mean.
     """
 
     parts: dict[str, Tensor]
@@ -48,11 +48,6 @@ class Conditioning(NamedTuple):
     def rows(self, chosen: slice) -> Self:
         """The samples of a slice."""
         return type(self)({name: part[chosen] for name, part in self.parts.items()})
-
-    @classmethod
-    def joined(cls, several: Sequence[Self]) -> Self:
-        """All samples, in this order."""
-        return cls({name: torch.cat([each.parts[name] for each in several]) for name in several[0].parts})
 
     def to(self, dtype: torch.dtype) -> Self:
         """All parts in one precision."""

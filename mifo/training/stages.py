@@ -30,14 +30,6 @@ class LearningStage(lightning.LightningModule):
 
     Optimisation is manual, since a step that is replayed as a CUDA graph has its gradients before Lightning
     would ask for them.
-
-    Attributes:
-        model, instances, settings, prior_weight: as given.
-        stage: also the prefix of what is logged.
-        timeline: the terms of the attention loss, and when they are active.
-        last: the `LossParts` of the last step, or None; reading its values waits for the device.
-        gradient_norm: of the last step before clipping, a scalar; None where it is not clipped, or where
-            float16 scales the gradients, which may overflow and are then left out.
     """
 
     def __init__(
@@ -58,13 +50,14 @@ class LearningStage(lightning.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # the base model is not in a checkpoint
-        self.stage = stage
+        self.stage = stage  # also the prefix of what is logged
         self.model, self.instances, self.settings = model, instances, settings
         for name, network in model.networks.items():
             self.add_module(name, network)
         self.prior_weight = prior_weight
         self.timeline = Timeline(penalty, stage, settings.steps, model)
-        self.last: LossParts | None = None
+        self.last: LossParts | None = None  # of the last step; reading its values waits for the device
+        # before clipping, a scalar; None where it is not clipped, or scaled for float16 and may overflow
         self.gradient_norm: Tensor | None = None
         self.passes_in = passes_in
         self._graphs = graphs

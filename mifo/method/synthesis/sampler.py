@@ -194,13 +194,6 @@ class Regions:
     """The regions of one prompt: boxes at first, later the shapes that form inside them.
 
     In each sampling step, call `guide` and `renew`, then `Sampler.denoise`, in this order.
-
-    Attributes:
-        shapes: bool (B, S, R, R) in force.
-        words: where the subjects' words stand.
-        records: whether shapes will be renewed, so that the maps of denoising passes are kept.
-        counter: readings of the penalty's weight α so far; set it to go on in the middle of a run.
-        totals, passes: sums of the maps over denoising passes, by kind, and how many they are.
     """
 
     def __init__(
@@ -223,14 +216,15 @@ class Regions:
         self.words = SubjectWords.of([tokens.subjects[name] for name in boxes], tokens, device)
         edges = list(boxes.values())
         self.boxes = rasterise_boxes(edges, side, device)
-        self.shapes = self.boxes.expand(samples, -1, -1, -1)
+        self.shapes = self.boxes.expand(samples, -1, -1, -1)  # in force, (B, S, R, R)
         self._shapes_at: Callable[[tuple[int, int]], Tensor] = lambda size: rasterise_boxes(
             edges, size[0], device
         ).expand(samples, -1, -1, -1)
+        # whether shapes will be renewed, for which the maps of denoising passes are kept
         self.records = any(self._renews_at(step) for step in range(1, len(sampler.times)))
-        self.counter = 0
-        self.totals: dict[Kind, Tensor] = {}
-        self.passes = 0
+        self.counter = 0  # readings of the penalty's weight α; set it to go on in the middle of a run
+        self.totals: dict[Kind, Tensor] = {}  # sums of the maps over denoising passes
+        self.passes = 0  # how many denoising passes these are
         self._centres: Tensor | None = None
         self._rules: dict[bool, Rules] = {}
 
