@@ -26,8 +26,7 @@ from mifo.metrics.crops import crop_box, mask_box, pad_square, reference_crops
 from mifo.metrics.evaluation import Evaluation, PictureEvaluator
 from mifo.metrics.evaluators import load_image_encoder, load_image_text_encoder
 from mifo.metrics.instance import Identification, InstanceConsistency, Leakage, leakage_matrix
-from mifo.metrics.prompt_similarity import PromptSimilarity
-from mifo.metrics.protocol import name_classes
+from mifo.metrics.prompt_similarity import PromptSimilarity, name_classes
 from mifo.metrics.scores import Evaluator, Score, score_table
 from mifo.metrics.settings import ClassWords, Fit, ImageSettings, ImageTextSettings, MetricsSettings
 from mifo.world.scenes import redraw_scene, render_scene

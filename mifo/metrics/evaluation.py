@@ -30,8 +30,7 @@ from mifo.metrics.instance import (
     leakage_matrix,
 )
 from mifo.metrics.metric import Features, Metric
-from mifo.metrics.prompt_similarity import PromptSimilarity
-from mifo.metrics.protocol import name_classes
+from mifo.metrics.prompt_similarity import PromptSimilarity, name_classes
 from mifo.metrics.scores import Evaluator, Score
 from mifo.metrics.settings import MetricsSettings
 

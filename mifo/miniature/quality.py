@@ -3,8 +3,6 @@
 Every figure comes with its 95 % interval: the normal approximation for means, Wilson's for shares.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path
