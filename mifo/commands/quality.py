@@ -41,18 +41,21 @@ def quality(settings: QualitySettings) -> Path:
     Returns their folder. Raises MifoError for an unknown part or missing weights.
     """
     weights, synthesis = Path(settings.weights or EMBEDDED), settings.synthesis
-    if not (weights / "pipeline").is_dir():
-        raise MifoError(f"weights={weights} holds no pipeline/; name the folder weights/ of mifo pretrain")
+    pipeline = weights / settings.pipeline
+    if not pipeline.is_dir():
+        raise MifoError(
+            f"weights={weights} holds no {settings.pipeline}/; name the folder weights/ of mifo pretrain"
+        )
 
     def text_to_image() -> dict[str, Any]:
-        pipeline = measures.load_pipeline(weights, device, torch.float32)
+        loaded = measures.load_pipeline(pipeline, device, torch.float32)
         judge = measures.Judge(weights / "clip", device)
         scale, steps = synthesis.guidance_scale, synthesis.steps
-        return measures.text_to_image(pipeline, judge, settings.pictures, scale, steps)
+        return measures.text_to_image(loaded, judge, settings.pictures, scale, steps)
 
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "reconstruction": lambda: measures.reconstruction(
-            measures.load_pipeline(weights, device, torch.float32), settings.reconstructions
+            measures.load_pipeline(pipeline, device, torch.float32), settings.reconstructions
         ),
         "evaluators": lambda: measures.evaluators(weights, device, settings.scenes, settings.per_category),
         "text_to_image": text_to_image,
@@ -75,7 +78,7 @@ def quality(settings: QualitySettings) -> Path:
 
 
 def _box_control(settings: QualitySettings, weights: Path, device: torch.device, folder: Path) -> dict:
-    model = load_model(ModelSettings("miniature", str(weights / "pipeline")), device)
+    model = load_model(ModelSettings("miniature", str(weights / settings.pipeline)), device)
 
     def make(wanted: list[Layout]) -> torch.Tensor:
         # layouts with as many boxes one after the other, so that they share their CUDA graphs

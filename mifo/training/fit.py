@@ -39,10 +39,12 @@ from mifo.training.checkpoints import (
     refusing_odd,
 )
 from mifo.training.finite import FiniteNumbers
+from mifo.training.self_check import AttentionCheck
 from mifo.training.settings import LearningSettings, StageSettings
 from mifo.training.stages import LearningStage
 from mifo.training.targets import check_optimizer, make, target
 
+CHECKPOINTS = "checkpoints"  # the folder in a run's folder; it goes when the result is saved
 TRAINER = {"_target_": "lightning.Trainer"}
 # arguments of the trainer that learning decides
 FIXED = "max_steps max_epochs default_root_dir enable_checkpointing logger plugins callbacks".split()
@@ -154,7 +156,7 @@ def learn(
         ready_for_learning(model, performance)
     check_trainer(trainer)
     _check_precision(model, settings, trainer)
-    learned, checkpoints = Path(folder) / "learned", Path(folder) / "checkpoints"
+    learned, checkpoints = Path(folder) / "learned", Path(folder) / CHECKPOINTS
     refuse_existing(learned)
     # files that killed runs left unfinished
     for rest in (*Path(folder).glob(".learned*"), *checkpoints.glob("*/.*.unfinished")):
@@ -205,8 +207,13 @@ def learn(
     )
     _save(save, learned)
     model.freeze()
-    remove(checkpoints)
+    remove_checkpoints(Path(folder))
     return learned
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of the run in `folder`, whose result is saved."""
+    remove(folder / CHECKPOINTS)
 
 
 def _room(
@@ -283,7 +290,7 @@ def _trainer(
         logger=list(loggers),
         # one device has no other processes; Lightning would start MPI, where there is one, to ask
         plugins=[WholeCheckpoints(), *([LightningEnvironment()] if _alone(arguments) else [])],
-        callbacks=[FiniteNumbers(), *callbacks, *savers],
+        callbacks=[AttentionCheck(), FiniteNumbers(), *callbacks, *savers],
     )
 
 

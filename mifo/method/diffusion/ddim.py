@@ -83,6 +83,9 @@ class DDIM:
     def length(self) -> int:
         return len(self.alphas_cumprod)
 
+    def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(self.length, (count,), generator=generator)
+
     def add_noise(self, clean: Tensor, noise: Tensor, time: Tensor | int) -> Tensor:
         """x_t of clean latents x_0 and noise ε, (B, …), at the timesteps (B,), or at one for all."""
         signal, spread = self._coefficients(time, clean)

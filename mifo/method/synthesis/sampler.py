@@ -33,7 +33,7 @@ Accelerate = Callable[[Callable[..., Any]], Callable[..., Any]]
 class StepReport:
     """Where a synthesis stands after a denoising step."""
 
-    timestep: int  # of the noise process
+    timestep: float  # of the noise process
     latents: Tensor  # (B, C, h, w) after the step
     shapes: Tensor | None  # bool (B, S, R, R) in force during the step, None without boxes
     losses: Tensor  # guidance loss per sample and subject of each iteration, on the latents' device

@@ -7,7 +7,7 @@ from mifo.errors import check_least
 
 @dataclass
 class SynthesisSettings:
-    """DDIM sampling (arXiv 2010.02502, η = 0) with classifier-free guidance (arXiv 2207.12598)."""
+    """Sampling by the model's process, DDIM or Euler, with classifier-free guidance (arXiv 2207.12598)."""
 
     steps: int = 50  # denoising steps
     guidance_scale: float = 7.5  # weight of the conditional over the unconditional prediction; 1: no guidance
