@@ -1,4 +1,4 @@
-# Every target sets up its own virtual environment first, once; after that no network is needed.
+# The first target that is called makes the virtual environment .venv; after that no network is needed.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python

@@ -68,7 +68,7 @@ def read_tensors(path: Path, expected: Form, checksum: str | None = None) -> dic
 
 
 def difference(found: Form, expected: Form) -> str | None:
-    """How shapes by name differ from those expected, in words; None where they do not."""
+    """The first difference between the found and the expected shapes, in words; None if they agree."""
     for name, shape in expected.items():
         if name not in found:
             return f"it lacks {name}"
@@ -78,9 +78,9 @@ def difference(found: Form, expected: Form) -> str | None:
 
 
 def not_finite(tree: Any) -> str | None:
-    """The name of a tensor with NaN or infinity among mappings and lists of anything, None if all are finite.
+    """The name of a tensor with NaN or infinity in nested mappings and lists; None if all are finite.
 
-    Waits once for each device.
+    The call waits once for each device.
     """
     found = [(name, each) for name, each in _tensors(tree) if each.is_floating_point() and each.numel()]
     kinds = {(each.device, each.dtype) for _, each in found}
@@ -95,7 +95,7 @@ def not_finite(tree: Any) -> str | None:
 
 
 def _tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor with the keys that lead to it."""
+    """Every tensor, with the keys that lead to it as its name."""
     if isinstance(tree, Tensor):
         yield name, tree
     elif isinstance(tree, Mapping | list | tuple):

@@ -43,11 +43,7 @@ def learned_model(
     device: torch.device,
     loggers: Sequence[Logger],
 ) -> DiffusionModel:
-    """The base model with what `folder/learned` holds, which is learned first if it is not there yet.
-
-    Raises:
-        MifoError: a callback does not take its arguments, or cannot show these instances.
-    """
+    """The base model with the result in `folder/learned`, which is learned first if it is missing."""
     callbacks = [_callback(name, node, instances) for name, node in settings.callbacks.items()]
     model = load_model(settings.model, device)
     if (folder / "learned").is_dir():

@@ -1,4 +1,4 @@
-"""What every task does first: seeds, device, loggers."""
+"""The first steps of every task: seeds, device, loggers."""
 
 import logging
 import os
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 def prepare(settings: TaskSettings) -> torch.device:
     """Seed every generator, set how the hardware is used, and return the device to work on."""
-    # Lightning adds hints and a handler of its own, transformers a bar for each file: MIFO says what it does
+    # silence Lightning's hints and handler, and the progress bar of transformers for each file
     lightning_log = logging.getLogger("lightning.pytorch")
     lightning_log.setLevel(logging.WARNING)
     lightning_log.handlers.clear()
@@ -64,8 +64,8 @@ def open_loggers(
 ) -> Iterator[list[Logger]]:
     """The loggers of the configuration; a Weights & Biases run is closed with the exit code of the block.
 
-    A run that is continued in its folder goes on in its own run there, offline in a further file whose steps
-    follow. Where no server answers, it is kept offline.
+    A run that is continued in its folder goes on in the same run on the server, or offline in a further file.
+    If no server answers, the run is kept offline.
 
     Raises:
         MifoError: a logger does not take its arguments.
@@ -123,7 +123,7 @@ def _open_logger(name: str, node: dict[str, Any], folder: Path, facts: dict[str,
 
 
 def has_wandb_key() -> bool:
-    """Looked up here, because wandb settles its mode for the whole process once it is asked."""
+    """Whether a key of Weights & Biases is known. Asking wandb would fix its mode for the whole process."""
     try:
         hosts = netrc().hosts
     except (OSError, NetrcParseError):

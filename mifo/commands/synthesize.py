@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from mifo.acceleration.profile import available, ready_for_synthesis
 from mifo.backbones.learned import load_learned, read_learned
 from mifo.backbones.loading import load_model, load_outline
+from mifo.backbones.model import DiffusionModel
 from mifo.commands.setup import prepare
 from mifo.config.jobs import CONFIG, claim_folder
 from mifo.config.schema import RunSettings, SynthesizeSettings
@@ -28,11 +29,7 @@ def learned_folder(given: str) -> Path:
 
 
 def synthesize(settings: SynthesizeSettings) -> Path:
-    """Make `synthesis.samples` pictures of every prompt, unless they are there; returns their folder.
-
-    Raises:
-        MifoError: the run's folder holds pictures of other settings, or of unknown ones.
-    """
+    """Make `synthesis.samples` pictures of every prompt, unless the same are there; returns their folder."""
     source = learned_folder(settings.learned)
     tokens = read_learned(source).tokens
     wanted = layouts(settings.layout, tokens)
@@ -50,18 +47,24 @@ def synthesize(settings: SynthesizeSettings) -> Path:
         return target
     model = load_model(settings.model, device)
     load_learned(source, model)
-    performance = available(settings.performance, device)
-    ready_for_synthesis(model, performance)
-    pictures = make_pictures(
-        model, wanted, settings.synthesis, settings.guidance, settings.seed, performance.cuda_graphs
-    )
-    save_pictures(target, pictures)
+    make_and_save(model, settings, wanted, target)
     print(f"pictures: {target}")
     return target
 
 
+def make_and_save(
+    model: DiffusionModel, settings: SynthesizeSettings | RunSettings, wanted: Sequence[Layout], target: Path
+) -> None:
+    """Make the pictures of the layouts and save them in the folder `target`."""
+    performance = available(settings.performance, model.device)
+    ready_for_synthesis(model, performance)
+    graphs = performance.cuda_graphs
+    pictures = make_pictures(model, wanted, settings.synthesis, settings.guidance, settings.seed, graphs)
+    save_pictures(target, pictures)
+
+
 def record_instances(learned: Path, pictures: Path) -> None:
-    """Record beside pictures which instances they show, so that they can be scored wherever they lie.
+    """Record in the folder of pictures which instances they show, so that it can be scored anywhere.
 
     Called before the pictures are saved, so that finished ones never lack it. A record that is there stays.
     """

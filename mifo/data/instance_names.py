@@ -1,4 +1,4 @@
-"""Where instances come from and what they are called, known before any pixel is read. Needs no torch."""
+"""The source and the names of instances, found before any pixel is read. This file imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,25 +17,15 @@ FITS = ("squash", "crop", "pad")
 
 @dataclass(frozen=True)
 class InstanceNames:
-    """What N instances are called.
+    """The names of N instances."""
 
-    Attributes:
-        tokens: "<asset0>" … of the N instances.
-        class_names: N words such as "car", or None where they are not known.
-        initializers: per instance the word whose embedding its token starts from, or None for a random start.
-    """
-
-    tokens: tuple[str, ...]
-    class_names: tuple[str, ...] | None
-    initializers: tuple[str | None, ...]
+    tokens: tuple[str, ...]  # "<asset0>" …
+    class_names: tuple[str, ...] | None  # words such as "car"; None: not known
+    initializers: tuple[str | None, ...]  # the word whose embedding the token starts from; None: random
 
 
 def find_source(settings: InstancesSettings) -> Path | SceneSpec:
-    """The folder or the scene of the miniature that holds the instances.
-
-    Raises:
-        MifoError: neither or both of folder and scene, or a scene that cannot be drawn.
-    """
+    """The folder or the scene of the miniature that holds the instances; exactly one must be given."""
     if settings.folder is None:
         if settings.scene is None:
             raise MifoError("instances has neither a folder nor a scene; set instances.folder=PATH.")
@@ -83,5 +73,5 @@ def _check_number(key: str, names: Sequence[str | None] | None, count: int) -> N
     """Refuse names of more or fewer instances than there are; no names are as good as None."""
     if names and len(names) != count:
         raise MifoError(
-            f"instances.{key} names {len(names)} instances, but there are {count} masks; name one each."
+            f"instances.{key} names {len(names)} instances, but there are {count}; name one each."
         )

@@ -20,13 +20,13 @@ from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
 from mifo.world.spec import SceneSpec
 
-# names that nobody gave: the default, and that of conf/instances/local.yaml
+# names that the user did not choose: the default, and the one of conf/instances/local.yaml
 UNNAMED = (InstancesSettings.name, "local")
 
 # Stable Diffusion's picture and latents, the finest on which a mask is learned; the miniature's are smaller
 _SIDE, _LATENT_SIDE = 512, 64
 
-# Of the picture, or of its border: a mask that covers more may be inverted
+# a mask that covers more than this share of the picture, or of its border, may be inverted
 _DOUBTFUL = 0.6
 
 log = logging.getLogger(__name__)
@@ -34,18 +34,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class InstanceSet:
-    """One image and its N instances; instance i is `tokens[i]`, `masks[i]`.
+    """One image and its N instances; instance i is `tokens[i]`, `masks[i]`. See also `InstanceNames`."""
 
-    Attributes:
-        name: of the set, for titles and messages.
-        image: (3, H, W) uint8, RGB.
-        masks: (N, H, W) float32 in [0, 1].
-        class_names, initializers, tokens: see `InstanceNames`.
-    """
-
-    name: str
-    image: Tensor
-    masks: Tensor
+    name: str  # of the set, for titles and messages
+    image: Tensor  # (3, H, W) uint8, RGB
+    masks: Tensor  # (N, H, W) float32 in [0, 1]
     class_names: tuple[str, ...] | None
     initializers: tuple[str | None, ...]
     tokens: tuple[str, ...]
@@ -101,7 +94,7 @@ def _resize(masks: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _on_latents(masks: Tensor) -> Tensor:
-    """Which latents (N, h, w), bool, the masks (N, H, W) mark, brought to them as learning does it."""
+    """Which latents the masks (N, H, W) mark, bool (N, h, w); the masks are resized as in learning."""
     picture = _resize(masks, (_SIDE, _SIDE))
     return F.interpolate(picture[None], size=(_LATENT_SIDE, _LATENT_SIDE), mode="nearest")[0] > 0.5
 
@@ -139,7 +132,7 @@ def _refuse_empty(masks: Tensor, sources: Sequence[str], complaint: str) -> None
 
 def _draw(spec: SceneSpec) -> tuple[Tensor, Tensor]:
     """Image and masks of a scene of the miniature."""
-    # imported here, since those who bring a picture need no drawing
+    # imported here, since only scenes of the miniature need drawing
     from mifo.world.scenes import render_scene
 
     scene = render_scene(spec)
@@ -169,11 +162,8 @@ def _fit(image: Tensor, masks: Tensor, fit: str) -> tuple[Tensor, Tensor]:
     if fit == "squash" or height == width:
         return image, masks
     if fit == "pad":
-        total = max(height, width) - torch.tensor([width, height])
-        before = total // 2
-        left, top = before.tolist()
-        right, bottom = (total - before).tolist()
-        margins = (left, right, top, bottom)
+        down, right = max(width - height, 0), max(height - width, 0)
+        margins = (right // 2, right - right // 2, down // 2, down - down // 2)
         padded = F.pad(image[None].float(), margins, mode="replicate")[0].byte()
         return padded, F.pad(masks, margins)
     side = min(height, width)
