@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, PreTrainedModel
 
+from mifo.backbones.imported import teach_words, with_imports
 from mifo.backbones.kinds import FAMILIES, Family, check_kind, family_of, pipeline_index
 from mifo.backbones.settings import ModelSettings
 from mifo.backbones.unet.model import UNetModel
@@ -140,7 +141,7 @@ def load_model(settings: ModelSettings, device: torch.device | str = "cpu") -> U
             fingerprint=fingerprint(rows),
             vocabulary=hashlib.sha256(vocabulary.encode()).hexdigest()[:12],
         )
-    return model.to(device)
+    return with_imports(model, family, settings).to(device)
 
 
 def _of_folder(
@@ -212,6 +213,7 @@ def load_outline(settings: ModelSettings) -> UNetModel:
             for part in family.parts
             if part not in family.networks
         }
+        teach_words(settings, list(tokenizers.values()))
         noise_scheduler = _noise_scheduler(folder)
         DDIM.from_scheduler(noise_scheduler)
         with torch.device("meta"):

@@ -1,6 +1,7 @@
 """Which diffusion model is loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -16,4 +17,7 @@ class ModelSettings:
         None  # of a single file: folder or hub id with tokenizers and configurations of its kind
     )
     dtype: str = "float32"  # of U-Net and text encoder: float32 | float16 | bfloat16; the VAE stays float32
+    words: dict[str, Any] = field(default_factory=dict)  # others' words, each its textual-inversion file(s)
+    lora: str | None = None  # a LoRA that learning starts from, a .safetensors file of diffusers or webui
+    lora_scale: float = 1.0
     variant: str | None = None  # "fp16" loads model.fp16.safetensors and its like; None: model.safetensors

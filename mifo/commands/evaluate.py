@@ -103,15 +103,25 @@ def recorded_instances(pictures: Path) -> InstancesSettings:
     recorded = pictures / "instances.yaml"
     if not recorded.exists():
         raise MifoError(f"{recorded} is missing, so the instances are not known; name them by instances=…")
+    return instances_in(recorded)
+
+
+def instances_in(recorded: Path, key: str | None = None) -> InstancesSettings:
+    """The instances that a YAML file holds, itself or under `key`.
+
+    Raises:
+        MifoError: the file is missing or damaged.
+    """
     try:
-        typed = OmegaConf.merge(InstancesSettings, read_yaml(recorded, from_outside=True))
+        content = read_yaml(recorded, from_outside=True)
+        typed = OmegaConf.merge(InstancesSettings, content[key] if key else content)
         settings: InstancesSettings = OmegaConf.to_object(typed)
         if not all(
             isinstance(name, str) for name in settings.class_names or []
         ):  # OmegaConf lets objects pass
             raise ValueError("class_names holds no list of words")
         return settings
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
+    except (OmegaConfBaseException, LookupError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise MifoError(f"{recorded} is damaged ({reason}); name the instances by instances=…") from error
 

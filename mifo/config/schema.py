@@ -13,6 +13,7 @@ from mifo.backbones.settings import ModelSettings
 from mifo.benchmark.settings import BenchmarkSettings
 from mifo.data.layouts import LayoutSettings
 from mifo.data.settings import InstancesSettings
+from mifo.exporting.settings import ExportSettings
 from mifo.method.guidance.settings import GuidanceSettings
 from mifo.method.losses.settings import PenaltySettings
 from mifo.method.synthesis.settings import SynthesisSettings
@@ -80,6 +81,13 @@ class SynthesizeSettings(ModelTaskSettings):
     layout: LayoutSettings = field(default_factory=lambda: LayoutSettings(prompt=MISSING))
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
     synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
+
+
+@dataclass
+class ExportTaskSettings(ModelTaskSettings, ExportSettings):
+    """`mifo export`."""
+
+    learned: str = MISSING  # the folder `learned/` of a run of `mifo learn`, or that run's folder
 
 
 @dataclass
@@ -169,6 +177,7 @@ class BenchmarkTaskSettings(ModelTaskSettings):
 SCHEMAS: dict[str, type[TaskSettings]] = {
     "learn": LearnSettings,
     "synthesize": SynthesizeSettings,
+    "export": ExportTaskSettings,
     "evaluate": EvaluateSettings,
     "run": RunSettings,
     "dashboard": DashboardSettings,
