@@ -33,6 +33,7 @@ TASKS = {
     "synthesize": "make pictures with the learned instances in their boxes",
     "evaluate": "score pictures against their prompts and the learned instances",
     "export": "words and weights as files of diffusers or webui, with a model card",
+    "doctor": "check the whole setup of a run in seconds, and say what to mend",
     "layout": "draw the boxes of a layout, without loading a model",
     "table": "make the runs of a table in experiments/ that are missing, and the table",
     "dashboard": "write the workspace that compares ablations on Weights & Biases",

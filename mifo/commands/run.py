@@ -8,12 +8,11 @@ from lightning.pytorch.loggers import Logger
 from mifo.acceleration.profile import available, ready_for_synthesis
 from mifo.commands.evaluate import class_names, print_scores, scored
 from mifo.commands.learn import learned_model
+from mifo.commands.readiness import LEARNING, Setup, check_ready, layout
 from mifo.commands.setup import open_loggers, prepare
-from mifo.commands.synthesize import check_layouts, record_instances
+from mifo.commands.synthesize import record_instances
 from mifo.config.jobs import claim_folder
 from mifo.config.schema import RunSettings
-from mifo.data.instances import read_instances
-from mifo.data.layouts import layouts
 from mifo.data.saved_pictures import read_pictures, save_pictures
 from mifo.making.pictures import make_pictures
 from mifo.metrics.evaluation import SCORES, PictureEvaluator, has_scores
@@ -23,10 +22,10 @@ from mifo.tracking.results import log_evaluation
 
 def run(settings: RunSettings) -> Path:
     """Do what is not done yet in the run's folder; returns the folder."""
-    instances = read_instances(settings.instances)
-    wanted = layouts(settings.layout, instances.tokens)
+    setup = Setup(settings)
+    instances, wanted = setup.instances, setup.layouts
     if not (Path(settings.paths.output) / "pictures" / "pictures.json").is_file():
-        check_layouts(settings, wanted, instances.tokens)
+        check_ready(setup, (*LEARNING, layout))
     device = prepare(settings)
     folder = Path(settings.paths.output)
     judge = None if has_scores(folder / SCORES) else settings.metrics

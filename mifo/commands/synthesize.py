@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 from mifo.acceleration.profile import available, ready_for_synthesis
 from mifo.backbones.learned import load_learned, read_learned
 from mifo.backbones.loading import load_model, load_outline
-from mifo.commands.setup import prepare
+from mifo.backbones.shapes import load_shapes
+from mifo.commands.setup import prepare, tell_memory
 from mifo.config.jobs import CONFIG, claim_folder
 from mifo.config.schema import RunSettings, SynthesizeSettings
 from mifo.data.layouts import Layout, layouts
@@ -19,6 +20,7 @@ from mifo.making.pictures import make_pictures
 from mifo.method.prompts.instances import check_placeholders, find_instances
 from mifo.method.regions.boxes import check_boxes
 from mifo.method.synthesis.sampler import sites_in_use
+from mifo.training.memory import synthesis_memory
 
 
 def learned_folder(given: str) -> Path:
@@ -48,6 +50,11 @@ def synthesize(settings: SynthesizeSettings) -> Path:
     if finished:
         print(f"pictures: {target} (made before with the same settings, and kept)")
         return target
+    if device.type == "cuda":
+        needed = synthesis_memory(
+            load_shapes(settings.model), settings.synthesis.samples, settings.performance
+        )
+        tell_memory(needed, settings.device)
     model = load_model(settings.model, device)
     load_learned(source, model)
     performance = available(settings.performance, device)

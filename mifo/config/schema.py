@@ -110,6 +110,11 @@ class RunSettings(LearnSettings):
 
 
 @dataclass
+class DoctorSettings(RunSettings):
+    """`mifo doctor`: what `mifo run` would be given."""
+
+
+@dataclass
 class DashboardSettings(TaskSettings):
     """`mifo dashboard`."""
 
@@ -180,6 +185,7 @@ SCHEMAS: dict[str, type[TaskSettings]] = {
     "export": ExportTaskSettings,
     "evaluate": EvaluateSettings,
     "run": RunSettings,
+    "doctor": DoctorSettings,
     "dashboard": DashboardSettings,
     "layout": LayoutTaskSettings,
     "pretrain": PretrainTaskSettings,

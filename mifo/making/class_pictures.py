@@ -113,7 +113,7 @@ def _folder(model: DiffusionModel, prompt: str, settings: PriorSettings, seed: i
     sampled = (settings.steps, settings.guidance_scale, model.sampling())
     identity = (model.fingerprint, prompt, model.image_size, seed, *sampled)
     key = hashlib.sha256(repr(identity).encode()).hexdigest()[:12]
-    return _cache(settings) / f"{re.sub(r'[^a-z0-9]+', '_', prompt.lower()).strip('_')[:40]}-{key}"
+    return cache_folder(settings) / f"{re.sub(r'[^a-z0-9]+', '_', prompt.lower()).strip('_')[:40]}-{key}"
 
 
 def _make(
@@ -160,7 +160,7 @@ def _initial_noise(model: DiffusionModel, seed: int, picture: int) -> Tensor:
     return torch.randn(model.latent_shape, generator=generator)
 
 
-def _cache(settings: PriorSettings) -> Path:
+def cache_folder(settings: PriorSettings) -> Path:
     if settings.cache is not None:
         return Path(settings.cache).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mifo" / "class_pictures"

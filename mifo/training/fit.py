@@ -208,7 +208,7 @@ def learn(
         model.to(runner.strategy.root_device)
         if stage.trainable == "lora":
             model.add_lora(stage.lora_rank)
-        check_room(Path(folder), _room(model, stages[stream:], checkpoints, settings.save_half))
+        check_room(Path(folder), room(model, stages[stream:], checkpoints, settings.save_half))
         module = LearningStage(name, model, instances, stage, penalty, prior_weight, graphs, passes_in)
         prior = None
         if prior_weight:
@@ -248,7 +248,7 @@ def _remove_unfinished(folder: Path) -> None:
         shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
 
 
-def _room(
+def room(
     model: DiffusionModel,
     stages: Sequence[tuple[Stage, StageSettings, float]],
     checkpoints: Path,
