@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mifo.data.photo_folder import image_file, mask_files
+from mifo.data.photo_folder import image_file, mask_sources
 from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
 from mifo.world.spec import SceneSpec, check_scene
@@ -57,8 +57,8 @@ def name_instances(settings: InstancesSettings) -> InstanceNames:
     """Count the instances that `settings` name, by their masks or as things of the scene, and name them.
 
     Raises:
-        MifoError: as `find_source`, `image_file` and `mask_files`; an unknown `fit`; names that do not match
-            the number of instances, or an empty initializer.
+        MifoError: as `find_source`, `image_file` and `mask_sources`; an unknown `fit`; names that do not
+            match the number of instances, or an empty initializer.
     """
     source = find_source(settings)
     if settings.fit not in FITS:
@@ -67,14 +67,16 @@ def name_instances(settings: InstancesSettings) -> InstanceNames:
         raise MifoError("instances.initializers holds an empty word; name a word such as 'car', or null.")
     if isinstance(source, Path):
         image_file(source)
-        count, drawn = len(mask_files(source)), None
+        told = [each.name for each in mask_sources(source)]
     else:
-        count, drawn = len(source.things), tuple(thing.thing for thing in source.things)
+        told = [thing.thing for thing in source.things]
+    count = len(told)
+    known = [name for name in told if name] if all(told) else []
     for key in ("class_names", "initializers"):
         _check_number(key, getattr(settings, key), count)
     return InstanceNames(
         tokens=tuple(f"<asset{i}>" for i in range(count)),
-        class_names=tuple(settings.class_names) if settings.class_names else drawn,
+        class_names=tuple(settings.class_names or known) or None,
         initializers=tuple(settings.initializers or [None] * count),
     )
 
