@@ -34,6 +34,7 @@ TASKS = {
     "evaluate": "score pictures against their prompts and the learned instances",
     "export": "words and weights as files of diffusers or webui, with a model card",
     "doctor": "check the whole setup of a run in seconds, and say what to mend",
+    "masks": "make masks from boxes or clicks, and show them over the picture",
     "layout": "draw the boxes of a layout, without loading a model",
     "table": "make the runs of a table in experiments/ that are missing, and the table",
     "dashboard": "write the workspace that compares ablations on Weights & Biases",

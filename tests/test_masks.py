@@ -9,7 +9,19 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from transformers import (
+    Sam2Config,
+    Sam2HieraDetConfig,
+    Sam2ImageProcessor,
+    Sam2MaskDecoderConfig,
+    Sam2Model,
+    Sam2Processor,
+    Sam2PromptEncoderConfig,
+    Sam2VisionConfig,
+)
 
+from mifo.config.compose import compose, settings_of
+from mifo.config.launch import perform
 from mifo.data.instances import read_instances
 from mifo.data.photo_folder import folder_digest
 from mifo.data.settings import InstancesSettings
@@ -161,3 +173,67 @@ def test_photographs_are_read_alike_in_every_form(tmp_path, name, count):
     again = read(tmp_path)
     overlap = (again.masks.bool() & torch.from_numpy(hard)).sum((1, 2)) / torch.from_numpy(hard).sum((1, 2))
     assert len(again.tokens) == count and overlap.min() > 0.95
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory):
+    """A tiny Segment Anything 2 with random weights, as transformers saves it."""
+    torch.manual_seed(0)
+    hiera = Sam2HieraDetConfig(
+        hidden_size=8,
+        num_attention_heads=1,
+        image_size=[64, 64],
+        window_positional_embedding_background_size=[2, 2],
+        blocks_per_stage=[1, 1, 2, 1],
+        embed_dim_per_stage=[8, 16, 32, 64],
+        num_attention_heads_per_stage=[1, 1, 2, 2],
+        window_size_per_stage=[8, 4, 4, 2],
+        global_attention_blocks=[3],
+    )
+    vision = Sam2VisionConfig(
+        backbone_config=hiera,
+        backbone_channel_list=[64, 32, 16, 8],
+        backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
+        fpn_hidden_size=32,
+    )
+    prompts = Sam2PromptEncoderConfig(hidden_size=32, image_size=64, patch_size=16, mask_input_channels=8)
+    decoder = Sam2MaskDecoderConfig(hidden_size=32, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=32)
+    folder = tmp_path_factory.mktemp("sam2")
+    config = Sam2Config(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
+    Sam2Model(config).save_pretrained(folder)
+    size = {"height": 64, "width": 64}
+    Sam2Processor(Sam2ImageProcessor(size=size, mask_size={"height": 16, "width": 16})).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def test_boxes_and_clicks_become_masks_that_can_be_learned(mifo, folder, segmenter, capsys):
+    pointed = [
+        "boxes={car: [0.1, 0.1, 0.6, 0.6]}",
+        "points={car: [[0.3, 0.3], [0.9, 0.9, 0]], cat: [[0.7, 0.7]]}",
+    ]
+    assert mifo("masks", "picture=img.png", f"segmenter={segmenter}", *pointed, "hydra.run.dir=M") == 0
+    told = capsys.readouterr().out
+    assert "<asset0>  car" in told and "<asset1>  cat" in told and "class_names=[car,cat]" in told
+    masks = [np.asarray(Image.open(folder / "M" / "photo" / f"mask{i}.png")) for i in (0, 1)]
+    assert all(mask.shape == (32, 32) and {*np.unique(mask)} <= {0, 255} and mask.any() for mask in masks)
+    assert Image.open(folder / "M" / "masks.png").size == (32, 32)
+    assert mifo("masks", "instances=local", "instances.folder=M/photo") == 0
+    assert "of the picture" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([], "needs either picture=FILE"),
+        (["picture=img.png"], "has no boxes and no points"),
+        (["picture=img.png", "points={car: [[2, 0]]}"], "leaves the picture"),
+        (["picture=img.png", "points={car: [[0.5, 0.5, 7]]}"], "is no click"),
+        (["picture=img.png", "boxes={car: [0, 0, 1, 1]}", "segmenter=nowhere"], "segmenter=nowhere cannot"),
+    ],
+)
+def test_what_cannot_be_segmented_is_refused(folder, monkeypatch, given, words):
+    monkeypatch.chdir(folder)
+    with pytest.raises(MifoError, match=words):
+        perform(settings_of(compose("masks", [*given, "paths.output=M"])))

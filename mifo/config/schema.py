@@ -91,6 +91,17 @@ class ExportTaskSettings(ModelTaskSettings, ExportSettings):
 
 
 @dataclass
+class MasksSettings(TaskSettings):
+    """`mifo masks`. Boxes and points are in shares of the picture."""
+
+    picture: str | None = None  # the picture that boxes and points are in
+    boxes: dict[str, Any] = field(default_factory=dict)  # name → [x0, y0, x1, y1], or a list of such
+    points: dict[str, Any] = field(default_factory=dict)  # name → [[x, y], …]; [x, y, 0] is beside the thing
+    segmenter: str = "facebook/sam2.1-hiera-small"  # a folder or hub id of Segment Anything 2 (184 MB)
+    instances: InstancesSettings | None = None  # instead: show the masks that these have
+
+
+@dataclass
 class EvaluateSettings(TaskSettings):
     """`mifo evaluate`."""
 
@@ -183,6 +194,7 @@ SCHEMAS: dict[str, type[TaskSettings]] = {
     "learn": LearnSettings,
     "synthesize": SynthesizeSettings,
     "export": ExportTaskSettings,
+    "masks": MasksSettings,
     "evaluate": EvaluateSettings,
     "run": RunSettings,
     "doctor": DoctorSettings,

@@ -97,7 +97,7 @@ def mask_sources(folder: Path) -> list[MaskSource]:
         if isinstance(content, dict) and "annotations" in content:
             annotations = read_annotations(file, content, image_file(folder).name)
             return [MaskSource(file, each.name, each) for each in annotations]
-        return [MaskSource(file, name, box) for name, box in _boxes(file, content)]
+        return [MaskSource(file, name, box) for name, box in named_boxes(file, content)]
     found = [MaskSource(file) for file in numbered] or [MaskSource(file, _class(file)) for file in named]
     if not found:
         raise MifoError(
@@ -139,8 +139,12 @@ def _numbered(folder: Path, pictures: Sequence[Path]) -> list[Path]:
     return [numbered[number] for number in sorted(numbered)]
 
 
-def _boxes(file: Path, content: Any) -> list[tuple[str, tuple[float, ...]]]:
-    """Names and boxes [x0, y0, x1, y1] in [0, 1]; a name may have several."""
+def named_boxes(file: Path | str, content: Any) -> list[tuple[str, tuple[float, ...]]]:
+    """Names and boxes [x0, y0, x1, y1] in [0, 1]; a name may have several. `file` is for the messages.
+
+    Raises:
+        MifoError: what is no box, or an impossible one.
+    """
     if not isinstance(content, dict) or not content:
         raise MifoError(f"{file} holds no boxes; write a name and its box, as car: [0.1, 0.2, 0.5, 0.9].")
     found = []
