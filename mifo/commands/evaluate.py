@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -14,6 +13,7 @@ from rich.table import Table
 from mifo.commands.setup import open_loggers, prepare
 from mifo.config.jobs import CONFIG, claim_folder
 from mifo.config.schema import EvaluateSettings
+from mifo.data.instance_names import instances_in
 from mifo.data.instances import InstanceSet, read_instances
 from mifo.data.saved_pictures import Picture, read_pictures
 from mifo.data.settings import InstancesSettings
@@ -104,26 +104,6 @@ def recorded_instances(pictures: Path) -> InstancesSettings:
     if not recorded.exists():
         raise MifoError(f"{recorded} is missing, so the instances are not known; name them by instances=…")
     return instances_in(recorded)
-
-
-def instances_in(recorded: Path, key: str | None = None) -> InstancesSettings:
-    """The instances that a YAML file holds, itself or under `key`.
-
-    Raises:
-        MifoError: the file is missing or damaged.
-    """
-    try:
-        content = read_yaml(recorded, from_outside=True)
-        typed = OmegaConf.merge(InstancesSettings, content[key] if key else content)
-        settings: InstancesSettings = OmegaConf.to_object(typed)
-        if not all(
-            isinstance(name, str) for name in settings.class_names or []
-        ):  # OmegaConf lets objects pass
-            raise ValueError("class_names holds no list of words")
-        return settings
-    except (OmegaConfBaseException, LookupError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise MifoError(f"{recorded} is damaged ({reason}); name the instances by instances=…") from error
 
 
 def other_instances(pictures: Path, given: InstancesSettings | None) -> str | None:

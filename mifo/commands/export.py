@@ -13,11 +13,11 @@ from mifo.backbones.learned import load_learned, read_learned
 from mifo.backbones.loading import load_model, load_outline, model_folder
 from mifo.backbones.model import DiffusionModel
 from mifo.backbones.settings import ModelSettings
-from mifo.commands.evaluate import instances_in
 from mifo.commands.setup import prepare
 from mifo.commands.synthesize import learned_folder
 from mifo.config.jobs import CONFIG, claim_folder
 from mifo.config.schema import ExportTaskSettings
+from mifo.data.instance_names import instances_in
 from mifo.data.instances import read_instances
 from mifo.errors import MifoError
 from mifo.exporting.card import card, thumbnail

@@ -77,7 +77,8 @@ class LearnSettings(ModelTaskSettings):
 class SynthesizeSettings(ModelTaskSettings):
     """`mifo synthesize`."""
 
-    learned: str = MISSING  # the folder `learned/` of a run of `mifo learn`, or that run's folder
+    # the folder `learned/` of a run of `mifo learn`, or that run's folder; a list for what was learned apart
+    learned: Any = MISSING
     layout: LayoutSettings = field(default_factory=lambda: LayoutSettings(prompt=MISSING))
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
     synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)

@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mifo.data.photo_folder import image_file, mask_sources
 from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
+from mifo.files import read_yaml
 from mifo.world.spec import SceneSpec, check_scene
 
 FITS = ("squash", "crop", "pad")
@@ -51,6 +52,26 @@ def find_source(settings: InstancesSettings) -> Path | SceneSpec:
             "for a picture of your own take instances=local instances.folder=PATH."
         )
     return Path(settings.folder).expanduser()
+
+
+def instances_in(recorded: Path, key: str | None = None) -> InstancesSettings:
+    """The instances that a YAML file holds, itself or under `key`.
+
+    Raises:
+        MifoError: the file is missing or damaged.
+    """
+    try:
+        content = read_yaml(recorded, from_outside=True)
+        typed = OmegaConf.merge(InstancesSettings, content[key] if key else content)
+        settings: InstancesSettings = OmegaConf.to_object(typed)
+        if not all(
+            isinstance(name, str) for name in settings.class_names or []
+        ):  # OmegaConf lets objects pass
+            raise ValueError("class_names holds no list of words")
+        return settings
+    except (OmegaConfBaseException, LookupError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise MifoError(f"{recorded} is damaged ({reason}); name the instances by instances=…") from error
 
 
 def name_instances(settings: InstancesSettings) -> InstanceNames:

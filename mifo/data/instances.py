@@ -17,6 +17,7 @@ from mifo.data.instance_names import find_source, name_instances
 from mifo.data.masks import annotation_mask, box_mask, read_labels, read_mask
 from mifo.data.photo_folder import MaskSource, image_file, mask_sources
 from mifo.data.pictures import read_picture
+from mifo.data.saved_pictures import as_image
 from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
 from mifo.world.spec import SceneSpec
@@ -86,6 +87,24 @@ def read_instances(settings: InstancesSettings) -> InstanceSet:
     )
     _warn_of_doubtful(marked, sources)
     return InstanceSet(_name(settings), image, masks, names.class_names, names.initializers, names.tokens)
+
+
+def save_side_by_side(sets: Sequence[InstanceSet], folder: Path) -> None:
+    """Write the pictures of several sets as one, with the masks of all, into a folder like a user's."""
+    height = max(each.image.shape[1] for each in sets)
+    images, masks = [], []
+    for each in sets:
+        below = (0, 0, 0, height - each.image.shape[1])
+        images.append(F.pad(each.image, below))
+        masks.append(F.pad(each.masks, below))
+    widths = [image.shape[2] for image in images]
+    as_image(torch.cat(images, 2)).save(folder / "img.png")
+    number = 0
+    for place, own in enumerate(masks):
+        for mask in own:
+            around = (sum(widths[:place]), sum(widths[place + 1 :]))
+            as_image(F.pad(mask, around)[None]).save(folder / f"mask{number}.png")
+            number += 1
 
 
 def _name(settings: InstancesSettings) -> str:
