@@ -17,7 +17,9 @@ help: ## list the targets
 setup: $(INSTALLED) ## make the virtual environment .venv with MIFO in it
 
 demo: $(INSTALLED) ## learn three look-alikes from one image, put them into boxes, score the pictures
-	$(RUN) -m mifo run experiment=demo
+	@echo 'Learns three look-alike cars from one drawn image, puts each into its box of new pictures and scores them:'
+	@echo 'learning, synthesis and evaluation, which say how long they took, two to three minutes in all on two cores.'
+	@$(RUN) -m mifo run experiment=demo
 
 check: $(INSTALLED) ## check format, style, types and floors
 	$(RUN) -m ruff format --check .

@@ -1,6 +1,8 @@
 """`mifo run`: learn, synthesize and evaluate in one folder, and show the result on a contact sheet."""
 
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from lightning.pytorch.loggers import Logger
@@ -18,6 +20,14 @@ from mifo.making.pictures import make_pictures
 from mifo.metrics.evaluation import SCORES, PictureEvaluator, has_scores
 from mifo.report.sheet import Sheet, write_sheet
 from mifo.tracking.results import log_evaluation
+
+
+@contextmanager
+def timed(part: str) -> Iterator[None]:
+    """Say how long a part took."""
+    start = time.monotonic()
+    yield
+    print(f"{part} took {time.monotonic() - start:.0f} s")
 
 
 def run(settings: RunSettings) -> Path:
@@ -39,18 +49,22 @@ def run(settings: RunSettings) -> Path:
     opened: AbstractContextManager[list[Logger]] = open_loggers(settings) if unfinished else nullcontext([])
     with opened as loggers:
         if pictures_wanted:
-            model = learned_model(settings, instances, folder, device, loggers)
+            with timed("learning"):
+                model = learned_model(settings, instances, folder, device, loggers)
             performance = available(settings.performance, device)
             ready_for_synthesis(model, performance)
-            made = make_pictures(
-                model, wanted, settings.synthesis, settings.guidance, settings.seed, performance.cuda_graphs
-            )
+            graphs = performance.cuda_graphs
+            with timed("synthesis"):
+                made = make_pictures(
+                    model, wanted, settings.synthesis, settings.guidance, settings.seed, graphs
+                )
             record_instances(folder / "learned", folder / "pictures")
             save_pictures(folder / "pictures", made)
         pictures = read_pictures(folder / "pictures")
         evaluation = None
         if settings.metrics is not None:
-            evaluation = scored(settings.metrics, pictures, instances, folder, device)
+            with timed("evaluation"):
+                evaluation = scored(settings.metrics, pictures, instances, folder, device)
             steps = settings.learning.finetuning.steps or settings.learning.semantic.steps
             log_evaluation(loggers, evaluation, pictures, instances, steps)
     if settings.sheet and not (folder / "contact_sheet.html").is_file():

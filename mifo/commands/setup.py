@@ -11,6 +11,7 @@ from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import wandb
 from hydra.errors import InstantiationException
@@ -40,12 +41,13 @@ log = logging.getLogger(__name__)
 
 def prepare(settings: TaskSettings) -> torch.device:
     """Seed every generator, set how the hardware is used, and return the device to work on."""
-    # Lightning adds hints and a handler of its own, transformers a bar for each file: MIFO says what it does
+    # Lightning adds hints and a handler of its own, the others a bar for each file: MIFO says what it does
     lightning_log = logging.getLogger("lightning.pytorch")
     lightning_log.setLevel(logging.WARNING)
     lightning_log.handlers.clear()
     warnings.filterwarnings("ignore", message=".*LeafSpec")
     disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
     seed_everything(settings.seed, verbose=False)
     if isinstance(settings, ModelTaskSettings):
         torch.set_float32_matmul_precision(settings.performance.matmul_precision)
