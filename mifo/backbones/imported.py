@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import AddedToken, CLIPTokenizer
 
 from mifo.backbones.kinds import Family
+from mifo.backbones.latent import LatentModel
 from mifo.backbones.settings import ModelSettings
-from mifo.backbones.unet.model import UNetModel
 from mifo.errors import MifoError
 from mifo.tensors import read_tensors
 
@@ -39,7 +39,7 @@ def teach_words(settings: ModelSettings, tokenizers: Sequence[CLIPTokenizer]) ->
 
 
 @torch.no_grad()
-def with_imports(model: UNetModel, family: Family, settings: ModelSettings) -> UNetModel:
+def with_imports(model: LatentModel, family: Family, settings: ModelSettings) -> LatentModel:
     """The model with the rows of `model.words` in its tables and `model.lora` in its weights.
 
     It counts as a base model of its own: its name and its fingerprint tell what was put on it.
@@ -98,20 +98,24 @@ def _rows(word: str, given: Any, encoders: Sequence[nn.Module]) -> list[Tensor]:
 
 
 def _merge_lora(
-    model: UNetModel, family: Family, file: Path, tensors: Mapping[str, Tensor], scale: float
+    model: LatentModel, family: Family, file: Path, tensors: Mapping[str, Tensor], scale: float
 ) -> None:
     """Add a LoRA, as diffusers, webui or peft name it, to the weights of the model, in place."""
     loader = getattr(diffusers, family.pipeline)
     level = diffusers.logging.get_verbosity()
     diffusers.logging.set_verbosity_error()
     try:
-        state, alphas = loader.lora_state_dict(dict(tensors), unet_config=model.unet.config)
+        unet = {"unet_config": model.denoiser.config} if model.part == "unet" else {}
+        read = loader.lora_state_dict(dict(tensors), **unet)
+        state, alphas = read if isinstance(read, tuple) else (read, None)
         wanted = {name for name in model.networks if any(key.startswith(f"{name}.") for key in state)}
         if any(key.partition(".")[0] not in model.networks for key in state) or not wanted:
             raise ValueError("it names parts that the model lacks")
         for name in wanted:
             if name == "unet":
-                loader.load_lora_into_unet(state, alphas, model.unet)
+                loader.load_lora_into_unet(state, alphas, model.denoiser)
+            elif name == model.part:
+                loader.load_lora_into_transformer(state, transformer=model.denoiser)
             else:
                 loader.load_lora_into_text_encoder(state, alphas, model.networks[name], prefix=name)
     except Exception as error:  # of shapes, names and formats, each with an exception of its own

@@ -8,19 +8,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mifo.backbones.kinds import check_kind, family_of
+from mifo.backbones.latent import LatentModel
 from mifo.backbones.loading import load_outline, model_folder
 from mifo.backbones.settings import ModelSettings
-from mifo.backbones.unet.model import UNetModel
 
 
-def load_shapes(settings: ModelSettings) -> UNetModel:
+def load_shapes(settings: ModelSettings) -> LatentModel:
     """The model of `settings` on the device "meta", of its small files alone.
 
     Raises:
         MifoError: as `load_outline`.
     """
     outline, folder = load_outline(settings), model_folder(settings, weights=False)
-    family, configs = family_of(folder), check_kind(folder, settings.source)
+    family = family_of(folder, settings.t5)
+    configs = check_kind(folder, settings.source, family)
     parts = {}
     with torch.device("meta"):
         for name in family.networks:

@@ -154,7 +154,11 @@ def other_measure(pictures: Path, metrics: MetricsSettings) -> str | None:
                 f"The run of these pictures was measured with another {', '.join(other)} "
                 f"(protocol {theirs.get('protocol')}, here {metrics.protocol}): the scores do not compare."
             )
-    elif isinstance(model, dict) and metrics.protocol == "miniature" and model.get("source") != "embedded":
+    elif (
+        isinstance(model, dict)
+        and metrics.protocol == "miniature"
+        and not str(model.get("source")).startswith("embedded")
+    ):
         return (
             f"These pictures were made with {model.get('name')}, but metrics=miniature knows the "
             "miniature's drawings alone; metrics=standard measures others."

@@ -23,7 +23,7 @@ from mifo.errors import MifoError
 from mifo.exporting.card import card, thumbnail
 from mifo.exporting.formats import holds, lora_name, lora_tensors, word_files
 from mifo.exporting.low_rank import LowRank, low_rank
-from mifo.exporting.pipeline import save_pipeline
+from mifo.exporting.pipeline import check_words, save_pipeline
 from mifo.exporting.settings import exported_words
 from mifo.files import whole_folder, write_whole
 from mifo.metrics.evaluation import SCORES, Evaluation, has_scores
@@ -41,15 +41,17 @@ def export(settings: ExportTaskSettings) -> Path:
     source = learned_folder(settings.learned)
     learned = read_learned(source)
     words = exported_words(settings, learned.tokens)
+    full = replace(settings.model, dtype="float32")
+    kind = family_of(model_folder(full, weights=False), full.t5).pipeline
+    if settings.weights != "pipeline":
+        check_words(kind)
     device = prepare(settings)
     folder = claim_folder(settings) / "exported"
     if folder.exists():
         raise MifoError(f"{folder} holds an export already; choose another folder by hydra.run.dir=FOLDER")
-    full = replace(settings.model, dtype="float32")
     model = load_model(full, device)
     load_learned(source, model)
     merge_adapters(model.networks)
-    kind = family_of(model_folder(full, weights=False)).pipeline
     dtype = getattr(torch, settings.precision)
     with whole_folder(folder) as unfinished:
         files: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
@@ -96,7 +98,7 @@ def _write_pipeline(
     dtype: torch.dtype,
 ) -> None:
     outline = load_outline(settings)
-    names = family_of(model_folder(settings, weights=False)).parts
+    names = family_of(model_folder(settings, weights=False), settings.t5).parts
     parts = {name: getattr(outline if name.startswith("tokenizer") else model, name) for name in names}
     parts["scheduler"] = outline.noise_scheduler
     parts["force_zeros_for_empty_prompt"] = getattr(outline, "zero_empty_prompt", False)

@@ -43,8 +43,8 @@ def _of_all_seeds(*, _root_: DictConfig) -> str:
 
 
 def _steps_of(model: str) -> str:
-    """`${steps_of:MODEL}`: the miniature has steps and rates of its own, other models the published ones."""
-    return model if model == "miniature" else "published"
+    """`${steps_of:MODEL}`: the miniatures have steps and rates of their own, others the published."""
+    return "miniature" if model.startswith("miniature") else "published"
 
 
 def register_resolvers() -> None:

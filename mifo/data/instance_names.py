@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mifo.data.photo_folder import image_file, mask_sources
 from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
-from mifo.files import read_yaml
+from mifo.files import as_record, read_yaml
 from mifo.world.spec import SceneSpec, check_scene
 
 FITS = ("squash", "crop", "pad")
@@ -62,16 +62,11 @@ def instances_in(recorded: Path, key: str | None = None) -> InstancesSettings:
     """
     try:
         content = read_yaml(recorded, from_outside=True)
-        typed = OmegaConf.merge(InstancesSettings, content[key] if key else content)
-        settings: InstancesSettings = OmegaConf.to_object(typed)
-        if not all(
-            isinstance(name, str) for name in settings.class_names or []
-        ):  # OmegaConf lets objects pass
-            raise ValueError("class_names holds no list of words")
-        return settings
-    except (OmegaConfBaseException, LookupError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise MifoError(f"{recorded} is damaged ({reason}); name the instances by instances=…") from error
+        if key is not None:
+            content = content.get(key) if isinstance(content, dict) else None
+        return as_record(content, InstancesSettings, recorded)
+    except MifoError as error:
+        raise MifoError(f"{error}; name the instances by instances=…") from error
 
 
 def name_instances(settings: InstancesSettings) -> InstanceNames:

@@ -10,6 +10,17 @@ import torch
 from torch import nn
 
 from mifo.backbones.tokens import NewTokenRows, extend
+from mifo.errors import MifoError
+
+
+def check_words(kind: str) -> None:
+    """Refuse files of words for a pipeline of diffusers that loads none, as Stable Diffusion 3's.
+
+    Raises:
+        MifoError: naming what can be exported.
+    """
+    if not hasattr(getattr(diffusers, kind), "load_textual_inversion"):
+        raise MifoError(f"{kind} of diffusers loads no words of textual inversion; take weights=pipeline.")
 
 
 @torch.no_grad()
