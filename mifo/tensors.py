@@ -34,11 +34,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     return _checksum(path)
 
 
-def read_tensors(path: Path, expected: Form, checksum: str | None = None) -> dict[str, Tensor]:
+def read_tensors(path: Path, expected: Form | None, checksum: str | None = None) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU in the precision of the file.
 
     Args:
-        expected: the shape of every tensor of the file.
+        expected: the shape of every tensor of the file; None: not known.
         checksum: SHA-256 of the file; None: not known.
 
     Raises:
@@ -52,7 +52,8 @@ def read_tensors(path: Path, expected: Form, checksum: str | None = None) -> dic
     try:
         with safe_open(path, "pt") as file:
             heads = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, no mapping
-            if other := difference({name: head.get_shape() for name, head in heads.items()}, expected):
+            shapes = {name: head.get_shape() for name, head in heads.items()}
+            if expected is not None and (other := difference(shapes, expected)):
                 raise MifoError(f"{path} is damaged: {other}")
             for name, head in heads.items():
                 if (kind := head.get_dtype()) not in FLOATS:

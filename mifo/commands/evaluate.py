@@ -13,11 +13,12 @@ from rich.table import Table
 from mifo.commands.setup import open_loggers, prepare
 from mifo.config.jobs import CONFIG, claim_folder
 from mifo.config.schema import EvaluateSettings
+from mifo.data.instance_names import instances_in
 from mifo.data.instances import InstanceSet, read_instances
 from mifo.data.saved_pictures import Picture, read_pictures
 from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
-from mifo.files import as_record, existing_folder, read_yaml
+from mifo.files import existing_folder, read_yaml
 from mifo.method.prompts.instances import INSTANCE
 from mifo.metrics.evaluation import SCORES, Evaluation, PictureEvaluator, has_scores
 from mifo.metrics.scores import Score
@@ -85,10 +86,7 @@ def recorded_instances(pictures: Path) -> InstancesSettings:
     recorded = pictures / "instances.yaml"
     if not recorded.exists():
         raise MifoError(f"{recorded} is missing, so the instances are not known; name them by instances=…")
-    try:
-        return as_record(read_yaml(recorded, from_outside=True), InstancesSettings, recorded)
-    except MifoError as error:
-        raise MifoError(f"{error}; name the instances by instances=…") from error
+    return instances_in(recorded)
 
 
 def other_instances(pictures: Path, given: InstancesSettings | None) -> str | None:

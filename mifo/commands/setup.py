@@ -11,6 +11,7 @@ from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import wandb
 from hydra.errors import InstantiationException
@@ -33,6 +34,7 @@ from mifo.config.schema import (
 from mifo.errors import MifoError
 from mifo.files import read_text, write_whole
 from mifo.tracking.results import define_metrics
+from mifo.training.memory import Memory
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ def prepare(settings: TaskSettings) -> torch.device:
     lightning_log.handlers.clear()
     warnings.filterwarnings("ignore", message=".*LeafSpec")
     disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
     seed_everything(settings.seed, verbose=False)
     if isinstance(settings, ModelTaskSettings):
         torch.set_float32_matmul_precision(settings.performance.matmul_precision)
@@ -120,6 +123,22 @@ def _open_logger(name: str, node: dict[str, Any], folder: Path, facts: dict[str,
         return logger
     except (InstantiationException, TypeError) as error:
         raise MifoError(f"logger.{name} does not take its arguments: {reason(error)}") from error
+
+
+def tell_memory(needed: Memory, device: str) -> str:
+    """A line about the memory of a GPU that is needed; a warning where more is needed than free."""
+    told = f"about {needed.total / 2**30:.1f} GiB of a GPU's memory ({needed})"
+    if device == "cpu" or not torch.cuda.is_available():
+        return f"{told}; no GPU is in use here"
+    free = torch.cuda.mem_get_info()[0]
+    if needed.total > free:
+        log.warning(
+            "This needs %s, of which %.1f GiB are free; end what else uses the GPU, or take "
+            "performance=low_vram or performance.gradient_checkpointing=true.",
+            told,
+            free / 2**30,
+        )
+    return f"{told}; {free / 2**30:.1f} GiB are free"
 
 
 def has_wandb_key() -> bool:

@@ -7,9 +7,10 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mifo.data.photo_folder import image_file, mask_files
+from mifo.data.photo_folder import image_file, mask_sources
 from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
+from mifo.files import as_record, read_yaml
 from mifo.world.spec import SceneSpec, check_scene
 
 FITS = ("squash", "crop", "pad")
@@ -43,12 +44,27 @@ def find_source(settings: InstancesSettings) -> Path | SceneSpec:
     return Path(settings.folder).expanduser()
 
 
+def instances_in(recorded: Path, key: str | None = None) -> InstancesSettings:
+    """The instances that a YAML file holds, itself or under `key`.
+
+    Raises:
+        MifoError: the file is missing or damaged.
+    """
+    try:
+        content = read_yaml(recorded, from_outside=True)
+        if key is not None:
+            content = content.get(key) if isinstance(content, dict) else None
+        return as_record(content, InstancesSettings, recorded)
+    except MifoError as error:
+        raise MifoError(f"{error}; name the instances by instances=…") from error
+
+
 def name_instances(settings: InstancesSettings) -> InstanceNames:
     """Count the instances that `settings` name, by their masks or as things of the scene, and name them.
 
     Raises:
-        MifoError: as `find_source`, `image_file` and `mask_files`; an unknown `fit`; names that do not match
-            the number of instances, or an empty initializer.
+        MifoError: as `find_source`, `image_file` and `mask_sources`; an unknown `fit`; names that do not
+            match the number of instances, or an empty initializer.
     """
     source = find_source(settings)
     if settings.fit not in FITS:
@@ -57,14 +73,16 @@ def name_instances(settings: InstancesSettings) -> InstanceNames:
         raise MifoError("instances.initializers holds an empty word; name a word such as 'car', or null.")
     if isinstance(source, Path):
         image_file(source)
-        count, drawn = len(mask_files(source)), None
+        told = [each.name for each in mask_sources(source)]
     else:
-        count, drawn = len(source.things), tuple(thing.thing for thing in source.things)
+        told = [thing.thing for thing in source.things]
+    count = len(told)
+    known = [name for name in told if name] if all(told) else []
     for key in ("class_names", "initializers"):
         _check_number(key, getattr(settings, key), count)
     return InstanceNames(
         tokens=tuple(f"<asset{i}>" for i in range(count)),
-        class_names=tuple(settings.class_names) if settings.class_names else drawn,
+        class_names=tuple(settings.class_names or known) or None,
         initializers=tuple(settings.initializers or [None] * count),
     )
 

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mifo.data.annotations import Annotation
 from mifo.data.instance_names import find_source, name_instances
-from mifo.data.masks import read_mask
-from mifo.data.photo_folder import image_file, mask_files
+from mifo.data.masks import annotation_mask, box_mask, read_labels, read_mask
+from mifo.data.photo_folder import MaskSource, image_file, mask_sources
 from mifo.data.pictures import read_picture
+from mifo.data.saved_pictures import as_image
 from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
 from mifo.world.spec import SceneSpec
@@ -80,6 +82,24 @@ def read_instances(settings: InstancesSettings) -> InstanceSet:
     return InstanceSet(_name(settings), image, masks, names.class_names, names.initializers, names.tokens)
 
 
+def save_side_by_side(sets: Sequence[InstanceSet], folder: Path) -> None:
+    """Write the pictures of several sets as one, with the masks of all, into a folder like a user's."""
+    height = max(each.image.shape[1] for each in sets)
+    images, masks = [], []
+    for each in sets:
+        below = (0, 0, 0, height - each.image.shape[1])
+        images.append(F.pad(each.image, below))
+        masks.append(F.pad(each.masks, below))
+    widths = [image.shape[2] for image in images]
+    as_image(torch.cat(images, 2)).save(folder / "img.png")
+    number = 0
+    for place, own in enumerate(masks):
+        for mask in own:
+            around = (sum(widths[:place]), sum(widths[place + 1 :]))
+            as_image(F.pad(mask, around)[None]).save(folder / f"mask{number}.png")
+            number += 1
+
+
 def _name(settings: InstancesSettings) -> str:
     """The name that was given, or that of the folder where none was."""
     if settings.folder is None or settings.name not in UNNAMED:
@@ -142,10 +162,10 @@ def _draw(spec: SceneSpec) -> tuple[Tensor, Tensor]:
 def _read_folder(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
     """Image, masks at its size, and the files of the masks."""
     file = image_file(folder)
-    files = mask_files(folder)
+    sources = mask_sources(folder)
     pixels = torch.from_numpy(np.array(read_picture(file))).permute(2, 0, 1).contiguous()
-    masks = [read_mask(each) for each in files]
-    for mask, source in zip(masks, files, strict=True):
+    masks = [_read_source(each, pixels.shape[1:]) for each in sources]
+    for mask, source in zip(masks, sources, strict=True):
         (height, width), (rows, columns) = pixels.shape[1:], mask.shape
         if not 1 / 1.02 <= (columns / rows) / (width / height) <= 1.02:
             raise MifoError(
@@ -153,7 +173,18 @@ def _read_folder(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
                 "would be stretched over other pixels than it marks; save it with the picture's proportions."
             )
     resized = [_resize(torch.from_numpy(mask)[None], pixels.shape[1:])[0] for mask in masks]
-    return pixels, torch.stack(resized), [str(each) for each in files]
+    return pixels, torch.stack(resized), [str(each) for each in sources]
+
+
+def _read_source(source: MaskSource, size: Sequence[int]) -> np.ndarray:
+    """(H, W) float32 in [0, 1] of one mask; a box has the picture's `size`."""
+    if source.part is None:
+        return read_mask(source.file)
+    if isinstance(source.part, int):
+        return (read_labels(source.file)[0] == source.part).astype(np.float32)
+    if isinstance(source.part, Annotation):
+        return annotation_mask(source.file, source.part)
+    return box_mask(source.part, size)
 
 
 def _fit(image: Tensor, masks: Tensor, fit: str) -> tuple[Tensor, Tensor]:

@@ -76,15 +76,14 @@ def _wanted(
     model: DiffusionModel, prompts: list[str], settings: PriorSettings, seed: int
 ) -> list[tuple[Path, str, int]]:
     """Of each picture that is made: its file, its prompt, and its number among the pictures of the prompt."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = Path(settings.cache).expanduser() if settings.cache else caches / "mifo" / "class_pictures"
     sampled = (settings.steps, settings.guidance_scale, model.sampling())
     wanted = []
     for i, prompt in enumerate(prompts):
         share = (settings.pictures + len(prompts) - 1 - i) // len(prompts)
         identity = (model.fingerprint, prompt, model.image_size, seed, *sampled)
         key = hashlib.sha256(repr(identity).encode()).hexdigest()[:12]
-        folder = cache / f"{re.sub(r'[^a-z0-9]+', '_', prompt.lower()).strip('_')[:40]}-{key}"
+        name = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:40]
+        folder = cache_folder(settings) / f"{name}-{key}"
         wanted += [(folder / f"{j:04}.png", prompt, j) for j in range(share)]
     return wanted
 
@@ -130,3 +129,9 @@ def _make(
                 with _writing(file.parent):
                     to_pil_image(image).save(unfinished)
                     unfinished.replace(file)
+
+
+def cache_folder(settings: PriorSettings) -> Path:
+    if settings.cache is not None:
+        return Path(settings.cache).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mifo" / "class_pictures"

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 from zipfile import BadZipFile
@@ -16,16 +17,19 @@ from zipfile import BadZipFile
 import open_clip
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mifo.errors import MifoError
 from mifo.metrics.crops import pad_square
 from mifo.metrics.scores import Evaluator
-from mifo.metrics.settings import Fit, ImageSettings, ImageTextSettings
+from mifo.metrics.settings import Fit, ImageSettings, ImageTextSettings, MetricsSettings
 
 DREAMSIM_SIZE = 224  # side of the pictures that DreamSim was trained on
 EMBEDDED = Path(str(files("mifo"))) / "miniature" / "weights"
+
+log = logging.getLogger(__name__)
 
 
 class ImageEncoder(Protocol):
@@ -190,6 +194,32 @@ def load_image_text_encoder(
         tokenizer = open_clip.get_tokenizer(name)
     label = _label(settings.name.removeprefix("local-dir:"), "miniature-clip")
     return OpenClipEncoder(model, tokenizer, f"{label}-{weights}" if weights else label, batch_size, fit)
+
+
+def check_evaluators(settings: MetricsSettings) -> None:
+    """Refuse evaluators that cannot be had, without loading one; those not yet downloaded are warned of.
+
+    Raises:
+        MifoError: an unknown name, or a package that is not installed.
+    """
+    image, text = settings.image.source, settings.image_text
+    if image.partition(":")[0] == "dreamsim" and find_spec("dreamsim") is None:
+        raise MifoError(
+            f"metrics.image.source={image} needs the package dreamsim; install it with: "
+            "pip install 'mifo[standard_metrics]'."
+        )
+    if text.name != "embedded" and not text.name.startswith("local-dir:"):
+        if text.name not in open_clip.list_models():
+            raise MifoError(f"metrics.image_text.name={text.name} is no model of open_clip; take ViT-L-14.")
+        known = open_clip.list_pretrained_tags_by_model(text.name)
+        if text.pretrained not in known:
+            raise MifoError(
+                f"metrics.image_text.pretrained={text.pretrained} is not known; take of {', '.join(known)}."
+            )
+    on_hub = image != "embedded" and not image.startswith("dreamsim") and not Path(image).is_dir()
+    found = try_to_load_from_cache(image, "config.json", revision=settings.image.revision) if on_hub else ""
+    if not isinstance(found, str):
+        log.warning("The evaluators are not here yet; the first scores download them, or take metrics=none.")
 
 
 def load_image_encoder(

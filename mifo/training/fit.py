@@ -178,7 +178,7 @@ def learn(
         model.to(runner.strategy.root_device)
         if stage.trainable == "lora":
             model.add_lora(stage.lora_rank)
-        check_room(Path(folder), _room(model, stages[stream:], checkpoints, settings.save_half))
+        check_room(Path(folder), room(model, stages[stream:], checkpoints, settings.save_half))
         module = LearningStage(name, model, instances, stage, penalty, prior_weight, graphs, passes_in)
         prior = None
         if prior_weight:
@@ -216,7 +216,7 @@ def remove_checkpoints(folder: Path) -> None:
     remove(folder / CHECKPOINTS)
 
 
-def _room(
+def room(
     model: DiffusionModel,
     stages: Sequence[tuple[Stage, StageSettings, float]],
     checkpoints: Path,
