@@ -180,7 +180,7 @@ def run_job(config: "DictConfig") -> Any:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from mifo.config.compose import explain, settings_of
+    from mifo.config.compose import add_origin, explain, settings_of
     from mifo.config.gpus import claim_gpu
     from mifo.config.jobs import Job, unlock_folder
     from mifo.config.resume import recorded_command
@@ -194,6 +194,7 @@ def run_job(config: "DictConfig") -> Any:
         # before diffusers or lightning are imported, which makes CUDA list the GPUs for good
         if config.exclusive_gpu or here.runtime.choices["hydra/launcher"] == "gpus":
             claim_gpu()
+        add_origin(config, here, sweep=None if alone else str(Path(here.sweep.dir).absolute()))
         settings = settings_of(config)
         result = import_module("mifo.config.launch").perform(settings)
         if wanted := getattr(settings, "objectives", None):

@@ -19,8 +19,9 @@ from scipy import stats
 from tiny import tiny_pipeline
 
 from mifo.commands.table import table
-from mifo.config import settings_of
+from mifo.config import identity, settings_of
 from mifo.config.compose import compose
+from mifo.config.identity import CodeVersion
 from mifo.data.saved_pictures import Picture, save_pictures
 from mifo.errors import MifoError
 from mifo.metrics.evaluation import Evaluation, has_scores
@@ -28,7 +29,7 @@ from mifo.metrics.scores import Evaluator, Score
 from mifo.report.comparison import SIDE
 from mifo.tables import execute, plan
 from mifo.tables.collect import Measured, cells, differences, estimate, estimate_runs, pareto_front
-from mifo.tables.plan import CodeVersion, Run
+from mifo.tables.plan import Run
 from mifo.tables.plot import draw_table
 from mifo.tables.record import About, Entry, read_record, write_record
 from mifo.tables.settings import TableSettings, read_table
@@ -176,8 +177,7 @@ def test_what_is_done_is_not_done_again_and_other_settings_are(folder, made, cap
 def test_other_code_makes_runs_again_unless_any_counts(folder, made, monkeypatch):
     table(["small", "table.workers=0"])
     changed = CodeVersion("f" * 12, "c" * 40, True)
-    for module in (plan, execute):
-        monkeypatch.setattr(module, "code_version", lambda: changed)
+    monkeypatch.setattr(execute, "code_version", lambda: changed)
     table(["small", "table.workers=0", "table.code=any", "table.results=any"])
     assert len(made) == 4
     table(["small", "table.workers=0", "table.results=new"])
@@ -187,8 +187,8 @@ def test_other_code_makes_runs_again_unless_any_counts(folder, made, monkeypatch
 
 def test_code_without_git_is_not_recorded_as_clean(folder, made, monkeypatch):
     def version(git):
-        monkeypatch.setattr(plan, "_git", git)
-        return plan.code_version.__wrapped__()  # not cached
+        monkeypatch.setattr(identity, "_git", git)
+        return identity.code_version.__wrapped__()  # not cached
 
     clean = version(lambda _, command, *given: {"rev-parse": "c" * 40}.get(command, ""))
     assert (clean.commit, clean.dirty, str(clean)) == ("c" * 40, False, "cccccccc")

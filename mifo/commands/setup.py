@@ -17,12 +17,11 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from lightning import seed_everything
 from lightning.pytorch.loggers import Logger, WandbLogger
-from omegaconf import OmegaConf
 from transformers.utils.logging import disable_progress_bar
 
 from mifo.acceleration.libraries import load_libraries
 from mifo.acceleration.repeatable import compute_repeatably
-from mifo.config.compose import reason
+from mifo.config.compose import as_plain, reason
 from mifo.config.schema import (
     EvaluateSettings,
     LearnSettings,
@@ -72,7 +71,8 @@ def open_loggers(
     """
     if not has_wandb_key():
         os.environ.setdefault("WANDB_MODE", "offline")
-    facts = OmegaConf.to_container(OmegaConf.structured(settings), enum_to_str=True)
+    facts = as_plain(settings)
+    facts |= facts.pop("origin")
     active: list[Logger] = []
     failed = True
     try:

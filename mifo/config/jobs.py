@@ -19,8 +19,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from mifo.config.compose import as_plain, explain
+from mifo.config.identity import code_version
 from mifo.config.resume import COMMAND, CONFIG, FREE, Command, read_settings
-from mifo.config.schema import TaskSettings
+from mifo.config.schema import Origin, TaskSettings
 from mifo.data.photo_folder import folder_digest
 from mifo.errors import MifoError, refuse
 from mifo.files import read_record, write_whole
@@ -202,9 +203,14 @@ def claim_folder(settings: TaskSettings) -> Path:
     folder = Path(settings.paths.output)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CONFIG
+    code = code_version()
+    settings.origin.code, settings.origin.dirty = code.commit or code.digest, code.dirty
     mine = as_plain(settings)
     if path.is_file():
         before = read_settings(folder, settings.task)
+        if before["origin"]["code"]:  # else it is of a version that recorded none
+            mine["origin"] = before["origin"]
+            settings.origin = Origin(**before["origin"])
         other = [key for key in {*mine, *before} - FREE if mine.get(key) != before.get(key)]
         if other:
             raise MifoError(

@@ -30,6 +30,7 @@ COMMAND = "command.json"
 # what may differ when a run is continued, since it changes where and how fast, not what
 FREE = {
     "resume",
+    "origin",
     "paths",
     "device",
     "performance",

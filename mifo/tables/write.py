@@ -45,6 +45,13 @@ def claim_results(folder: Path, settings: TableSettings, overrides: Sequence[str
     write_whole(path, json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
 
 
+def newest_results(name: str) -> Path | None:
+    """The folder in which the table `name` was written last, unless another one was chosen for it."""
+    written = Path("outputs/tables").glob(f"{name}-*/table.md")
+    newest = max(written, key=lambda path: path.stat().st_mtime, default=None)
+    return newest and newest.parent
+
+
 def _is_asked(path: Path, asked: dict[str, Any]) -> bool:
     """Whether a recorded question is `asked`, as a torn one counts where no results belong to it."""
     try:

@@ -13,6 +13,7 @@ from mifo.data.instances import InstanceSet
 from mifo.data.saved_pictures import Picture, as_image
 from mifo.metrics.evaluation import METRICS, Evaluation, best_of
 from mifo.report.heat_map import draw_leakage
+from mifo.report.picture_grid import draw_pictures
 
 # where scores are logged: at the end, and by the callback while learning
 _SCORES = ("evaluation", "semantic/scores", "finetuning/scores")
@@ -35,37 +36,42 @@ def log_evaluation(
     instances: InstanceSet,
     step: int | None = None,
 ) -> None:
-    """Send the mean scores, a table of every picture with its scores, and the leakage matrix.
+    """Send the mean scores, all pictures, a table of them with their scores, and the leakage matrix.
 
     Args:
         step: of learning, after which the pictures were made; None: nothing was learned here.
     """
     scores = {f"evaluation/{score.metric}": score.value for score in evaluation.scores}
-    heat_map = evaluation.leakage_matrix and draw_leakage(evaluation.leakage_matrix, instances.tokens)
+    shown = {"evaluation/samples": draw_pictures(pictures)}
+    if evaluation.leakage_matrix:
+        shown["evaluation/leakage_matrix"] = draw_leakage(evaluation.leakage_matrix, instances.tokens)
     for logger in loggers:
         logger.log_metrics(scores, step)
         if isinstance(logger, WandbLogger):
             _log_table(logger, evaluation, pictures)
-            if heat_map:
-                logger.log_image("evaluation/leakage_matrix", [heat_map])
-        elif isinstance(logger, TensorBoardLogger) and heat_map:
-            logger.experiment.add_image(
-                "evaluation/leakage_matrix", np.asarray(heat_map), step, dataformats="HWC"
-            )
+            for key, image in shown.items():
+                logger.log_image(key, [image])
+        elif isinstance(logger, TensorBoardLogger):
+            for key, image in shown.items():
+                logger.experiment.add_image(key, np.asarray(image), step, dataformats="HWC")
 
 
-def log_learned(loggers: Sequence[Logger], learned: Path, name: str, seed: int) -> None:
-    """Keep the folder `learned/` as an artifact; the seeds of a configuration are versions of one `name`."""
+def log_learned(loggers: Sequence[Logger], learned: Path, name: str, group: str | None) -> None:
+    """Keep the folder `learned/` as the artifact `name`, of which the group is an alias."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             facts = json.loads((learned / "learned.json").read_text())
-            artifact = wandb.Artifact(re.sub(r"[^\w.-]+", "_", name), type="learned", metadata=facts)
+            artifact = wandb.Artifact(_plain(name), type="learned", metadata=facts)
             for path in sorted(learned.iterdir()):
                 if path.stat().st_size > _LARGEST_UPLOAD:
                     artifact.add_reference(path.resolve().as_uri(), name=path.name)
                 else:
                     artifact.add_file(str(path))
-            logger.experiment.log_artifact(artifact, aliases=[f"seed-{seed}"])
+            logger.experiment.log_artifact(artifact, aliases=[_plain(group)] if group else None)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", name)[:128]
 
 
 def _log_table(logger: WandbLogger, evaluation: Evaluation, pictures: Sequence[Picture]) -> None:
