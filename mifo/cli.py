@@ -182,14 +182,17 @@ def run_job(config: "DictConfig") -> Any:
 
     from mifo.config.compose import add_origin, explain, settings_of
     from mifo.config.gpus import claim_gpu
-    from mifo.config.jobs import Job, unlock_folder
+    from mifo.config.jobs import Job, unlock_folders
     from mifo.config.resume import recorded_command
+    from mifo.config.sweeps import is_kept, remember
 
     here = HydraConfig.get()
     folder, alone = Path(here.runtime.output_dir), here.mode == RunMode.RUN
     overrides = recorded_command(folder).overrides if config.resume else list(here.overrides.task)
     job = Job(folder, overrides, alone)
     try:
+        if not alone and is_kept(folder, config):
+            return _objectives(config, folder)
         job.tell("running")
         # before diffusers or lightning are imported, which makes CUDA list the GPUs for good
         if config.exclusive_gpu or here.runtime.choices["hydra/launcher"] == "gpus":
@@ -197,9 +200,12 @@ def run_job(config: "DictConfig") -> Any:
         add_origin(config, here, sweep=None if alone else str(Path(here.sweep.dir).absolute()))
         settings = settings_of(config)
         result = import_module("mifo.config.launch").perform(settings)
-        if wanted := getattr(settings, "objectives", None):
-            result = import_module("mifo.commands.evaluate").objective_values(folder, wanted)
+        if config.get("objectives"):
+            result = _objectives(config, folder)
         job.tell("ok")
+        if alone:
+            with suppress(OSError):
+                remember(config, folder)
         return result
     except BaseException as error:
         reason = str(error) if isinstance(error, MifoError) else f"{type(error).__name__}: {error}"
@@ -222,7 +228,13 @@ def run_job(config: "DictConfig") -> Any:
             refuse(explain(error, config.task))
         raise
     finally:
-        unlock_folder(folder)
+        unlock_folders()
+
+
+def _objectives(config: "DictConfig", folder: Path) -> Any:
+    """The scores of a run that a search asked for, if there is one."""
+    wanted = config.get("objectives")
+    return import_module("mifo.commands.evaluate").objective_values(folder, wanted) if wanted else None
 
 
 def _command_for(task: str, folder: Path) -> str | None:

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ NOT_IDENTITY = frozenset(
         "origin",
         "paths",
         "resume",
+        "again",
         "logger",
         "callbacks",
         "group",
@@ -73,6 +75,20 @@ def _of_all_seeds(*, _root_: DictConfig) -> str:
     return fingerprint(plain)[:6]
 
 
+def run_signature(settings: Mapping[str, Any], files: str | None) -> str:
+    """What runs have in common that are the same, whatever code made them.
+
+    Args:
+        settings: of a task with instances, in plain types.
+        files: the digest of the user's image and masks.
+    """
+    instances = settings["instances"]
+    if instances["folder"]:
+        place = str(Path(instances["folder"]).expanduser().absolute())
+        instances = {**instances, "folder": place}
+    return f"{settings['task']}-{fingerprint({**settings, 'instances': instances, 'files': files})}"
+
+
 @cache
 def _defaults(task: str) -> dict[str, str]:
     """The option of each group that a task takes unless another one is typed."""
@@ -110,8 +126,13 @@ def _steps_of(model: str) -> str:
     return model if model == "miniature" else "published"
 
 
+def _place_of_job(*, _root_: DictConfig) -> str:
+    return import_module("mifo.config.sweeps").place_of_job(_root_)
+
+
 def register_resolvers() -> None:
-    """Make `${called:}`, `${of_all_seeds:}` and `${steps_of:MODEL}` known to OmegaConf."""
+    """Make what conf/ computes known to OmegaConf, such as `${called:}`."""
+    OmegaConf.register_new_resolver("place_of_job", _place_of_job, replace=True)
     OmegaConf.register_new_resolver("called", _called, replace=True)
     OmegaConf.register_new_resolver("of_all_seeds", _of_all_seeds, replace=True)
     OmegaConf.register_new_resolver("steps_of", _steps_of, replace=True)

@@ -57,6 +57,7 @@ class TaskSettings:
     # for the logger: runs that differ by their seed alone share it
     group: str | None = None
     tags: list[str] = field(default_factory=list)  # for the logger, and for finding runs again
+    again: bool = False  # in a sweep: make also what is done already
     resume: str | None = None  # the folder of an interrupted run to continue, with that run's configuration
     paths: PathsSettings = field(default_factory=PathsSettings)
     origin: Origin = field(default_factory=Origin)  # MIFO fills it in

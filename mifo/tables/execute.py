@@ -1,6 +1,5 @@
 """Making the runs that are missing, through a launcher of Hydra or in this process; none twice."""
 
-import fcntl
 import gc
 import json
 import os
@@ -17,7 +16,7 @@ import torch
 
 from mifo.config.compose import compose, reason, settings_of
 from mifo.config.identity import code_version
-from mifo.config.jobs import STATUS, read_status, write_status
+from mifo.config.jobs import STATUS, lock_folder, read_status, unlock_folder, write_status
 from mifo.config.launch import Launch, perform
 from mifo.errors import MifoError
 from mifo.files import read_record, whole_folder, write_whole
@@ -130,11 +129,14 @@ def make_runs(*groups: Group) -> None:
     for missing, folders in groups:
         for label, folder, overrides, place in missing:
             folder.mkdir(parents=True, exist_ok=True)
-            with _locked(folder):
+            lock_folder(folder, wait=True)
+            try:
                 if not _is_done(folder):
                     _borrow_learned(folder, folders)
                     with _logged(folder / LOG):
                         _make(folder, list(overrides), place)
+            finally:
+                unlock_folder(folder)
             error = _why_not(folder)
             print(f"{label}: {f'failed: {error}' if error else 'ok'}", flush=True)
             # Lightning's objects refer to each other, so that a run's weights would linger
@@ -214,14 +216,6 @@ def _entry(folder: Path) -> Entry:
 def _about(folder: Path) -> About | None:
     path = folder / ABOUT
     return read_record(path, About) if path.exists() else None
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Wait until no other process works in `folder`, and keep others out as long as this one lives."""
-    with open(folder / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager
