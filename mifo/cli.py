@@ -34,6 +34,7 @@ TASKS = {
     "evaluate": "score pictures against their prompts and the learned instances",
     "layout": "draw the boxes of a layout, without loading a model",
     "table": "make the runs of a table in experiments/ that are missing, and the table",
+    "results": "list, filter and compare the runs on disk by any setting or score",
     "dashboard": "write the workspace that compares ablations on Weights & Biases",
     "pretrain": "make the miniature's weights again, on one GPU",
     "benchmark": "time and memory of learning and synthesis on this machine, row by row",
@@ -96,6 +97,11 @@ def _run(arguments: Sequence[str]) -> None:
     task, *others = arguments
     if task not in TASKS:
         refuse(f"'{task}' is no task; take one of {', '.join(TASKS)}")
+    if task == "results":  # it needs no Hydra, and starts at once
+        try:
+            return import_module("mifo.commands.results").results(others)
+        except MifoError as error:
+            refuse(str(error))
     # otherwise Hydra prints a traceback of its own and exits before the error reaches us
     os.environ["HYDRA_FULL_ERROR"] = "1"
     from mifo.config.compose import REFUSALS, explain

@@ -1,4 +1,4 @@
-"""Kill the jobs of sweeps and the sweeps themselves at random moments, give them again, and count what was done.
+"""Kill jobs of sweeps and sweeps themselves at random moments, give them again, and count what was done.
 
     python scripts/kill_sweeps.py --runs 500 --jobs 16 --seconds 540
 
@@ -33,7 +33,7 @@ from collections import Counter
 from pathlib import Path
 
 import yaml
-from kill_runs import SYNTHESIS, TINY, end, prepare, start, wait
+from kill_runs import end, prepare, start, wait
 
 SIGNALS = [signal.SIGKILL] * 2 + [signal.SIGTERM]
 
@@ -55,10 +55,12 @@ def count_scores(log: Path) -> None:
 
 def fork_jobs(pids: Path) -> None:
     """Let Hydra's launcher make every job in a process of its own, whose id is a file in `pids`."""
-    from hydra._internal.core_plugins import basic_launcher
+    from hydra.core.plugins import Plugins
     from hydra.core.utils import JobReturn, JobStatus
 
-    run_job = basic_launcher.run_job
+    name = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+    launcher = Plugins.instance().class_name_to_class[name].launch.__globals__
+    run_job = launcher["run_job"]
 
     def forked(*arguments: object, **others: object) -> JobReturn:
         if not (pid := os.fork()):
@@ -78,7 +80,7 @@ def fork_jobs(pids: Path) -> None:
         (pids / str(pid)).unlink(missing_ok=True)
         return JobReturn(status=JobStatus.COMPLETED, _return_value=None)
 
-    basic_launcher.run_job = forked
+    launcher["run_job"] = forked
 
 
 def run_of(folder: Path) -> str:

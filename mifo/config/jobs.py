@@ -24,13 +24,12 @@ from rich.table import Table
 
 from mifo.config.compose import as_plain, explain
 from mifo.config.identity import code_version, run_signature
-from mifo.config.resume import COMMAND, CONFIG, FREE, Command, read_settings
+from mifo.config.resume import FREE, Command, read_settings
 from mifo.config.schema import Origin, TaskSettings
 from mifo.data.photo_folder import folder_digest
 from mifo.errors import MifoError, refuse
-from mifo.files import read_record, write_whole
+from mifo.files import COMMAND, CONFIG, STATUS, read_record, write_whole
 
-STATUS = "status.json"
 LOCK = ".lock"
 
 _sweep_folder: Path | None = None

@@ -22,11 +22,9 @@ from mifo.config.compose import as_plain, settings_of
 from mifo.config.location import conf_folder
 from mifo.config.schema import SCHEMAS
 from mifo.errors import MifoError
-from mifo.files import read_record, read_yaml
+from mifo.files import COMMAND, CONFIG, read_record, read_yaml
 
 RESUMED = "resumed"  # the name of the primary configuration
-CONFIG = "config.yaml"
-COMMAND = "command.json"
 # what may differ when a run is continued, since it changes where and how fast, not what
 FREE = {
     "resume",

@@ -7,7 +7,6 @@ deleted, sweeps know no runs of other sweeps; nothing else is lost.
 import os
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
