@@ -33,7 +33,7 @@ from collections import Counter
 from pathlib import Path
 
 import yaml
-from kill_runs import end, prepare, start, wait
+from kill_runs import prepare, start, wait
 
 SIGNALS = [signal.SIGKILL] * 2 + [signal.SIGTERM]
 
@@ -167,7 +167,8 @@ class Harness:
                 pass
             (self.pids / str(chosen)).unlink(missing_ok=True)
         for pid in running.values():
-            end(pid)
+            os.kill(pid, signal.SIGKILL)
+            wait(pid, 60)
             self.kills["sweeps"] += 1
 
     def judge(self, samples: int) -> list[tuple[str, str]]:

@@ -77,7 +77,7 @@ def open_loggers(
     failed = True
     try:
         for name, node in settings.logger.items():
-            active.append(_open_logger(name, node, Path(settings.paths.output), facts))
+            active.append(open_logger(name, node, Path(settings.paths.output), facts))
         yield active
         failed = False
     finally:
@@ -88,8 +88,8 @@ def open_loggers(
             wandb.finish(exit_code=int(failed))
 
 
-def _open_logger(name: str, node: dict[str, Any], folder: Path, facts: dict[str, Any]) -> Logger:
-    """One logger, which knows the configuration."""
+def open_logger(name: str, node: dict[str, Any], folder: Path, facts: dict[str, Any]) -> Logger:
+    """One logger of what is done in `folder`, which knows the `facts` of it."""
 
     def opened(**own: str) -> Logger:
         logger = instantiate(node, **own)

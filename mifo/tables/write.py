@@ -23,7 +23,7 @@ from mifo.tables.plot import draw_table, name
 from mifo.tables.record import RUNS, Entry, write_record
 from mifo.tables.settings import TableSettings
 
-_HOW = {"workers", "per_job", "code", "missing", "runs", "record", "results", "pages"}
+_HOW = {"workers", "per_job", "code", "missing", "runs", "record", "results", "pages", "send"}
 MOST = 20  # runs without a result that a table names
 QUESTION = "question.json"
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import wandb
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
@@ -72,6 +73,21 @@ def log_learned(loggers: Sequence[Logger], learned: Path, name: str, group: str 
 
 def _plain(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name)[:128]
+
+
+def log_table(logger: WandbLogger, name: str, folder: Path) -> None:
+    """Send a finished table: estimates, plot, pages of pictures, and its files as an artifact."""
+    pages = [wandb.Image(str(path), caption=path.stem) for path in sorted(folder.glob("pictures-*.jpg"))]
+    shown = {
+        "table/estimates": wandb.Table(dataframe=pd.read_csv(folder / "table.csv")),
+        "table/plot": wandb.Image(str(folder / "table.png")),
+    }
+    logger.experiment.log(shown | ({"table/pages": pages} if pages else {}))
+    artifact = wandb.Artifact(_plain(f"table-{name}"), type="table")
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and not path.name.startswith(".") and path.name != "wandb_id.txt":
+            artifact.add_file(str(path))
+    logger.experiment.log_artifact(artifact)
 
 
 def _log_table(logger: WandbLogger, evaluation: Evaluation, pictures: Sequence[Picture]) -> None:
