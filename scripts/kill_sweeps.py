@@ -14,7 +14,7 @@ sweep is killed. After the last kill, one sweep runs undisturbed. The exit code 
     trace      a traceback was printed
     stuck      the last sweep does not end, or ends with an error
 
-`--seconds` ends the kills in time, so that the last sweep can end too.
+`--seconds` ends the kills; the last sweep and the comparison come after them.
 """
 
 import argparse
@@ -219,7 +219,7 @@ def main() -> int:
     harness = Harness(folder, given.runs, given.seed)
     gc.freeze()
     print(f"{folder}: ready after {time.monotonic() - began:.0f} s", flush=True)
-    harness.disturb(given.jobs, began + given.seconds)
+    harness.disturb(given.jobs, time.monotonic() + given.seconds)
     print(
         f"after {time.monotonic() - began:.0f} s: killed {dict(harness.kills)}; the last sweep begins",
         flush=True,
