@@ -203,7 +203,11 @@ def run_job(config: "DictConfig") -> Any:
         # before diffusers or lightning are imported, which makes CUDA list the GPUs for good
         if config.exclusive_gpu or here.runtime.choices["hydra/launcher"] == "gpus":
             claim_gpu()
-        add_origin(config, here, sweep=None if alone else str(Path(here.sweep.dir).absolute()))
+        if alone:
+            add_origin(config, here)
+        else:
+            sweep = str(Path(here.sweep.dir).absolute())
+            add_origin(config, here, sweep=sweep, swept=import_module("mifo.config.jobs").swept)
         settings = settings_of(config)
         result = import_module("mifo.config.launch").perform(settings)
         if config.get("objectives"):

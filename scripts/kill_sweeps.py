@@ -81,6 +81,9 @@ def fork_jobs(pids: Path) -> None:
         return JobReturn(status=JobStatus.COMPLETED, _return_value=None)
 
     launcher["run_job"] = forked
+    # which composes all jobs once more before the first begins
+    sweeper = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+    Plugins.instance().class_name_to_class[sweeper].validate_batch_is_composable = lambda *_: None
 
 
 def run_of(folder: Path) -> str:
@@ -143,11 +146,11 @@ class Harness:
             ["run", "-m", *asked, "logger=none", *self.choose.sample(order, 2), *common], place, place / "tmp"
         )
 
-    def disturb(self, sweeps: int, until: float) -> None:
+    def disturb(self, sweeps: int, every: float, until: float) -> None:
         """Keep so many sweeps running and kill at random until a sweep of all runs has ended, or in time."""
         running = {number: self.sweep(number) for number in range(sweeps)}
         while time.monotonic() < until:
-            time.sleep(self.choose.uniform(0.2, 2.0) / max(1, sweeps / 4))
+            time.sleep(self.choose.uniform(0.5, 1.5) * every / sweeps)
             for number, pid in list(running.items()):
                 code = wait(pid, 0)
                 if code == 0:
@@ -157,12 +160,13 @@ class Harness:
                 elif code is not None:
                     running[number] = self.sweep(number)
             jobs = [int(file.name) for file in self.pids.iterdir()]
-            chosen = self.choose.choice([*jobs] * 2 + [*running.values()]) if running else None
-            if chosen is None or until == 0:
+            if until == 0:
                 break
+            is_job = jobs and self.choose.random() < 0.85
+            chosen = self.choose.choice(jobs if is_job else [*running.values()])
             try:
                 os.kill(chosen, self.choose.choice(SIGNALS))
-                self.kills["sweeps" if chosen in running.values() else "jobs"] += 1
+                self.kills["jobs" if is_job else "sweeps"] += 1
             except ProcessLookupError:
                 pass
             (self.pids / str(chosen)).unlink(missing_ok=True)
@@ -210,6 +214,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=500, help="of each sweep, an even number")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 2, help="sweeps at the same time")
     parser.add_argument("--seconds", type=float, default=math.inf, help="after which nothing is killed")
+    parser.add_argument("--every", type=float, default=4.0, help="seconds between two kills in a sweep")
     parser.add_argument("--samples", type=int, default=3, help="seeds whose runs are compared bit by bit")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
@@ -219,7 +224,7 @@ def main() -> int:
     harness = Harness(folder, given.runs, given.seed)
     gc.freeze()
     print(f"{folder}: ready after {time.monotonic() - began:.0f} s", flush=True)
-    harness.disturb(given.jobs, time.monotonic() + given.seconds)
+    harness.disturb(given.jobs, given.every, time.monotonic() + given.seconds)
     print(
         f"after {time.monotonic() - began:.0f} s: killed {dict(harness.kills)}; the last sweep begins",
         flush=True,

@@ -61,7 +61,7 @@ def test_stable_diffusion_learns_and_samples_with_the_published_values(model):
 
 
 @pytest.mark.parametrize("task", ["learn", "run", "evaluate", "pretrain"])
-@pytest.mark.parametrize("logger", ["csv", "wandb", "tensorboard", "many", "none"])
+@pytest.mark.parametrize("logger", ["csv", "wandb", "trackio", "tensorboard", "many", "none"])
 def test_every_logger_serves_every_task(task, logger):
     given = ["pictures=folder"] if task == "evaluate" else []
     check(settings(task, f"logger={logger}", *given))

@@ -32,6 +32,7 @@ from mifo.config.schema import (
 from mifo.errors import MifoError
 from mifo.files import read_text, write_whole
 from mifo.tracking.results import define_metrics
+from mifo.tracking.trackio_logger import TrackioLogger
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,8 @@ def open_loggers(
     finally:
         for logger in active:
             logger.finalize("failed" if failed else "success")
+            if isinstance(logger, TrackioLogger):
+                logger.close()
         # an open run would be handed to the next job of this process
         if wandb.run is not None:
             wandb.finish(exit_code=int(failed))

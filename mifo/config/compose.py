@@ -94,7 +94,7 @@ def compose(task: str, overrides: list[str], **place: str | None) -> DictConfig:
     return config
 
 
-def add_origin(config: DictConfig, chosen: DictConfig, **place: str | None) -> None:
+def add_origin(config: DictConfig, chosen: DictConfig, **place: Any) -> None:
     """Tell `config` of a new run where it comes from, which Hydra's own node `chosen` knows."""
     if "origin" in config:  # recorded when the run began
         return

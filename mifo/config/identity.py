@@ -99,7 +99,8 @@ def _defaults(task: str) -> dict[str, str]:
 def _called(*, _root_: DictConfig) -> str:
     """`${called:}`: what a person would call a run and those that differ from it by their seed alone.
 
-    Its row in a table, or else the choices that were typed and are no defaults, and the scene.
+    Its row in a table, or else the choices that were typed and are no defaults, and the scene. Where that is
+    too long, what a sweep varies is kept.
     """
     origin = _root_.get("origin") or {}
     # the last of the same key wins, and a place is no choice
@@ -108,17 +109,25 @@ def _called(*, _root_: DictConfig) -> str:
         for text in origin.get("overrides") or []
         if "/" not in text
     }
-    said = [
-        f"{key}={value}".removesuffix("=")
-        for key, value in sorted(typed.items() - _defaults(_root_.task).items())
+    swept = origin.get("swept") or []
+    chosen = {
+        ".".join(key.partition("@")[0].split(".")[-2:]) + f"={value}" * bool(value): key in swept
+        for key, value in sorted(typed.items() - _defaults(_root_.task).items(), key=_groups_first)
         if re.split("[.@]", key.lstrip("~"), maxsplit=1)[0] not in _UNSAID
-    ]
+    }
+    said = [*chosen]
+    while len(", ".join(said)) > _LONGEST and (rest := [each for each in said[1:] if not chosen[each]]):
+        said.remove(rest[-1])
     said = [origin["row"]] if origin.get("row") else said or [_root_.get("method") or _root_.task]
     instances = _root_.get("instances") or {}
     scene = instances.get("name")
     if scene == "local" and instances.get("folder"):
         scene = Path(instances["folder"]).name
     return ", ".join([", ".join(said)[:_LONGEST], *([scene] if scene else [])])
+
+
+def _groups_first(typed: tuple[str, str]) -> tuple[int, str]:
+    return typed[0].count("."), typed[0]
 
 
 def _steps_of(model: str) -> str:

@@ -16,6 +16,7 @@ from threading import Thread
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -32,6 +33,7 @@ from mifo.files import COMMAND, CONFIG, STATUS, read_record, write_whole
 
 LOCK = ".lock"
 
+swept: list[str] = []  # the keys that the sweep of this process's job varies
 _sweep_folder: Path | None = None
 _claimed: set[Path] = set()  # folders that hold the runs of this process
 _locks: dict[Path, int] = {}  # folder → file descriptor; the lock ends with the process, however it ends
@@ -53,6 +55,9 @@ class Status:
 class FoldersOfHydra(Callback):
     """Knows a run's or a sweep's folder before Hydra writes there."""
 
+    def __init__(self) -> None:
+        self.swept: list[str] = []
+
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Lock the folder of a single run."""
         try:
@@ -64,6 +69,14 @@ class FoldersOfHydra(Callback):
         """Called by Hydra in the process that starts the jobs; remembers the folder for the summary."""
         global _sweep_folder
         _sweep_folder = Path(os.path.abspath(config.hydra.sweep.dir))
+        given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        self.swept = [each.key_or_group for each in given if each.is_sweep_override()]
+        self.swept += config.hydra.sweeper.get("params") or []
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by Hydra in the process of a job, to which this object travels."""
+        global swept
+        swept = self.swept
 
 
 def lock_folder(folder: Path, wait: bool = False) -> None:

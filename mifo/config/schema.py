@@ -37,6 +37,7 @@ class Origin:
     choices: dict[str, str] = field(default_factory=dict)  # group → option
     overrides: list[str] = field(default_factory=list)  # what was typed
     sweep: str | None = None  # its folder
+    swept: list[str] = field(default_factory=list)  # the keys that it varies
     table: str | None = None  # that made the run, with the run's row and set of scenes
     row: str | None = None
     set: str | None = None

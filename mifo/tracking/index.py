@@ -108,7 +108,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
 def _settings(path: Path) -> Iterator[tuple[str, Any]]:
     content = yaml.load(read_text(path), _LOADER)
     origin = content.pop("origin", {})
-    return _flat({**content, **origin})
+    return flat({**content, **origin})
 
 
 def _status(path: Path) -> Iterator[tuple[str, Any]]:
@@ -120,11 +120,11 @@ def _scores(path: Path) -> Iterator[tuple[str, Any]]:
     yield from ((score["metric"], float(score["value"])) for score in read_json(path)["scores"])
 
 
-def _flat(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def flat(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and values that SQLite holds; lists as JSON."""
     if isinstance(node, dict):
         for name, value in node.items():
-            yield from _flat(value, f"{key}.{name}" if key else str(name))
+            yield from flat(value, f"{key}.{name}" if key else str(name))
     elif isinstance(node, list):
         yield key, json.dumps(node, default=str)[:1000]
     elif isinstance(node, bool):

@@ -15,6 +15,7 @@ from mifo.data.saved_pictures import Picture, as_image
 from mifo.metrics.evaluation import METRICS, Evaluation, best_of
 from mifo.report.heat_map import draw_leakage
 from mifo.report.picture_grid import draw_pictures
+from mifo.tracking.trackio_logger import TrackioLogger
 
 # where scores are logged: at the end, and by the callback while learning
 _SCORES = ("evaluation", "semantic/scores", "finetuning/scores")
@@ -48,7 +49,7 @@ def log_evaluation(
         shown["evaluation/leakage_matrix"] = draw_leakage(evaluation.leakage_matrix, instances.tokens)
     for logger in loggers:
         logger.log_metrics(scores, step)
-        if isinstance(logger, WandbLogger):
+        if isinstance(logger, WandbLogger | TrackioLogger):
             _log_table(logger, evaluation, pictures)
             for key, image in shown.items():
                 logger.log_image(key, [image])
@@ -90,11 +91,15 @@ def log_table(logger: WandbLogger, name: str, folder: Path) -> None:
     logger.experiment.log_artifact(artifact)
 
 
-def _log_table(logger: WandbLogger, evaluation: Evaluation, pictures: Sequence[Picture]) -> None:
+def _log_table(
+    logger: WandbLogger | TrackioLogger, evaluation: Evaluation, pictures: Sequence[Picture]
+) -> None:
     metrics = [metric for metric in METRICS if any(metric in row for row in evaluation.pictures)]
     rows = [
         [
-            wandb.Image(as_image(picture.image), boxes=_boxes(picture)),
+            wandb.Image(as_image(picture.image), boxes=_boxes(picture))
+            if isinstance(logger, WandbLogger)
+            else as_image(picture.image),
             picture.prompt,
             json.dumps(picture.boxes),
             picture.seed,
