@@ -162,7 +162,9 @@ class Harness:
             jobs = [int(file.name) for file in self.pids.iterdir()]
             if until == 0:
                 break
-            is_job = jobs and self.choose.random() < 0.85
+            is_job = self.choose.random() < 0.85
+            if is_job and not jobs:
+                continue
             chosen = self.choose.choice(jobs if is_job else [*running.values()])
             try:
                 os.kill(chosen, self.choose.choice(SIGNALS))

@@ -99,8 +99,8 @@ def _defaults(task: str) -> dict[str, str]:
 def _called(*, _root_: DictConfig) -> str:
     """`${called:}`: what a person would call a run and those that differ from it by their seed alone.
 
-    Its row in a table, or else the choices that were typed and are no defaults, and the scene. Where that is
-    too long, what a sweep varies is kept.
+    Its row in a table, or else the choices that were typed and are no defaults, and the scene. What a sweep
+    varies comes first, since lists in dashboards are narrow, then groups before single keys.
     """
     origin = _root_.get("origin") or {}
     # the last of the same key wins, and a place is no choice
@@ -110,14 +110,15 @@ def _called(*, _root_: DictConfig) -> str:
         if "/" not in text
     }
     swept = origin.get("swept") or []
-    chosen = {
-        ".".join(key.partition("@")[0].split(".")[-2:]) + f"={value}" * bool(value): key in swept
-        for key, value in sorted(typed.items() - _defaults(_root_.task).items(), key=_groups_first)
-        if re.split("[.@]", key.lstrip("~"), maxsplit=1)[0] not in _UNSAID
-    }
-    said = [*chosen]
-    while len(", ".join(said)) > _LONGEST and (rest := [each for each in said[1:] if not chosen[each]]):
-        said.remove(rest[-1])
+    said = [
+        (key not in swept, key.count("."), _short(key) + f"={value}" * bool(value))
+        for key, value in typed.items()
+        if (key in swept or _defaults(_root_.task).get(key) != value)
+        and re.split("[.@]", key.lstrip("~"), maxsplit=1)[0] not in _UNSAID
+    ]
+    said = [text for *_, text in sorted(said)]
+    while len(", ".join(said)) > _LONGEST and len(said) > 1:
+        said.pop()
     said = [origin["row"]] if origin.get("row") else said or [_root_.get("method") or _root_.task]
     instances = _root_.get("instances") or {}
     scene = instances.get("name")
@@ -126,8 +127,9 @@ def _called(*, _root_: DictConfig) -> str:
     return ", ".join([", ".join(said)[:_LONGEST], *([scene] if scene else [])])
 
 
-def _groups_first(typed: tuple[str, str]) -> tuple[int, str]:
-    return typed[0].count("."), typed[0]
+def _short(key: str) -> str:
+    """The end of a dotted key; the group of a choice without its package."""
+    return ".".join(key.partition("@")[0].split(".")[-2:])
 
 
 def _steps_of(model: str) -> str:

@@ -50,7 +50,7 @@ class TrackioLogger(Logger):
         write_whole(self._folder / _BEGUN, self.name)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self._run.log(dict(metrics), step=step)
+        self._run.log({key: value for key, value in metrics.items() if key != "epoch"}, step=step)
 
     def log_image(self, key: str, images: Sequence[Image.Image], step: int | None = None) -> None:
         """Send pictures, of which each is shown under `key`."""
