@@ -139,6 +139,7 @@ def start(
             files beside `place`.
     """
     temporary.mkdir(parents=True, exist_ok=True)
+    Path(f"{place}.stderr").touch()  # read also where the command was killed before it had opened it
     pid = os.fork()
     if pid:
         _children.add(pid)

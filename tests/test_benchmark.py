@@ -123,5 +123,5 @@ def test_miniature_shapes_and_instances():
     instances = random_instances(3, 64)
     assert torch.equal(instances.masks.sum(0), torch.ones(64, 64))
     check_boxes({str(i): box for i, box in enumerate(row_of_boxes(8))}, 16)
-    with pytest.raises(MifoError, match=r"benchmark\.shapes=sd35"):
-        random_model("sd35", CPU, "float32")
+    with pytest.raises(MifoError, match=r"benchmark\.shapes=sd4"):
+        random_model("sd4", CPU, "float32")

@@ -101,6 +101,8 @@ def test_help_lists_every_task_and_its_keys(mifo, capsys):
         (["run", "model=local", "model.source=/etc/passwd"], "model.source=/etc/passwd is a single file"),
         (["learn", "learning.semantic.betas=[0.9]"], "learning.semantic.betas=[0.9]"),
         (["learn", "instances.class_names=['',cat]"], "instances.class_names has an empty name"),
+        (["learn", "instances.class_names=[[1]]"], "instances.class_names[0]=[1] is no str"),
+        (["run", "objectives=[[leakage]]"], "objectives[0]=['leakage'] is no str"),
         (["learn", "trainer.devices=2"], "trainer.devices and trainer.num_nodes must be 1"),
         (["learn", "trainer.devices=auto"], "trainer.devices"),
         (["learn", "+trainer.log_every_n_steps=0"], "trainer.log_every_n_steps must be at least 1"),

@@ -162,7 +162,11 @@ def test_damaged_and_foreign_folders_are_refused(source, tmp_path):
     with pytest.raises(MifoError, match=r"unet\.safetensors is damaged: its checksum"):
         load_learned(tmp_path / "learned", model)
     file = tmp_path / "learned" / "learned.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"tokens": ["<asset0>", "é"]}))
+    with pytest.raises(MifoError, match=r"learned\.json is damaged: tokens holds"):
+        load_learned(tmp_path / "learned", model)
+    file.write_text(json.dumps(content | {"format": 99}))
     with pytest.raises(MifoError, match="format 99"):
         load_learned(tmp_path / "learned", model)
 

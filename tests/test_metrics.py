@@ -319,9 +319,10 @@ def test_damaged_picture_folders_end_in_a_sentence(tmp_path, rows, sentence):
     [
         ("name: [", r"instances\.yaml is damaged"),
         ("- a", r"instances\.yaml is damaged"),
-        ("name: a\nunknown: 3", r"instances\.yaml is damaged .*unknown"),
+        ("name: a\nunknown: 3", r"instances\.yaml is damaged.*unknown"),
         ("folder: ${nowhere}", r"instances\.yaml holds \$\{…\}"),
         ("class_names: {a: b}", r"instances\.yaml is damaged"),
+        ("initializers: [{a: b}]", r"instances\.yaml is damaged"),
         ("a: &a [x]\nname: *a", r"instances\.yaml holds a YAML alias"),
     ],
 )

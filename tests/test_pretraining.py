@@ -7,11 +7,16 @@ from dataclasses import replace
 import open_clip
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, ViTImageProcessor, ViTModel
 
+from mifo.backbones.loading import load_model
+from mifo.backbones.settings import ModelSettings
 from mifo.errors import MifoError
+from mifo.method.guidance.settings import GuidanceSettings
+from mifo.method.synthesis.sampler import Sampler
+from mifo.method.synthesis.settings import SynthesisSettings
 from mifo.miniature.pretraining.augmentation import repaint, soften, warp
 from mifo.miniature.pretraining.corpus import (
     Corpus,
@@ -244,6 +249,32 @@ def test_the_denoiser_goes_on_from_a_pipeline(tmp_path):
     for file in EMBEDDED.rglob("*.safetensors"):
         made = load_file(tmp_path / "weights" / "pipeline" / file.relative_to(EMBEDDED))
         assert all(torch.equal(made[name], value) for name, value in load_file(file).items())
+
+
+@pytest.mark.slow
+def test_the_transformer_goes_on_from_its_checkpoint_and_is_an_ordinary_pipeline(tmp_path):
+    for steps in (2, 3):
+        settings = replace(tiny(["transformer"], steps), start="embedded")
+        assert pretrain(settings, tmp_path / "work", tmp_path / "weights", logger=False) == {
+            "transformer": True
+        }
+    checkpoint = torch.load(tmp_path / "work" / "transformer" / "last.ckpt", weights_only=False)
+    assert checkpoint["global_step"] == 3
+    folder = tmp_path / "weights" / "pipeline_mmdit"
+    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    assert size < 35e6  # all weights in the repository stay below 95 MB
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    pipeline.to(torch.float32).set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    options = {"num_inference_steps": 2, "latents": noise, "output_type": "latent", "max_sequence_length": 0}
+    with torch.no_grad():
+        (expected,) = pipeline("a photo of a red car", guidance_scale=3.0, **options).images
+        model = load_model(ModelSettings("mmdit", str(folder)))
+        prompts = model.encode_prompts(["", "a photo of a red car"])
+        found = Sampler(model, SynthesisSettings(2, 3.0), GuidanceSettings())(prompts, noise)
+    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
+    assert len(model.sites) == 18 and model.sites[0].size == (16, 16) and model.image_size == 128
+    assert model.decode_latents(found).shape == (1, 3, 128, 128)
 
 
 def test_finished_parts_are_taken_over_from_another_run(tmp_path):

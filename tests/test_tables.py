@@ -658,6 +658,9 @@ def test_records_that_do_not_serve_are_refused(folder, made):
     (folder / "first" / "runs.csv").write_text(rows.replace("editability", "beauty"))
     with pytest.raises(MifoError, match=r"first/runs\.csv is damaged: it lacks the column editability"):
         table(["small", "table.record=first"])
+    (folder / "first" / "runs.csv").write_text(rows.rpartition(",")[0] + ",0\n")
+    with pytest.raises(MifoError, match=r"first/runs\.csv is damaged: '0' is no name of a run's folder"):
+        table(["small", "table.record=first"])
     assert not made
 
 

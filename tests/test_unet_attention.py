@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vector_model import VectorModel, prompt
 
 from mifo.acceleration.bounded_attention import sees
-from mifo.backbones.unet.attention import bias_of
+from mifo.backbones.attention import bias_of
 from mifo.method.backbone import Rule
 from mifo.method.guidance.settings import GuidanceSettings
 from mifo.method.losses.timeline import Timeline

@@ -6,11 +6,22 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from mifo.data.instances import InstanceSet
 from mifo.metrics.scores import Evaluator
@@ -103,6 +114,60 @@ def tiny_sdxl_pipeline(folder: Path | str, depths: tuple[int, int] = (2, 10)) ->
     )
     pipeline.save_pretrained(folder)
     return Path(folder)
+
+
+def tiny_sd3_pipeline(folder: Path | str, t5: bool = True, third: bool = False) -> Path:
+    """Save a tiny random Stable Diffusion 3.5 into `folder`: images 32×32, latents 16×16×4, prompts of 32.
+
+    Its transformer has 3 joint blocks on 8×8 patches, of which the first attends twice, and normed queries
+    and keys. Without `t5` it reads no wider states than those of the two CLIP encoders. With
+    a `third` encoder the folder holds T5.
+    """
+    torch.manual_seed(0)
+    tokenizer, tokenizer_2 = tiny_tokenizer(), tiny_tokenizer(pad_token="!")
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -5.0)]
+    pieces += [(f"▁{word}", -2.0) for word in WORDS] + [(chr(code), -9.0) for code in range(33, 127)]
+    tokenizer_3 = T5Tokenizer(vocab=pieces, extra_ids=0)
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=64 if t5 else 40,
+        caption_projection_dim=16,
+        pooled_projection_dim=40,
+        pos_embed_max_size=12,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    for name, parameter in transformer.named_parameters():  # norms of zeros would hide words from pixels
+        if "norm" in name and parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, 1 if "weight" in name else 0, 0.3)
+    vae = _vae()
+    vae.register_to_config(scaling_factor=1.5, shift_factor=0.06)
+    pipeline = StableDiffusion3Pipeline(
+        transformer,
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae,
+        # as published: an end that is not the tokenizer's
+        CLIPTextModelWithProjection(_text_config(tokenizer, 16, eos_token_id=2)),
+        tokenizer,
+        CLIPTextModelWithProjection(_text_config(tokenizer_2, 24, eos_token_id=2)),
+        tokenizer_2,
+        _t5(len(tokenizer_3)) if third else None,
+        tokenizer_3 if third else None,
+    )
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+def _t5(rows: int) -> T5EncoderModel:
+    """T5 of width 64 with rows that its tokenizer does not use, as the published one has them."""
+    return T5EncoderModel(
+        T5Config(d_model=64, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=rows + 5)
+    )
 
 
 def _text_config(tokenizer: CLIPTokenizer, width: int, **others: int) -> CLIPTextConfig:

@@ -1,15 +1,30 @@
 """Which pipelines MIFO works on, told by small files alone: one `Family` for each layout of parts."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import AutoencoderKL, SchedulerMixin, SD3Transformer2DModel, UNet2DConditionModel
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
+from mifo.backbones.latent import LatentModel
+from mifo.backbones.mmdit.model import MMDiTModel
+from mifo.backbones.schedulers import read_ddim, read_flow
 from mifo.backbones.unet.model import UNetModel
 from mifo.errors import MifoError
 from mifo.files import read_json
+
+Configs = dict[str, dict[str, Any]]
+"""Configurations of a pipeline's networks, by part."""
+Sizes = Iterator[tuple[str, str, Any, Any]]
+"""Part, key, its value, and what it must be where sizes of the parts fit each other."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +36,16 @@ class Family:
         model: what is made of the parts. parts: their classes, by the names that diffusers gives them.
         values: what keys of a part's configuration must hold where they are there. Another number does not
             fit the code; a key that must be None stands for an input that MIFO does not give.
+        sizes: what must agree between the parts. scheduler: reads that of a folder.
         zero_empty_prompt: see `UNetModel`; where model_index.json does not tell.
     """
 
     pipeline: str
-    model: type[UNetModel]
+    model: type[LatentModel]
     parts: dict[str, type]
-    values: dict[str, dict[str, Any]]
+    values: Configs
+    sizes: Callable[[Configs], Sizes]
+    scheduler: Callable[[Path], SchedulerMixin]
     zero_empty_prompt: bool = False
 
     @property
@@ -40,9 +58,43 @@ class Family:
         """The parts that have weights."""
         return tuple(part for part in self.parts if not part.startswith("tokenizer"))
 
-    @property
-    def text_encoders(self) -> tuple[str, ...]:
-        return tuple(part for part in self.parts if part.startswith("text_encoder"))
+
+def _texts(configs: Configs) -> list[dict[str, Any]]:
+    """The configurations of CLIP's text encoders; a missing key takes the default of its class."""
+    defaults = {"hidden_size": 512, "projection_dim": 512}
+    return [defaults | configs[part] for part in ("text_encoder", "text_encoder_2") if part in configs]
+
+
+def _unet_sizes(configs: Configs) -> Sizes:
+    unet, texts = configs["unet"], _texts(configs)
+    width = sum(each["hidden_size"] for each in texts)
+    if (read := unet.get("cross_attention_dim", 1280)) != width:
+        needed = f"{width}, the width of the text encoder{'s' * (len(texts) > 1)}"
+        yield "unet", "cross_attention_dim", read, needed
+    if len(texts) > 1:
+        # the pooled state of the last text encoder, and six numbers of sizes
+        pooled = texts[-1]["projection_dim"] + 6 * (unet.get("addition_time_embed_dim") or 0)
+        key = "projection_class_embeddings_input_dim"
+        yield "unet", key, unet.get(key), pooled
+
+
+def _mmdit_sizes(configs: Configs) -> Sizes:
+    transformer, texts = {"patch_size": 2, "in_channels": 16} | configs["transformer"], _texts(configs)
+    width = sum(each["hidden_size"] for each in texts)
+    if (read := transformer.get("joint_attention_dim", 4096)) < width:
+        needed = f"at least {width}, the width of the text encoders"
+        yield "transformer", "joint_attention_dim", read, needed
+    if third := configs.get("text_encoder_3"):
+        read = transformer.get("joint_attention_dim", 4096)
+        yield "transformer", "joint_attention_dim", read, third.get("d_model", 512)
+    pooled = sum(each["projection_dim"] for each in texts)
+    yield "transformer", "pooled_projection_dim", transformer.get("pooled_projection_dim", 2048), pooled
+    channels = configs["vae"].get("latent_channels", 4)
+    yield "transformer", "in_channels", transformer["in_channels"], channels
+    yield "transformer", "out_channels", transformer.get("out_channels") or channels, channels
+    side, patch = transformer.get("sample_size"), transformer["patch_size"]
+    if type(side) is int and side % patch:
+        yield "transformer", "sample_size", side, f"a multiple of the patches' side {patch}"
 
 
 _VAE = {"latent_channels": 4, "in_channels": 3, "shift_factor": None, "latents_mean": None}
@@ -67,6 +119,8 @@ STABLE_DIFFUSION = Family(
         "unet": UNet2DConditionModel,
     },
     {"vae": _VAE, "unet": _UNET},
+    _unet_sizes,
+    read_ddim,
 )
 STABLE_DIFFUSION_XL = Family(
     "StableDiffusionXLPipeline",
@@ -77,22 +131,51 @@ STABLE_DIFFUSION_XL = Family(
         "text_encoder_2": CLIPTextModelWithProjection,
     },
     {"vae": _VAE, "unet": _UNET | {"addition_embed_type": "text_time"}},
+    _unet_sizes,
+    read_ddim,
     zero_empty_prompt=True,
 )
+STABLE_DIFFUSION_3 = Family(
+    "StableDiffusion3Pipeline",
+    MMDiTModel,
+    {
+        "tokenizer": CLIPTokenizer,
+        "text_encoder": CLIPTextModelWithProjection,
+        "vae": AutoencoderKL,
+        "transformer": SD3Transformer2DModel,
+        "tokenizer_2": CLIPTokenizer,
+        "text_encoder_2": CLIPTextModelWithProjection,
+    },
+    {"vae": {"in_channels": 3, "latents_mean": None}},
+    _mmdit_sizes,
+    read_flow,
+)
+WITH_T5 = replace(
+    STABLE_DIFFUSION_3,
+    parts=STABLE_DIFFUSION_3.parts | {"tokenizer_3": T5Tokenizer, "text_encoder_3": T5EncoderModel},
+)
 # by `_class_name` in model_index.json
-FAMILIES = {each.pipeline: each for each in (STABLE_DIFFUSION, STABLE_DIFFUSION_XL)}
+FAMILIES = {each.pipeline: each for each in (STABLE_DIFFUSION, STABLE_DIFFUSION_XL, STABLE_DIFFUSION_3)}
 
 
-def family_of(folder: Path) -> Family:
-    """The family of a pipeline folder; where its index names no known class, told by its text encoders.
+def family_of(folder: Path, t5: bool = False) -> Family:
+    """The family of a pipeline folder; where its index names no known class, told by its parts.
+
+    Args:
+        t5: with the third text encoder of Stable Diffusion 3.
 
     Raises:
-        MifoError: model_index.json is damaged.
+        MifoError: model_index.json is damaged; or another family is to have T5.
     """
     index = pipeline_index(folder)
     second = index.get("text_encoder_2", (folder / "text_encoder_2").is_dir())
     other = STABLE_DIFFUSION_XL if second else STABLE_DIFFUSION
-    return FAMILIES.get(str(index.get("_class_name")), other)
+    if index.get("transformer", (folder / "transformer").is_dir()):
+        other = STABLE_DIFFUSION_3
+    found = FAMILIES.get(str(index.get("_class_name")), other)
+    if t5 and found is not STABLE_DIFFUSION_3:
+        raise MifoError("model.t5=true is for models of Stable Diffusion 3's kind; leave it out for others.")
+    return WITH_T5 if t5 else found
 
 
 def pipeline_index(folder: Path) -> dict[str, Any]:
@@ -100,13 +183,13 @@ def pipeline_index(folder: Path) -> dict[str, Any]:
     return _read(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
 
 
-def check_kind(folder: Path, source: str) -> dict[str, dict[str, Any]]:
+def check_kind(folder: Path, source: str, family: Family) -> Configs:
     """The configurations of the networks of a pipeline folder, by part, if MIFO can work on them.
 
     Raises:
         MifoError: a configuration is missing, damaged or of a model of another kind; it names `source`.
     """
-    index, family = pipeline_index(folder), family_of(folder)
+    index = pipeline_index(folder)
     configs = {part: _read(folder / part / "config.json") for part in family.networks}
     if index.get("text_encoder_2") and "text_encoder_2" not in family.parts:
         raise _other(source, "model_index.json", "text_encoder_2", "present", "absent")
@@ -124,19 +207,14 @@ def check_kind(folder: Path, source: str) -> dict[str, dict[str, Any]]:
         for key, needed in values.items():
             if (value := configs[part].get(key, needed)) != needed:
                 raise _other(source, f"{part}/config.json", key, value, needed)
-    # a missing key takes the default of its class
-    unet, texts = configs["unet"], [configs[part] for part in family.text_encoders]
-    width, side = sum(each.get("hidden_size", 512) for each in texts), unet.get("sample_size")
-    if (read := unet.get("cross_attention_dim", 1280)) != width:
-        needed = f"{width}, the width of the text encoder{'s' * (len(texts) > 1)}"
-        raise _other(source, "unet/config.json", "cross_attention_dim", read, needed)
-    if family.values["unet"]["addition_embed_type"]:
-        # the pooled state of the last text encoder, and six numbers of sizes
-        pooled = texts[-1].get("projection_dim", 512) + 6 * (unet.get("addition_time_embed_dim") or 0)
-        if (read := unet.get("projection_class_embeddings_input_dim")) != pooled:
-            raise _other(source, "unet/config.json", "projection_class_embeddings_input_dim", read, pooled)
+    for part, key, value, needed in family.sizes(configs):
+        if value != needed:
+            raise _other(source, f"{part}/config.json", key, value, needed)
+    denoiser = family.model.part
+    side = configs[denoiser].get("sample_size")
     if type(side) is not int or side < 1:
-        raise _other(source, "unet/config.json", "sample_size", side, "a side of square latents, such as 64")
+        needed = "a side of square latents, such as 64"
+        raise _other(source, f"{denoiser}/config.json", "sample_size", side, needed)
     return configs
 
 
@@ -150,5 +228,5 @@ def _read(file: Path) -> dict[str, Any]:
 def _other(source: str, file: str, key: str, value: Any, needed: Any) -> MifoError:
     return MifoError(
         f"model.source={source} is a model of another kind: {key} in {file} is {value}, where MIFO needs "
-        f"{needed}; name a text-to-image model of Stable Diffusion 1.x, 2.x or XL's kind."
+        f"{needed}; name a text-to-image model of Stable Diffusion 1.x, 2.x, XL's or 3's kind."
     )

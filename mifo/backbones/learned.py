@@ -4,7 +4,7 @@ A folder `learned/` holds
 
     learned.json                what it is: base model, tokens, class names, stages, checksums of the weights
     tokens.safetensors          the new token rows
-    unet.safetensors            the U-Net's weights that learned, if any
+    unet.safetensors            the denoiser's weights that learned, if any; transformer.safetensors of others
     text_encoder.safetensors    the text encoder's weights that learned, if any
     config.yaml                 the configuration of the run
 """
@@ -130,7 +130,7 @@ def read_learned(folder: Path | str) -> Learned:
     learned = as_record(content, Learned, file)
     count = len(learned.tokens)
     wrong = {
-        "tokens": not all(learned.tokens) or len({*learned.tokens}) != max(count, 1),
+        "tokens": learned.tokens != [f"<asset{i}>" for i in range(count)] or not count,
         "class_names": learned.class_names is not None and len(learned.class_names) != count,
         "initializers": learned.initializers is not None and len(learned.initializers) != count,
         "trainable": learned.trainable not in get_args(Trainable),

@@ -1,7 +1,6 @@
 """Loading a text-to-image pipeline: embedded, a local folder or single file, or on the hub."""
 
 import hashlib
-import inspect
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,21 +12,24 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import CLIPTokenizer, PreTrainedModel
+from transformers import CLIPTokenizer, PreTrainedModel, T5Tokenizer
 
-from mifo.backbones.kinds import FAMILIES, Family, check_kind, family_of, pipeline_index
+from mifo.backbones.kinds import FAMILIES, WITH_T5, Family, check_kind, family_of, pipeline_index
+from mifo.backbones.latent import LatentModel
+from mifo.backbones.mmdit.model import T5_TOKENS
 from mifo.backbones.settings import ModelSettings
-from mifo.backbones.unet.model import UNetModel
 from mifo.backbones.weights import fingerprint, first_rows, weight_files, weight_patterns
 from mifo.errors import MifoError
-from mifo.files import check_entries, read_json
-from mifo.method.diffusion.ddim import DDIM
+from mifo.files import check_entries
 
+EMBEDDED = {
+    "embedded": "pipeline",
+    "embedded_mmdit": "pipeline_mmdit",
+}  # folders of the package's own weights
 DTYPES = ("float32", "float16", "bfloat16")
 FIRST_KEY = "model.diffusion_model.input_blocks.0.0.weight"  # of a single file under its original key names
 
@@ -48,13 +50,13 @@ def model_folder(settings: ModelSettings, weights: bool = True) -> Path:
         return _folder_beside(settings, local)
     if settings.config:
         raise MifoError(f"model.config={settings.config} is for a single file; leave it out for a folder.")
-    if settings.source == "embedded":
-        folder = Path(str(files("mifo"))) / "miniature" / "weights" / "pipeline"
+    if settings.source in EMBEDDED:
+        folder = Path(str(files("mifo"))) / "miniature" / "weights" / EMBEDDED[settings.source]
     elif local.is_dir():
         folder = local
     else:
         folder = _from_hub(settings, weights)
-    parts = family_of(folder).folders
+    parts = family_of(folder, settings.t5).folders
     missing = [part for part in parts if not (folder / part).is_dir()]
     if missing:
         raise MifoError(
@@ -93,7 +95,8 @@ def _folder_beside(settings: ModelSettings, file: Path) -> Path:
 
 
 def _from_hub(settings: ModelSettings, weights: bool) -> Path:
-    parts = sorted({part for family in FAMILIES.values() for part in family.folders})
+    families = [*FAMILIES.values(), *([WITH_T5] if settings.t5 else [])]
+    parts = sorted({part for family in families for part in family.folders})
     patterns = [f"{part}/*{ending}" for part in parts for ending in (".json", ".txt")]
     try:
         return Path(
@@ -103,7 +106,7 @@ def _from_hub(settings: ModelSettings, weights: bool) -> Path:
                 allow_patterns=[
                     "model_index.json",
                     *patterns,
-                    *(weight_patterns(settings.variant) if weights else ()),
+                    *(weight_patterns(settings.variant, parts) if weights else ()),
                 ],
             )
         )
@@ -115,7 +118,7 @@ def _from_hub(settings: ModelSettings, weights: bool) -> Path:
         ) from error
 
 
-def load_model(settings: ModelSettings, device: torch.device | str = "cpu") -> UNetModel:
+def load_model(settings: ModelSettings, device: torch.device | str = "cpu") -> LatentModel:
     """Load the pipeline of `settings` for inference, all weights frozen, the VAE in float32.
 
     Raises:
@@ -126,7 +129,7 @@ def load_model(settings: ModelSettings, device: torch.device | str = "cpu") -> U
         raise MifoError(f"model.dtype={settings.dtype} is not known; take float32, float16 or bfloat16.")
     outline = load_outline(settings)
     folder, file = model_folder(settings), Path(settings.source).expanduser()
-    family = family_of(folder)
+    family = family_of(folder, settings.t5)
     vocabulary = "".join(json.dumps(sorted(each.get_vocab().items())) for each in outline.tokenizers)
     with _refusing_damage(settings, folder):
         single = file.is_file()
@@ -196,54 +199,57 @@ def _of_file(
     return networks, rows
 
 
-def load_outline(settings: ModelSettings) -> UNetModel:
+def load_outline(settings: ModelSettings) -> LatentModel:
     """The model of `settings` without its weights, read in a moment, to check prompts, boxes and sites on.
 
     Raises:
         MifoError: see `model_folder` and `check_kind`; files are damaged; the scheduler is not supported, see
-            `DDIM`; or the tokenizer has a word for which the text encoder has no row.
+            the model's `process`; or the tokenizer has a word for which the text encoder has no row.
     """
     folder = model_folder(settings, weights=False)
     check_entries(folder)
     with _refusing_damage(settings, folder):
-        family, configs = family_of(folder), check_kind(folder, settings.source)
+        family = family_of(folder, settings.t5)
+        configs = check_kind(folder, settings.source, family)
         tokenizers = {
-            part: _tokenizer(folder, part, configs[part.replace("tokenizer", "text_encoder")])
-            for part in family.parts
+            part: _tokenizer(folder, part, kind, configs[part.replace("tokenizer", "text_encoder")])
+            for part, kind in family.parts.items()
             if part not in family.networks
         }
-        noise_scheduler = _noise_scheduler(folder)
-        DDIM.from_scheduler(noise_scheduler)
+        denoiser = family.model.part
+        index = {"force_zeros_for_empty_prompt": family.zero_empty_prompt} | pipeline_index(folder)
         with torch.device("meta"):
-            unet = family.parts["unet"].from_config(configs["unet"])
-        return family.model(
+            network = family.parts[denoiser].from_config(configs[denoiser])
+        outline = family.model(
             **tokenizers,
+            **{denoiser: network},
+            **family.model.options(settings, index, configs),
             text_encoder=None,
             vae=None,
-            unet=unet,
-            noise_scheduler=noise_scheduler,
+            noise_scheduler=family.scheduler(folder),
             name=settings.name,
             source=settings.source,
             revision=settings.revision,
             fingerprint="",
             vocabulary="",
-            zero_empty_prompt=bool(
-                pipeline_index(folder).get("force_zeros_for_empty_prompt", family.zero_empty_prompt)
-            ),
         )
+        _ = outline.process  # refuses a scheduler that it does not know
+        return outline
 
 
-def _tokenizer(folder: Path, part: str, text_encoder: dict[str, Any]) -> CLIPTokenizer:
+def _tokenizer(
+    folder: Path, part: str, kind: type, text_encoder: dict[str, Any]
+) -> CLIPTokenizer | T5Tokenizer:
     """A tokenizer, whose prompts are as long as its text encoder reads."""
     names = {file.name for file in (folder / part).iterdir()}
     if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
         # transformers would go on with a tokenizer that knows no word
         raise MifoError(f"{folder / part} lacks tokenizer.json, or vocab.json and merges.txt; add the files.")
-    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder=part, local_files_only=True)
+    tokenizer = kind.from_pretrained(folder, subfolder=part, local_files_only=True)
     # old tokenizers do not tell their length, which then is 10³⁰
-    positions = text_encoder.get("max_position_embeddings", 77)
+    positions = text_encoder.get("max_position_embeddings", 77) if kind is CLIPTokenizer else T5_TOKENS
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-    rows = text_encoder.get("vocab_size", 49408)
+    rows = text_encoder.get("vocab_size", 49408 if kind is CLIPTokenizer else 32128)
     beyond = {number: word for word, number in tokenizer.get_vocab().items() if number >= rows}
     if beyond:
         raise MifoError(
@@ -251,23 +257,6 @@ def _tokenizer(folder: Path, part: str, text_encoder: dict[str, Any]) -> CLIPTok
             "rows hold none for it; take the tokenizer and the text encoder from one model."
         )
     return tokenizer
-
-
-def _noise_scheduler(folder: Path) -> DDIMScheduler:
-    """The model's scheduler as DDIM, whichever class it has itself; keys that DDIM lacks have no effect."""
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
-    name = config.get("_class_name", "DDIMScheduler")
-    own = inspect.signature(getattr(diffusers, name)).parameters if name in DDIMScheduler._compatibles else {}
-    # a missing key takes the default of its own class; only DDIM and DDPM clip, and only where they say so
-    known = {"clip_sample": False, "set_alpha_to_one": False}
-    known |= {key: each.default for key, each in own.items() if each.default is not each.empty} | config
-    if "beta_start" not in own:
-        raise MifoError(
-            f"scheduler/scheduler_config.json in {folder} is of the class {name}, which has no betas for "
-            "DDIM; name a text-to-image model of Stable Diffusion 1.x, 2.x or XL's kind."
-        )
-    wanted = inspect.signature(DDIMScheduler).parameters
-    return DDIMScheduler(**{key: value for key, value in known.items() if key in wanted})
 
 
 @contextmanager

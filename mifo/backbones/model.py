@@ -10,7 +10,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-from mifo.method.backbone import Backbone, Conditioning
+from mifo.method.backbone import Backbone, Conditioning, Rules, Site
 from mifo.method.prompts.instances import PromptWords
 
 ORIGIN = (
@@ -125,6 +125,20 @@ class DiffusionModel(Backbone, ABC):
                 values of the prompt (Custom Diffusion, arXiv 2212.04488); "denoiser" the whole denoising
                 network; "full" text encoders too; "lora" the adapters that `add_lora` made. Tables of known
                 words never learn.
+        """
+
+    @abstractmethod
+    def check_attention(
+        self, noisy: Tensor, time: Tensor, conditioning: Conditioning, reads: Sequence[Site], rules: Rules
+    ) -> None:
+        """Compare the maps and the bounded attention of one pass with dense attention on a few queries.
+
+        Args:
+            noisy, time, conditioning: see `predict`. reads: sites whose maps are compared.
+            rules: by which attention is bounded at all sites.
+
+        Raises:
+            MifoError: they differ; it names the site.
         """
 
     @abstractmethod

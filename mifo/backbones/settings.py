@@ -5,15 +5,21 @@ from dataclasses import dataclass
 
 @dataclass
 class ModelSettings:
-    """A pipeline of Stable Diffusion 1.x, 2.x or XL: a folder in the diffusers layout, or a single file."""
+    """A pipeline of Stable Diffusion 1.x, 2.x, XL or 3: a folder in the diffusers layout or a single file."""
 
     name: str = "miniature"  # a name for people: logs, folders, `learned.json`
-    source: str = (
-        "embedded"  # "embedded" (the miniature inside the package), a folder, a .safetensors file, a hub id
-    )
+    # "embedded" or "embedded_mmdit" (the package's miniatures), a folder, a .safetensors file, a hub id
+    source: str = "embedded"
     revision: str | None = None  # branch, tag or commit of a hub id; None: its main branch
     config: str | None = (
         None  # of a single file: folder or hub id with tokenizers and configurations of its kind
     )
-    dtype: str = "float32"  # of U-Net and text encoder: float32 | float16 | bfloat16; the VAE stays float32
+    dtype: str = (
+        "float32"  # of denoiser and text encoders: float32 | float16 | bfloat16; the VAE stays float32
+    )
     variant: str | None = None  # "fp16" loads model.fp16.safetensors and its like; None: model.safetensors
+    t5: bool = False  # of Stable Diffusion 3: load its third text encoder too, of 9.5 GB in half precision
+    timesteps: str = "logit_normal"  # of Stable Diffusion 3, as learning draws them: logit_normal | uniform
+    # of Stable Diffusion 3: maps are shares of the attention to words alone or to pixels alone (own), or of a
+    # pixel's whole attention (row)
+    maps: str = "own"

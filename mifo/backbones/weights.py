@@ -1,7 +1,7 @@
 """The files of weights that a part of a pipeline is loaded from, and what tells weights apart."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,16 +16,19 @@ STEMS = {
     "vae": "diffusion_pytorch_model",
     "unet": "diffusion_pytorch_model",
     "text_encoder_2": "model",
+    "transformer": "diffusion_pytorch_model",
+    "text_encoder_3": "model",
 }
 
 
-def weight_patterns(variant: str | None) -> list[str]:
-    """Patterns of the names of weight files in a repository of the hub, of all parts that a family has."""
+def weight_patterns(variant: str | None, parts: Collection[str]) -> list[str]:
+    """Patterns of the names of weight files in a repository of the hub, of `parts` that have weights."""
+    stems = {part: stem for part, stem in STEMS.items() if part in parts}
     if variant:
-        return [f"{part}/{stem}*.{variant}*.safetensors" for part, stem in STEMS.items()]
+        return [f"{part}/{stem}*.{variant}*.safetensors" for part, stem in stems.items()]
     return [
         f"{part}/{stem}{ending}.safetensors"
-        for part, stem in STEMS.items()
+        for part, stem in stems.items()
         for ending in ("", "-?????-of-?????")
     ]
 

@@ -195,8 +195,8 @@ def stage1_step(bench: Bench) -> Measurement:
 
 
 def stage2_step(bench: Bench) -> Measurement:
-    """One step of fine-tuning, one class picture and one instance picture; on XL, of adapters alone."""
-    if bench.settings.shapes != "sdxl":
+    """One step of fine-tuning, one class picture and one instance picture; on XL and 3.5 of adapters."""
+    if bench.settings.shapes not in ("sdxl", "sd35"):
         return _step(bench, 2)
     finetuning = replace(bench.learning.finetuning, trainable="lora")
     row = _step(replace(bench, learning=replace(bench.learning, finetuning=finetuning)), 2)

@@ -9,7 +9,7 @@ from omegaconf import MISSING
 class BenchmarkSettings:
     """One record: some rows, of one profile, on this machine."""
 
-    shapes: str = "sd21"  # sd21 | sdxl (Stable Diffusion 2.1's or XL's) | miniature; random weights
+    shapes: str = "sd21"  # sd21 | sdxl | sd35 (of Stable Diffusion 2.1, XL, 3.5) | miniature; random weights
     rows: list[str] = field(default_factory=list)  # see conf/benchmark.yaml; empty: all
     folder: str = MISSING  # records, and the table of all records that lie there
     repeats: int = 5  # of a picture; a step is timed `steps` times

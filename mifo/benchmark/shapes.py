@@ -3,18 +3,26 @@
 from collections.abc import Callable
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from mifo.backbones.latent import LatentModel
 from mifo.backbones.loading import model_folder
+from mifo.backbones.mmdit.model import MMDiTModel
 from mifo.backbones.settings import ModelSettings
 from mifo.backbones.unet.model import UNetModel
 from mifo.data.instances import InstanceSet
 from mifo.errors import MifoError
 
 
-def random_model(shapes: str, device: torch.device, dtype: str, side: int | None = None) -> UNetModel:
+def random_model(shapes: str, device: torch.device, dtype: str, side: int | None = None) -> LatentModel:
     """A model of one of the `SHAPES` with random weights.
 
     The words are the miniature's, padded to the length of the shapes' prompts.
@@ -31,19 +39,23 @@ def random_model(shapes: str, device: torch.device, dtype: str, side: int | None
     torch.manual_seed(0)
     with torch.device(device):
         parts = SHAPES[shapes]()
-    unet, vae = parts["unet"], parts["vae"]
+    kind = MMDiTModel if "transformer" in parts else UNetModel
+    vae = parts["vae"]
     tokenizers = {}
     for name in parts.keys() & {"text_encoder", "text_encoder_2"}:
         tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
         tokenizer.model_max_length = parts[name].config.max_position_embeddings
         tokenizers[name.replace("text_encoder", "tokenizer")] = tokenizer
     side = side or SIDES[shapes]
-    unet.register_to_config(sample_size=side // 2 ** (len(vae.config.block_out_channels) - 1))
+    parts[kind.part].register_to_config(sample_size=side // 2 ** (len(vae.config.block_out_channels) - 1))
     for part in parts.values():
         nn.Module.to(part, torch.float32 if part is vae else getattr(torch, dtype))
         part.requires_grad_(False).eval()
-    scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
-    return UNetModel(
+    if kind is MMDiTModel:
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    else:
+        scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+    return kind(
         **tokenizers,
         **parts,
         noise_scheduler=scheduler,
@@ -98,22 +110,45 @@ def _stable_diffusion_xl() -> dict[str, nn.Module]:
     }
 
 
+def _stable_diffusion_35() -> dict[str, nn.Module]:
+    """As the configuration files of Stable Diffusion 3.5 medium have the parts, without T5."""
+    transformer = SD3Transformer2DModel(
+        num_layers=24,
+        num_attention_heads=24,
+        caption_projection_dim=1536,
+        pos_embed_max_size=384,
+        dual_attention_layers=tuple(range(13)),
+        qk_norm="rms_norm",
+    )
+    vae = _vae(
+        16, shift_factor=0.0609, scaling_factor=1.5305, use_quant_conv=False, use_post_quant_conv=False
+    )
+    return {
+        "transformer": transformer,
+        "vae": vae,
+        "text_encoder": CLIPTextModelWithProjection(_text(768, 12, hidden_act="quick_gelu")),
+        "text_encoder_2": CLIPTextModelWithProjection(_text(1280, 32)),
+    }
+
+
 SHAPES: dict[str, Callable[[], dict[str, nn.Module]]] = {
     "sd21": _stable_diffusion_21,
     "sdxl": _stable_diffusion_xl,
+    "sd35": _stable_diffusion_35,
     "miniature": _miniature,
 }
-SIDES = {"sd21": 512, "sdxl": 1024, "miniature": 128}  # of pictures, in pixels
+SIDES = {"sd21": 512, "sdxl": 1024, "sd35": 1024, "miniature": 128}  # of pictures, in pixels
 
 
-def _vae() -> AutoencoderKL:
+def _vae(channels: int = 4, **others: float) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(128, 256, 512, 512),
         layers_per_block=2,
-        latent_channels=4,
+        latent_channels=channels,
         sample_size=768,
+        **others,
     )
 
 

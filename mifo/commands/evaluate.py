@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -18,7 +17,7 @@ from mifo.data.instances import InstanceSet, read_instances
 from mifo.data.saved_pictures import Picture, read_pictures
 from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
-from mifo.files import existing_folder, read_yaml
+from mifo.files import as_record, existing_folder, read_yaml
 from mifo.method.prompts.instances import INSTANCE
 from mifo.metrics.evaluation import SCORES, Evaluation, PictureEvaluator, has_scores
 from mifo.metrics.scores import Score
@@ -104,16 +103,9 @@ def recorded_instances(pictures: Path) -> InstancesSettings:
     if not recorded.exists():
         raise MifoError(f"{recorded} is missing, so the instances are not known; name them by instances=…")
     try:
-        typed = OmegaConf.merge(InstancesSettings, read_yaml(recorded, from_outside=True))
-        settings: InstancesSettings = OmegaConf.to_object(typed)
-        if not all(
-            isinstance(name, str) for name in settings.class_names or []
-        ):  # OmegaConf lets objects pass
-            raise ValueError("class_names holds no list of words")
-        return settings
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise MifoError(f"{recorded} is damaged ({reason}); name the instances by instances=…") from error
+        return as_record(read_yaml(recorded, from_outside=True), InstancesSettings, recorded)
+    except MifoError as error:
+        raise MifoError(f"{error}; name the instances by instances=…") from error
 
 
 def other_instances(pictures: Path, given: InstancesSettings | None) -> str | None:
@@ -164,7 +156,11 @@ def other_measure(pictures: Path, metrics: MetricsSettings) -> str | None:
                 f"The run of these pictures was measured with another {', '.join(other)} "
                 f"(protocol {theirs.get('protocol')}, here {metrics.protocol}): the scores do not compare."
             )
-    elif isinstance(model, dict) and metrics.protocol == "miniature" and model.get("source") != "embedded":
+    elif (
+        isinstance(model, dict)
+        and metrics.protocol == "miniature"
+        and not str(model.get("source")).startswith("embedded")
+    ):
         return (
             f"These pictures were made with {model.get('name')}, but metrics=miniature knows the "
             "miniature's drawings alone; metrics=standard measures others."

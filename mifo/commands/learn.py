@@ -22,6 +22,7 @@ from mifo.data.instances import InstanceSet, read_instances
 from mifo.errors import MifoError
 from mifo.tracking.results import log_learned
 from mifo.training.fit import learn as fit
+from mifo.training.fit import remove_checkpoints
 
 
 def learn(settings: LearnSettings) -> Path:
@@ -51,6 +52,7 @@ def learned_model(
     model = load_model(settings.model, device)
     if (folder / "learned").is_dir():
         load_learned(folder / "learned", model)
+        remove_checkpoints(folder)  # a kill may have left them beside the result
         return model
     fit(
         model,

@@ -51,8 +51,10 @@ def quality(settings: QualitySettings) -> Path:
     weights = (
         Path(settings.weights) if settings.weights else Path(str(files("mifo"))) / "miniature" / "weights"
     )
-    if not (weights / "pipeline").is_dir():
-        raise MifoError(f"weights={weights} holds no pipeline/; name the folder weights/ of mifo pretrain")
+    if not (weights / settings.pipeline).is_dir():
+        raise MifoError(
+            f"weights={weights} holds no {settings.pipeline}/; name the folder weights/ of mifo pretrain"
+        )
     device = prepare(settings)
     folder = claim_folder(settings)
     record: dict[str, dict[str, Any]] = {"about": about(device), "seconds": {}, "measured": {}}
@@ -68,7 +70,7 @@ def quality(settings: QualitySettings) -> Path:
 
 
 def _reconstruction(settings: QualitySettings, weights: Path, device: torch.device, folder: Path) -> dict:
-    pipeline = measures.load_pipeline(weights, device, torch.float32)
+    pipeline = measures.load_pipeline(weights / settings.pipeline, device, torch.float32)
     return measures.reconstruction(pipeline, settings.reconstructions)
 
 
@@ -77,7 +79,7 @@ def _evaluators(settings: QualitySettings, weights: Path, device: torch.device, 
 
 
 def _text_to_image(settings: QualitySettings, weights: Path, device: torch.device, folder: Path) -> dict:
-    pipeline = measures.load_pipeline(weights, device, torch.float32)
+    pipeline = measures.load_pipeline(weights / settings.pipeline, device, torch.float32)
     judge, synthesis = measures.Judge(weights / "clip", device), settings.synthesis
     return measures.text_to_image(
         pipeline, judge, settings.pictures, synthesis.guidance_scale, synthesis.steps
@@ -85,7 +87,7 @@ def _text_to_image(settings: QualitySettings, weights: Path, device: torch.devic
 
 
 def _box_control(settings: QualitySettings, weights: Path, device: torch.device, folder: Path) -> dict:
-    model = load_model(ModelSettings("miniature", str(weights / "pipeline")), device)
+    model = load_model(ModelSettings("miniature", str(weights / settings.pipeline)), device)
     layouts: list[Layout] = []
 
     def make(prompts: list) -> torch.Tensor:

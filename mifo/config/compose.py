@@ -15,7 +15,7 @@ from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.config_source import ConfigResult
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import Container, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -131,9 +131,26 @@ def settings_of(config: DictConfig) -> Any:
         missing = OmegaConf.missing_keys(merged)
         if missing:
             raise MifoError(f"{', '.join(sorted(missing))} must be given, for example {min(missing)}=…")
+        _check_elements(merged)
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise MifoError(explain(error, config.task)) from error
+
+
+def _check_elements(node: Container) -> None:
+    """Refuse lists and mappings in place of the words and numbers of a typed list or mapping.
+
+    OmegaConf checks the type of plain elements alone.
+    """
+    for key in node if isinstance(node, DictConfig) else range(len(node)):
+        value = node._get_node(key)
+        if not isinstance(value, Container):
+            continue
+        wanted = node._metadata.element_type
+        if wanted in (str, int, float, bool) and not value._is_none():
+            raise MifoError(f"{value._get_full_key(None)}={value} is no {wanted.__name__}; take one value")
+        if not value._is_none():
+            _check_elements(value)
 
 
 def as_plain(settings: Any) -> dict[str, Any]:

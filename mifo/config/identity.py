@@ -133,8 +133,8 @@ def _short(key: str) -> str:
 
 
 def _steps_of(model: str) -> str:
-    """`${steps_of:MODEL}`: the miniature has steps and rates of its own, other models the published ones."""
-    return model if model == "miniature" else "published"
+    """`${steps_of:MODEL}`: the miniatures have steps and rates of their own, others the published."""
+    return "miniature" if model.startswith("miniature") else "published"
 
 
 def _place_of_job(*, _root_: DictConfig) -> str:

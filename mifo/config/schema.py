@@ -164,6 +164,7 @@ class QualitySettings(TaskSettings):
         default_factory=lambda: ["reconstruction", "evaluators", "text_to_image", "box_control"]
     )
     weights: str | None = None  # a folder weights/ of `mifo pretrain`; None: the embedded ones
+    pipeline: str = "pipeline"  # in it: pipeline has a U-Net, pipeline_mmdit a transformer
     reconstructions: int = 512  # scenes
     scenes: int = 4096  # for the image-text evaluator
     per_category: int = 100  # instances among which the image evaluator finds each one

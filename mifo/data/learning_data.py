@@ -136,14 +136,14 @@ class LearningData(lightning.LightningDataModule):
         # drawn on the CPU, so that a seed gives the same run on every device
         draws = torch.randn(2, *mean.shape, generator=generator, pin_memory=mean.is_cuda)
         sample, noise = draws.to(mean.device, non_blocking=True)
-        times = self._integers(self.model.process.length, len(mean), generator)
+        times = self.model.process.draw_times(len(mean), generator)
         masks = [self.masks.rows(flip, rows) for flip, rows in zip(flips, padded, strict=True)]
         return LearningBatch(
             ids,
             StepInputs(
                 latents=mean + deviation * sample,
                 noise=noise,
-                times=torch.tensor(times),
+                times=times,
                 word_positions=torch.stack([positions for _, positions in prompts]),
                 masks={size: torch.stack([levels[size] for levels, _ in masks]) for size in self.sizes},
                 latent_masks=torch.stack([latent for _, latent in masks]),

@@ -90,10 +90,16 @@ class Rule(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """The rules of one pass, for sites of each size."""
+    """The rules of one pass, for sites of each size.
+
+    Attributes:
+        words, pixels: which words and which pixels the pixels see.
+        texts: which pixels the words see, where words have queries of their own; they see all words.
+    """
 
     words: dict[tuple[int, int], Rule]
     pixels: dict[tuple[int, int], Rule]
+    texts: dict[tuple[int, int], Rule]
 
     def of(self, site: Site) -> Rule:
         return (self.words if site.kind == "words" else self.pixels)[site.size]
@@ -106,21 +112,22 @@ Read = Callable[[Tensor], Tensor]
 class NoiseProcess(Protocol):
     """How noise is added and taken away again."""
 
-    length: int  # of the time: drawn from [0, length) in learning
+    def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
+        """Times (count,) of a learning step, on the CPU."""
 
-    def add_noise(self, clean: Tensor, noise: Tensor, time: Tensor | int) -> Tensor:
+    def add_noise(self, clean: Tensor, noise: Tensor, time: Tensor | float) -> Tensor:
         """The noisy latents (B, C, h, w) at the times (B,), or at one for all."""
 
-    def target(self, clean: Tensor, noise: Tensor, time: Tensor | int) -> Tensor:
+    def target(self, clean: Tensor, noise: Tensor, time: Tensor | float) -> Tensor:
         """What the network is to predict for them."""
 
     def share(self, time: Tensor) -> Tensor:
         """The time as a share of the whole, in [0, 1]: 0 is clean, 1 is noise."""
 
-    def times(self, steps: int) -> list[int]:
+    def times(self, steps: int) -> Sequence[float]:
         """The times of so many sampling steps, from noise to clean."""
 
-    def step(self, noisy: Tensor, prediction: Tensor, times: Sequence[int], step: int) -> Tensor:
+    def step(self, noisy: Tensor, prediction: Tensor, times: Sequence[float], step: int) -> Tensor:
         """The latents after sampling step number `step` of those `times`, along a prediction."""
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
@@ -143,14 +143,16 @@ def evaluators(weights: Path, device: torch.device, scenes: int = 4096, per_cate
 
 @torch.no_grad()
 def generate(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     prompts: list[str],
     seed: int,
     steps: int = 50,
     scale: float = 5.0,
     batch: int = 128,
 ) -> Tensor:
-    """Plain DDIM samples (n, 3, H, W) in [0, 1]."""
+    """Plain samples (n, 3, H, W) in [0, 1], by the pipeline's own scheduler."""
+    # no zeros for the T5 that the miniature never had
+    options = {"max_sequence_length": 0} if isinstance(pipeline, StableDiffusion3Pipeline) else {}
     out = []
     for start in range(0, len(prompts), batch):
         generator = torch.Generator("cpu").manual_seed(seed + start)
@@ -161,19 +163,23 @@ def generate(
                 guidance_scale=scale,
                 generator=generator,
                 output_type="pt",
+                **options,
             ).images.float()
         )
     return torch.cat(out)
 
 
-def load_pipeline(weights: Path, device: torch.device, dtype: torch.dtype) -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline.from_pretrained(weights / "pipeline", dtype=dtype, safety_checker=None)
+def load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+    kind = DiffusionPipeline.load_config(folder)["_class_name"]
+    three = kind == StableDiffusion3Pipeline.__name__
+    lacking = {"text_encoder_3": None, "tokenizer_3": None} if three else {"safety_checker": None}
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **lacking)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
 
 @torch.no_grad()
-def reconstruction(pipeline: StableDiffusionPipeline, scenes: int = 512) -> dict:
+def reconstruction(pipeline: DiffusionPipeline, scenes: int = 512) -> dict:
     """PSNR in dB of pictures after encoding and decoding, peak 1."""
     corpus = draw_corpus(scenes, HELD_OUT_SEED + 1, pipeline.device, pipeline.tokenizer, variants=1)
     values = []
@@ -186,7 +192,7 @@ def reconstruction(pipeline: StableDiffusionPipeline, scenes: int = 512) -> dict
 
 
 def text_to_image(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     judge: Judge,
     pictures: int = 960,
     scale: float = 5.0,

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from io import StringIO
@@ -147,6 +148,8 @@ def _entry(row: dict[str, str], measures: dict[str, Measure], path: Path) -> Ent
         for metric, by in measures.items()
         if row[metric]
     )
+    if not re.fullmatch(r"[0-9a-f]{12}-[0-9a-f]{12}", row["folder"]):
+        raise MifoError(f"{path} is damaged: {row['folder'][:40]!r} is no name of a run's folder")
     digest = row["folder"].partition("-")[2]
     about = None
     if row["code"]:

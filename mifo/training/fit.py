@@ -40,10 +40,12 @@ from mifo.training.checkpoints import (
     refusing_odd,
 )
 from mifo.training.finite import FiniteNumbers
+from mifo.training.self_check import AttentionCheck
 from mifo.training.settings import LearningSettings, StageSettings
 from mifo.training.stages import LearningStage
 from mifo.training.targets import check_optimizer, make, target
 
+CHECKPOINTS = "checkpoints"  # the folder in a run's folder; it goes when the result is saved
 TRAINER = {"_target_": "lightning.Trainer"}
 # arguments of the trainer that learning decides
 FIXED = (
@@ -189,7 +191,7 @@ def learn(
         ready_for_learning(model, performance)
     check_trainer(trainer)
     _check_precision(model, settings, trainer)
-    learned, checkpoints = Path(folder) / "learned", Path(folder) / "checkpoints"
+    learned, checkpoints = Path(folder) / "learned", Path(folder) / CHECKPOINTS
     refuse_existing(learned)
     _remove_unfinished(Path(folder))
     if settings.finetuning.steps and settings.prior.weight:
@@ -238,13 +240,18 @@ def learn(
     )
     _save(save, learned)
     model.freeze()
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    remove_checkpoints(Path(folder))
     return learned
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of the run in `folder`, whose result is saved."""
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def _remove_unfinished(folder: Path) -> None:
     """Remove what killed runs in `folder` left half written."""
-    for rest in (*folder.glob(".learned*"), *folder.glob("checkpoints/*/.*.unfinished")):
+    for rest in (*folder.glob(".learned*"), *folder.glob(f"{CHECKPOINTS}/*/.*.unfinished")):
         shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
 
 
@@ -326,7 +333,7 @@ def _trainer(
         logger=list(loggers),
         # one device has no other processes; Lightning would start MPI, where there is one, to ask
         plugins=[WholeCheckpoints(), *([LightningEnvironment()] if _alone(arguments) else [])],
-        callbacks=[FiniteNumbers(), *callbacks, *savers],
+        callbacks=[AttentionCheck(), FiniteNumbers(), *callbacks, *savers],
     )
 
 

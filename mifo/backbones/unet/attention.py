@@ -3,22 +3,19 @@
 B samples, n pixels, m keys (pixels or words), d width of a head.
 """
 
-import math
-from collections.abc import Callable
-
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mifo.acceleration.bounded_attention import bounded_attention, runs_as_kernels
 from mifo.acceleration.fused_attention import quick_to_start
-from mifo.method.backbone import Read, Rule
-
-Bias = Callable[[Rule, torch.dtype], Tensor]
+from mifo.backbones.attention import Biases, Keep, attention_probabilities
+from mifo.method.backbone import Read, Rule, Site
 
 
 class FusedAttention:
     """Attention that nobody reads and no rule bounds."""
+
+    rule: Rule | None = None
 
     def __call__(
         self,
@@ -42,7 +39,7 @@ class FusedAttention:
 class BoundedAttention(FusedAttention):
     """Attention bounded by a rule, on a GPU without a mask in memory."""
 
-    def __init__(self, rule: Rule, bias: Bias) -> None:
+    def __init__(self, rule: Rule, bias: Biases) -> None:
         self.rule, self.bias = rule, bias
 
     def attend(
@@ -56,13 +53,10 @@ class BoundedAttention(FusedAttention):
 
 
 class ReadAttention(FusedAttention):
-    """Attention whose probabilities are computed in the open and in 32 bits, and handed to a read.
+    """Attention whose probabilities are computed in the open and in 32 bits, and handed to a site's read."""
 
-    `keep` takes what the read kept; it may raise to end the pass.
-    """
-
-    def __init__(self, read: Read, keep: Callable[[Tensor], None], rule: Rule | None, bias: Bias) -> None:
-        self.read, self.keep, self.rule, self.bias = read, keep, rule, bias
+    def __init__(self, site: Site, read: Read, keep: Keep, rule: Rule | None, bias: Biases) -> None:
+        self.site, self.read, self.keep, self.rule, self.bias = site, read, keep, rule, bias
 
     def attend(
         self, attn: nn.Module, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
@@ -70,29 +64,8 @@ class ReadAttention(FusedAttention):
         if self.rule is not None:
             bias = self.bias(self.rule, query.dtype)
         probabilities = attention_probabilities(query, key, attn.scale, bias)
-        self.keep(self.read(probabilities))
+        self.keep(self.site, self.read(probabilities))
         return probabilities.to(value.dtype) @ value
-
-
-def attention_probabilities(query: Tensor, key: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """softmax(scale · Q Kᵀ + bias) in 32 bits, also under autocast, for half precision would blur the maps.
-
-    Args:
-        query, key: (B, heads, n, d) and (B, heads, m, d).
-        bias: added to the scores, broadcastable to the result; −∞ closes a key.
-
-    Returns:
-        (B, heads, n, m), float32, rows summing to one.
-    """
-    with torch.autocast(query.device.type, enabled=False):
-        scores = scale * query.float() @ key.float().transpose(-1, -2)
-        return (scores if bias is None else scores + bias).softmax(-1)
-
-
-def bias_of(rule: Rule, dtype: torch.dtype) -> Tensor:
-    """0 where a query may attend to a key, −∞ elsewhere: (B or 1, 1, n, m)."""
-    allowed = rule.allowed()[:, None]
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -math.inf)
 
 
 def _heads(attn: nn.Module, hidden_states: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

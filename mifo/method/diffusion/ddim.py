@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from mifo.errors import MifoError
@@ -66,6 +67,9 @@ class DDIM(NoiseSchedule):
     @property
     def length(self) -> int:
         return len(self.alphas_cumprod)
+
+    def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(self.length, (count,), generator=generator)
 
     def share(self, time: Tensor) -> Tensor:
         """t / T."""

@@ -90,6 +90,22 @@ def pixel_rule(shapes: Tensor) -> Rule:
     return Rule(torch.where(own == 0, _ALL, own | _BACKGROUND), torch.where(own == 0, _BACKGROUND, own))
 
 
+def text_rule(shapes: Tensor, words: SubjectWords) -> Rule:
+    """A subject's words see its pixels and the background; other words see all pixels.
+
+    So words carry nothing from one subject to another where they have queries of their own, in joint
+    attention.
+
+    Args:
+        shapes: bool (B, S, n).
+
+    Returns:
+        Bits of words as queries (1, L) and of pixels as keys (B, n).
+    """
+    tokens = _memberships(words.subjects[None])
+    return Rule(torch.where(tokens == 0, _ALL, tokens | _BACKGROUND), pixel_rule(shapes).keys)
+
+
 def region_rules(
     shapes_at: Callable[[tuple[int, int]], Tensor],
     sizes: Collection[tuple[int, int]],
@@ -103,15 +119,17 @@ def region_rules(
     Args:
         shapes_at: gives for a size bool shapes (B, S, h, w).
     """
-    of_words, of_pixels = {}, {}
+    of_words, of_pixels, of_texts = {}, {}, {}
     for size in sizes:
         shapes = shapes_at(size).flatten(2)
-        word, pixel = word_rule(shapes, words, guidance), pixel_rule(shapes)
+        word, pixel, text = word_rule(shapes, words, guidance), pixel_rule(shapes), text_rule(shapes, words)
         if not guidance:
             word = Rule(torch.cat([torch.full_like(word.queries, _ALL), word.queries]), word.keys)
             pixel = Rule(*(torch.cat([bits, bits]) for bits in pixel))
-        of_words[size], of_pixels[size] = word, pixel
-    return Rules(of_words, of_pixels)
+            queries = text.queries.expand(len(shapes), -1)
+            text = Rule(torch.cat([torch.full_like(queries, _ALL), queries]), pixel.keys)
+        of_words[size], of_pixels[size], of_texts[size] = word, pixel, text
+    return Rules(of_words, of_pixels, of_texts)
 
 
 def _memberships(rows: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class StepReport:
 
     step: int
     steps: int
-    timestep: int
+    timestep: float
     latents: Tensor
     shapes: Tensor | None
     losses: Tensor

@@ -7,7 +7,7 @@ from mifo.errors import MifoError
 
 @dataclass
 class SynthesisSettings:
-    """DDIM sampling (arXiv 2010.02502, η = 0) with classifier-free guidance (arXiv 2207.12598).
+    """Sampling by the model's process, DDIM or Euler, with classifier-free guidance (arXiv 2207.12598).
 
     Attributes:
         steps: denoising steps.

@@ -6,9 +6,6 @@ With `pretraining.words` captions say a share of the things by one word for each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
@@ -16,11 +13,10 @@ from diffusers.models.transformers import Transformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from mifo.acceleration.graphs import capture
 from mifo.miniature.pretraining.corpus import Corpus
 from mifo.miniature.pretraining.settings import PretrainSettings
 from mifo.miniature.pretraining.text_encoder import WIDTH
-from mifo.miniature.pretraining.training import Pretraining
+from mifo.miniature.pretraining.training import ReplayedPretraining
 from mifo.miniature.pretraining.words import FROM_MEAN, NOISE, SCALES, WordWriter, attributes, rows_of_words
 from mifo.world.scenes import SIZE
 
@@ -88,7 +84,7 @@ class Painter(nn.Module):
         return self.unet(latents, timesteps, self.text_encoder(ids).last_hidden_state).sample
 
 
-class DenoiserPretraining(Pretraining):
+class DenoiserPretraining(ReplayedPretraining):
     """ε-prediction with min-SNR weights."""
 
     part = "denoiser"
@@ -114,8 +110,6 @@ class DenoiserPretraining(Pretraining):
         self._table = next(
             name for name, _ in self.network.named_parameters() if name.endswith("token_embedding.weight")
         )
-        self._replay: Callable[..., Any] | None = None
-        self._gradients: Sequence[Tensor | None] | None = None
         if settings.compile:
             # Block by block: the same speed as the whole network, in a third of the compilation time.
             torch._dynamo.config.recompile_limit = 64
@@ -132,37 +126,10 @@ class DenoiserPretraining(Pretraining):
             {"params": list(self.writer.parameters()), "lr": WORD_RATE * rate},
         ]
 
-    def loss(self, generator: torch.Generator) -> dict[str, Tensor]:
-        batch = self.batch(generator)
-        # autocast would keep rounded weights from one step to the next, also inside a graph
-        with torch.autocast(self.device.type, enabled=False):
-            if self.device.type != "cuda":
-                return self.objective(*batch)
-            if self._replay is None:
-                self._graded(*batch)  # compiles, which a capture must not
-                self._replay = capture(self._graded, batch)
-            parts, self._gradients = self._replay(*batch)
-        return parts
-
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """A replayed step has its gradients already."""
-        if self._gradients is None:
-            super().backward(loss, *args, **kwargs)
-            return
-        for parameter, gradient in zip(self._learned(), self._gradients, strict=True):
-            parameter.grad = gradient
-
     def _learned(self) -> list[nn.Parameter]:
         return [*self.network.parameters(), *self.writer.parameters()]
 
-    def _graded(self, *batch: Tensor) -> tuple[dict[str, Tensor], Sequence[Tensor | None]]:
-        """The loss and its gradients, to be replayed as one graph: the GPU need not wait for Python."""
-        parts = self.objective(*batch)
-        gradients = torch.autograd.grad(parts["loss"], self._learned(), allow_unused=True)
-        return {name: value.detach() for name, value in parts.items()}, gradients
-
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """What `objective` takes, drawn anew."""
         device, n = self.device, self.settings.batch_size
 
         def uniform(*shape: int) -> Tensor:
@@ -205,7 +172,6 @@ class DenoiserPretraining(Pretraining):
         disturbances: Tensor,
         around_mean: Tensor,
     ) -> dict[str, Tensor]:
-        """The loss of one batch as named parts."""
         alpha = self.alphas[timesteps].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         offsets = self.writer(things) * scales + disturbances
@@ -223,10 +189,3 @@ class DenoiserPretraining(Pretraining):
         snr = (alpha / (1 - alpha)).flatten()
         losses = (emphasis * squared).mean((1, 2, 3)) * snr.clamp(max=SNR_CAP) / snr
         return {"loss": losses.mean(), "mse": squared.mean()}
-
-    def predict(self, weights: dict[str, Tensor], noisy: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
-        """ε̂ with bf16 copies of the fp32 weights on a GPU: autocast would run every normalisation in fp32."""
-        if self.device.type == "cuda":
-            weights = {name: weight.bfloat16() for name, weight in weights.items()}
-            noisy = noisy.bfloat16()
-        return torch.func.functional_call(self.network, weights, (noisy, timesteps, ids))

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, ViTImageProcessor
 
 from mifo.errors import MifoError
@@ -26,6 +26,7 @@ from mifo.miniature.pretraining.segmenter import Segmenter, SegmenterPretraining
 from mifo.miniature.pretraining.settings import PARTS, PretrainSettings
 from mifo.miniature.pretraining.text_encoder import TextEncoderPretraining, build_text_encoder
 from mifo.miniature.pretraining.training import Pretraining, fit
+from mifo.miniature.pretraining.transformer import FlowPainter, TransformerPretraining, build_flow_scheduler
 from mifo.miniature.pretraining.vit import VitPretraining, build_vit
 from mifo.miniature.tokenizer import build_tokenizer
 from mifo.world.scenes import SIZE
@@ -44,8 +45,8 @@ SHARD = "12MB"
 
 def pretrain(settings: PretrainSettings, work: Path, weights: Path, logger=True) -> dict[str, bool]:
     """Train ``settings.parts`` in order, each going on from its checkpoint in ``work``, and write what is
-    there as model folders into ``weights``: ``pipeline/`` (diffusers), ``clip/`` (open_clip), ``vit/``
-    (transformers), ``segmenter/``.
+    there as model folders into ``weights``: ``pipeline/`` and ``pipeline_mmdit/`` (diffusers), ``clip/``
+    (open_clip), ``vit/`` (transformers), ``segmenter/``.
 
     Returns for each part whether it reached its number of steps; with ``settings.minutes`` a part may stop
     earlier. Raises MifoError for an unknown part or for one whose forerunner has not been made.
@@ -82,13 +83,17 @@ def pretrain(settings: PretrainSettings, work: Path, weights: Path, logger=True)
         else:
             vae = _made(work, "autoencoder", build_autoencoder).to(device)
             text_encoder = _made(work, "text_encoder", lambda: build_text_encoder(tokenizer))
-            unet = _made(work, "unet", build_unet) if settings.start else None
-            scenes = corpus(settings.words)
+            scenes = corpus(settings.words if part == "denoiser" else 0.0)
             latents, factor = encode_corpus(vae, scenes)
             if settings.start:
                 factor = torch.load(work / FACTOR, weights_only=True)
-            empty = torch.tensor(tokenizer("", padding="max_length").input_ids)
-            module = DenoiserPretraining(scenes, latents * factor, text_encoder, empty, settings, unet)
+            latents *= factor
+            if part == "transformer":
+                module = TransformerPretraining(scenes, latents, text_encoder, tokenizer, settings)
+            else:
+                unet = _made(work, "unet", build_unet) if settings.start else None
+                empty = torch.tensor(tokenizer("", padding="max_length").input_ids)
+                module = DenoiserPretraining(scenes, latents, text_encoder, empty, settings, unet)
             torch.save(factor, work / FACTOR)
         finished[part] = fit(module, work / part, settings.minutes, logger)
         average = module.average.module.get_submodule("text_encoder" if part == "text_encoder" else "")
@@ -143,6 +148,14 @@ def _made(work: Path, part: str, build):
     return model.eval()
 
 
+def _autoencoder(work: Path) -> AutoencoderKL:
+    """The autoencoder with the decoder that learned last, and its factor."""
+    decoded = "decoder" if (work / "decoder.pt").exists() else "autoencoder"
+    vae: AutoencoderKL = _made(work, decoded, build_autoencoder)
+    vae.register_to_config(scaling_factor=torch.load(work / FACTOR, weights_only=True))
+    return vae
+
+
 def export(work: Path, weights: Path, tokenizer) -> None:
     """Write every part that has been trained as an ordinary model folder in half precision."""
     if (work / "denoiser.pt").exists():
@@ -154,9 +167,7 @@ def export(work: Path, weights: Path, tokenizer) -> None:
         text: CLIPTextModel = build_text_encoder(tokenizer)
         prefix = "text_encoder."
         text.load_state_dict({k.removeprefix(prefix): v for k, v in painter.items() if k.startswith(prefix)})
-        decoded = "decoder" if (work / "decoder.pt").exists() else "autoencoder"
-        vae: AutoencoderKL = _made(work, decoded, build_autoencoder)
-        vae.register_to_config(scaling_factor=torch.load(work / FACTOR, weights_only=True))
+        vae = _autoencoder(work)
         pipeline = StableDiffusionPipeline(
             vae=vae,
             text_encoder=text,
@@ -168,6 +179,22 @@ def export(work: Path, weights: Path, tokenizer) -> None:
             requires_safety_checker=False,
         )
         pipeline.to(torch.float16).save_pretrained(weights / "pipeline", max_shard_size=SHARD)
+    if (work / "transformer.pt").exists():
+        flow: FlowPainter = _made(work, "transformer", lambda: FlowPainter(tokenizer))
+        vae = _autoencoder(work)
+        vae.register_to_config(shift_factor=0.0)
+        pipeline = StableDiffusion3Pipeline(
+            transformer=flow.transformer,
+            scheduler=build_flow_scheduler(),
+            vae=vae,
+            text_encoder=flow.text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=flow.text_encoder_2,
+            tokenizer_2=tokenizer,
+            text_encoder_3=None,
+            tokenizer_3=None,
+        )
+        pipeline.to(torch.float16).save_pretrained(weights / "pipeline_mmdit", max_shard_size=SHARD)
     if (work / "clip.pt").exists():
         clip = build_clip(tokenizer)
         clip.load_state_dict(torch.load(work / "clip.pt", map_location="cpu", weights_only=True))

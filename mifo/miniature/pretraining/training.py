@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
+from mifo.acceleration.graphs import capture
 from mifo.miniature.pretraining.settings import PartSettings
 
 
@@ -81,6 +83,60 @@ class Pretraining(L.LightningModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class ReplayedPretraining(Pretraining):
+    """A part whose step, on a GPU, is replayed as one graph with its gradients, on bf16 copies of weights.
+
+    ``objective`` gives the loss of what ``batch`` draws, as named parts.
+    """
+
+    objective: Callable[..., dict[str, Tensor]]
+
+    def __init__(self, network: nn.Module, settings: PartSettings, seed: int) -> None:
+        super().__init__(network, settings, seed)
+        self._replay: Callable[..., Any] | None = None
+        self._gradients: Sequence[Tensor | None] | None = None
+
+    def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """What `objective` takes, drawn anew."""
+        raise NotImplementedError
+
+    def loss(self, generator: torch.Generator) -> dict[str, Tensor]:
+        batch = self.batch(generator)
+        # autocast would keep rounded weights from one step to the next, also inside a graph
+        with torch.autocast(self.device.type, enabled=False):
+            if self.device.type != "cuda":
+                return self.objective(*batch)
+            if self._replay is None:
+                self._graded(*batch)  # compiles, which a capture must not
+                self._replay = capture(self._graded, batch)
+            parts, self._gradients = self._replay(*batch)
+        return parts
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """A replayed step has its gradients already."""
+        if self._gradients is None:
+            super().backward(loss, *args, **kwargs)
+            return
+        for parameter, gradient in zip(self._learned(), self._gradients, strict=True):
+            parameter.grad = gradient
+
+    def _learned(self) -> list[nn.Parameter]:
+        return list(self.network.parameters())
+
+    def _graded(self, *batch: Tensor) -> tuple[dict[str, Tensor], Sequence[Tensor | None]]:
+        """The loss and its gradients, to be replayed as one graph: the GPU need not wait for Python."""
+        parts = self.objective(*batch)
+        gradients = torch.autograd.grad(parts["loss"], self._learned(), allow_unused=True)
+        return {name: value.detach() for name, value in parts.items()}, gradients
+
+    def predict(self, weights: dict[str, Tensor], noisy: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
+        """ε̂ with bf16 copies of the fp32 weights on a GPU: autocast would run every normalisation in fp32."""
+        if self.device.type == "cuda":
+            weights = {name: weight.bfloat16() for name, weight in weights.items()}
+            noisy = noisy.bfloat16()
+        return torch.func.functional_call(self.network, weights, (noisy, timesteps, ids))
 
 
 def fit(module: Pretraining, folder: Path, minutes: float | None = None, logger=True) -> bool:

@@ -1,25 +1,30 @@
-"""Which parameters of a U-Net and its text encoders learn."""
+"""Which parameters of a denoising network and its text encoders learn."""
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from re import Pattern
+from typing import Any
 
 from torch import nn
+from transformers import T5EncoderModel
 
 from mifo.backbones.model import Trainable
 from mifo.errors import MifoError
 
-_KEYS_AND_VALUES = re.compile(r"\.attn2\.to_[kv]\.weight$")
-_ADAPTED = {"unet": ["to_q", "to_k", "to_v", "to_out.0"]}
 _ADAPTED_TEXT = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 def trainable_parameters(
-    networks: Mapping[str, nn.Module], what: Trainable
+    denoiser: str, networks: Mapping[str, Any], what: Trainable, keys_and_values: Pattern[str]
 ) -> dict[str, dict[str, nn.Parameter]]:
-    """See `DiffusionModel.trainable`; `networks` are the U-Net and the text encoders by name."""
+    """See `DiffusionModel.trainable`.
+
+    Args:
+        denoiser: name of the denoising network. networks: that and the text encoders by name.
+        keys_and_values: finds the names of the projections of the prompt to keys and values.
+    """
     chosen: dict[str, dict[str, nn.Parameter]] = {}
     for name, network in networks.items():
-        text = name != "unet"
+        text = name != denoiser
         apart = {id(each) for each in network.get_input_embeddings().parameters()} if text else set()
         parameters = {
             # transformers before 5.6 prefixes the names
@@ -27,10 +32,12 @@ def trainable_parameters(
             for own, each in network.named_parameters()
             if id(each) not in apart
         }
-        if what == "full" or (what == "denoiser" and not text):
+        if isinstance(network, T5EncoderModel):  # of Stable Diffusion 3, whose new rows alone learn
+            chosen[name] = {}
+        elif what == "full" or (what == "denoiser" and not text):
             chosen[name] = parameters
         elif what == "cross_attention_kv" and not text:
-            chosen[name] = {own: each for own, each in parameters.items() if _KEYS_AND_VALUES.search(own)}
+            chosen[name] = {own: each for own, each in parameters.items() if keys_and_values.search(own)}
         elif what == "lora":
             chosen[name] = {own: each for own, each in parameters.items() if "lora_" in own}
         else:
@@ -38,8 +45,13 @@ def trainable_parameters(
     return chosen
 
 
-def add_adapters(networks: Mapping[str, nn.Module], rank: int) -> None:
-    """Put low-rank adapters (LoRA) on the attention projections of U-Net and text encoders.
+def add_adapters(
+    denoiser: str, networks: Mapping[str, nn.Module], rank: int, projections: Sequence[str]
+) -> None:
+    """Put low-rank adapters (LoRA) on the attention projections of a denoiser and its text encoders.
+
+    Args:
+        denoiser, networks: see `trainable_parameters`. projections: of the denoiser, the ends of their names.
 
     Raises:
         MifoError: peft, an optional dependency, is not installed.
@@ -51,8 +63,10 @@ def add_adapters(networks: Mapping[str, nn.Module], rank: int) -> None:
             "trainable=lora needs the package peft; install it with: pip install 'mifo[low_vram]'."
         ) from error
     for name, network in networks.items():
+        if isinstance(network, T5EncoderModel):
+            continue
         # peft's own call: the models' `add_adapter` refuses releases of peft that do this just as well
-        targets = _ADAPTED.get(name, _ADAPTED_TEXT)
+        targets = list(projections) if name == denoiser else _ADAPTED_TEXT
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), network)
         for own, parameter in network.named_parameters():
             if "lora_" in own:  # learns in full precision, whatever that of the base model

@@ -1,0 +1,52 @@
+"""Attention in which a query sees the keys that have a bit in common with it, by FlexAttention's block masks.
+
+For long sequences: blocks of 128 queries and keys that do not see each other cost nothing.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+
+def runs_in_blocks(query: Tensor) -> bool:
+    """Whether the blocks' kernel takes queries (B, heads, n, d)."""
+    width = query.shape[-1]
+    return query.is_cuda and width >= 16 and width & (width - 1) == 0
+
+
+def block_mask(query_bits: Tensor, key_bits: Tensor) -> BlockMask:
+    """Which blocks of queries see which blocks of keys.
+
+    Args:
+        query_bits: integers (B or 1, n). key_bits: integers (B or 1, m).
+    """
+    rows = max(len(query_bits), len(key_bits))
+    query_bits, key_bits = query_bits.expand(rows, -1), key_bits.expand(rows, -1)
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query_bits[row, query] & key_bits[row, key] != 0
+
+    return create_block_mask(
+        sees, rows, None, query_bits.shape[1], key_bits.shape[1], device=query_bits.device
+    )
+
+
+def block_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
+    """softmax(scale · Q Kᵀ) V over the keys that each query sees; on a GPU by a kernel that is compiled once.
+
+    Args:
+        query: (B, heads, n, d). key, value: (B, heads, m, d), of the query's dtype.
+
+    Returns:
+        (B, heads, n, d).
+    """
+    attended: Tensor = _attend(query.is_cuda)(query, key, value, block_mask=mask, scale=scale)
+    return attended
+
+
+@cache
+def _attend(compiled: bool) -> Any:
+    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention

@@ -1,0 +1,192 @@
+"""Joint attention of a diffusers multimodal transformer: bounded by a rule, and read.
+
+B samples, n pixels (patches), L words, d width of a head. Pixels come before words in the joint sequence.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mifo.acceleration.block_attention import block_attention, block_mask, runs_in_blocks
+from mifo.acceleration.fused_attention import quick_to_start
+from mifo.backbones.attention import Biases, Keep, attention_probabilities
+from mifo.method.backbone import Read, Rule, Rules, Site
+
+QUERIES_AT_ONCE = 256  # whose whole rows are in memory
+
+
+class JointRules:
+    """The rules of one pass for the layers of a transformer, and the masks made of them, each made once."""
+
+    def __init__(self, rules: Rules | None) -> None:
+        self._rules = rules
+        self._bias = Biases()
+        self._blocks: dict[int, Any] = {}
+        self._joint: dict[tuple[int, int], Rule] = {}
+
+    def of(self, site: Site) -> Rule | None:
+        """What bounds pixels as they attend to the keys of a site."""
+        return self._rules.of(site) if self._rules else None
+
+    def joint(self, size: tuple[int, int]) -> Rule | None:
+        """What bounds the joint sequence."""
+        if self._rules is None:
+            return None
+        if size not in self._joint:
+            self._joint[size] = joint_rule(self._rules, size)
+        return self._joint[size]
+
+    def bias(self, rule: Rule | None, dtype: torch.dtype) -> Tensor | None:
+        return None if rule is None else self._bias(rule, dtype)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, rule: Rule, scale: float) -> Tensor:
+        """Attention (B, heads, n, d) bounded by a rule, on a GPU without a mask in memory."""
+        if not runs_in_blocks(query):
+            bias = self.bias(rule, query.dtype)
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+        if id(rule) not in self._blocks:
+            self._blocks[id(rule)] = block_mask(*rule)
+        return block_attention(query, key, value, self._blocks[id(rule)], scale)
+
+
+class JointAttention:
+    """Attention over pixels and words in one row, or over pixels alone where a layer is given no words.
+
+    Maps are computed beside the fused attention, those of words without n² numbers. With `whole_row` a map
+    holds shares of the whole row, exp(q·k − lse); without, shares of the attention to keys of the site's own
+    kind.
+    """
+
+    def __init__(
+        self, reads: Mapping[Site, Read], keep: Keep, rule: Rule | None, rules: JointRules, whole_row: bool
+    ) -> None:
+        self.reads, self.keep, self.rule, self.rules, self.whole_row = reads, keep, rule, rules, whole_row
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        query, key, value = joint_heads(attn, hidden_states, encoder_hidden_states)
+        pixels = hidden_states.shape[1]
+        for site, read in self.reads.items():
+
+            def kept(query: Tensor, key: Tensor, site: Site = site, read: Read = read) -> Tensor:
+                return read(self.probabilities(site, query, key, pixels, attn.scale))
+
+            if site.kind == "pixels":  # n² numbers, which are computed again for the gradient and not kept
+                found = checkpoint(kept, query, key, use_reentrant=False, preserve_rng_state=False)
+            else:
+                found = kept(query, key)
+            self.keep(site, found)
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        attended = self.attend(attn, query, key, value, None).transpose(1, 2).flatten(2)
+        projection, dropout = attn.to_out
+        out = dropout(projection(attended[:, :pixels]))
+        if encoder_hidden_states is None:
+            return out
+        words = attended[:, pixels:]
+        return out, words if attn.context_pre_only else attn.to_add_out(words)
+
+    def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        """(B, heads, n + L, d) of queries, keys and values of that shape; a transformer has no own `bias`."""
+        with quick_to_start(query.shape[2]):
+            if self.rule is not None:
+                return self.rules.attend(query, key, value, self.rule, attn.scale)
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=attn.scale)
+
+    def probabilities(self, site: Site, query: Tensor, key: Tensor, pixels: int, scale: float) -> Tensor:
+        """Attention of pixels to a site's keys, (B, heads, n, n or L), float32."""
+        asked = query[:, :, :pixels]
+        keys = key[:, :, pixels:] if site.kind == "words" else key[:, :, :pixels]
+        bias = self.rules.bias(self.rules.of(site), torch.float32)
+        if not self.whole_row:
+            return attention_probabilities(asked, keys, scale, bias)
+        with torch.autocast(query.device.type, enabled=False):
+            scores = scale * asked.float() @ keys.float().transpose(-1, -2)
+            level = row_levels(asked, key, scale, self.rule)
+            return ((scores if bias is None else scores + bias) - level).exp()
+
+
+def joint_rule(rules: Rules, size: tuple[int, int]) -> Rule:
+    """The rules between pixels and words as one rule over the joint sequence, (B or 1, n + L) bits of int64.
+
+    The lower half of a query's bits says which pixels it sees, the upper half which words. Words see all
+    words.
+    """
+    pixels, words, texts = rules.pixels[size], rules.words[size], rules.texts[size]
+    queries = [
+        _packed(pixels.queries, words.queries),
+        _packed(texts.queries, torch.full_like(texts.queries, -1)),
+    ]
+    keys = [
+        _packed(pixels.keys, torch.zeros_like(pixels.keys)),
+        _packed(torch.zeros_like(words.keys), words.keys),
+    ]
+    return Rule(_joined(queries), _joined(keys))
+
+
+def row_levels(query: Tensor, key: Tensor, scale: float, rule: Rule | None) -> Tensor:
+    """log Σ exp(scale · q·k) of whole rows, (B, heads, n, 1) in 32 bits, a few queries at a time.
+
+    Args:
+        query: (B, heads, n, d), the first queries of the sequence. key: (B, heads, n + L, d).
+        rule: closes keys.
+    """
+
+    def level(part: Tensor, bits: Tensor | None) -> Tensor:
+        with torch.autocast(part.device.type, enabled=False):
+            scores = scale * part.float() @ key.float().transpose(-1, -2)
+            if rule is not None and bits is not None:
+                closed = ~Rule(bits, rule.keys).allowed()[:, None]
+                scores = scores.masked_fill(closed, -torch.inf)
+            return scores.logsumexp(-1, keepdim=True)
+
+    parts = query.split(QUERIES_AT_ONCE, 2)
+    bits = [None] * len(parts)
+    if rule is not None:
+        bits = rule.queries[:, : query.shape[2]].split(QUERIES_AT_ONCE, 1)
+    return torch.cat(
+        [
+            checkpoint(level, part, own, use_reentrant=False, preserve_rng_state=False)
+            for part, own in zip(parts, bits, strict=True)
+        ],
+        2,
+    )
+
+
+def joint_heads(attn: Any, hidden_states: Tensor, words: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (B, heads, n + L, d); adapters on the projections take part."""
+
+    def heads(projection: nn.Module, norm: nn.Module | None, states: Tensor) -> Tensor:
+        split = projection(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        return split if norm is None else norm(split)
+
+    layers = ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k), (attn.to_v, None))
+    found = [heads(projection, norm, hidden_states) for projection, norm in layers]
+    if words is not None:
+        layers = (
+            (attn.add_q_proj, attn.norm_added_q),
+            (attn.add_k_proj, attn.norm_added_k),
+            (attn.add_v_proj, None),
+        )
+        added = [heads(projection, norm, words) for projection, norm in layers]
+        found = [torch.cat(pair, 2) for pair in zip(found, added, strict=True)]
+    query, key, value = found
+    return query, key, value
+
+
+def _packed(low: Tensor, high: Tensor) -> Tensor:
+    """Two rows of 32 bits as one of 64, (B, n)."""
+    return high.long() << 32 | (low.long() & 0xFFFFFFFF)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    rows = max(len(part) for part in parts)
+    return torch.cat([part.expand(rows, -1) for part in parts], 1)

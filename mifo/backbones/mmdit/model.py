@@ -1,0 +1,157 @@
+"""Stable Diffusion 3 and 3.5: a transformer of joint attention over pixels and words (arXiv 2403.03206).
+
+Letters: B samples, E text encoders, L tokens.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import replace as changed
+from functools import cached_property
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import T5EncoderModel, T5Tokenizer
+
+from mifo.backbones.attention import AttentiveNetwork, Keep
+from mifo.backbones.latent import LatentModel
+from mifo.backbones.mmdit.attention import JointAttention, JointRules
+from mifo.backbones.mmdit.sites import choose_sites, network_sites
+from mifo.backbones.settings import ModelSettings
+from mifo.errors import MifoError
+from mifo.method.backbone import Conditioning, Read, Rules, Site
+from mifo.method.diffusion.flow import Flow, Timesteps
+from mifo.method.prompts.instances import PromptWords
+
+T5_TOKENS = 256  # diffusers' `max_sequence_length`
+
+
+class AttentiveTransformer(AttentiveNetwork):
+    """A multimodal transformer whose attention can be read and bounded.
+
+    With `whole_row` maps hold shares of the whole row, see `JointAttention`.
+    """
+
+    def __init__(self, transformer: SD3Transformer2DModel, whole_row: bool = False) -> None:
+        sites = network_sites(transformer)
+        super().__init__(transformer, sites, choose_sites(sites, len(transformer.transformer_blocks)))
+        self.whole_row = whole_row
+
+    def forward(self, noisy: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        states = conditioning.parts["states"]
+        return self.network(
+            noisy.to(states.dtype),
+            states,
+            conditioning.parts["pooled"],
+            torch.as_tensor(time, device=noisy.device).expand(len(noisy)),
+            return_dict=False,
+        )[0]
+
+    def processors(self, reads: Mapping[Site, Read], keep: Keep, rules: Rules | None) -> list[Any]:
+        masks = JointRules(rules)
+        return [
+            JointAttention(
+                {site: reads[site] for site in sites if site in reads},
+                keep,
+                masks.joint(sites[0].size) if len(sites) > 1 else masks.of(sites[0]),
+                masks,
+                self.whole_row,
+            )
+            for sites in self.layers
+        ]
+
+    def keys(self, site: Site) -> slice:
+        pixels = site.size[0] * site.size[1]
+        return slice(pixels, None) if site.kind == "words" else slice(pixels)
+
+
+@dataclass(kw_only=True)
+class MMDiTModel(LatentModel):
+    """A latent diffusion model with a multimodal transformer and two CLIP text encoders with projections.
+
+    Without T5, the third text encoder of Stable Diffusion 3, `zeros` tokens stand for its states, as in
+    diffusers. A model whose transformer reads no wider states than CLIP's never had T5, and gets none. With
+    T5 an instance has a word for it too, whose row learns with CLIP's; maps are read at CLIP's word.
+    `whole_row`: see `JointAttention`. `timesteps`: see `Flow`.
+    """
+
+    part = "transformer"
+    keys_and_values = re.compile(r"\.attn\.add_[kv]_proj\.(weight|bias)$")
+    adapted = (*LatentModel.adapted, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    sampled = ("shift", "num_train_timesteps")
+
+    transformer: SD3Transformer2DModel
+    timesteps: Timesteps = Timesteps.logit_normal
+    whole_row: bool = False
+    zeros: int = T5_TOKENS
+    tokenizer_3: T5Tokenizer | None = None
+    text_encoder_3: T5EncoderModel | None = None
+
+    @classmethod
+    def options(
+        cls, settings: ModelSettings, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        known = {"timesteps": list(Timesteps), "maps": ["own", "row"]}
+        for key, values in known.items():
+            if (value := getattr(settings, key)) not in values:
+                raise MifoError(f"model.{key}={value} is not known; take {' or '.join(values)}.")
+        read = configs["transformer"].get("joint_attention_dim", 4096)
+        widths = [configs[part].get("hidden_size", 512) for part in ("text_encoder", "text_encoder_2")]
+        return {
+            "timesteps": Timesteps(settings.timesteps),
+            "whole_row": settings.maps == "row",
+            "zeros": T5_TOKENS if read > sum(widths) else 0,
+        }
+
+    @cached_property
+    def attentive(self) -> AttentiveTransformer:
+        return AttentiveTransformer(self.transformer, self.whole_row)
+
+    @cached_property
+    def process(self) -> Flow:
+        return Flow.from_scheduler(self.noise_scheduler, self.timesteps)
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        return super().tokenizers + ([] if self.tokenizer_3 is None else [self.tokenizer_3])
+
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        third = {} if self.text_encoder_3 is None else {"text_encoder_3": self.text_encoder_3}
+        return super().text_encoders | third
+
+    def encode(self, ids: Tensor) -> Conditioning:
+        """CLIP's states of ids (B, E, L) before the last layers side by side, then T5's or zeros; and pooled.
+
+        The states are (B, L + T5's tokens, width).
+        """
+        *both, third = [*self.encoded(ids, output_hidden_states=True), *[None] * (self.tokenizer_3 is None)]
+        states = torch.cat([each.hidden_states[-2] for each in both], -1)
+        wider = self.transformer.config.joint_attention_dim - states.shape[-1]
+        states = F.pad(states, (0, wider, 0, self.zeros if third is None else 0))
+        if third is not None:
+            states = torch.cat([states, third.last_hidden_state.to(states.dtype)], 1)
+        pooled = torch.cat([each.text_embeds for each in both], -1)
+        return Conditioning({"states": states, "pooled": pooled})
+
+    def words(self, prompt: str) -> PromptWords:
+        found = changed(super().words(prompt), length=self.tokenizer.model_max_length + self.zeros)
+        if self.tokenizer_3 is None:
+            return found
+        spans, theirs = (
+            each(prompt, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+            for each in (self.tokenizer, self.tokenizer_3)
+        )
+        words = []
+        for text, places in found.words:
+            first, end = spans[places[0]][0], spans[places[-1]][1]
+            also = [i for i, (a, b) in enumerate(theirs) if max(a, first) < min(b, end)]
+            # the last place of a word is that at which its maps are read
+            words.append((text, (*(self.tokenizer.model_max_length + i for i in also), *places)))
+        return changed(found, words=tuple(words))
+
+    def identity(self) -> dict[str, str | None]:
+        return super().identity() | {"vae_shift_factor": str(self.vae.config.shift_factor or 0)}

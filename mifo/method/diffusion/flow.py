@@ -1,0 +1,112 @@
+"""Rectified flow (arXiv 2209.03003, as Stable Diffusion 3 has it, 2403.03206): straight lines to noise."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from mifo.errors import MifoError
+
+
+class Timesteps(StrEnum):
+    """How the times of learning are drawn before they are shifted (arXiv 2403.03206, section 3.1)."""
+
+    logit_normal = "logit_normal"
+    uniform = "uniform"
+
+
+# options of the scheduler that change its times in another way than by `shift`
+_OTHER = (
+    "use_dynamic_shifting",
+    "invert_sigmas",
+    "shift_terminal",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "stochastic_sampling",
+)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """x_σ = (1 − σ)·x + σ·n; the network predicts the velocity n − x, and Euler's method follows it.
+
+    Times are σ·length, as the network reads them.
+
+    Attributes:
+        shift: moves times towards noise, as larger pictures need it (arXiv 2403.03206, eq. 23).
+        length: the time of pure noise.
+        timesteps: how times are drawn in learning.
+    """
+
+    shift: float = 1.0
+    length: int = 1000
+    timesteps: Timesteps = Timesteps.logit_normal
+
+    prediction_type = "velocity"
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any, timesteps: Timesteps = Timesteps.logit_normal) -> Self:
+        """Take over diffusers' `FlowMatchEulerDiscreteScheduler`.
+
+        Raises:
+            MifoError: the scheduler is told to place its times otherwise.
+        """
+        config = scheduler.config
+        for key in _OTHER:
+            if config.get(key):
+                raise MifoError(
+                    f"The scheduler's {key} is {config[key]}, which MIFO does not know; use a model whose "
+                    "scheduler has a fixed shift alone."
+                )
+        return cls(config.shift, config.num_train_timesteps, timesteps)
+
+    def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
+        """The times (count,) of a learning step."""
+        if self.timesteps is Timesteps.uniform:
+            return self._shifted(torch.rand(count, generator=generator)) * self.length
+        return self._shifted(torch.randn(count, generator=generator).sigmoid()) * self.length
+
+    def add_noise(self, clean: Tensor, noise: Tensor, time: Tensor | float) -> Tensor:
+        """x_σ of (B, …) clean latents and noise at the times (B,), or at one for all."""
+        sigma = self._sigma(time, clean)
+        return (1 - sigma) * clean + sigma * noise
+
+    def target(self, clean: Tensor, noise: Tensor, time: Tensor | float) -> Tensor:
+        """The velocity, the same at all times."""
+        return noise - clean
+
+    def share(self, time: Tensor) -> Tensor:
+        """σ."""
+        return time / self.length
+
+    def times(self, steps: int) -> list[float]:
+        """Those of diffusers' scheduler, whose last time is shifted twice.
+
+        Raises:
+            MifoError: fewer than one step or more than the flow has timesteps.
+        """
+        if not 1 <= steps <= self.length:
+            raise MifoError(
+                f"{steps} sampling steps asked for, but the model's scheduler has {self.length} timesteps; "
+                f"choose 1 to {self.length}."
+            )
+        last = self._shifted(torch.tensor(1 / self.length, dtype=torch.float64))
+        between = torch.linspace(1, last.item(), steps, dtype=torch.float64)
+        return (self._shifted(between) * self.length).tolist()
+
+    def step(self, noisy: Tensor, prediction: Tensor, times: Sequence[float], step: int) -> Tensor:
+        """The latents (B, C, h, w) at the next of the `times`, or at 0 after the last."""
+        further = times[step + 1] if step + 1 < len(times) else 0.0
+        return noisy + (further - times[step]) / self.length * prediction
+
+    def _shifted(self, sigma: Tensor) -> Tensor:
+        return self.shift * sigma / (1 + (self.shift - 1) * sigma)
+
+    def _sigma(self, time: Tensor | float, like: Tensor) -> Tensor:
+        """σ shaped to multiply latents."""
+        sigma = torch.as_tensor(time, device=like.device) / self.length
+        return sigma.to(like.dtype).view(-1, *(1,) * (like.dim() - 1))
