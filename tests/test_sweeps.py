@@ -84,6 +84,17 @@ def test_a_run_that_was_begun_alone_is_found(sweep, tmp_path):
     assert sweep("S", 5) == (["alone"], [])
 
 
+def test_a_run_that_was_killed_at_its_beginning_keeps_its_folder(sweep, tmp_path):
+    sweep("S", 1)
+    for name in ("config.yaml", "scores.json", "status.json"):
+        (tmp_path / "S" / "0" / name).unlink()
+    assert sweep("S", 2) == (["S/1"], [2])
+    assert sweep("S", 1) == (["S/0"], [1])
+    for path in (tmp_path / "S" / "0").iterdir():  # killed before anything was written
+        path.unlink()
+    assert sweep("S", 3, 1) == (["S/0", "S/2"], [3, 1])
+
+
 def test_other_settings_and_other_code_are_other_runs(sweep, monkeypatch):
     assert sweep("S", 1)[1] == sweep("S", 1, learning__semantic__steps=7)[1] == [1]
     assert sweep("S", 1, sheet=False)[1] == sweep("S", 1, tags=["a"])[1] == []

@@ -283,7 +283,7 @@ def _record_command(folder: Path, settings: TaskSettings) -> None:
     """Record once what was typed, where, and what the user's image and masks were; refuse others later."""
     command, instances = folder / COMMAND, getattr(settings, "instances", None)
     files = folder_digest(instances) if instances else None
-    if command.is_file():
+    if command.is_file() and (folder / CONFIG).is_file():
         if read_record(command, Command).files != files:
             raise MifoError(
                 f"the image or the masks of the run in {folder} have changed since it began; choose another "

@@ -13,10 +13,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from mifo.config.compose import as_plain, settings_of
 from mifo.config.identity import code_version, run_signature
 from mifo.config.jobs import lock_folder, read_status, unlock_folder
-from mifo.config.resume import CONFIG, read_settings, recorded_command
+from mifo.config.resume import read_settings, recorded_command
 from mifo.data.photo_folder import folder_digest
 from mifo.errors import MifoError
-from mifo.files import read_json
+from mifo.files import COMMAND, CONFIG, read_json
 
 _RESULTS = {"learn": "learned/learned.json", "run": "scores.json"}  # of the tasks that are never done twice
 _LINK = "run"
@@ -107,7 +107,9 @@ def _take(folder: Path, task: str, mine: str | None) -> bool:
     except (MifoError, FileExistsError):  # in use, or no folder
         return False
     status = read_status(folder)
-    begun = (folder / CONFIG).exists() or (status is not None and status["status"] == "ok")
+    # a run that is killed at its very beginning has the one file and not yet the other
+    begun = any((folder / name).exists() for name in (COMMAND, CONFIG))
+    begun = begun or (status is not None and status["status"] == "ok")
     _same.discard(folder)
     if begun and mine is not None and _recorded(folder, task) == mine:
         _same.add(folder)
