@@ -37,6 +37,7 @@ TASKS = {
     "masks": "make masks from boxes or clicks, and show them over the picture",
     "layout": "draw the boxes of a layout, without loading a model",
     "table": "make the runs of a table in experiments/ that are missing, and the table",
+    "results": "list, filter and compare the runs on disk by any setting or score",
     "dashboard": "write the workspace that compares ablations on Weights & Biases",
     "pretrain": "make the miniature's weights again, on one GPU",
     "benchmark": "time and memory of learning and synthesis on this machine, row by row",
@@ -99,6 +100,11 @@ def _run(arguments: Sequence[str]) -> None:
     task, *others = arguments
     if task not in TASKS:
         refuse(f"'{task}' is no task; take one of {', '.join(TASKS)}")
+    if task == "results":  # it needs no Hydra, and starts at once
+        try:
+            return import_module("mifo.commands.results").results(others)
+        except MifoError as error:
+            refuse(str(error))
     # otherwise Hydra prints a traceback of its own and exits before the error reaches us
     os.environ["HYDRA_FULL_ERROR"] = "1"
     from mifo.config.compose import REFUSALS, explain
@@ -183,25 +189,36 @@ def run_job(config: "DictConfig") -> Any:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from mifo.config.compose import explain, settings_of
+    from mifo.config.compose import add_origin, explain, settings_of
     from mifo.config.gpus import claim_gpu
-    from mifo.config.jobs import Job, unlock_folder
+    from mifo.config.jobs import Job, unlock_folders
     from mifo.config.resume import recorded_command
+    from mifo.config.sweeps import is_kept, remember
 
     here = HydraConfig.get()
     folder, alone = Path(here.runtime.output_dir), here.mode == RunMode.RUN
     overrides = recorded_command(folder).overrides if config.resume else list(here.overrides.task)
     job = Job(folder, overrides, alone)
     try:
+        if not alone and is_kept(folder, config):
+            return _objectives(config, folder)
         job.tell("running")
         # before diffusers or lightning are imported, which makes CUDA list the GPUs for good
         if config.exclusive_gpu or here.runtime.choices["hydra/launcher"] == "gpus":
             claim_gpu()
+        if alone:
+            add_origin(config, here)
+        else:
+            sweep = str(Path(here.sweep.dir).absolute())
+            add_origin(config, here, sweep=sweep, swept=import_module("mifo.config.jobs").swept)
         settings = settings_of(config)
         result = import_module("mifo.config.launch").perform(settings)
-        if wanted := getattr(settings, "objectives", None):
-            result = import_module("mifo.commands.evaluate").objective_values(folder, wanted)
+        if config.get("objectives"):
+            result = _objectives(config, folder)
         job.tell("ok")
+        if alone:
+            with suppress(OSError):
+                remember(config, folder)
         return result
     except BaseException as error:
         reason = str(error) if isinstance(error, MifoError) else f"{type(error).__name__}: {error}"
@@ -224,7 +241,13 @@ def run_job(config: "DictConfig") -> Any:
             refuse(explain(error, config.task))
         raise
     finally:
-        unlock_folder(folder)
+        unlock_folders()
+
+
+def _objectives(config: "DictConfig", folder: Path) -> Any:
+    """The scores of a run that a search asked for, if there is one."""
+    wanted = config.get("objectives")
+    return import_module("mifo.commands.evaluate").objective_values(folder, wanted) if wanted else None
 
 
 def _command_for(task: str, folder: Path) -> str | None:

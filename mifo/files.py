@@ -26,6 +26,8 @@ from mifo.errors import MifoError
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+# in which a run says what it is, what was typed for it, and how it ended
+CONFIG, COMMAND, STATUS = "config.yaml", "command.json", "status.json"
 MOST_TEXT = 64 * 2**20  # bytes of a JSON or YAML file; the largest record of a table is a tenth of that
 
 T = TypeVar("T", bound="DataclassInstance")

@@ -17,6 +17,7 @@ class OfflineRun:
 
     id: str = ""
     steps: list[int] = field(default_factory=list)  # of the history
+    name: str = ""
     group: str = ""
     job_type: str = ""
     tags: tuple[str, ...] = ()
@@ -36,8 +37,9 @@ def read_offline_run(folder: Path) -> OfflineRun:
     for record in _records(path.read_bytes()):
         kind = record.WhichOneof("record_type")
         if kind == "run":
-            run.id, run.group, run.job_type, run.tags = (
+            run.id, run.name, run.group, run.job_type, run.tags = (
                 record.run.run_id,
+                record.run.display_name,
                 record.run.run_group,
                 record.run.job_type,
                 tuple(record.run.tags),

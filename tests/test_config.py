@@ -61,7 +61,7 @@ def test_stable_diffusion_learns_and_samples_with_the_published_values(model):
 
 
 @pytest.mark.parametrize("task", ["learn", "run", "evaluate", "pretrain"])
-@pytest.mark.parametrize("logger", ["csv", "wandb", "tensorboard", "many", "none"])
+@pytest.mark.parametrize("logger", ["csv", "wandb", "trackio", "tensorboard", "many", "none"])
 def test_every_logger_serves_every_task(task, logger):
     given = ["pictures=folder"] if task == "evaluate" else []
     check(settings(task, f"logger={logger}", *given))
@@ -73,9 +73,10 @@ def test_seeds_share_a_group_and_nothing_else_does(task):
         return settings(task, *overrides).group
 
     plain = group("seed=1", "tags=[a]", "logger=none")
-    assert plain == group("seed=2", "callbacks=none") and plain.startswith("miniature-three_cars-mifo-")
+    assert plain == group("seed=2", "callbacks=none") and plain.startswith("mifo, three_cars ")
     others = [group(each) for each in ("penalty=none", "penalty.terms.penalty.weight=3", "instances=local")]
-    assert len({plain, *others}) == 4
+    assert len({plain, *others}) == 4 and others[0].startswith("penalty=none, three_cars ")
+    assert plain == group("penalty=mifo", "seed=3")  # typed, but no other choice
     assert group("group=mine") == "mine"
 
 

@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from offline_wandb import read_offline_run
 from PIL import Image
 from scipy import stats
 from tiny import tiny_pipeline
 
 from mifo.commands.table import table
-from mifo.config import settings_of
+from mifo.config import identity, settings_of
 from mifo.config.compose import compose
+from mifo.config.identity import CodeVersion
 from mifo.data.saved_pictures import Picture, save_pictures
 from mifo.errors import MifoError
 from mifo.metrics.evaluation import Evaluation, has_scores
@@ -28,7 +30,7 @@ from mifo.metrics.scores import Evaluator, Score
 from mifo.report.comparison import SIDE
 from mifo.tables import execute, plan
 from mifo.tables.collect import Measured, cells, differences, estimate, estimate_runs, pareto_front
-from mifo.tables.plan import CodeVersion, Run
+from mifo.tables.plan import Run
 from mifo.tables.plot import draw_table
 from mifo.tables.record import About, Entry, read_record, write_record
 from mifo.tables.settings import TableSettings, read_table
@@ -176,8 +178,7 @@ def test_what_is_done_is_not_done_again_and_other_settings_are(folder, made, cap
 def test_other_code_makes_runs_again_unless_any_counts(folder, made, monkeypatch):
     table(["small", "table.workers=0"])
     changed = CodeVersion("f" * 12, "c" * 40, True)
-    for module in (plan, execute):
-        monkeypatch.setattr(module, "code_version", lambda: changed)
+    monkeypatch.setattr(execute, "code_version", lambda: changed)
     table(["small", "table.workers=0", "table.code=any", "table.results=any"])
     assert len(made) == 4
     table(["small", "table.workers=0", "table.results=new"])
@@ -187,8 +188,8 @@ def test_other_code_makes_runs_again_unless_any_counts(folder, made, monkeypatch
 
 def test_code_without_git_is_not_recorded_as_clean(folder, made, monkeypatch):
     def version(git):
-        monkeypatch.setattr(plan, "_git", git)
-        return plan.code_version.__wrapped__()  # not cached
+        monkeypatch.setattr(identity, "_git", git)
+        return identity.code_version.__wrapped__()  # not cached
 
     clean = version(lambda _, command, *given: {"rev-parse": "c" * 40}.get(command, ""))
     assert (clean.commit, clean.dirty, str(clean)) == ("c" * 40, False, "cccccccc")
@@ -439,6 +440,77 @@ def test_a_page_shows_each_row_on_one_scene_and_seed(folder, made, monkeypatch):
     assert (
         not list((folder / "none").glob("*.jpg")) and "jpg" not in (folder / "none" / "table.md").read_text()
     )
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Runs that take no time and have a picture, a curve, and something that was learned."""
+
+    def run(settings):
+        folder = Path(settings.paths.output)
+        (folder / "learned").mkdir()
+        (folder / "learned" / "learned.json").write_text("{}")
+        (folder / "csv").mkdir()
+        (folder / "csv" / "metrics.csv").write_text("step,semantic/loss/total\n1,0.5\n2,0.25\n")
+        picture = Picture(torch.full((3, 32, 32), 0.5), "a photo of <asset0>", {}, settings.seed)
+        save_pictures(folder / "pictures", [picture])
+        score = Score("leakage", settings.seed / 10, False, Evaluator("colour", "0" * 12), "test")
+        Evaluation((score,), ({"leakage": settings.seed / 10},)).save(folder / "scores.json")
+
+    monkeypatch.setattr(execute, "perform", run)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+def sent(folder):
+    """The offline runs of Weights & Biases below a folder."""
+    return [read_offline_run(run) for run in sorted(folder.glob("**/wandb/offline-run-*"))]
+
+
+@pytest.mark.slow
+def test_finished_runs_are_sent_once_with_their_row_and_set(folder, drawn, capsys):
+    asked = ["small", "table.columns=[leakage]", "logger=none"]
+    assert table(asked) == 0 and not sent(folder)
+    assert table([*asked, "table.send=true"]) == 0
+    told = sent(folder / "outputs" / "runs")
+    found = {(run.config["row"], run.config["set"], run.config["table"], run.config["seed"]) for run in told}
+    assert found == {(row, "cars", "small", seed) for row in ("MIFO", "none") for seed in (0, 1)}
+    assert {run.name for run in told} >= {"MIFO, three_cars, seed 0", "none, three_cars, seed 1"}
+    for run in told:
+        assert run.job_type == "run" and run.exit_code == 0 and run.tags == ("small",)
+        assert run.history["evaluation/leakage"] == run.config["seed"] / 10
+        assert run.history["semantic/loss/total"] == 0.25
+        assert list(run.artifacts["learned"]) == [
+            f"three_cars-{run.config['method']}-seed-{run.config['seed']}"
+        ]
+    (written,) = sent(results(folder))
+    assert (written.name, written.job_type, written.group) == ("Small", "table", "small")
+    assert {"table/plot", "table/pages", "table/estimates"} <= {
+        key.removesuffix("/_type") for key in written.history
+    }
+    assert "table.csv" in written.artifacts["table"]["table-small"]
+
+    capsys.readouterr()
+    (half,) = (folder / "outputs" / "runs").glob(f"*/wandb/offline-run-*-{told[0].id}")
+    (half.parents[1] / ".sending").touch()  # as a kill leaves it
+    assert table([*asked, "table.send=true"]) == 0
+    assert "sent: 1 runs, and 3 were there before" in capsys.readouterr().out
+    again = sent(folder / "outputs" / "runs")
+    assert len(again) == 5 and {run.id for run in again} == {run.id for run in told}
+
+
+def test_runs_of_a_table_are_logged_where_a_logger_is_chosen(folder, made, monkeypatch):
+    seen = []
+    run = execute.perform
+    monkeypatch.setattr(execute, "perform", lambda settings: seen.append(settings) or run(settings))
+    (folder / "small" / "table.yaml").write_text(f"{SMALL}overrides: [logger=none]\n")
+    assert table(["small", "logger=wandb", "table.seeds=[1]"]) == 0
+    assert [(each.origin.table, each.origin.row, each.origin.set) for each in seen] == [
+        ("small", "MIFO", "cars"),
+        ("small", "none", "cars"),
+    ]
+    names = [(each.logger["wandb"]["name"], each.logger["wandb"]["group"]) for each in seen]
+    assert names[1] == ("none, three_cars, seed 1", "small-none-three_cars")
 
 
 def test_an_interval_is_that_of_students_t():

@@ -33,7 +33,10 @@ def test_a_run_is_told_completely(mifo, model, tmp_path):
     given = ["debug=default", "logger=wandb", "method=break_a_scene", "seed=3", "tags=[paper,first]"]
     assert mifo("run", *model, *given, "hydra.run.dir=made") == 0
     told = read(tmp_path / "made")
-    assert told.group.startswith("local-three_cars-break_a_scene-") and told.job_type == "run"
+    assert (
+        told.group.startswith("debug=default, method=break_a_scene, model=local, three_cars ")
+        and told.job_type == "run"
+    )
     assert told.tags == ("paper", "first") and told.exit_code == 0
     assert (
         told.config["seed"] == 3
@@ -42,6 +45,9 @@ def test_a_run_is_told_completely(mifo, model, tmp_path):
     assert told.config["learning"]["finetuning"]["steps"] == 2
     assert told.config["paths"]["output"].endswith("made")
     assert "${" not in json.dumps(told.config)
+    assert told.name == "debug=default, method=break_a_scene, model=local, three_cars, seed 3"
+    assert told.config["choices"]["penalty"] == "break_a_scene" and told.config["choices"]["layout"] == "row"
+    assert "seed=3" in told.config["overrides"] and {"code", "dirty", "sweep", "row"} <= told.config.keys()
 
 
 def test_scores_pictures_and_what_was_learned_are_there(mifo, model, tmp_path):
@@ -70,10 +76,10 @@ def test_scores_pictures_and_what_was_learned_are_there(mifo, model, tmp_path):
     assert Image.open(told.files / heat_map).width > 100
 
     ((name, learned),) = told.artifacts["learned"].items()
-    assert name == told.group
+    assert name == "three_cars-mifo-seed-0"
     assert set(learned) == {path.name for path in (folder / "learned").iterdir()}
     assert learned["tokens.safetensors"].read_bytes() == (folder / "learned/tokens.safetensors").read_bytes()
-    assert "seed-0" in told.aliases[name]
+    assert told.group.replace(", ", "_").replace("=", "_").replace(" ", "_") in told.aliases[name]
 
 
 def test_each_run_of_a_sweep_is_its_own_also_after_a_failure(mifo, model, tmp_path, monkeypatch):
@@ -87,7 +93,9 @@ def test_each_run_of_a_sweep_is_its_own_also_after_a_failure(mifo, model, tmp_pa
     assert [run.config["seed"] for run in told] == [1, 2, 3]
     assert [run.exit_code for run in told] == [0, 1, 0]
     (group,) = {run.group for run in told}
-    assert group.startswith("local-three_cars-mifo-")
+    assert group.startswith("debug=fast_dev_run, model=local, three_cars ")
+    assert [run.name[-6:] for run in told] == ["seed 1", "seed 2", "seed 3"]
+    assert {run.config["sweep"] for run in told} == {str(tmp_path / "sweep")}
 
 
 def test_a_run_that_goes_on_offline_counts_its_steps_on(mifo, model, tmp_path):

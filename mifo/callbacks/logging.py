@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from mifo.errors import MifoError
+from mifo.tracking.trackio_logger import TrackioLogger
 from mifo.training.stages import LearningStage
 
 
@@ -21,7 +22,7 @@ def log_image(trainer: Trainer, module: LearningStage, name: str, image: Image.I
     image.save(path)
     key = f"{module.stage}/{name}"
     for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
+        if isinstance(logger, WandbLogger | TrackioLogger):
             logger.log_image(key, [image], step=step)
         elif isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(key, np.asarray(image), step, dataformats="HWC")

@@ -65,7 +65,8 @@ def learned_model(
         config=(folder / CONFIG).read_text(),
         performance=settings.performance,
     )
-    log_learned(loggers, folder / "learned", settings.group or settings.method, settings.seed)
+    called = f"{instances.name}-{settings.method}-seed-{settings.seed}"
+    log_learned(loggers, folder / "learned", called, settings.group)
     return model.to(device)
 
 

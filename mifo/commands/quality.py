@@ -18,6 +18,7 @@ from mifo.backbones.loading import load_model
 from mifo.backbones.settings import ModelSettings
 from mifo.benchmark.records import processor_name
 from mifo.commands.setup import prepare
+from mifo.config.identity import code_version
 from mifo.config.jobs import claim_folder
 from mifo.config.schema import QualitySettings
 from mifo.data.layouts import Layout
@@ -29,7 +30,6 @@ from mifo.metrics.evaluators import EMBEDDED
 from mifo.miniature import quality as measures
 from mifo.miniature.pretraining.segmenter import load_segmenter
 from mifo.report.tables import markdown_table
-from mifo.tables.plan import code_version
 
 SHEET = 24
 """Pictures of box control on the sheet."""

@@ -18,12 +18,11 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from lightning import seed_everything
 from lightning.pytorch.loggers import Logger, WandbLogger
-from omegaconf import OmegaConf
 from transformers.utils.logging import disable_progress_bar
 
 from mifo.acceleration.libraries import load_libraries
 from mifo.acceleration.repeatable import compute_repeatably
-from mifo.config.compose import reason
+from mifo.config.compose import as_plain, reason
 from mifo.config.schema import (
     EvaluateSettings,
     LearnSettings,
@@ -34,6 +33,7 @@ from mifo.config.schema import (
 from mifo.errors import MifoError
 from mifo.files import read_text, write_whole
 from mifo.tracking.results import define_metrics
+from mifo.tracking.trackio_logger import TrackioLogger
 from mifo.training.memory import Memory
 
 log = logging.getLogger(__name__)
@@ -75,24 +75,27 @@ def open_loggers(
     """
     if not has_wandb_key():
         os.environ.setdefault("WANDB_MODE", "offline")
-    facts = OmegaConf.to_container(OmegaConf.structured(settings), enum_to_str=True)
+    facts = as_plain(settings)
+    facts |= facts.pop("origin")
     active: list[Logger] = []
     failed = True
     try:
         for name, node in settings.logger.items():
-            active.append(_open_logger(name, node, Path(settings.paths.output), facts))
+            active.append(open_logger(name, node, Path(settings.paths.output), facts))
         yield active
         failed = False
     finally:
         for logger in active:
             logger.finalize("failed" if failed else "success")
+            if isinstance(logger, TrackioLogger):
+                logger.close()
         # an open run would be handed to the next job of this process
         if wandb.run is not None:
             wandb.finish(exit_code=int(failed))
 
 
-def _open_logger(name: str, node: dict[str, Any], folder: Path, facts: dict[str, Any]) -> Logger:
-    """One logger, which knows the configuration."""
+def open_logger(name: str, node: dict[str, Any], folder: Path, facts: dict[str, Any]) -> Logger:
+    """One logger of what is done in `folder`, which knows the `facts` of it."""
 
     def opened(**own: str) -> Logger:
         logger = instantiate(node, **own)

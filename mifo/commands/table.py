@@ -4,6 +4,7 @@ import hashlib
 import shlex
 from collections import Counter
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from rich.console import Console
@@ -30,7 +31,8 @@ def table(arguments: list[str]) -> int:
     folder = Path(given)
     name = folder.resolve().name
     settings, overrides = read_table(folder, changes)
-    asked = hashlib.sha256(repr(changes).encode()).hexdigest()[:6]
+    asking = [text for text in changes if key_of(text) != "table.send"]
+    asked = hashlib.sha256(repr(asking).encode()).hexdigest()[:6]
     target = Path(settings.results or f"outputs/tables/{name}-{asked}")
     if settings.workers:
         hydra = ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={settings.workers}", *hydra]
@@ -48,6 +50,8 @@ def table(arguments: list[str]) -> int:
     command = shlex.join(["mifo", "table", *arguments])
     Console().print(Markdown(write_table(target, command, settings, ended)))
     print(f"table: {target / 'table.md'}")
+    if settings.send:
+        import_module("mifo.commands.send").send(name, settings.title, target, ended)
     return sum(not done.is_finished for done in ended)
 
 

@@ -14,7 +14,7 @@ from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.config_source import ConfigResult
-from omegaconf import Container, DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -70,18 +70,42 @@ def register_schemas() -> None:
     store = ConfigStore.instance()
     for task, schema in SCHEMAS.items():
         defaults = schema(task=task)
-        keys = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(defaults), enum_to_str=True))
+        plain = OmegaConf.to_container(OmegaConf.structured(defaults), enum_to_str=True)
+        keys = OmegaConf.create({key: value for key, value in plain.items() if key != "origin"})
         for name, value in _walk(defaults):
-            if isinstance(value, dict):  # a user fills it with names of their own, such as layout.boxes
-                OmegaConf.set_struct(OmegaConf.select(keys, name), False)
+            node = OmegaConf.select(keys, name)
+            if isinstance(value, dict) and node is not None:  # a user fills it, as layout.boxes
+                OmegaConf.set_struct(node, False)
         store.store(group="schema", name=task, node=keys, package="_global_")
 
 
-def compose(task: str, overrides: list[str]) -> DictConfig:
-    """The configuration of `task` outside a Hydra application, for notebooks and tests."""
+def compose(task: str, overrides: list[str], **place: str | None) -> DictConfig:
+    """The configuration of `task` outside a Hydra application, for notebooks, tables and tests.
+
+    Args:
+        place: fields of `Origin` that the overrides do not tell.
+    """
     register_schemas()
     with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return hydra.compose(task, overrides)
+        config = hydra.compose(task, overrides, return_hydra_config=True)
+    with open_dict(config):
+        add_origin(config, config.pop("hydra"), **place)
+    return config
+
+
+def add_origin(config: DictConfig, chosen: DictConfig, **place: Any) -> None:
+    """Tell `config` of a new run where it comes from, which Hydra's own node `chosen` knows."""
+    if "origin" in config:  # recorded when the run began
+        return
+    choices = {
+        group: option
+        for group, option in chosen.runtime.choices.items()
+        if isinstance(option, str) and not group.startswith(("hydra", "paths"))
+    }
+    # what the override of a key reads relative to it, nobody else can
+    typed = [text.replace("${.", "$(.") for text in chosen.overrides.task]
+    with open_dict(config):
+        config.origin = {"choices": choices, "overrides": typed, **place}
 
 
 def settings_of(config: DictConfig) -> Any:

@@ -2,17 +2,29 @@
 
 import hashlib
 import json
+import re
+import subprocess
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from omegaconf import Container, DictConfig, OmegaConf
+
+import mifo
+from mifo.config.location import conf_folder
+from mifo.files import read_yaml
 
 # says where a run goes and who is told about it, not what it computes
 NOT_IDENTITY = frozenset(
     (
         "task",
+        "origin",
         "paths",
         "resume",
+        "again",
         "logger",
         "callbacks",
         "group",
@@ -22,6 +34,27 @@ NOT_IDENTITY = frozenset(
         "sheet",
     )
 )
+
+
+_STATES = {True: " (dirty)", False: "", None: " (no git)"}
+# overrides that say nothing of what a run is called; its scene and its seed are named anyway
+_UNSAID = NOT_IDENTITY | {"instances", "seed", "device", "trainer", "performance"}
+_LONGEST = 80  # letters beside scene and seed; Weights & Biases takes names of 128
+
+
+@dataclass(frozen=True)
+class CodeVersion:
+    """`digest` of the package's files; `commit` and `dirty` (changes not committed) where git knows them.
+
+    Both are None where no git keeps the package: whether it was changed is not known there.
+    """
+
+    digest: str
+    commit: str | None
+    dirty: bool | None
+
+    def __str__(self) -> str:
+        return f"{(self.commit or self.digest)[:8]}{_STATES[self.dirty]}"
 
 
 def fingerprint(settings: Mapping[str, Any], without: Collection[str] = ()) -> str:
@@ -42,12 +75,101 @@ def _of_all_seeds(*, _root_: DictConfig) -> str:
     return fingerprint(plain)[:6]
 
 
+def run_signature(settings: Mapping[str, Any], files: str | None) -> str:
+    """What runs have in common that are the same, whatever code made them.
+
+    Args:
+        settings: of a task with instances, in plain types.
+        files: the digest of the user's image and masks.
+    """
+    instances = settings["instances"]
+    if instances["folder"]:
+        place = str(Path(instances["folder"]).expanduser().absolute())
+        instances = {**instances, "folder": place}
+    return f"{settings['task']}-{fingerprint({**settings, 'instances': instances, 'files': files})}"
+
+
+@cache
+def _defaults(task: str) -> dict[str, str]:
+    """The option of each group that a task takes unless another one is typed."""
+    listed = read_yaml(conf_folder() / f"{task}.yaml")["defaults"]
+    return {group: option for each in listed if isinstance(each, dict) for group, option in each.items()}
+
+
+def _called(*, _root_: DictConfig) -> str:
+    """`${called:}`: what a person would call a run and those that differ from it by their seed alone.
+
+    Its row in a table, or else the choices that were typed and are no defaults, and the scene. What a sweep
+    varies comes first, since lists in dashboards are narrow, then groups before single keys.
+    """
+    origin = _root_.get("origin") or {}
+    # the last of the same key wins, and a place is no choice
+    typed = {
+        (parts := text.lstrip("+").partition("="))[0]: parts[2]
+        for text in origin.get("overrides") or []
+        if "/" not in text
+    }
+    swept = origin.get("swept") or []
+    said = [
+        (key not in swept, key.count("."), _short(key) + f"={value}" * bool(value))
+        for key, value in typed.items()
+        if (key in swept or _defaults(_root_.task).get(key) != value)
+        and re.split("[.@]", key.lstrip("~"), maxsplit=1)[0] not in _UNSAID
+    ]
+    said = [text for *_, text in sorted(said)]
+    while len(", ".join(said)) > _LONGEST and len(said) > 1:
+        said.pop()
+    said = [origin["row"]] if origin.get("row") else said or [_root_.get("method") or _root_.task]
+    instances = _root_.get("instances") or {}
+    scene = instances.get("name")
+    if scene == "local" and instances.get("folder"):
+        scene = Path(instances["folder"]).name
+    return ", ".join([", ".join(said)[:_LONGEST], *([scene] if scene else [])])
+
+
+def _short(key: str) -> str:
+    """The end of a dotted key; the group of a choice without its package."""
+    return ".".join(key.partition("@")[0].split(".")[-2:])
+
+
 def _steps_of(model: str) -> str:
     """`${steps_of:MODEL}`: the miniatures have steps and rates of their own, others the published."""
     return "miniature" if model.startswith("miniature") else "published"
 
 
+def _place_of_job(*, _root_: DictConfig) -> str:
+    return import_module("mifo.config.sweeps").place_of_job(_root_)
+
+
 def register_resolvers() -> None:
-    """Make `${of_all_seeds:}` and `${steps_of:MODEL}` known to OmegaConf."""
+    """Make what conf/ computes known to OmegaConf, such as `${called:}`."""
+    OmegaConf.register_new_resolver("place_of_job", _place_of_job, replace=True)
+    OmegaConf.register_new_resolver("called", _called, replace=True)
     OmegaConf.register_new_resolver("of_all_seeds", _of_all_seeds, replace=True)
     OmegaConf.register_new_resolver("steps_of", _steps_of, replace=True)
+
+
+@cache
+def code_version() -> CodeVersion:
+    """The version of the package, but for `mifo/tables`, which computes nothing that is measured."""
+    package = Path(mifo.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*")):
+        inside = path.relative_to(package)
+        if path.is_file() and "__pycache__" not in inside.parts and inside.parts[0] != "tables":
+            digest.update(str(inside).encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    # an installed package may lie in a repository that is not its own
+    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return CodeVersion(digest.hexdigest()[:12], None, None)
+    commit = _git(package, "rev-parse", "HEAD")
+    changed = _git(package, "status", "--porcelain", "--", str(package), str(conf_folder()))
+    return CodeVersion(digest.hexdigest()[:12], commit, None if changed is None else bool(changed))
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

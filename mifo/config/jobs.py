@@ -6,12 +6,17 @@ import json
 import os
 import shutil
 import socket
+import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -19,18 +24,20 @@ from rich.markup import escape
 from rich.table import Table
 
 from mifo.config.compose import as_plain, explain
-from mifo.config.resume import COMMAND, CONFIG, FREE, Command, read_settings
-from mifo.config.schema import TaskSettings
+from mifo.config.identity import code_version, run_signature
+from mifo.config.resume import FREE, Command, read_settings
+from mifo.config.schema import Origin, TaskSettings
 from mifo.data.photo_folder import folder_digest
 from mifo.errors import MifoError, refuse
-from mifo.files import read_record, write_whole
+from mifo.files import COMMAND, CONFIG, STATUS, read_record, write_whole
 
-STATUS = "status.json"
 LOCK = ".lock"
 
+swept: list[str] = []  # the keys that the sweep of this process's job varies
 _sweep_folder: Path | None = None
 _claimed: set[Path] = set()  # folders that hold the runs of this process
 _locks: dict[Path, int] = {}  # folder → file descriptor; the lock ends with the process, however it ends
+_BEAT, _SILENCE = 60, 600  # seconds between signs of life, and without one until a process counts as dead
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,9 @@ class Status:
 class FoldersOfHydra(Callback):
     """Knows a run's or a sweep's folder before Hydra writes there."""
 
+    def __init__(self) -> None:
+        self.swept: list[str] = []
+
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Lock the folder of a single run."""
         try:
@@ -59,35 +69,76 @@ class FoldersOfHydra(Callback):
         """Called by Hydra in the process that starts the jobs; remembers the folder for the summary."""
         global _sweep_folder
         _sweep_folder = Path(os.path.abspath(config.hydra.sweep.dir))
+        given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        self.swept = [each.key_or_group for each in given if each.is_sweep_override()]
+        self.swept += config.hydra.sweeper.get("params") or []
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by Hydra in the process of a job, to which this object travels."""
+        global swept
+        swept = self.swept
 
 
-def lock_folder(folder: Path) -> None:
+def lock_folder(folder: Path, wait: bool = False) -> None:
     """Keep other processes out of a job's folder until `unlock_folder`, or until this process ends.
 
+    A thread of this process touches the lock file every minute: a sign of life for other hosts.
+
+    Args:
+        wait: for the end of another process that works there.
+
     Raises:
-        MifoError: another process works there.
+        MifoError: another process works there, and is not waited for.
     """
+    folder = Path(os.path.realpath(folder))
     if folder in _locks:
         return
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise MifoError(
-            f"{folder} is in use by another process; wait for its end, or choose another folder"
-        ) from None
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
-            raise
+        # on a file system without locks the signs of life of a run must do
+        lockless = error.errno in (errno.ENOLCK, errno.EOPNOTSUPP)
+        if not lockless or (read_status(folder) or {}).get("status") == "running":
+            os.close(handle)
+            if not lockless and not isinstance(error, BlockingIOError):
+                raise
+            raise MifoError(
+                f"{folder} is in use by another process; wait for its end, or choose another folder"
+            ) from None
+    except BaseException:  # a signal, while it waits
+        os.close(handle)
+        raise
+    os.utime(handle)
     _locks[folder] = handle
+    _start_beating(os.getpid())
+
+
+@cache
+def _start_beating(process: int) -> None:
+    """Show other hosts by the times of the lock files that this process lives; once a process."""
+
+    def beat() -> None:
+        while True:
+            time.sleep(_BEAT)
+            for handle in list(_locks.values()):
+                with suppress(OSError):
+                    os.utime(handle)
+
+    Thread(target=beat, daemon=True).start()
 
 
 def unlock_folder(folder: Path) -> None:
     """Let other processes in again."""
-    if folder in _locks:
-        os.close(_locks.pop(folder))
+    if (handle := _locks.pop(Path(os.path.realpath(folder)), None)) is not None:
+        os.close(handle)
+
+
+def unlock_folders() -> None:
+    """Let other processes into all folders of the job that ends."""
+    for folder in list(_locks):
+        unlock_folder(folder)
 
 
 def write_status(folder: Path, status: str, overrides: list[str], error: str | None = None) -> None:
@@ -103,16 +154,22 @@ def write_status(folder: Path, status: str, overrides: list[str], error: str | N
 def read_status(folder: Path) -> dict[str, Any] | None:
     """What `status.json` of a job's folder says; None where there is no readable one.
 
-    A job whose process has gone from this host without a word has the status "died".
+    A job whose process has gone without a word has the status "died": on this host there is no such process,
+    on others it gave no sign of life for ten minutes.
     """
     try:
         known = read_record(folder / STATUS, Status)
     except MifoError:
         return None
-    if known.status == "running" and known.host == socket.gethostname() and not _is_alive(known.pid or 0):
-        reason = f"process {known.pid} ended without a word, as by a kill or a power cut; it can be continued"
-        return asdict(known) | {"status": "died", "error": reason}
-    return asdict(known)
+    if known.status != "running":
+        return asdict(known)
+    if known.host == socket.gethostname():
+        died = not _is_alive(known.pid or 0)
+    else:
+        lock = folder / LOCK
+        died = lock.is_file() and time.time() - lock.stat().st_mtime > _SILENCE
+    reason = f"process {known.pid} ended without a word, as by a kill or a power cut; it can be continued"
+    return asdict(known) | ({"status": "died", "error": reason} if died else {})
 
 
 def _is_alive(pid: int) -> bool:
@@ -173,9 +230,10 @@ def report_sweep() -> bool:
         return False
     folder, _sweep_folder = _sweep_folder, None
     # a job's folder may lie deeper, as with hydra.sweep.subdir='${method}/seed_${seed}'
+    linked = [path / STATUS for path in folder.glob("*") if path.is_symlink()]  # made by another sweep
     found = {
         str(path.parent.relative_to(folder)): status
-        for path in folder.rglob(STATUS)
+        for path in (*folder.rglob(STATUS), *linked)
         if (status := read_status(path.parent))
     }
     jobs = dict(sorted(found.items(), key=lambda job: (len(job[0]), job[0])))
@@ -202,9 +260,14 @@ def claim_folder(settings: TaskSettings) -> Path:
     folder = Path(settings.paths.output)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CONFIG
+    code = code_version()
+    settings.origin.code, settings.origin.dirty = code.commit or code.digest, code.dirty
     mine = as_plain(settings)
     if path.is_file():
         before = read_settings(folder, settings.task)
+        if before["origin"]["code"]:  # else it is of a version that recorded none
+            mine["origin"] = before["origin"]
+            settings.origin = Origin(**before["origin"])
         other = [key for key in {*mine, *before} - FREE if mine.get(key) != before.get(key)]
         if other:
             raise MifoError(
@@ -220,7 +283,7 @@ def _record_command(folder: Path, settings: TaskSettings) -> None:
     """Record once what was typed, where, and what the user's image and masks were; refuse others later."""
     command, instances = folder / COMMAND, getattr(settings, "instances", None)
     files = folder_digest(instances) if instances else None
-    if command.is_file():
+    if command.is_file() and (folder / CONFIG).is_file():
         if read_record(command, Command).files != files:
             raise MifoError(
                 f"the image or the masks of the run in {folder} have changed since it began; choose another "
@@ -228,5 +291,6 @@ def _record_command(folder: Path, settings: TaskSettings) -> None:
             )
         return
     typed = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-    record = asdict(Command(typed, str(Path.cwd()), files))
+    signature = run_signature(as_plain(settings), files) if instances else None
+    record = asdict(Command(typed, str(Path.cwd()), files, signature))
     write_whole(command, json.dumps(record, indent=2) + "\n")

@@ -22,14 +22,14 @@ from mifo.config.compose import as_plain, settings_of
 from mifo.config.location import conf_folder
 from mifo.config.schema import SCHEMAS
 from mifo.errors import MifoError
-from mifo.files import read_record, read_yaml
+from mifo.files import COMMAND, CONFIG, read_record, read_yaml
 
 RESUMED = "resumed"  # the name of the primary configuration
-CONFIG = "config.yaml"
-COMMAND = "command.json"
 # what may differ when a run is continued, since it changes where and how fast, not what
 FREE = {
     "resume",
+    "again",
+    "origin",
     "paths",
     "device",
     "performance",
@@ -53,11 +53,12 @@ _PLACES = re.compile(r"(^|_)(dir|dirs|dirpath|directory|path|root|folder|file|fi
 
 @dataclass(frozen=True)
 class Command:
-    """What was typed for a run and in which folder, and the digest of the user's image and masks."""
+    """What was typed for a run and where, the digest of the user's image and masks, and its signature."""
 
     overrides: list[str]
     folder: str
     files: str | None = None
+    signature: str | None = None
 
 
 def folder_to_resume(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:

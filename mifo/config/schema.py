@@ -32,6 +32,21 @@ class PathsSettings:
 
 
 @dataclass
+class Origin:
+    """Where a run comes from: recorded when it begins, and shown by loggers and `mifo results`."""
+
+    choices: dict[str, str] = field(default_factory=dict)  # group → option
+    overrides: list[str] = field(default_factory=list)  # what was typed
+    sweep: str | None = None  # its folder
+    swept: list[str] = field(default_factory=list)  # the keys that it varies
+    table: str | None = None  # that made the run, with the run's row and set of scenes
+    row: str | None = None
+    set: str | None = None
+    code: str | None = None  # commit, or digest of the package's files
+    dirty: bool | None = None  # changes were not committed; None: no git knows
+
+
+@dataclass
 class TaskSettings:
     """What every task knows."""
 
@@ -41,10 +56,13 @@ class TaskSettings:
     exclusive_gpu: bool = (
         False  # take a GPU that no other job of this host has taken; for hydra/launcher=gpus
     )
-    group: str | None = None  # for the logger: runs that differ by their seed alone share it
+    # for the logger: runs that differ by their seed alone share it
+    group: str | None = None
     tags: list[str] = field(default_factory=list)  # for the logger, and for finding runs again
+    again: bool = False  # in a sweep: make also what is done already
     resume: str | None = None  # the folder of an interrupted run to continue, with that run's configuration
     paths: PathsSettings = field(default_factory=PathsSettings)
+    origin: Origin = field(default_factory=Origin)  # MIFO fills it in
 
 
 @dataclass
@@ -132,7 +150,9 @@ class DashboardSettings(TaskSettings):
 
     entity: str = MISSING  # the user or team on Weights & Biases
     project: str = "mifo"
-    group_by: str = "method"  # the setting whose values are compared
+    group_by: Any = "method"  # the choice or setting whose values are compared, or several: [penalty,seed]
+    table: str | None = None  # a folder of experiments/ whose rows are compared, in the table's columns
+    results: str | None = None  # where the table was written; None: the newest of outputs/tables
 
 
 @dataclass

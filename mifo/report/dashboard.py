@@ -3,51 +3,112 @@
 Needs the extra `dashboard`; nothing is sent before `save()` is called on what is returned.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 import wandb_workspaces.reports.v2 as reports
 import wandb_workspaces.workspaces as workspaces
+from wandb_workspaces import expr
 
 from mifo.metrics.evaluation import METRICS, best_of
 
 LOSSES = ("total", "denoising", "attention", "prior")
 STAGES = ("semantic", "finetuning")
+_WEIGHTS = ("reward_weight", "terms.penalty.weight", "terms.finetuning.weight")
 
 
-def ablation_workspace(entity: str, project: str, group_by: str) -> workspaces.Workspace:
-    """Scores, trade-off, learning curves and pictures of all runs, grouped by the setting `group_by`."""
+@dataclass(frozen=True)
+class Comparison:
+    """What a dashboard compares.
+
+    Attributes:
+        group_by: keys of the logged configuration whose values are told apart, the first one in bars.
+        table: only runs of this table; None: all of the project.
+        columns: scores that are shown.
+        finished: the finished table as Markdown, which the report begins with.
+    """
+
+    entity: str
+    project: str
+    title: str
+    group_by: Sequence[str]
+    table: str | None = None
+    columns: Sequence[str] = field(default_factory=lambda: [*METRICS])
+    finished: str | None = None
+
+    @property
+    def filters(self) -> list[expr.FilterExpr]:
+        return [expr.Config("table") == self.table] if self.table else []
+
+    @property
+    def shown(self) -> list[str]:
+        """Columns of the list of runs."""
+        scores = [f"summary:{summary_key(metric)}" for metric in self.columns]
+        return [f"config:{key}.value" for key in self.group_by] + scores
+
+
+def ablation_workspace(compared: Comparison) -> workspaces.Workspace:
+    """Scores, trade-off, pictures and learning curves of the compared runs, in their groups."""
     return workspaces.Workspace(
-        entity=entity,
-        project=project,
-        name=f"Ablations by {group_by}",
+        entity=compared.entity,
+        project=compared.project,
+        name=compared.title,
         sections=[
-            workspaces.Section(name="Scores", panels=_scores(group_by), is_open=True),
+            workspaces.Section(name="Scores", panels=_scores(compared), is_open=True),
             workspaces.Section(name="Trade-off", panels=[_trade_off()], is_open=True),
             workspaces.Section(name="Pictures", panels=_pictures(), is_open=True),
-            workspaces.Section(name="Learning", panels=_learning(group_by)),
+            workspaces.Section(name="Learning", panels=_learning(compared)),
             workspaces.Section(name="Weights of the losses", panels=_weights()),
         ],
-        runset_settings=workspaces.RunsetSettings(groupby=[workspaces.Config(group_by)]),
+        runset_settings=workspaces.RunsetSettings(
+            groupby=[workspaces.Config(key) for key in compared.group_by],
+            filters=compared.filters,
+            pinned_columns=compared.shown,
+        ),
     )
 
 
-def ablation_report(entity: str, project: str, group_by: str) -> reports.Report:
-    """The same scores and pictures as a page to hand on."""
-    runs = reports.Runset(entity=entity, project=project, groupby=[f"config.{group_by}"])
+def ablation_report(compared: Comparison) -> reports.Report:
+    """The same scores and pictures as a page to hand on, after the finished table where there is one."""
+    runs = reports.Runset(
+        entity=compared.entity,
+        project=compared.project,
+        groupby=[f"config.{key}" for key in compared.group_by],
+        filters=compared.filters,
+        pinned_columns=compared.shown,
+    )
     directions = ", ".join(
-        f"{name} {'↑' if kind.higher_is_better else '↓'}" for name, kind in METRICS.items()
+        f"{name} {'↑' if METRICS[name].higher_is_better else '↓'}" for name in compared.columns
     )
+    finished: list[reports.Block] = []
+    if compared.finished:
+        table_run = reports.Runset(
+            entity=compared.entity,
+            project=compared.project,
+            filters=[*compared.filters, expr.Metric("JobType") == "table"],
+        )
+        drawn = [
+            reports.MediaBrowser(media_keys=["table/plot", "table/pages"], num_columns=1),
+            reports.WeavePanelSummaryTable(table_name="table/estimates"),
+        ]
+        finished = [
+            reports.MarkdownBlock(text=compared.finished),
+            reports.PanelGrid(runsets=[table_run], panels=drawn),
+        ]
     return reports.Report(
-        entity=entity,
-        project=project,
-        title=f"MIFO: ablations by {group_by}",
+        entity=compared.entity,
+        project=compared.project,
+        title=f"MIFO: {compared.title}",
         description="Written by `mifo dashboard`.",
         blocks=[
+            *finished,
             reports.H1("Scores"),
             reports.P(f"Means over the runs of a group, with their standard errors. {directions}."),
-            reports.PanelGrid(runsets=[runs], panels=[*_scores(group_by), _trade_off()]),
+            reports.PanelGrid(runsets=[runs], panels=[*_scores(compared), _trade_off()]),
             reports.H1("Pictures"),
             reports.PanelGrid(runsets=[runs], panels=_pictures()),
             reports.H1("Learning"),
-            reports.PanelGrid(runsets=[runs], panels=_learning(group_by)),
+            reports.PanelGrid(runsets=[runs], panels=_learning(compared)),
         ],
         width="fluid",
     )
@@ -58,16 +119,16 @@ def summary_key(metric: str) -> str:
     return f"evaluation/{metric}.{best_of(metric)}"
 
 
-def _scores(group_by: str) -> list[reports.BarPlot]:
+def _scores(compared: Comparison) -> list[reports.BarPlot]:
     return [
         reports.BarPlot(
-            title=f"{metric.replace('_', ' ')} {'↑' if kind.higher_is_better else '↓'}",
+            title=f"{metric.replace('_', ' ')} {'↑' if METRICS[metric].higher_is_better else '↓'}",
             metrics=[summary_key(metric)],
-            groupby=reports.Config(group_by),
+            groupby=reports.Config(compared.group_by[0]),
             groupby_aggfunc="mean",
             groupby_rangefunc="stderr",
         )
-        for metric, kind in METRICS.items()
+        for metric in compared.columns
     ]
 
 
@@ -80,22 +141,25 @@ def _trade_off() -> reports.ScatterPlot:
 
 
 def _pictures() -> list[reports.WeavePanelSummaryTable | reports.MediaBrowser]:
-    """Every picture with its scores, the heat maps, and what `callbacks=full` draws while learning."""
+    """The pictures run by run, each with its scores, the heat maps, and what `callbacks=full` draws."""
     drawn = ("samples", "attention_maps", "leakage")
     keys = ["evaluation/leakage_matrix", *(f"{stage}/{name}" for stage in STAGES for name in drawn)]
     return [
+        reports.MediaBrowser(
+            title="pictures by run", media_keys=["evaluation/samples"], grid_x_axis="step", grid_y_axis="run"
+        ),
         reports.WeavePanelSummaryTable(table_name="evaluation/pictures"),
         *(reports.MediaBrowser(media_keys=[key], num_columns=4) for key in keys),
     ]
 
 
-def _learning(group_by: str) -> list[reports.LinePlot]:
+def _learning(compared: Comparison) -> list[reports.LinePlot]:
     return [
         reports.LinePlot(
             title=f"{stage}: {loss}",
             x="trainer/global_step",
             y=[f"{stage}/loss/{loss}"],
-            groupby=reports.Config(group_by),
+            groupby=reports.Config(compared.group_by[0]),
             groupby_aggfunc="mean",
             groupby_rangefunc="stderr",
             smoothing_factor=0.6,
@@ -107,7 +171,7 @@ def _learning(group_by: str) -> list[reports.LinePlot]:
 
 def _weights() -> list[reports.ParallelCoordinatesPlot | reports.ParameterImportancePlot]:
     columns = [
-        *(reports.Config(f"penalty.{term}.weight") for term in ("warmup", "semantic", "finetuning")),
+        *(reports.Config(f"penalty.{term}") for term in _WEIGHTS),
         *(
             reports.SummaryMetric(summary_key(name))
             for name in ("editability", "instance_consistency", "leakage")

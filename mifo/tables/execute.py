@@ -1,6 +1,5 @@
 """Making the runs that are missing, through a launcher of Hydra or in this process; none twice."""
 
-import fcntl
 import gc
 import json
 import os
@@ -16,21 +15,21 @@ from pathlib import Path
 import torch
 
 from mifo.config.compose import compose, reason, settings_of
-from mifo.config.jobs import STATUS, read_status, write_status
+from mifo.config.identity import code_version
+from mifo.config.jobs import STATUS, lock_folder, read_status, unlock_folder, write_status
 from mifo.config.launch import Launch, perform
 from mifo.errors import MifoError
 from mifo.files import read_record, whole_folder, write_whole
 from mifo.metrics.evaluation import SCORES, Evaluation
-from mifo.tables.plan import Run, code_version
+from mifo.tables.plan import Run
 from mifo.tables.record import About, Entry
 
 ABOUT, LOG = "table_run.json", "log.txt"
 
 _UNDER_WAY = {"running", "died", "interrupted"}
 
-Missing = tuple[
-    str, Path, tuple[str, ...]
-]  # of a run to be made: what it is called, its folder, its overrides
+# of a run to be made: what it is called, its folder, its overrides, its table, row and set
+Missing = tuple[str, Path, tuple[str, ...], dict[str, str | None]]
 Group = tuple[list[Missing], list[Path]]  # of runs that learn the same: those to be made, the folders of all
 
 
@@ -89,8 +88,8 @@ def execute(
     for same in found.values():
         named = [(f"{next(number)} of {total}: {run}", run) for run in same.values()]
         left = [(label, run) for label, run in named if not _done(run, pool, any_code, record)]
-        missing = [(label, _folder(run, pool), run.overrides) for label, run in left]
-        for _, folder, _ in missing:
+        missing = [(label, _folder(run, pool), run.overrides, _place(run)) for label, run in left]
+        for _, folder, *_ in missing:
             if _state(folder) != "running":  # how it ended before says nothing of this attempt
                 (folder / STATUS).unlink(missing_ok=True)
         if missing:
@@ -109,7 +108,7 @@ def _launch(jobs: Sequence[list[Group]], launch: Launch) -> None:
     try:
         launch(jobs)
     except Exception as error:
-        states = [{_state(folder) for missing, _ in job for _, folder, _ in missing} for job in jobs]
+        states = [{_state(folder) for missing, _ in job for _, folder, *_ in missing} for job in jobs]
         broken = [job for job, state in zip(jobs, states, strict=True) if state & _UNDER_WAY]
         if not broken:
             raise MifoError(f"the launcher failed: {reason(error)}; the same command goes on") from error
@@ -128,13 +127,16 @@ def _state(folder: Path) -> str | None:
 def make_runs(*groups: Group) -> None:
     """Make runs one after the other, in whichever process; their `status.json` say how they ended."""
     for missing, folders in groups:
-        for label, folder, overrides in missing:
+        for label, folder, overrides, place in missing:
             folder.mkdir(parents=True, exist_ok=True)
-            with _locked(folder):
+            lock_folder(folder, wait=True)
+            try:
                 if not _is_done(folder):
                     _borrow_learned(folder, folders)
                     with _logged(folder / LOG):
-                        _make(folder, list(overrides))
+                        _make(folder, list(overrides), place)
+            finally:
+                unlock_folder(folder)
             error = _why_not(folder)
             print(f"{label}: {f'failed: {error}' if error else 'ok'}", flush=True)
             # Lightning's objects refer to each other, so that a run's weights would linger
@@ -142,12 +144,12 @@ def make_runs(*groups: Group) -> None:
             torch.cuda.empty_cache()
 
 
-def _make(folder: Path, overrides: list[str]) -> None:
+def _make(folder: Path, overrides: list[str], place: dict[str, str | None]) -> None:
     write_status(folder, "running", overrides)
     started = time.monotonic()
     status, error = "ok", None
     try:
-        perform(settings_of(compose("run", [*overrides, f"paths.output='{folder}'"])))
+        perform(settings_of(compose("run", [*overrides, f"paths.output='{folder}'"], **place)))
     except Exception as raised:
         status, error = "failed", f"{type(raised).__name__}: {raised}"
     except BaseException:
@@ -191,6 +193,11 @@ def _folder(run: Run, pool: Path) -> Path:
     return pool.absolute() / f"{run.key}-{code_version().digest}"
 
 
+def _place(run: Run) -> dict[str, str | None]:
+    origin = run.settings.origin
+    return {"table": origin.table, "row": origin.row, "set": origin.set}
+
+
 def _is_done(folder: Path) -> bool:
     """Whether a run is finished; one whose files are damaged is made again from what is left of it."""
     if _state(folder) != "ok":
@@ -209,14 +216,6 @@ def _entry(folder: Path) -> Entry:
 def _about(folder: Path) -> About | None:
     path = folder / ABOUT
     return read_record(path, About) if path.exists() else None
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Wait until no other process works in `folder`, and keep others out as long as this one lives."""
-    with open(folder / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

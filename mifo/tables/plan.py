@@ -1,21 +1,17 @@
 """Which runs a table needs, and what each of them is known by."""
 
-import hashlib
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from functools import cache, cached_property
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import track
 
-import mifo
 from mifo.config.checks import check
 from mifo.config.compose import REFUSALS, compose, explain, settings_of
 from mifo.config.identity import fingerprint
@@ -33,22 +29,6 @@ Composed = tuple[RunSettings | None, str | None]  # settings, or why they are re
 _AFTER_LEARNING = {"layout", "guidance", "synthesis", "metrics"}
 _ANYWHERE = "paths.output=unknown"  # a run's folder follows from its identity, so that it is no part of it
 _REFUSED = (MifoError, *REFUSALS)
-_STATES = {True: " (dirty)", False: "", None: " (no git)"}
-
-
-@dataclass(frozen=True)
-class CodeVersion:
-    """`digest` of the package's files; `commit` and `dirty` (changes not committed) where git knows them.
-
-    Both are None where no git keeps the package: whether it was changed is not known there.
-    """
-
-    digest: str
-    commit: str | None
-    dirty: bool | None
-
-    def __str__(self) -> str:
-        return f"{(self.commit or self.digest)[:8]}{_STATES[self.dirty]}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +85,12 @@ def plan(name: str, settings: TableSettings, overrides: list[str]) -> list[Run]:
         for label, instances in scenes:
             typed, refusal = composed[instances]
             for seed in settings.seeds:
-                own = typed and replace(typed, seed=seed)
                 given = (*cells[instances], f"seed={seed}")
+                own = typed and replace(
+                    typed,
+                    seed=seed,
+                    origin=replace(typed.origin, overrides=[*given], table=name, row=row, set=label),
+                )
                 runs.append(Run(row, label, instances, seed, given, own, refusal))
     _check_measures(runs)
     return runs
@@ -172,11 +156,20 @@ def compose_row(cells: Mapping[str, list[str]]) -> dict[str, Composed]:
     if not is_usual:
         return {scene: compose_cell(given) for scene, given in cells.items()}
     others = OmegaConf.masked_copy(config, [key for key in config if key not in ("instances", "group")])
-    is_read = re.search(r"\$\{[^}]*(instances|group)", OmegaConf.to_yaml(others))
+    is_read = re.search(r"\$\{[^}]*(instances|group|called)", OmegaConf.to_yaml(others))
     found: dict[str, Composed] = {}
     for scene, given in cells.items():
         try:
-            part = {"instances": _instances(scene, own), "group": given[1].partition("=")[2]}
+            origin = replace(
+                typed.origin,
+                choices={**typed.origin.choices, "instances": scene},
+                overrides=[*given, _ANYWHERE],
+            )
+            part = {
+                "instances": _instances(scene, own),
+                "group": given[1].partition("=")[2],
+                "origin": origin,
+            }
             each = settings_of(OmegaConf.merge(config, part)) if is_read else replace(typed, **part)
             check(each)
             found[scene] = each, None
@@ -201,24 +194,6 @@ def compose_cell(overrides: list[str]) -> Composed:
     return typed, None
 
 
-@cache
-def code_version() -> CodeVersion:
-    """The version of the package, but for `mifo/tables`, which computes nothing that is measured."""
-    package = Path(mifo.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*")):
-        inside = path.relative_to(package)
-        if path.is_file() and "__pycache__" not in inside.parts and inside.parts[0] != "tables":
-            digest.update(str(inside).encode())
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-    # an installed package may lie in a repository that is not its own
-    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
-        return CodeVersion(digest.hexdigest()[:12], None, None)
-    commit = _git(package, "rev-parse", "HEAD")
-    changed = _git(package, "status", "--porcelain", "--", str(package), str(conf_folder()))
-    return CodeVersion(digest.hexdigest()[:12], commit, None if changed is None else bool(changed))
-
-
 def _rows(settings: TableSettings) -> list[tuple[str, list[str]]]:
     rows = list(settings.rows.items())
     for values in product(*settings.grid.values()) if settings.grid else ():
@@ -237,11 +212,3 @@ def _scenes(settings: TableSettings) -> list[tuple[str, str]]:
                 raise MifoError(f"table.scenes.{name}: no option of conf/instances is called {pattern}")
             found += [(name, option) for option in matching]
     return found
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

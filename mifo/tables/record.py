@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from mifo.config.identity import CodeVersion
 from mifo.errors import MifoError
 from mifo.files import as_record, read_json, read_text, write_whole
 from mifo.metrics.evaluation import METRICS
 from mifo.metrics.scores import Evaluator, Score
 from mifo.report.tables import write_csv
-from mifo.tables.plan import CodeVersion, Run
+from mifo.tables.plan import Run
 from mifo.tables.settings import FILE
 
 RUNS, EVALUATORS = "runs.csv", "evaluators.json"

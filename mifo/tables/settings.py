@@ -44,6 +44,7 @@ class TableSettings:
     missing: str = "run"  # run: make what is missing; leave: the table of what is finished
     runs: str = "outputs/runs"  # all tables share their runs
     record: str | None = None  # the results of an earlier table, whose runs count as they are
+    send: bool = False  # tell Weights & Biases of finished runs that it was not told of, and of the table
     results: str | None = None  # where the table goes; None: outputs/tables/NAME-…
 
 
@@ -56,6 +57,8 @@ HELP = f"""usage: mifo table FOLDER [table.KEY=VALUE ...] [override of every run
   mifo table experiments/methods hydra/launcher=gpus hydra.launcher.n_jobs=2    each alone on a GPU
   mifo table experiments/methods hydra/launcher=submitit_slurm hydra.launcher.partition=NAME table.per_job=9
   mifo table experiments/methods table.missing=leave               the table of what is finished so far
+  mifo table experiments/methods logger=wandb                      its runs appear there, with row and set
+  mifo table experiments/methods table.send=true table.missing=leave    so do finished ones, once
   mifo table experiments/methods table.record=FOLDER ...           with the runs of an earlier table's results
 
 FOLDER/table.yaml says what is asked; table.KEY=VALUE changes one of its keys, which are

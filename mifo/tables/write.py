@@ -23,7 +23,7 @@ from mifo.tables.plot import draw_table, name
 from mifo.tables.record import RUNS, Entry, write_record
 from mifo.tables.settings import TableSettings
 
-_HOW = {"workers", "per_job", "code", "missing", "runs", "record", "results", "pages"}
+_HOW = {"workers", "per_job", "code", "missing", "runs", "record", "results", "pages", "send"}
 MOST = 20  # runs without a result that a table names
 QUESTION = "question.json"
 
@@ -43,6 +43,13 @@ def claim_results(folder: Path, settings: TableSettings, overrides: Sequence[str
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
+
+
+def newest_results(name: str) -> Path | None:
+    """The folder in which the table `name` was written last, unless another one was chosen for it."""
+    written = Path("outputs/tables").glob(f"{name}-*/table.md")
+    newest = max(written, key=lambda path: path.stat().st_mtime, default=None)
+    return newest and newest.parent
 
 
 def _is_asked(path: Path, asked: dict[str, Any]) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import wandb
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
@@ -13,6 +14,8 @@ from mifo.data.instances import InstanceSet
 from mifo.data.saved_pictures import Picture, as_image
 from mifo.metrics.evaluation import METRICS, Evaluation, best_of
 from mifo.report.heat_map import draw_leakage
+from mifo.report.picture_grid import draw_pictures
+from mifo.tracking.trackio_logger import TrackioLogger
 
 # where scores are logged: at the end, and by the callback while learning
 _SCORES = ("evaluation", "semantic/scores", "finetuning/scores")
@@ -35,44 +38,68 @@ def log_evaluation(
     instances: InstanceSet,
     step: int | None = None,
 ) -> None:
-    """Send the mean scores, a table of every picture with its scores, and the leakage matrix.
+    """Send the mean scores, all pictures, a table of them with their scores, and the leakage matrix.
 
     Args:
         step: of learning, after which the pictures were made; None: nothing was learned here.
     """
     scores = {f"evaluation/{score.metric}": score.value for score in evaluation.scores}
-    heat_map = evaluation.leakage_matrix and draw_leakage(evaluation.leakage_matrix, instances.tokens)
+    shown = {"evaluation/samples": draw_pictures(pictures)}
+    if evaluation.leakage_matrix:
+        shown["evaluation/leakage_matrix"] = draw_leakage(evaluation.leakage_matrix, instances.tokens)
     for logger in loggers:
         logger.log_metrics(scores, step)
-        if isinstance(logger, WandbLogger):
+        if isinstance(logger, WandbLogger | TrackioLogger):
             _log_table(logger, evaluation, pictures)
-            if heat_map:
-                logger.log_image("evaluation/leakage_matrix", [heat_map])
-        elif isinstance(logger, TensorBoardLogger) and heat_map:
-            logger.experiment.add_image(
-                "evaluation/leakage_matrix", np.asarray(heat_map), step, dataformats="HWC"
-            )
+            for key, image in shown.items():
+                logger.log_image(key, [image])
+        elif isinstance(logger, TensorBoardLogger):
+            for key, image in shown.items():
+                logger.experiment.add_image(key, np.asarray(image), step, dataformats="HWC")
 
 
-def log_learned(loggers: Sequence[Logger], learned: Path, name: str, seed: int) -> None:
-    """Keep the folder `learned/` as an artifact; the seeds of a configuration are versions of one `name`."""
+def log_learned(loggers: Sequence[Logger], learned: Path, name: str, group: str | None) -> None:
+    """Keep the folder `learned/` as the artifact `name`, of which the group is an alias."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             facts = json.loads((learned / "learned.json").read_text())
-            artifact = wandb.Artifact(re.sub(r"[^\w.-]+", "_", name), type="learned", metadata=facts)
+            artifact = wandb.Artifact(_plain(name), type="learned", metadata=facts)
             for path in sorted(learned.iterdir()):
                 if path.stat().st_size > _LARGEST_UPLOAD:
                     artifact.add_reference(path.resolve().as_uri(), name=path.name)
                 else:
                     artifact.add_file(str(path))
-            logger.experiment.log_artifact(artifact, aliases=[f"seed-{seed}"])
+            logger.experiment.log_artifact(artifact, aliases=[_plain(group)] if group else None)
 
 
-def _log_table(logger: WandbLogger, evaluation: Evaluation, pictures: Sequence[Picture]) -> None:
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", name)[:128]
+
+
+def log_table(logger: WandbLogger, name: str, folder: Path) -> None:
+    """Send a finished table: estimates, plot, pages of pictures, and its files as an artifact."""
+    pages = [wandb.Image(str(path), caption=path.stem) for path in sorted(folder.glob("pictures-*.jpg"))]
+    shown = {
+        "table/estimates": wandb.Table(dataframe=pd.read_csv(folder / "table.csv")),
+        "table/plot": wandb.Image(str(folder / "table.png")),
+    }
+    logger.experiment.log(shown | ({"table/pages": pages} if pages else {}))
+    artifact = wandb.Artifact(_plain(f"table-{name}"), type="table")
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and not path.name.startswith(".") and path.name != "wandb_id.txt":
+            artifact.add_file(str(path))
+    logger.experiment.log_artifact(artifact)
+
+
+def _log_table(
+    logger: WandbLogger | TrackioLogger, evaluation: Evaluation, pictures: Sequence[Picture]
+) -> None:
     metrics = [metric for metric in METRICS if any(metric in row for row in evaluation.pictures)]
     rows = [
         [
-            wandb.Image(as_image(picture.image), boxes=_boxes(picture)),
+            wandb.Image(as_image(picture.image), boxes=_boxes(picture))
+            if isinstance(logger, WandbLogger)
+            else as_image(picture.image),
             picture.prompt,
             json.dumps(picture.boxes),
             picture.seed,

@@ -1,0 +1,97 @@
+"""`table.send=true`: Weights & Biases is told of finished runs, each once, and of their table."""
+
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import wandb
+from lightning.pytorch.loggers import Logger
+from rich.progress import track
+
+from mifo.commands.setup import has_wandb_key, open_logger, open_loggers
+from mifo.config.compose import compose, settings_of
+from mifo.config.jobs import lock_folder, unlock_folder
+from mifo.config.schema import RunSettings
+from mifo.data.instances import read_instances
+from mifo.data.saved_pictures import read_pictures
+from mifo.metrics.evaluation import SCORES, Evaluation
+from mifo.tables.execute import Done
+from mifo.tracking.results import log_evaluation, log_learned, log_table
+
+_BEGUN = ".sending"  # in a folder of which not all was sent
+
+
+def send(name: str, title: str, table: Path, ended: Sequence[Done]) -> None:
+    """Send what is finished and was not sent, and the table `name` that was written into the folder `table`.
+
+    A run that was logged while it was made, or sent before by whichever table, is not sent again. One whose
+    sending was interrupted goes on under its id.
+    """
+    finished = [done for done in ended if done.folder is not None]
+    count = 0
+    settings = None
+    for done in track(finished, "sending"):
+        lock_folder(done.folder, wait=True)
+        try:
+            told = (done.folder / "wandb_id.txt").is_file() and not (done.folder / _BEGUN).is_file()
+            if not told:
+                settings = _settings(done)
+                _send(done, settings)
+                count += 1
+        finally:
+            unlock_folder(done.folder)
+    print(f"sent: {count} runs, and {len(finished) - count} were there before")
+    if finished:
+        _send_table(name, title, table, settings or _settings(finished[0]))
+
+
+def _settings(done: Done) -> RunSettings:
+    """The settings of a finished run, with a logger of Weights & Biases and the code that made the run."""
+    origin = done.run.settings.origin
+    chosen = [] if "wandb" in done.run.settings.logger else ["logger=wandb"]
+    given = [*done.run.overrides, *chosen, f"paths.output='{done.folder}'"]
+    settings = settings_of(compose("run", given, table=origin.table, row=origin.row, set=origin.set))
+    settings.logger = {"wandb": settings.logger["wandb"]}
+    if (about := done.entry().about) is not None:
+        settings.origin.code, settings.origin.dirty = about.commit or about.digest, about.code.dirty
+    return settings
+
+
+def _send(done: Done, settings: RunSettings) -> None:
+    folder = done.folder
+    (folder / _BEGUN).touch()
+    evaluation, pictures = Evaluation.read(folder / SCORES), read_pictures(folder / "pictures")
+    instances = read_instances(settings.instances)
+    with open_loggers(settings) as loggers:
+        for path in sorted(folder.glob("csv/**/metrics.csv")):
+            _log_curves(loggers, path)
+        if (folder / "learned").is_dir():
+            called = f"{instances.name}-{settings.method}-seed-{settings.seed}"
+            log_learned(loggers, folder / "learned", called, settings.group)
+        steps = settings.learning.finetuning.steps or settings.learning.semantic.steps
+        log_evaluation(loggers, evaluation, pictures, instances, steps)
+    (folder / _BEGUN).unlink()
+
+
+def _log_curves(loggers: Sequence[Logger], path: Path) -> None:
+    """Send what the CSV logger wrote while a run learned."""
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            values = {key: float(text) for key, text in row.items() if text and key not in ("step", "epoch")}
+            for logger in loggers:
+                logger.log_metrics(values, int(row["step"]))
+
+
+def _send_table(name: str, title: str, table: Path, settings: RunSettings) -> None:
+    """Send the table as a run of its own, in which each sending follows the one before."""
+    if not has_wandb_key():
+        os.environ.setdefault("WANDB_MODE", "offline")
+    own = {"save_dir": str(table), "name": title, "group": name, "job_type": "table", "tags": [name]}
+    logger = open_logger("wandb", settings.logger["wandb"] | own, table, {"table": name})
+    failed = True
+    try:
+        log_table(logger, name, table)
+        failed = False
+    finally:
+        wandb.finish(exit_code=int(failed))

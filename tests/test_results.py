@@ -1,0 +1,198 @@
+"""`mifo results`: runs on disk, found by their settings and scores."""
+
+import csv
+import io
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mifo.commands import results as command
+from mifo.commands.results import results
+from mifo.tracking.index import Index
+
+SETTINGS = {
+    "task": "run",
+    "method": "mifo",
+    "instances": {"name": "three_cars", "class_names": ["car", "car"]},
+    "penalty": {"terms": {"penalty": {"weight": 0.02}}},
+    "paths": {"output": "x"},
+    "sheet": True,
+}
+
+
+def make(folder, number, status="ok", **scores):
+    """A folder of a run: its seed and weight follow from its number."""
+    folder.mkdir(parents=True)
+    settings = {
+        **SETTINGS,
+        "seed": number,
+        "penalty": {"terms": {"penalty": {"weight": number / 1000}}},
+        "origin": {"choices": {"penalty": "none" if number % 2 else "mifo"}, "row": None, "code": "abc"},
+    }
+    (folder / "config.yaml").write_text(yaml.dump(settings))
+    (folder / "status.json").write_text(json.dumps({"status": status, "error": None, "overrides": []}))
+    if scores:
+        listed = [{"metric": name, "value": value} for name, value in scores.items()]
+        (folder / "scores.json").write_text(json.dumps({"scores": listed, "pictures": []}))
+    for name in ("learned", ".hydra"):
+        (folder / name).mkdir()
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """300 runs of two sweeps, one alone, one that failed, and a link to one of them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for number in range(300):
+        folder = tmp_path / "multirun" / "run" / f"sweep{number % 2}" / str(number)
+        make(folder, number, leakage=(number * 7 % 300) / 300, editability=number / 300)
+    make(tmp_path / "outputs" / "run" / "alone", 1000, "failed")
+    (tmp_path / "multirun" / "run" / "sweep1" / "linked").symlink_to(tmp_path / "outputs" / "run" / "alone")
+    return tmp_path
+
+
+@pytest.fixture
+def listed(runs, capsys):
+    """`listed(argument, …)` gives the rows of the CSV."""
+
+    def ask(*arguments):
+        capsys.readouterr()
+        results([*arguments, "format=csv"])
+        return list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+
+    return ask
+
+
+def test_runs_are_filtered_by_any_setting_and_sorted_by_any_score(listed):
+    assert len(listed()) == 301
+    weight = "penalty.terms.penalty.weight"
+    found = listed(
+        "choices.penalty=none", f"{weight}>0.29", "sort=leakage", f"columns=[seed,leakage,{weight}]"
+    )
+    assert {int(row["seed"]) for row in found} == {291, 293, 295, 297, 299, 1000} - {1000}
+    assert [float(row["leakage"]) for row in found] == sorted(float(row["leakage"]) for row in found)
+    assert [row["seed"] for row in listed("sort=-editability", "seed<3", "columns=seed")] == ["2", "1", "0"]
+    assert [row["seed"] for row in listed("seed=5,7", "columns=seed")] == ["5", "7"]
+    assert len(listed("seed!=5,7")) == 299 and len(listed("status!=ok")) == 1
+    assert [row["folder"] for row in listed("status=failed")] == ["outputs/run/alone"]
+    assert len(listed("sheet=true")) == 301 and listed("sheet=false") == []
+    assert len(listed("multirun/run/sweep0")) == 150
+    assert listed("method=mifo", "sort=leakage")[-1]["seed"] == "1000"  # without the score: at the end
+
+
+def test_json_and_tables_say_the_same(runs, listed, capsys):
+    results(["seed<3", "columns=[seed,leakage]", "format=json"])
+    told = json.loads(capsys.readouterr().out)
+    assert [str(run["seed"]) for run in told] == [row["seed"] for row in listed("seed<3")]
+    results(["limit=2", "columns=[seed]"])
+    assert "2 of 301 runs; limit=0 shows all" in capsys.readouterr().out
+
+
+def test_what_changes_is_read_again_and_what_goes_is_forgotten(runs, listed):
+    folder = runs / "multirun" / "run" / "sweep0" / "0"
+    assert len(listed("seed=0")) == 1
+    shutil.rmtree(folder)
+    assert listed("seed=0") == []
+    make(folder, 500, leakage=0.5)
+    assert [row["leakage"] for row in listed("seed=500")] == ["0.5"]
+    (folder / "config.yaml").write_text("{")
+    (folder / "status.json").write_text(json.dumps({"status": "failed", "error": None, "overrides": []}))
+    assert [row["error"] for row in listed("status=failed", "columns=error")].count(
+        "config.yaml is damaged"
+    ) == 1
+
+
+@pytest.mark.parametrize("damage", ["deleted", "torn", "of another version", "read-only"])
+def test_the_index_can_always_be_made_again(runs, listed, damage):
+    before = listed("seed<9")
+    path = runs / "cache" / "mifo" / "results.sqlite"
+    if damage == "deleted":
+        path.unlink()
+    elif damage == "torn":
+        path.write_bytes(path.read_bytes()[:3000] + b"x" * 3000)
+    elif damage == "of another version":
+        import sqlite3
+
+        sqlite3.connect(path).execute("PRAGMA user_version = 99")
+    else:
+        shutil.rmtree(runs / "cache")
+        (runs / "cache").write_text("no folder")
+    assert listed("seed<9") == before
+
+
+def test_a_run_that_died_is_not_called_running(runs, listed):
+    status = {"status": "running", "error": None, "overrides": [], "pid": 2**22 + 1}
+    import socket
+
+    make(runs / "outputs" / "run" / "dead", 7000)
+    (runs / "outputs" / "run" / "dead" / "status.json").write_text(
+        json.dumps(status | {"host": socket.gethostname()})
+    )
+    assert [row["status"] for row in listed("seed=7000", "columns=status")] == ["died"]
+    assert len(listed("status=died")) == 1
+
+
+def test_two_runs_differ_in_what_is_named_and_a_sheet_is_opened(runs, capsys, monkeypatch):
+    results(["diff", "multirun/run/sweep0/2", "multirun/run/sweep1/3"])
+    told = capsys.readouterr().out
+    assert "choices.penalty" in told and "seed" in told and "leakage" in told and "instances.name" not in told
+    opened = []
+    monkeypatch.setattr(command.webbrowser, "open", opened.append)
+    (runs / "outputs" / "run" / "alone" / "contact_sheet.html").write_text("")
+    results(["show", "outputs/run/alone"])
+    assert opened == [(runs / "outputs" / "run" / "alone" / "contact_sheet.html").as_uri()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["weight>0.1"], "did you mean penalty.terms.penalty.weight?"),
+        (["sort=leakag"], "did you mean leakage?"),
+        (["nosuch"], "nosuch is no folder and no filter"),
+        (["format=xml"], "take table, csv or json"),
+        (["limit=-1"], "limit=-1 is no number of runs"),
+        (["diff", "one"], "diff takes two folders"),
+        (["show", "multirun"], "multirun holds no run"),
+    ],
+)
+def test_refusals_name_what_is_wrong(mifo, capsys, monkeypatch, tmp_path, arguments, words):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    make(tmp_path / "multirun" / "run" / "0", 1, leakage=0.5)
+    assert mifo("results", *arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_ten_thousand_runs_are_listed_in_a_moment(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    from mifo.config import compose, settings_of
+    from mifo.config.compose import as_plain
+
+    usual = as_plain(settings_of(compose("run", ["paths.output=x"])))
+    usual.pop("seed")
+    text = yaml.dump(usual, Dumper=yaml.CSafeDumper)
+    for number in range(10_000):
+        folder = tmp_path / "multirun" / "run" / str(number // 500) / str(number)
+        make(folder, number, leakage=number % 101 / 100)
+        (folder / "config.yaml").write_text(f"seed: {number}\n{text}")
+    began = time.monotonic()
+    Index([Path("multirun")])
+    first = time.monotonic() - began
+    seconds, own = [], []
+    for _ in range(5):
+        began, began_own = time.monotonic(), time.process_time()
+        results(["method=mifo", "seed>5000", "sort=leakage"])
+        seconds.append(time.monotonic() - began)
+        own.append(time.process_time() - began_own)
+    assert "40 of 4999 runs" in capsys.readouterr().out
+    with capsys.disabled():
+        print(
+            f"\n10,000 runs: {first:.1f} s at first, "
+            f"then {min(seconds):.3f} s ({min(own):.3f} s of a processor)"
+        )
+    assert min(own) < 0.3
