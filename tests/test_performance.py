@@ -350,6 +350,20 @@ def test_what_the_machine_lacks_is_left_out_in_one_line(monkeypatch, caplog):
     assert "performance=mine goes on without CUDA graphs and compiled blocks" in record.message
 
 
+def test_the_automatic_profile_is_the_fastest_that_fits(monkeypatch):
+    auto = PerformanceSettings(name="auto")
+    max_speed = settings_of(compose("benchmark", ["performance=max_speed", "paths.output=x"])).performance
+    assert available(auto, "cpu") == available(PerformanceSettings(), "cpu")
+    for has_bfloat16 in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has_bfloat16: has)
+        fastest = available(auto, "cuda")
+        assert (fastest.name == "max_speed") == fastest.cuda_graphs == has_bfloat16
+        assert fastest == available(max_speed if has_bfloat16 else PerformanceSettings(), "cuda")
+        typed = replace(auto, gradient_checkpointing=True)
+        for kept in (available(typed, "cuda"), available(auto, "cuda", torch.bfloat16)):
+            assert kept.name == "default" and kept.autocast and not kept.cuda_graphs
+
+
 def test_synthesis_in_half_precision_stays_near_full_precision(source, vectors, vector_unet):
     v = vectors("synthesis_two_boxes")
     # without guidance, whose descent on random weights lets the least difference grow

@@ -69,9 +69,12 @@ def check_performance(settings: PerformanceSettings) -> None:
         )
 
 
-def available(settings: PerformanceSettings, device: torch.device | str) -> PerformanceSettings:
+def available(
+    settings: PerformanceSettings, device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> PerformanceSettings:
     """What of a profile this machine can do; one line tells what is left out. "auto" is resolved."""
     gpu = torch.device(device).type == "cuda"
+    settings = _automatic(settings, gpu, dtype)
     # float16 needs scaled gradients, which the processor does not have
     meant = {"auto": "bfloat16" if gpu and torch.cuda.is_bf16_supported() else "float32"}
     meant |= {} if gpu else {"float16": "float32"}
@@ -94,6 +97,20 @@ def available(settings: PerformanceSettings, device: torch.device | str) -> Perf
             " and ".join(left_out),
         )
     return resolved
+
+
+def _automatic(settings: PerformanceSettings, gpu: bool, dtype: torch.dtype) -> PerformanceSettings:
+    """`performance=auto` made definite: max_speed on a GPU that has bfloat16, as default elsewhere.
+
+    What was typed beside it, and base weights that are not of type float32 (`dtype`), may exclude max_speed.
+    """
+    if settings.name != "auto":
+        return settings
+    free = settings.learning_precision == "auto" and not settings.gradient_checkpointing
+    if gpu and free and dtype is torch.float32 and torch.cuda.is_bf16_supported():
+        log.info("performance=auto takes max_speed: bfloat16 passes, channels-last layout, CUDA graphs.")
+        return replace(settings, name="max_speed", autocast=False, channels_last=True, cuda_graphs=True)
+    return replace(settings, name="default")
 
 
 def ready_for_learning(model: Accelerated, settings: PerformanceSettings) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class PerformanceSettings:
     """No key changes the mathematics; precisions below 32 bits round it."""
 
-    name: str = "default"  # of the profile, for benchmark tables
+    name: str = "default"  # of the profile; auto: max_speed where the machine and the other keys allow it
     matmul_precision: str = "high"  # of float32 products on a GPU: highest | high | medium
     threads: int | None = None  # of the processor; None: as many as torch chooses
     learning_precision: str = "auto"  # of products under autocast; weights that learn stay in float32

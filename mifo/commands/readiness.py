@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
+from mifo.acceleration.profile import available
 from mifo.backbones.loading import model_folder
 from mifo.backbones.model import DiffusionModel
 from mifo.backbones.shapes import load_shapes
 from mifo.backbones.weights import weight_files
-from mifo.commands.setup import has_wandb_key, tell_memory
+from mifo.commands.setup import device_of, has_wandb_key, tell_memory
 from mifo.commands.synthesize import check_layouts
 from mifo.config.schema import LearnSettings, RunSettings
 from mifo.data.class_pictures import class_prompts
@@ -153,7 +154,9 @@ def disk(setup: Setup) -> str:
 
 def memory(setup: Setup) -> str:
     """The GPU's memory, where there is one."""
-    needed = learning_memory(setup.model, setup.settings.learning, setup.settings.performance)
+    settings, model = setup.settings, setup.model
+    performance = available(settings.performance, device_of(settings), model.dtype)
+    needed = learning_memory(model, settings.learning, performance)
     return tell_memory(needed, setup.settings.device)
 
 

@@ -54,11 +54,16 @@ def prepare(settings: TaskSettings) -> torch.device:
         compute_repeatably(settings.performance.deterministic)
         if settings.performance.threads:
             torch.set_num_threads(settings.performance.threads)
-    gpu = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda" if gpu else "cpu")
+    device = device_of(settings)
     if isinstance(settings, ModelTaskSettings):
         load_libraries(device)
     return device
+
+
+def device_of(settings: TaskSettings) -> torch.device:
+    """The device that `device=auto|cpu|cuda` means on this machine."""
+    gpu = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if gpu else "cpu")
 
 
 @contextmanager

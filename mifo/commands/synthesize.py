@@ -63,7 +63,9 @@ def synthesize(settings: SynthesizeSettings) -> Path:
         return target
     if device.type == "cuda":
         needed = synthesis_memory(
-            load_shapes(settings.model), settings.synthesis.samples, settings.performance
+            load_shapes(settings.model),
+            settings.synthesis.samples,
+            available(settings.performance, device),
         )
         tell_memory(needed, settings.device)
     model: Any = load_model(settings.model, device)

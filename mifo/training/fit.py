@@ -146,7 +146,7 @@ def learn(
     check_learning(settings)
     trainer, graphs, passes_in = dict(trainer or {}), False, None
     if performance is not None:
-        performance = available(performance, model.device)
+        performance = available(performance, model.device, model.dtype)
         graphs = performance.cuda_graphs
         if not performance.autocast and performance.learning_precision == "bfloat16":
             passes_in = torch.bfloat16
