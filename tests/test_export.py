@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import tiny_pipeline, tiny_sdxl_pipeline, two_instances
+from tiny import tiny_pipeline, tiny_sd3_pipeline, tiny_sdxl_pipeline, two_instances
 
 from mifo.backbones.learned import load_learned, save_learned
 from mifo.backbones.loading import load_model
@@ -232,3 +232,24 @@ def test_words_and_loras_of_another_kind_are_refused_by_name(source, tmp_path):
     ):
         with pytest.raises(MifoError, match=told):
             load_model(ModelSettings("tiny", source, **given))
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_stable_diffusion_3_is_exported_as_a_pipeline(mifo, tmp_path, capsys):
+    source = str(tiny_sd3_pipeline(tmp_path / "base", t5=False))
+    save(tmp_path, source, "full", matrices=False)
+    assert export(mifo, source) == 2
+    assert "StableDiffusion3Pipeline of diffusers loads no words" in capsys.readouterr().err
+    assert export(mifo, source, "weights=pipeline", folder="P") == 0
+    exported = tmp_path / "P" / "exported"
+    assert ", text_encoder_3=None, tokenizer_3=None)" in (exported / "README.md").read_text()
+    absent = {"text_encoder_3": None, "tokenizer_3": None}
+    pipe = StableDiffusion3Pipeline.from_pretrained(exported / "pipeline", **absent)
+    given = {"max_sequence_length": 0, "do_classifier_free_guidance": False}
+    states, _, pooled, _ = pipe.encode_prompt(PROMPT, None, None, **given)
+    model = load_model(ModelSettings("tiny", source))
+    load_learned(tmp_path / "learned", model)
+    found = model.encode_prompts([PROMPT]).parts
+    torch.testing.assert_close(pooled, found["pooled"], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(states, found["states"], atol=1e-4, rtol=1e-3)

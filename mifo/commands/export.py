@@ -23,7 +23,7 @@ from mifo.errors import MifoError
 from mifo.exporting.card import card, thumbnail
 from mifo.exporting.formats import holds, lora_name, lora_tensors, word_files
 from mifo.exporting.low_rank import LowRank, low_rank
-from mifo.exporting.pipeline import check_words, save_pipeline
+from mifo.exporting.pipeline import absent_parts, check_words, save_pipeline
 from mifo.exporting.settings import exported_words
 from mifo.files import whole_folder, write_whole
 from mifo.metrics.evaluation import SCORES, Evaluation, has_scores
@@ -42,7 +42,8 @@ def export(settings: ExportTaskSettings) -> Path:
     learned = read_learned(source)
     words = exported_words(settings, learned.tokens)
     full = replace(settings.model, dtype="float32")
-    kind = family_of(model_folder(full, weights=False), full.t5).pipeline
+    family = family_of(model_folder(full, weights=False), full.t5)
+    kind, absent = family.pipeline, absent_parts(family.pipeline, family.parts)
     if settings.weights != "pipeline":
         check_words(kind)
     device = prepare(settings)
@@ -66,7 +67,7 @@ def export(settings: ExportTaskSettings) -> Path:
         picture = _write_thumbnail(source, unfinished)
         scores = source.parent / SCORES
         scored = Evaluation.read(scores).scores if has_scores(scores) else ()
-        text = card(settings, learned, words, files, kind, found, scored, picture)
+        text = card(settings, learned, words, files, kind, absent, found, scored, picture)
         write_whole(unfinished / "README.md", text)
     if found is not None:
         print(f"LoRA of rank {settings.rank}: lacks {found.error:.2%} of what the weights learned")

@@ -25,6 +25,7 @@ def card(
     words: Sequence[str],
     files: Mapping[str, Iterable[str]],
     kind: str,
+    absent: Sequence[str],
     weights: LowRank | None,
     scores: Sequence[Score],
     thumbnail: str | None,
@@ -33,7 +34,7 @@ def card(
 
     Args:
         words: what the instances are called there. files: of words, by text encoder.
-        kind: of the pipeline, a class of diffusers.
+        kind: of the pipeline, a class of diffusers. absent: its parts that are not there.
         weights: the LoRA, if there is one. thumbnail: a file beside the card.
     """
     source = learned.base["source"] or ""
@@ -65,7 +66,9 @@ def card(
             "",
         ]
     if settings.format == "diffusers":
-        script = _python(settings, base, learned.base["revision"], words, files, kind, weights is not None)
+        script = _python(
+            settings, base, learned.base["revision"], words, files, kind, absent, weights is not None
+        )
         lines += ["```python", *script, "```"]
     else:
         lines += ["Put the files of the words into `embeddings`; a file's name is its word."]
@@ -87,12 +90,14 @@ def _python(
     words: Sequence[str],
     files: Mapping[str, Iterable[str]],
     kind: str,
+    absent: Sequence[str],
     has_lora: bool,
 ) -> list[str]:
     """How a script uses the folder, which it names FOLDER."""
     prompt = f'pipe("a photo of {" and ".join(words)}").images[0].save("picture.png")'
     if settings.weights == "pipeline":
-        made = f'pipe = {kind}.from_pretrained(f"{{FOLDER}}/pipeline")'
+        without = "".join(f", {part}=None" for part in absent)
+        made = f'pipe = {kind}.from_pretrained(f"{{FOLDER}}/pipeline"{without})'
         return [f"from diffusers import {kind}", "", made, prompt]
     at = f', revision="{revision}"' if revision else ""
     lines = [f"from diffusers import {kind}", "", f'pipe = {kind}.from_pretrained("{base}"{at})']

@@ -1,7 +1,7 @@
 """A whole pipeline of diffusers: the base model with what was learned in it."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,12 @@ def check_words(kind: str) -> None:
     """
     if not hasattr(getattr(diffusers, kind), "load_textual_inversion"):
         raise MifoError(f"{kind} of diffusers loads no words of textual inversion; take weights=pipeline.")
+
+
+def absent_parts(kind: str, parts: Iterable[str]) -> list[str]:
+    """The text encoders and tokenizers of a pipeline that it goes without, which its loading must be told."""
+    taken = inspect.signature(getattr(diffusers, kind).__init__).parameters
+    return [name for name in taken if name.startswith(("text_encoder", "tokenizer")) and name not in parts]
 
 
 @torch.no_grad()
