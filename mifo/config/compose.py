@@ -147,7 +147,7 @@ def _check_elements(node: Container) -> None:
             continue
         wanted = node._metadata.element_type
         if wanted in (str, int, float, bool) and not value._is_none():
-            raise MifoError(f"{value._get_full_key(None)}={value} is no {wanted.__name__}; take one value")
+            raise MifoError(f"{node._get_full_key(key)}={value} is no {wanted.__name__}; take one value")
         if not value._is_none():
             _check_elements(value)
 
