@@ -1,4 +1,4 @@
-# Every target sets up its own virtual environment first, once; after that no network is needed.
+# The first target that is called makes the virtual environment .venv; after that no network is needed.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -16,8 +16,11 @@ help: ## list the targets
 
 setup: $(INSTALLED) ## make the virtual environment .venv with MIFO in it
 
+MODEL ?= miniature
 demo: $(INSTALLED) ## learn three look-alikes from one image, put them into boxes, score the pictures
-	$(RUN) -m mifo run experiment=demo
+	@echo 'Learns three look-alike cars from one drawn image, puts each into its box of new pictures and scores them:'
+	@echo 'learning, synthesis and evaluation, which say how long they took, two to three minutes in all on two cores.'
+	@$(RUN) -m mifo run experiment=demo model=$(MODEL)
 
 check: $(INSTALLED) ## check format, style, types and floors
 	$(RUN) -m ruff format --check .

@@ -12,11 +12,11 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import MISSING, fields
+from contextlib import contextmanager, suppress
+from dataclasses import MISSING, fields, is_dataclass
 from io import BufferedReader
 from pathlib import Path
-from types import NoneType, UnionType
+from types import UnionType
 from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from yaml import AliasEvent, SafeLoader, YAMLError
@@ -42,33 +42,30 @@ def whole_file(path: Path) -> Iterator[Path]:
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         yield unfinished
-        _flush(unfinished)
+        for written in (unfinished, *unfinished.rglob("*")):
+            _flush(written)
         unfinished.replace(path)
     except BaseException:
-        unfinished.unlink(missing_ok=True)
+        remove(unfinished)
         raise
     _flush(path.parent)
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Give a new folder beside `path` to fill; afterwards its files are flushed and it is renamed to `path`.
-
-    `path` must not exist. A kill leaves `.NAME.unfinished`, which the next call removes; an exception
-    nothing.
-    """
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
+    """As `whole_file`, for a new folder `path`; the next call removes what a kill left."""
+    with whole_file(path) as unfinished:
+        remove(unfinished)
+        unfinished.mkdir(parents=True)
         yield unfinished
-        for file in unfinished.rglob("*"):
-            _flush(file)
-        unfinished.rename(path)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    _flush(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -78,11 +75,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def check_entries(folder: Path) -> None:
-    """Refuse pipes and devices below a folder, for which a library that reads the folder would wait.
-
-    Raises:
-        MifoError: naming the first of them.
-    """
+    """Refuse pipes and devices below a folder, for which a library that reads the folder would wait."""
     for place, _, files in os.walk(folder):
         for path in (Path(place, name) for name in files):
             if path.exists() and not path.is_file():
@@ -90,11 +83,7 @@ def check_entries(folder: Path) -> None:
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Make `folder` where it is missing, and see that files can be written there and `needed` bytes are free.
-
-    Raises:
-        MifoError: the folder cannot be written to, or its disk is too full.
-    """
+    """Make `folder` if it is missing; refuse it if it cannot be written to or lacks `needed` free bytes."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -109,11 +98,7 @@ def check_room(folder: Path, needed: int) -> None:
 
 
 def existing_folder(key: str, given: Path | str, content: str) -> Path:
-    """The folder that the setting `key` names, `~` expanded. `content` says what the folder holds.
-
-    Raises:
-        MifoError: it is a file, or is not there.
-    """
+    """The folder that the setting `key` names, `~` expanded; it must be there, and should hold `content`."""
     folder = Path(given).expanduser()
     if os.path.isdir(folder):  # Path.is_dir raises where a name is too long or a parent closed
         return folder
@@ -143,18 +128,18 @@ def regular_file(path: Path, limit: int | None = None) -> Iterator[BufferedReade
 
 
 def reason(error: Exception) -> str:
-    """What an error of the system says, in words alone."""
+    """The message of an error, on one line, without the error number and file name of the system."""
     return getattr(error, "strerror", None) or " ".join(str(error).split())
 
 
-def read_text(path: Path, limit: int = MOST_TEXT) -> str:
-    """The text of a regular file of at most `limit` bytes, as UTF-8 with or without a byte-order mark.
+def read_text(path: Path) -> str:
+    """The text of a regular file of at most `MOST_TEXT` bytes, as UTF-8 with or without a byte-order mark.
 
     Raises:
         MifoError: as `regular_file`, or the file is not UTF-8.
     """
-    with regular_file(path, limit) as file:
-        return file.read(limit + 1).decode("utf-8-sig")
+    with regular_file(path, MOST_TEXT) as file:
+        return file.read(MOST_TEXT + 1).decode("utf-8-sig")
 
 
 def read_json(path: Path) -> Any:
@@ -202,7 +187,7 @@ def read_yaml(path: Path, from_outside: bool = False) -> Any:
 def read_record(path: Path, form: type[T]) -> T:
     """A JSON object as the dataclass `form`: its keys must be the fields, its values of their types.
 
-    Fields with a default may be missing.
+    Fields with a default may be missing; a field may be a dataclass itself.
 
     Raises:
         MifoError: as `read_json`, or keys or types differ.
@@ -217,45 +202,53 @@ def as_record(content: Any, form: type[T], path: Path) -> T:
     known = {field.name: field for field in fields(form)}
     if unknown := sorted(content.keys() - known.keys()):
         raise MifoError(f"{path} is damaged: it holds the unknown key {unknown[0][:40]!r}")
-    required = {
-        name for name, field in known.items() if field.default is MISSING and field.default_factory is MISSING
-    }
-    if missing := sorted(required - content.keys()):
-        raise MifoError(f"{path} is damaged: it lacks the key {missing[0]}")
-    kinds = get_type_hints(form)
+    for name, field in sorted(known.items()):
+        if name not in content and field.default is MISSING and field.default_factory is MISSING:
+            raise MifoError(f"{path} is damaged: it lacks the key {name}")
+    kinds, values = get_type_hints(form), {}
     for name, value in content.items():
-        if not _fits(value, kinds[name]):
-            raise MifoError(f"{path} is damaged: {name} holds {str(value)[:40]!r}")
-    return form(**content)
+        try:
+            values[name] = _typed(value, kinds[name], path)
+        except TypeError as error:
+            raise MifoError(f"{path} is damaged: {name} holds {str(value)[:40]!r}") from error
+    return form(**values)
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value of JSON has the type `kind`, looking into lists and objects."""
+def _typed(value: Any, kind: Any, path: Path) -> Any:
+    """A value of JSON as the type `kind`: a plain one, a dataclass, a union, or a container of such.
+
+    Raises:
+        TypeError: the value is of another type.
+        MifoError: see `as_record`.
+    """
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:
-        return True
+        return value
     if origin in (Union, UnionType):
-        return any(_fits(value, each) for each in inner)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(each, inner[0]) for each in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(each, inner[1]) for each in value.values())
-    if kind is NoneType:
-        return value is None
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        for each in inner:
+            with suppress(TypeError):
+                return _typed(value, each, path)
+    if isinstance(kind, type) and is_dataclass(kind):
+        return as_record(value, kind, path)
+    if origin in (list, tuple) and isinstance(value, list):
+        return origin(_typed(each, inner[0], path) for each in value)
+    if origin is dict and isinstance(value, dict):
+        return {key: _typed(each, inner[1], path) for key, each in value.items()}
+    plain = (int, float) if kind is float else kind
+    if origin or not isinstance(value, plain) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError
+    return value
 
 
 def _number(text: str) -> float:
-    """A finite number of JSON; 1e400 is none."""
+    """Read a number of JSON; refuse infinity, also where a number such as 1e400 becomes infinite."""
     if not math.isfinite(number := float(text)):
         raise ValueError(f"{text} is no finite number")
     return number
 
 
 def _flush(path: Path) -> None:
-    """Have the disk hold a file's content, or a folder's list of names, before going on."""
+    """Wait until the disk holds a file's content, or a folder's list of names."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

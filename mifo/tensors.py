@@ -34,11 +34,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     return _checksum(path)
 
 
-def read_tensors(path: Path, expected: Form, checksum: str | None = None) -> dict[str, Tensor]:
+def read_tensors(path: Path, expected: Form | None, checksum: str | None = None) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU in the precision of the file.
 
     Args:
-        expected: the shape of every tensor of the file.
+        expected: the shape of every tensor of the file; None: not known.
         checksum: SHA-256 of the file; None: not known.
 
     Raises:
@@ -52,7 +52,8 @@ def read_tensors(path: Path, expected: Form, checksum: str | None = None) -> dic
     try:
         with safe_open(path, "pt") as file:
             heads = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, no mapping
-            if other := difference({name: head.get_shape() for name, head in heads.items()}, expected):
+            shapes = {name: head.get_shape() for name, head in heads.items()}
+            if expected is not None and (other := difference(shapes, expected)):
                 raise MifoError(f"{path} is damaged: {other}")
             for name, head in heads.items():
                 if (kind := head.get_dtype()) not in FLOATS:
@@ -68,7 +69,7 @@ def read_tensors(path: Path, expected: Form, checksum: str | None = None) -> dic
 
 
 def difference(found: Form, expected: Form) -> str | None:
-    """How shapes by name differ from those expected, in words; None where they do not."""
+    """The first difference between the found and the expected shapes, in words; None if they agree."""
     for name, shape in expected.items():
         if name not in found:
             return f"it lacks {name}"
@@ -78,9 +79,9 @@ def difference(found: Form, expected: Form) -> str | None:
 
 
 def not_finite(tree: Any) -> str | None:
-    """The name of a tensor with NaN or infinity among mappings and lists of anything, None if all are finite.
+    """The name of a tensor with NaN or infinity in nested mappings and lists; None if all are finite.
 
-    Waits once for each device.
+    The call waits once for each device.
     """
     found = [(name, each) for name, each in _tensors(tree) if each.is_floating_point() and each.numel()]
     kinds = {(each.device, each.dtype) for _, each in found}
@@ -95,7 +96,7 @@ def not_finite(tree: Any) -> str | None:
 
 
 def _tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor with the keys that lead to it."""
+    """Every tensor, with the keys that lead to it as its name."""
     if isinstance(tree, Tensor):
         yield name, tree
     elif isinstance(tree, Mapping | list | tuple):

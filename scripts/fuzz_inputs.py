@@ -1,18 +1,19 @@
-"""Damage the files that MIFO reads, run the command that reads them, and look how it ends.
+"""Damage the files that MIFO reads, run the command that reads them, and check how the command ends.
 
     python scripts/fuzz_inputs.py --cases 5000 --jobs 14 --seconds 540
 
-One file of a photo, of class pictures, of a learned result, of pictures, of a run's checkpoints or records,
-of a table or of a model is damaged, or a value that makes no sense is typed for one key of a run. Every
-command is `mifo.cli.main` in a forked process on a tiny random pipeline. It may end with its result (that of
-the undamaged file, where a checksum can tell) or with one sentence. `--seconds` ends the harness in time;
-`--seed` gives other cases. A table comes last. The exit code is 1 if anything else was seen; the files stay:
+Each case damages one file: of a photo, of class pictures, of a learned result, of pictures, of a run's
+checkpoints or records, of a table, or of a model. Other cases set one key of a run to a value that makes no
+sense. Every command is `mifo.cli.main` in a forked process on a tiny random pipeline. It must end with its
+result (that of the undamaged file, if there is a checksum) or with one sentence. `--seconds` limits the time;
+`--seed` gives other cases. A table is printed at the end. The exit code is 1 if a command ended otherwise,
+and the files of the case are kept:
 
     hang       the command took longer than 60 seconds
     trace      a traceback was printed, or the process died
     silent     it failed without a sentence
-    different  another result than that of the undamaged files, without a word
-    wrong      numbers that are not finite in a result
+    different  the result differs from that of the undamaged files, and nothing was said
+    wrong      a result holds numbers that are not finite
 """
 
 import argparse

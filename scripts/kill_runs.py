@@ -1,26 +1,27 @@
-"""Kill real commands at random moments, or fill their disk, go on with them, and compare the results' bits.
+"""Kill real commands at random moments, or fill their disk, continue them, and compare their results by bits.
 
     python scripts/kill_runs.py --kills 500 --full-disks 1000 --jobs 14 --seconds 540
 
-Signals are SIGKILL, SIGTERM and SIGHUP. A disk is filled at every touch of a file once. An undisturbed run
-opens, makes, renames and removes so many files of its folder; from touch i on, no file of the process can
-grow, beyond 0 bytes or beyond 4,096, which tears files. Between two files that are written lies a touch, so
-that the first write of every file fails in some case. Not covered: a folder or a name for which there is no
-room, and a disk that is full for the run but not for the temporary folder.
+Signals are SIGKILL, SIGTERM and SIGHUP. A *touch* is a moment at which a command opens, makes, renames or
+removes a file of its folder. There is one case of a full disk for every touch: from that touch on, no file of
+the process can grow beyond 0 bytes, or beyond 4,096 bytes, which leaves files cut off. A command touches
+every file before it writes to it, so that the first write of every file fails in some case. Not covered are a
+disk without room for a new folder or name, and a disk that is full for the run but not for the temporary
+folder.
 
 Python and PyTorch are imported once; every command is `mifo.cli.main` in a forked process on a tiny random
-pipeline, with every second temporary folder on another file system. A table comes last. The exit code is 1 if
-anything was found:
+pipeline, with every second temporary folder on another file system. A table is printed at the end. The exit
+code is 1 if a fault was found:
 
-    stuck      the command could not be ended by going on with it
-    bits       the result differs from that of an undisturbed run, or from that of a process of its own
-    half       a result that was not finished stood under the name of a finished one
+    stuck      the command did not reach its end, however often it was continued
+    bits       the result differs from that of an undisturbed run, or from that of a separate process
+    half       an unfinished result had the name of a finished one
     trace      a traceback was printed
     status     `status.json` is damaged, or says "running" after a signal that a process can answer
     rubbish    files of an interrupted attempt are left beside the finished result
 
-`--seconds` ends the harness in time, with the table of what was done until then; `--seed` gives other cases,
-so that the tables of several calls can be summed.
+`--seconds` limits the time, and the table shows what was done until then; `--seed` gives other cases, so that
+the tables of several calls can be added up.
 """
 
 import argparse
@@ -336,7 +337,9 @@ class Harness:
             story.append(f"{' '.join(arguments[:2])} {signal.Signals(number).name} after {delay:.3f} s")
             if wait(pid, delay) is not None:
                 break
-            (os.killpg if number == signal.SIGKILL else os.kill)(pid, number)
+            # before the command's first line it has no group of its own yet
+            own_group = os.getpgid(pid) == pid
+            (os.killpg if number == signal.SIGKILL and own_group else os.kill)(pid, number)
             outcome.disturbed += 1
             code = wait(pid, LONGEST)
             if code is None:

@@ -1,4 +1,4 @@
-"""Write the benchmark scenes into conf/instances, the same from the same seed.
+"""Write the benchmark scenes into conf/instances; the same seed gives the same scenes.
 
     python scripts/make_benchmark_scenes.py
 
@@ -8,15 +8,14 @@ differ to the eye. Hues are held out of pretraining (`mifo.world.scenes.sample_i
 scene was ever seen there.
 """
 
-from __future__ import annotations
-
 import random
 from itertools import combinations
 from pathlib import Path
 
 import torch
 
-from mifo.world.scenes import SceneSpec, ThingSpec, redraw_scene, render_scene
+from mifo.world.scenes import redraw_scene, render_scene
+from mifo.world.spec import SceneSpec, ThingSpec
 from mifo.world.vocabulary import BACKGROUNDS, COLOURS, PATTERNS, THINGS
 
 SEED = 4

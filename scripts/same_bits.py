@@ -3,10 +3,10 @@
     python scripts/same_bits.py 04f7079                   # experiment=demo, some minutes
     python scripts/same_bits.py 04f7079 debug=default     # a few steps of everything
 
-What was changed on purpose is set alike for both: the miniature's scheduler is given steps_offset 0, at which
-earlier commits sampled whatever the model said; words start at a known word; k-means takes ten starts; class
-pictures are given, since earlier commits made them while the attention of learning was installed in the
-network, which rounds otherwise. The exit code is 1 if anything differs.
+Behaviour that was changed on purpose is set alike for both. The scheduler of the miniature gets steps_offset
+0, since earlier commits ignored the model's own offset; words start at a known word; k-means takes ten
+starts; class pictures are given, since earlier commits made them with other attention processors, which round
+differently. The exit code is 1 if anything differs.
 """
 
 import json

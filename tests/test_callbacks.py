@@ -123,7 +123,7 @@ def test_watching_changes_nothing_and_leaves_pictures(run, tmp_path):
         TensorBoardLogger(tmp_path / "watched", "board", ""),
     ]
     evaluate = EvaluatePictures(paint, BOXES, MetricsSettings(), every=2)
-    evaluate._evaluator = PictureEvaluator(MeanColour(), MeanColour(), windows=2)
+    evaluate._evaluator = PictureEvaluator(MeanColour(), MeanColour(), MetricsSettings(windows=2))
     folder, watched = run("watched", AttentionMaps(every=2), evaluate, StageProgress(), loggers=loggers)
     _, plain = run("plain")
     torch.testing.assert_close(watched, plain, rtol=0, atol=0)
@@ -171,7 +171,7 @@ def test_pictures_and_scores_reach_wandb(run, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")  # what the logger sets is put back
     logger = WandbLogger(save_dir=tmp_path, project="test", offline=True)
     evaluate = EvaluatePictures(paint, BOXES, MetricsSettings(), every=0)
-    evaluate._evaluator = PictureEvaluator(MeanColour(), MeanColour(), windows=2)
+    evaluate._evaluator = PictureEvaluator(MeanColour(), MeanColour(), MetricsSettings(windows=2))
     try:
         run("run", evaluate, loggers=[logger])
         summary = dict(logger.experiment.summary)

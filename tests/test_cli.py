@@ -162,7 +162,9 @@ def test_a_run_without_a_sheet_has_its_scores(mifo, model, tmp_path, capsys):
     assert mifo("run", *model, "debug=default", "logger=none", "sheet=false") == 0
     folder = only(tmp_path / "outputs" / "run")
     assert (folder / "scores.json").is_file() and not list(folder.glob("contact_sheet*"))
-    assert "contact sheet" not in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "contact sheet" not in told
+    assert all(f"{part} took " in told for part in ("learning", "synthesis", "evaluation"))
 
 
 def test_run_makes_everything_and_resuming_it_makes_nothing_anew(mifo, model, tmp_path, capsys):

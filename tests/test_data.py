@@ -286,7 +286,7 @@ def test_names_of_the_instances(folder):
     instances = read(folder, class_names=["car", "cat"], initializers=["car", None])
     assert instances.class_names == ("car", "cat") and instances.initializers == ("car", None)
     assert read(folder).initializers == (None, None) and read(folder).class_names is None
-    with pytest.raises(MifoError, match="class_names names 1 instances, but there are 2 masks"):
+    with pytest.raises(MifoError, match="class_names names 1 instances, but there are 2"):
         read(folder, class_names=["car"])
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import MeanColour
+from tiny import MeanColour, instances_of
 
 from mifo.data.saved_pictures import Picture
 from mifo.method import losses
@@ -81,7 +81,7 @@ def test_a_metric(monkeypatch):
     wrong = torch.cat([colours[0], colours[2]], dim=2)
     pictures = [Picture(image, "<asset0> and <asset1>", boxes) for image in (source, wrong)]
     evaluator = PictureEvaluator(MeanColour(), MeanColour())
-    found = evaluator.evaluate(pictures, source, masks, ["<asset0>", "<asset1>"], ["car", "cat"])
+    found = evaluator.evaluate(pictures, instances_of(source, masks, ("car", "cat")))
     assert [row["worst_instance"] for row in found.pictures] == pytest.approx([1, 0], abs=1e-5)
     (score,) = [score for score in found.scores if score.metric == "worst_instance"]
     assert score.higher_is_better and score.evaluator == MeanColour.evaluator

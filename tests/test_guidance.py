@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mifo.method.guidance.alpha import penalty_weight, penalty_weights, step_size
-from mifo.method.guidance.descent import descend, loss_and_gradient
+from mifo.method.guidance.descent import descend, loss_and_gradient, penalty_weight
 from mifo.method.guidance.loss import attention_sums, guidance_loss, guidance_term
 from mifo.method.guidance.settings import GuidanceSettings
 
@@ -24,10 +23,6 @@ def test_alpha_follows_the_reference_schedule():
 def test_alpha_stays_at_its_end_late_in_a_run():
     assert penalty_weight(149) > 0.01
     assert penalty_weight(150) == penalty_weight(10_000) == 0.01
-
-
-def test_step_size_falls_from_eight_towards_two():
-    assert [step_size(step, 15, 8.0, 2.0) for step in (0, 5, 14)] == pytest.approx([8.0, 6.0, 2.4])
 
 
 def test_loss_equals_a_derivation_by_loops():
@@ -68,23 +63,19 @@ def test_loss_equals_a_derivation_by_loops():
                 expected += weight * ((1 - f / (f + b)) ** 2 + alpha * math.log(1 + b))
 
     assert penalty_weight(59) != penalty_weight(60)
-    alphas, counter = penalty_weights(59)
     loss = guidance_loss(
         [attention_sums(cross[n], shapes[n], tokens[None]) for n in (9, 4)],
         [attention_sums(own[n], shapes[n], shapes[n]) for n in (9, 4)],
-        alphas,
+        (penalty_weight(59), penalty_weight(60)),
         GuidanceSettings(),
     )
     assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert counter == 61
 
 
 def test_without_penalty_it_is_the_loss_of_bounded_attention():
     sums = torch.tensor([3.0, 1.0]).view(2, 1, 1)
-    alphas, counter = penalty_weights(0, scale=0.0)
-    loss = guidance_loss([sums], [sums], alphas, GuidanceSettings())
+    loss = guidance_loss([sums], [sums], (0.0, 0.0), GuidanceSettings())
     assert loss.item() == pytest.approx(2.0 * 0.25**2)
-    assert counter == 2
 
 
 def test_a_subject_without_pixels_and_a_picture_without_background_give_no_nan():

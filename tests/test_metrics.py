@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import open_clip
 import pytest
 import torch
-from tiny import tiny_tokenizer
+from tiny import instances_of, tiny_tokenizer
 from torch import nn
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
@@ -26,11 +26,11 @@ from mifo.metrics.crops import crop_box, mask_box, pad_square, reference_crops
 from mifo.metrics.evaluation import Evaluation, PictureEvaluator
 from mifo.metrics.evaluators import load_image_encoder, load_image_text_encoder
 from mifo.metrics.instance import Identification, InstanceConsistency, Leakage, leakage_matrix
-from mifo.metrics.prompt_similarity import PromptSimilarity
-from mifo.metrics.protocol import name_classes
+from mifo.metrics.prompt_similarity import PromptSimilarity, name_classes
 from mifo.metrics.scores import Evaluator, Score, score_table
 from mifo.metrics.settings import ClassWords, Fit, ImageSettings, ImageTextSettings, MetricsSettings
-from mifo.world.scenes import SceneSpec, ThingSpec, redraw_scene, render_scene
+from mifo.world.scenes import redraw_scene, render_scene
+from mifo.world.spec import SceneSpec, ThingSpec
 
 RED, GREEN, BLUE = torch.eye(3)
 GREY = torch.full((3,), 1e-4)  # of texts that name no colour
@@ -77,8 +77,8 @@ def evaluate(*images, boxes=True, class_names=("red", "green", "blue")):
     pictures = [
         Picture(image, prompt, dict(zip(TOKENS, BOXES, strict=True)) if boxes else {}) for image in images
     ]
-    evaluator = PictureEvaluator(ColourEncoder(), ColourEncoder(), windows=5)
-    return evaluator.evaluate(pictures, draw(RED, GREEN, BLUE), masks(), TOKENS, class_names)
+    evaluator = PictureEvaluator(ColourEncoder(), ColourEncoder(), MetricsSettings(windows=5))
+    return evaluator.evaluate(pictures, instances_of(draw(RED, GREEN, BLUE), masks(), class_names))
 
 
 def values(evaluation):
@@ -191,10 +191,7 @@ def test_a_boat_drawn_as_a_balloon_is_a_lost_class():
                         boxes,
                     )
                 ],
-                source.image,
-                source.masks.float(),
-                TOKENS[:2],
-                source.class_names,
+                instances_of(source.image, source.masks.float(), ("boat", "boat")),
             )
         )
         for spec in (boats, changed)
@@ -215,9 +212,9 @@ def test_an_instance_outside_its_box_is_found_where_it_is():
 
 def test_without_boxes_a_lone_instance_is_compared_with_the_whole_picture():
     evaluator = PictureEvaluator(ColourEncoder(), ColourEncoder())
-    source = draw(RED, GREEN, BLUE), masks(), TOKENS, ["red", "green", "blue"]
+    source = instances_of(draw(RED, GREEN, BLUE), masks(), ("red", "green", "blue"))
     plain = Picture(RED.view(3, 1, 1).expand(3, 8, 8), "a photo of <asset0>")
-    assert values(evaluator.evaluate([plain], *source))["instance_consistency"] == pytest.approx(1)
+    assert values(evaluator.evaluate([plain], source))["instance_consistency"] == pytest.approx(1)
     assert values(evaluate(draw(RED, GREEN, BLUE), boxes=False)).keys() == {"editability"}
 
 
@@ -426,7 +423,7 @@ def test_what_the_evaluator_cuts_is_recorded_with_the_scores(tmp_path, caplog, m
     monkeypatch.setattr(ColourEncoder, "warnings", lambda self, texts: [f"{texts[0]} is cut"])
     picture = Picture(draw(RED), "a long prompt")
     evaluation = PictureEvaluator(ColourEncoder(), ColourEncoder()).evaluate(
-        [picture], draw(RED), torch.ones(1, 32, 32), TOKENS[:1], ["car"]
+        [picture], instances_of(draw(RED), torch.ones(1, 32, 32), ("car",))
     )
     assert caplog.messages == ["a long prompt is cut"]
     evaluation.save(tmp_path / "scores.json")

@@ -16,9 +16,9 @@ from mifo.errors import MifoError
 from mifo.miniature.pretraining.corpus import tokenise, tokenise_captions
 from mifo.miniature.tokenizer import build_tokenizer
 from mifo.world.scenes import (
-    SceneSpec,
-    ThingSpec,
+    caption,
     captions,
+    describe,
     draw,
     mask_boxes,
     redraw_scene,
@@ -27,6 +27,7 @@ from mifo.world.scenes import (
     sample_scenes,
     scene_batch,
 )
+from mifo.world.spec import SceneSpec, ThingSpec
 from mifo.world.vocabulary import BACKGROUNDS, COLOURS, HELD_OUT_HUES, THINGS, words
 
 SPEC = SceneSpec(
@@ -123,8 +124,11 @@ def test_captions_name_the_things_and_the_background():
 
 def test_a_spec_is_drawn_as_it_says():
     scene = render_scene(SPEC)
-    assert scene.class_names == ["car", "bird", "cup"]
-    assert scene.caption == "a photo of a red striped car and a blue bird and a cup in the snow"
+    things = [describe(thing.thing, thing.colour, thing.pattern) for thing in SPEC.things]
+    assert (
+        caption(things, SPEC.background)
+        == "a photo of a red striped car and a blue bird and a cup in the snow"
+    )
     assert torch.equal(scene.boxes, mask_boxes(scene.masks.float()))
     assert torch.equal(scene.image, render_scene(SPEC).image)
     placed = SceneSpec([ThingSpec("house", "green", centre=(0.3, 0.6), size=0.2)], "at the beach", 1)

@@ -232,6 +232,7 @@ def test_other_ways_to_place_times_are_refused(source, tmp_path):
     [
         ("transformer", {"joint_attention_dim": 32}, "joint_attention_dim .* is 32, .* needs at least 40"),
         ("transformer", {"pooled_projection_dim": 48}, "pooled_projection_dim .* is 48, .* needs 40"),
+        ("transformer", {"caption_projection_dim": 24}, "caption_projection_dim .* is 24, .* needs 16"),
         ("vae", {"latent_channels": 16}, "in_channels .* is 4, where MIFO needs 16"),
         ("transformer", {"sample_size": 15}, "sample_size .* is 15, .* a multiple of the patches' side 2"),
     ],

@@ -15,8 +15,7 @@ from mifo.backbones.loading import load_model, load_outline
 from mifo.backbones.settings import ModelSettings
 from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
-from mifo.making.class_pictures import class_picture_files
-from mifo.method.backbone import Conditioning
+from mifo.making.class_pictures import class_pictures
 from mifo.method.diffusion.ddim import DDIM
 
 
@@ -237,9 +236,9 @@ def test_a_tokenizer_without_a_length_takes_that_of_the_text_encoder(source, tmp
 
 def test_class_pictures_of_other_timesteps_are_made_anew(source, model, tmp_path):
     prior = PriorSettings(pictures=1, steps=1, cache=str(tmp_path))
-    (first,), _ = class_picture_files(model, ["a car"], prior, 0)
+    (first,) = class_pictures(model, ["a car"], prior, 0)[0].files
     other = load_model(copy_of(source, tmp_path / "copy", scheduler={"steps_offset": 0}))
-    (second,), _ = class_picture_files(other, ["a car"], prior, 0)
+    (second,) = class_pictures(other, ["a car"], prior, 0)[0].files
     assert first != second and first.read_bytes() != second.read_bytes()
 
 
@@ -365,10 +364,8 @@ def test_an_outline_tells_prompts_and_sites_without_weights(model, source):
     assert outline.words("a photo of <asset0>") == model.words("a photo of <asset0>")
 
 
-def test_conditioning_is_picked_joined_and_rounded_by_rows(model):
+def test_conditioning_is_picked_and_rounded_by_rows(model):
     both = model.encode_prompts(["a red car", "a cat"])
     assert both.samples == 2
-    parts = [both.rows(slice(i, i + 1)) for i in range(2)]
-    joined = Conditioning.joined(parts[::-1])
-    assert torch.equal(joined.parts["states"], both.parts["states"].flip(0))
+    assert torch.equal(both.rows(slice(1, 2)).parts["states"], both.parts["states"][1:])
     assert both.to(torch.bfloat16).parts["states"].dtype == torch.bfloat16

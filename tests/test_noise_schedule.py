@@ -6,10 +6,8 @@ from diffusers import DDIMScheduler
 from torch.nn import functional as F
 
 from mifo.errors import MifoError
-from mifo.method.diffusion.classifier_free_guidance import classifier_free_guidance
-from mifo.method.diffusion.ddim import DDIM, ddim_step, ddim_timesteps
-from mifo.method.diffusion.denoising import denoising_loss
-from mifo.method.diffusion.noise_schedule import NoiseSchedule
+from mifo.method.diffusion.ddim import DDIM
+from mifo.method.objective import denoising_loss
 
 BETAS = ("scaled_linear", "linear", "squaredcos_cap_v2")
 
@@ -34,28 +32,28 @@ def latents():
 @pytest.mark.parametrize("betas", BETAS)
 def test_noise_and_velocity_equal_those_of_diffusers(betas, latents):
     scheduler = scheduler_of("v_prediction", betas)
-    schedule = NoiseSchedule.from_scheduler(scheduler)
+    process = DDIM.from_scheduler(scheduler)
     clean, noise, timesteps = latents[0], latents[1], torch.tensor([7, 800])
     torch.testing.assert_close(
-        schedule.add_noise(clean, noise, timesteps), scheduler.add_noise(clean, noise, timesteps)
+        process.add_noise(clean, noise, timesteps), scheduler.add_noise(clean, noise, timesteps)
     )
     torch.testing.assert_close(
-        schedule.target(clean, noise, timesteps), scheduler.get_velocity(clean, noise, timesteps)
+        process.target(clean, noise, timesteps), scheduler.get_velocity(clean, noise, timesteps)
     )
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_a_perfect_prediction_gives_back_picture_and_noise(prediction_type, latents):
-    schedule = NoiseSchedule.from_scheduler(scheduler_of(prediction_type))
+    process = DDIM.from_scheduler(scheduler_of(prediction_type))
     clean, noise, timesteps = latents[0], latents[1], torch.tensor([7, 600])
-    noisy = schedule.add_noise(clean, noise, timesteps)
-    found = schedule.clean_and_noise(noisy, schedule.target(clean, noise, timesteps), timesteps)
+    noisy = process.add_noise(clean, noise, timesteps)
+    found = process.clean_and_noise(noisy, process.target(clean, noise, timesteps), timesteps)
     torch.testing.assert_close(found, (clean, noise), rtol=1e-4, atol=1e-4)
 
 
 def test_latents_in_half_precision_stay_so(latents):
-    schedule = NoiseSchedule.from_scheduler(scheduler_of("epsilon"))
-    noisy = schedule.add_noise(latents[0].half(), latents[1].half(), torch.tensor([7, 600]))
+    process = DDIM.from_scheduler(scheduler_of("epsilon"))
+    noisy = process.add_noise(latents[0].half(), latents[1].half(), torch.tensor([7, 600]))
     assert noisy.dtype == torch.float16
 
 
@@ -75,14 +73,14 @@ def test_ddim_equals_diffusers_to_its_last_step(
         rescale_betas_zero_snr=rescale,
         set_alpha_to_one=set_alpha_to_one,
     )
-    schedule = NoiseSchedule.from_scheduler(scheduler)
+    process = DDIM.from_scheduler(scheduler)
     for steps in (1, 7, 20):
         scheduler.set_timesteps(steps)
-        timesteps = ddim_timesteps(steps, schedule)
+        timesteps = process.times(steps)
         assert timesteps == scheduler.timesteps.tolist()
         ours = theirs = latents[0].double()
-        for timestep in timesteps:
-            ours = ddim_step(schedule, ours, torch.sin(3 * ours), timestep, timestep - 1000 // steps)
+        for step, timestep in enumerate(timesteps):
+            ours = process.step(ours, torch.sin(3 * ours), timesteps, step)
             theirs = scheduler.step(torch.sin(3 * theirs), timestep, theirs).prev_sample
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
@@ -90,19 +88,19 @@ def test_ddim_equals_diffusers_to_its_last_step(
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_timesteps_are_those_of_diffusers_for_every_number_of_steps(spacing):
     scheduler = DDIMScheduler.from_config(scheduler_of("epsilon").config, timestep_spacing=spacing)
-    schedule = NoiseSchedule.from_scheduler(scheduler)
+    process = DDIM.from_scheduler(scheduler)
     for steps in range(1, 1001):
         scheduler.set_timesteps(steps)
         # for some numbers diffusers adds one step too many, at the timestep -1
-        assert ddim_timesteps(steps, schedule) == scheduler.timesteps.tolist()[:steps]
+        assert process.times(steps) == scheduler.timesteps.tolist()[:steps]
 
 
 @pytest.mark.parametrize(("steps", "offset", "most"), [(0, 0, 1000), (1001, 0, 1000), (1000, 1, 500)])
 def test_impossible_numbers_of_steps_are_refused(steps, offset, most):
-    schedule = NoiseSchedule.from_scheduler(scheduler_of("epsilon", offset=offset))
+    process = DDIM.from_scheduler(scheduler_of("epsilon", offset=offset))
     with pytest.raises(MifoError, match=f"{steps} sampling steps .* choose 1 to {most}"):
-        ddim_timesteps(steps, schedule)
-    assert ddim_timesteps(most, schedule)[0] == 999
+        process.times(steps)
+    assert process.times(most)[0] == 999
 
 
 @pytest.mark.parametrize(
@@ -119,26 +117,18 @@ def test_impossible_numbers_of_steps_are_refused(steps, offset, most):
 def test_what_the_sampler_does_not_do_is_refused(changes, reason):
     scheduler = DDIMScheduler.from_config(scheduler_of("epsilon").config, **changes)
     with pytest.raises(MifoError, match=reason):
-        NoiseSchedule.from_scheduler(scheduler)
+        DDIM.from_scheduler(scheduler)
 
 
 def test_prediction_of_the_picture_itself_is_refused():
     with pytest.raises(MifoError, match="prediction_type is 'sample'"):
-        NoiseSchedule.from_scheduler(scheduler_of("sample"))
+        DDIM.from_scheduler(scheduler_of("sample"))
 
 
-@pytest.mark.parametrize("steps", [1, 7, 20, 50])
-def test_the_process_of_a_model_takes_the_same_steps(steps, latents):
+def test_time_is_told_as_a_share_of_the_whole():
     process = DDIM.from_scheduler(scheduler_of("v_prediction"))
     assert process.length == 1000
     assert process.share(torch.tensor([0, 500, 999])).tolist() == pytest.approx([0.0, 0.5, 0.999])
-    times = process.times(steps)
-    assert times == ddim_timesteps(steps, process)
-    ours = theirs = latents[0]
-    for step, time in enumerate(times):
-        ours = process.step(ours, torch.sin(3 * ours), times, step)
-        theirs = ddim_step(process, theirs, torch.sin(3 * theirs), time, time - 1000 // steps)
-        assert torch.equal(ours, theirs)
 
 
 def test_masked_loss_is_averaged_over_all_elements(latents):
@@ -148,8 +138,3 @@ def test_masked_loss_is_averaged_over_all_elements(latents):
     inside = F.mse_loss(prediction[..., :2], target[..., :2])
     torch.testing.assert_close(denoising_loss(prediction, target, mask), inside * 2 / 8)
     torch.testing.assert_close(denoising_loss(prediction, target), F.mse_loss(prediction, target))
-
-
-def test_guidance_goes_beyond_the_prompt():
-    guided = classifier_free_guidance(torch.tensor([1.0]), torch.tensor([3.0]), 7.5)
-    assert guided.item() == 1 + 7.5 * 2

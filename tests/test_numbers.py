@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning import Callback
 from safetensors.torch import save_file
-from tiny import MeanColour, two_instances
+from tiny import MeanColour, instances_of, two_instances
 
 from mifo.backbones.learned import Learned, load_learned, read_learned
 from mifo.backbones.loading import load_model
@@ -312,7 +312,7 @@ def test_scores_that_are_not_finite_are_refused(tmp_path):
 
     images = torch.full((2, 3, 32, 32), 0.5)
     images[1] = 1
-    source, masks = torch.rand(3, 32, 32) / 2, torch.ones(1, 32, 32)
+    instances = instances_of(torch.rand(3, 32, 32) / 2, torch.ones(1, 32, 32), ("car",))
     boxes = {"<asset0>": (0.0, 0.0, 0.5, 0.5)}
     pictures = [Picture(image, "a photo of <asset0>", boxes) for image in images]
     for encoders, metric in (
@@ -320,7 +320,7 @@ def test_scores_that_are_not_finite_are_refused(tmp_path):
         ((MeanColour(), Spoiled()), "instance"),
     ):
         with pytest.raises(MifoError, match=f"{metric}.* of picture 1 is not finite"):
-            PictureEvaluator(*encoders).evaluate(pictures, source, masks, ["<asset0>"], ["car"])
+            PictureEvaluator(*encoders).evaluate(pictures, instances)
     score = Score("leakage", float("nan"), False, Evaluator("colour", "0" * 12), "test")
     path = tmp_path / "scores.json"
     with pytest.raises(MifoError, match="a score is not finite"):

@@ -92,6 +92,17 @@ def test_stopping_and_going_on_changes_nothing(tmp_path):
         torch.testing.assert_close(one, other)
 
 
+def test_each_call_has_its_own_minutes(tmp_path):
+    tokenizer = build_tokenizer(tmp_path / "tokenizer")
+    corpus = draw_corpus(8, 0, torch.device("cpu"), tokenizer)
+    steps = []
+    for _ in range(2):
+        module = TextEncoderPretraining(corpus, tokenizer, tiny(["text_encoder"], 100))
+        assert not fit(module, tmp_path / "part", minutes=1e-6, logger=False)
+        steps.append(module.global_step)
+    assert 0 < steps[0] < steps[1] < 100
+
+
 @pytest.mark.slow
 def test_the_generator_is_an_ordinary_pipeline(made):
     pipeline = StableDiffusionPipeline.from_pretrained(made[1] / "pipeline", dtype=torch.float32)

@@ -11,7 +11,7 @@ from mifo.method.prompts.instances import check_instances
 from mifo.miniature.pretraining.segmenter import BACKGROUND
 from mifo.miniature.quality import (
     box_control,
-    boxed_prompts,
+    boxed_layouts,
     boxed_scenes,
     drawn_extents,
     mean,
@@ -67,8 +67,9 @@ def test_extents_ignore_stray_pixels_and_count_copies():
 def test_layouts_of_box_control_are_held_out_and_possible():
     scenes = boxed_scenes(40)
     boxes = mask_boxes(draw(scenes)[1])
-    for prompt, places in boxed_prompts(scenes, boxes):
-        check_instances(prompt, places, [])
+    for layout in boxed_layouts(scenes, boxes):
+        places = layout.boxes
+        check_instances(layout.prompt, places, [])
         assert len({words.split()[-1] for words in places}) == len(places) in (2, 3)
         assert all(0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1 for x0, y0, x1, y1 in places.values())
     assert set(scenes.count.tolist()) == {2, 3}
@@ -76,17 +77,17 @@ def test_layouts_of_box_control_are_held_out_and_possible():
 
 @pytest.mark.parametrize(("moved", "expected"), [(0.0, 1.0), (0.5, 0.0)])
 def test_box_control_sees_whether_things_are_in_their_boxes(moved, expected):
-    def make(prompts):
+    def make(layouts):
         pictures = []
-        for _, places in prompts:
+        for layout in layouts:
             things = []
-            for words, (x0, y0, x1, y1) in places.items():
+            for words, (x0, y0, x1, y1) in layout.boxes.items():
                 shift = moved * (x1 - x0) * (1 if x1 < 0.5 else -1)
                 things.append((THINGS.index(words.split()[-1]), x0 + shift, y0, x1 + shift, y1))
             pictures.append(paint(*things))
         return torch.stack(pictures)
 
-    measured, pictures = box_control(Oracle(), make, prompts=12, calibration=2)
+    measured, _, pictures = box_control(Oracle(), make, prompts=12, calibration=2)
     assert len(pictures) == 12
     assert measured["box control: all things in their boxes"]["value"] == expected
     assert measured["box control: IoU of extent and box"]["value"] == pytest.approx(

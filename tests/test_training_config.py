@@ -114,7 +114,7 @@ def test_the_options_are_the_defaults_of_the_code():
         ),
         ([f"{TORCHS}.CosineAnnealingLR"], "'T_max'"),
         ([f"{TORCHS}.ReduceLROnPlateau"], "counts steps alone"),
-        (["learning.semantic.lr_warmup_steps=-1"], "lr_warmup_steps of at least 0"),
+        (["learning.semantic.lr_warmup_steps=-1"], "lr_warmup_steps=-1 is too small; take at least 0"),
         (
             ["+trainer.acelerator=cpu"],
             "trainer.acelerator is no argument of lightning.Trainer; did you mean acc",

@@ -233,3 +233,12 @@ class MeanColour:
 
     def warnings(self, texts):
         return []
+
+
+def instances_of(
+    source: torch.Tensor, masks: torch.Tensor, class_names: tuple[str | None, ...]
+) -> InstanceSet:
+    """Instances of a picture (3, H, W) and masks (N, H, W), both in [0, 1]."""
+    tokens = tuple(f"<asset{i}>" for i in range(len(masks)))
+    image = (source * 255).round().byte()
+    return InstanceSet("drawn", image, masks, class_names, (None,) * len(masks), tokens)

@@ -14,7 +14,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 def runs_in_blocks(query: Tensor) -> bool:
     """Whether the blocks' kernel takes queries (B, heads, n, d)."""
     width = query.shape[-1]
-    return query.is_cuda and width >= 16 and width & (width - 1) == 0
+    fits = width >= 16 and width & (width - 1) == 0 and query.dtype != torch.float64
+    return query.is_cuda and fits
 
 
 def block_mask(query_bits: Tensor, key_bits: Tensor) -> BlockMask:
@@ -24,7 +25,7 @@ def block_mask(query_bits: Tensor, key_bits: Tensor) -> BlockMask:
         query_bits: integers (B or 1, n). key_bits: integers (B or 1, m).
     """
     rows = max(len(query_bits), len(key_bits))
-    query_bits, key_bits = query_bits.expand(rows, -1), key_bits.expand(rows, -1)
+    query_bits, key_bits = (bits.expand(rows, -1).contiguous() for bits in (query_bits, key_bits))
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return query_bits[row, query] & key_bits[row, key] != 0
@@ -49,4 +50,8 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, 
 
 @cache
 def _attend(compiled: bool) -> Any:
-    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+    if not compiled:
+        return flex_attention
+    # a kernel for each length, batch and kind of pass; beyond the limit, scores would lie in memory
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(flex_attention, dynamic=False)

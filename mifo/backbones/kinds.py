@@ -92,6 +92,8 @@ def _mmdit_sizes(configs: Configs) -> Sizes:
     channels = configs["vae"].get("latent_channels", 4)
     yield "transformer", "in_channels", transformer["in_channels"], channels
     yield "transformer", "out_channels", transformer.get("out_channels") or channels, channels
+    inner = transformer.get("attention_head_dim", 64) * transformer.get("num_attention_heads", 18)
+    yield "transformer", "caption_projection_dim", transformer.get("caption_projection_dim", 1152), inner
     side, patch = transformer.get("sample_size"), transformer["patch_size"]
     if type(side) is int and side % patch:
         yield "transformer", "sample_size", side, f"a multiple of the patches' side {patch}"

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, PreTrainedModel, T5Tokenizer
 
+from mifo.backbones.imported import teach_words, with_imports
 from mifo.backbones.kinds import FAMILIES, WITH_T5, Family, check_kind, family_of, pipeline_index
 from mifo.backbones.latent import LatentModel
 from mifo.backbones.mmdit.model import T5_TOKENS
@@ -143,7 +144,7 @@ def load_model(settings: ModelSettings, device: torch.device | str = "cpu") -> L
             fingerprint=fingerprint(rows),
             vocabulary=hashlib.sha256(vocabulary.encode()).hexdigest()[:12],
         )
-    return model.to(device)
+    return with_imports(model, family, settings).to(device)
 
 
 def _of_folder(
@@ -216,6 +217,7 @@ def load_outline(settings: ModelSettings) -> LatentModel:
             for part, kind in family.parts.items()
             if part not in family.networks
         }
+        teach_words(settings, list(tokenizers.values()))
         denoiser = family.model.part
         index = {"force_zeros_for_empty_prompt": family.zero_empty_prompt} | pipeline_index(folder)
         with torch.device("meta"):

@@ -1,6 +1,7 @@
 """Which diffusion model is loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -17,6 +18,9 @@ class ModelSettings:
     dtype: str = (
         "float32"  # of denoiser and text encoders: float32 | float16 | bfloat16; the VAE stays float32
     )
+    words: dict[str, Any] = field(default_factory=dict)  # others' words, each its textual-inversion file(s)
+    lora: str | None = None  # a LoRA that learning starts from, a .safetensors file of diffusers or webui
+    lora_scale: float = 1.0
     variant: str | None = None  # "fp16" loads model.fp16.safetensors and its like; None: model.safetensors
     t5: bool = False  # of Stable Diffusion 3: load its third text encoder too, of 9.5 GB in half precision
     timesteps: str = "logit_normal"  # of Stable Diffusion 3, as learning draws them: logit_normal | uniform

@@ -2,19 +2,18 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from platform import processor, python_version
 from subprocess import run
-from typing import Any
 
 import pandas as pd
 import torch
 
 from mifo.benchmark.measuring import Measurement
-from mifo.files import as_record, read_record, write_whole
+from mifo.files import read_record, write_whole
 from mifo.report.tables import markdown_table, markdown_text
 
 PACKAGES = ("diffusers", "transformers", "lightning")
@@ -56,7 +55,7 @@ class Circumstances:
 
     @classmethod
     def now(cls, device: torch.device, profile: str, shapes: str) -> "Circumstances":
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
         described = run(
             ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
             capture_output=True,
@@ -73,20 +72,18 @@ class Circumstances:
 
 @dataclass(frozen=True)
 class Record(Circumstances):
-    """What was measured, row by row; `read` gives the rows as `Measurement`, JSON has them as objects."""
+    """What was measured, row by row."""
 
-    rows: dict[str, Any]
+    rows: dict[str, Measurement]
 
     @classmethod
     def read(cls, file: Path) -> "Record":
         """Raises MifoError where the file is damaged."""
-        record = read_record(file, cls)
-        return replace(
-            record, rows={name: as_record(row, Measurement, file) for name, row in record.rows.items()}
-        )
+        return read_record(file, cls)
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """The processor, and how many threads torch uses on it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -134,7 +131,9 @@ def write_table(folder: Path) -> Path:
                 for key, value in row.notes.items()
             ]
         if low_vram and None not in low_vram:
-            notes.append(f"- largest peak of low_vram: {max(low_vram):.1f} GiB, mark {LOW_VRAM_MARK}")
+            notes.append(
+                f"- largest peak of low_vram: {max(filter(None, low_vram)):.1f} GiB, mark {LOW_VRAM_MARK}"
+            )
         last = [record for record in records if (record.device, record.shapes) == machine][-1]
         versions = ", ".join(f"{name} {number}" for name, number in last.versions.items())
         lines += [f"## {markdown_text(machine[0])}, shapes of {markdown_text(machine[1])}", ""]

@@ -1,6 +1,7 @@
 """Models of real shapes with random weights, and drawn instances to learn."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import (
@@ -38,7 +39,7 @@ def random_model(shapes: str, device: torch.device, dtype: str, side: int | None
     folder = model_folder(ModelSettings())
     torch.manual_seed(0)
     with torch.device(device):
-        parts = SHAPES[shapes]()
+        parts: dict[str, Any] = SHAPES[shapes]()
     kind = MMDiTModel if "transformer" in parts else UNetModel
     vae = parts["vae"]
     tokenizers = {}

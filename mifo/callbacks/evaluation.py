@@ -33,11 +33,10 @@ class EvaluatePictures(SamplePictures):
 
     def show(self, trainer: Trainer, module: LearningStage, pictures: Sequence[Picture]) -> None:
         super().show(trainer, module, pictures)
-        instances = module.instances
-        names = instances.class_names or [None] * len(instances.tokens)
-        result = self._evaluator.evaluate(
-            pictures, instances.image.float() / 255, instances.masks, instances.tokens, names
-        )
+        assert self._evaluator is not None  # loaded at the start of fitting
+        result = self._evaluator.evaluate(pictures, module.instances)
         log_values(trainer, module, "scores", {score.metric: score.value for score in result.scores})
         if result.leakage_matrix:
-            log_image(trainer, module, "leakage", draw_leakage(result.leakage_matrix, instances.tokens))
+            log_image(
+                trainer, module, "leakage", draw_leakage(result.leakage_matrix, module.instances.tokens)
+            )

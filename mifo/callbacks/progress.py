@@ -39,10 +39,11 @@ class StageProgress(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LearningStage, outputs, batch, batch_index: int
     ) -> None:
-        # `logged_metrics` is on the host already at the steps that were logged.
-        loss = trainer.logged_metrics.get(f"{pl_module.stage}/loss/total")
-        shown = {} if loss is None else {"loss": f"loss {float(loss):.4f}"}
-        self._bar.update(self._task, completed=trainer.global_step, **shown)
+        assert self._bar is not None  # made at the start of fitting
+        self._bar.update(self._task, completed=trainer.global_step)
+        # `logged_metrics` is on the host already at the steps that were logged
+        if (loss := trainer.logged_metrics.get(f"{pl_module.stage}/loss/total")) is not None:
+            self._bar.update(self._task, loss=f"loss {float(loss):.4f}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LearningStage) -> None:
         self._stop()

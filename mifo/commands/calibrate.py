@@ -9,7 +9,6 @@ from omegaconf import OmegaConf
 from rich.progress import track
 from scipy.stats import t as student
 
-from mifo.commands.evaluate import class_names
 from mifo.commands.setup import prepare
 from mifo.config.jobs import claim_folder
 from mifo.config.location import conf_folder
@@ -27,8 +26,6 @@ from mifo.miniature.calibration import CASES, calibration_picture
 from mifo.report.tables import markdown_table, write_csv
 from mifo.world.scenes import SIZE
 from mifo.world.spec import SceneSpec
-
-METRIC_NAMES = {name: f"{name} {'↑' if METRICS[name].higher_is_better else '↓'}" for name in METRICS}
 
 
 def calibrate(settings: CalibrateSettings) -> Path:
@@ -48,28 +45,19 @@ def calibrate(settings: CalibrateSettings) -> Path:
         instances = read_instances(given)
         spec = find_source(given)
         assert isinstance(spec, SceneSpec)  # `named_scenes` gives nothing else
-        source = instances.image.float() / 255
-        shown = [source]
+        placed = layouts(layout, instances.tokens)
+        shown = [instances.image.float() / 255]
         for case in CASES:
             pictures = [
-                calibration_picture(spec, case, each.boxes, each.prompt, ending, settings.seed + number)
-                for number, (each, ending) in enumerate(
-                    zip(layouts(layout, instances.tokens), settings.endings, strict=True)
-                )
+                calibration_picture(spec, case, each, ending, settings.seed + number)
+                for number, (each, ending) in enumerate(zip(placed, settings.endings, strict=True))
             ]
             shown.append(pictures[0].image)
-            found = evaluator.evaluate(
-                pictures, source, instances.masks, instances.tokens, class_names(instances)
-            )
+            about = {"scene": given.name, "things": len(instances.tokens), "case": case}
+            found = evaluator.evaluate(pictures, instances).pictures
             rows += [
-                {
-                    "scene": given.name,
-                    "things": len(instances.tokens),
-                    "case": case,
-                    "ending": ending,
-                    **scores,
-                }
-                for ending, scores in zip(settings.endings, found.pictures, strict=True)
+                {**about, "ending": ending, **scores}
+                for ending, scores in zip(settings.endings, found, strict=True)
             ]
         sheet.append(torch.cat(shown, 2))
     table = pd.DataFrame(rows)
@@ -90,9 +78,7 @@ def named_scenes(patterns: list[str]) -> list[InstancesSettings]:
     scenes = [OmegaConf.to_object(OmegaConf.merge(schema, read_yaml(file))) for file in fitting]
     scenes = [scene for scene in scenes if scene.scene is not None]
     if not scenes:
-        raise MifoError(
-            f"scenes={','.join(patterns)} fits no drawn scene of conf/instances; try scenes=[alike_*]"
-        )
+        raise MifoError(f"scenes={','.join(patterns)} fits no drawn scene of conf/instances; try [alike_*]")
     return scenes
 
 
@@ -106,10 +92,8 @@ def report(table: pd.DataFrame, evaluator: PictureEvaluator, fit: Fit) -> str:
     """The table in Markdown: cases by metrics, all scenes and each kind of scene; scenes are the sample."""
     metrics = [name for name in METRICS if name in table]
     scenes = table.groupby(["case", "scene"], sort=False)[metrics].mean().reset_index()
-    kinds = {
-        "all scenes": "",
-        **{kind: kind for kind in dict.fromkeys(n.split("_")[0] for n in scenes.scene)},
-    }
+    kinds = {"all scenes": "", **{kind: kind for kind in (name.split("_")[0] for name in scenes.scene)}}
+    heads = [f"{name} {'↑' if METRICS[name].higher_is_better else '↓'}" for name in metrics]
     lines = [
         "# The measures on drawn pictures",
         "",
@@ -125,6 +109,5 @@ def report(table: pd.DataFrame, evaluator: PictureEvaluator, fit: Fit) -> str:
             [case, *(interval(part[part.case == case][metric].dropna()) for metric in metrics)]
             for case in CASES
         ]
-        heads = ["case", *(METRIC_NAMES[metric] for metric in metrics)]
-        lines += ["", f"## {title}", "", *markdown_table(pd.DataFrame(rows, columns=heads))]
+        lines += ["", f"## {title}", "", *markdown_table(pd.DataFrame(rows, columns=["case", *heads]))]
     return "\n".join(lines) + "\n"

@@ -13,11 +13,12 @@ from rich.table import Table
 from mifo.commands.setup import open_loggers, prepare
 from mifo.config.jobs import CONFIG, claim_folder
 from mifo.config.schema import EvaluateSettings
+from mifo.data.instance_names import instances_in
 from mifo.data.instances import InstanceSet, read_instances
 from mifo.data.saved_pictures import Picture, read_pictures
 from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
-from mifo.files import as_record, existing_folder, read_yaml
+from mifo.files import existing_folder, read_yaml
 from mifo.method.prompts.instances import INSTANCE
 from mifo.metrics.evaluation import SCORES, Evaluation, PictureEvaluator, has_scores
 from mifo.metrics.scores import Score
@@ -34,9 +35,7 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
         MifoError: no metrics, pictures that cannot be read, or instances that are not those of the pictures.
     """
     if settings.metrics is None:
-        raise MifoError(
-            "metrics=none leaves nothing to evaluate; choose metrics=miniature or metrics=standard"
-        )
+        raise MifoError("metrics=none leaves nothing to evaluate; choose metrics=miniature or standard")
     source = pictures_folder(settings.pictures)
     pictures = read_pictures(source)
     instances = read_instances(settings.instances or recorded_instances(source))
@@ -66,14 +65,7 @@ def scored(
     path = folder / SCORES
     if not has_scores(path):
         evaluator = PictureEvaluator.from_settings(settings, device)
-        evaluator.evaluate(
-            pictures,
-            instances.image.float() / 255,
-            instances.masks,
-            instances.tokens,
-            class_names(instances),
-            progress=lambda each: track(each, "evaluation"),
-        ).save(path)
+        evaluator.evaluate(pictures, instances, lambda each: track(each, "evaluation")).save(path)
     evaluation = Evaluation.read(path)
     if len(evaluation.pictures) != len(pictures):
         raise MifoError(
@@ -84,32 +76,21 @@ def scored(
 
 
 def pictures_folder(given: str) -> Path:
-    """The folder of pictures, given itself or the run that holds it.
-
-    Raises:
-        MifoError: there is no such folder.
-    """
+    """The folder of pictures, given itself or the run that holds it."""
     folder = existing_folder("pictures", given, "what mifo synthesize or mifo run made")
     return folder / "pictures" if (folder / "pictures").is_dir() else folder
 
 
 def recorded_instances(pictures: Path) -> InstancesSettings:
-    """The instances that the tokens in the pictures were learned from.
-
-    Raises:
-        MifoError: nothing is recorded beside the pictures, or the record is damaged.
-    """
+    """The instances that the tokens in the pictures were learned from, as recorded beside the pictures."""
     recorded = pictures / "instances.yaml"
     if not recorded.exists():
         raise MifoError(f"{recorded} is missing, so the instances are not known; name them by instances=…")
-    try:
-        return as_record(read_yaml(recorded, from_outside=True), InstancesSettings, recorded)
-    except MifoError as error:
-        raise MifoError(f"{error}; name the instances by instances=…") from error
+    return instances_in(recorded)
 
 
 def other_instances(pictures: Path, given: InstancesSettings | None) -> str | None:
-    """A line that warns of `given` instances unlike those that the pictures' tokens were learned from."""
+    """A warning if the `given` instances are not those that the pictures' tokens were learned from."""
     if given is None or not (pictures / "instances.yaml").is_file():
         return None
     recorded = recorded_instances(pictures)
@@ -122,11 +103,7 @@ def other_instances(pictures: Path, given: InstancesSettings | None) -> str | No
 
 
 def check_tokens(pictures: Sequence[Picture], instances: InstanceSet) -> None:
-    """Refuse pictures of instances that are not among `instances`; boxes of other words are no instances.
-
-    Raises:
-        MifoError: a prompt or a box names an unknown token.
-    """
+    """Refuse pictures of instances that are not among `instances`; boxes of other words are no instances."""
     for picture in pictures:
         for token in INSTANCE.findall(" ".join([picture.prompt, *picture.boxes])):
             if token not in instances.tokens:
@@ -137,10 +114,7 @@ def check_tokens(pictures: Sequence[Picture], instances: InstanceSet) -> None:
 
 
 def other_measure(pictures: Path, metrics: MetricsSettings) -> str | None:
-    """A line that warns of `metrics` unlike those of the pictures' own run, or not meant for its model.
-
-    None where they agree or nothing is recorded.
-    """
+    """A warning if `metrics` are not those of the pictures' own run, or not meant for its model."""
     recorded = pictures.parent / CONFIG
     if not recorded.is_file():
         return None
@@ -169,21 +143,12 @@ def other_measure(pictures: Path, metrics: MetricsSettings) -> str | None:
 
 
 def objective_values(folder: Path, wanted: Sequence[str]) -> float | list[float]:
-    """The `wanted` scores of a run as a search reads them: one alone as a number.
-
-    Raises:
-        MifoError: one of them was not measured.
-    """
+    """The `wanted` scores of a run as a search reads them: one alone as a number."""
     found = {score.metric: score.value for score in Evaluation.read(folder / SCORES).scores}
     if missing := [name for name in wanted if name not in found]:
         raise MifoError(f"objectives: {missing[0]} was not measured; take of {', '.join(found)}")
     values = [found[name] for name in wanted]
     return values[0] if len(values) == 1 else values
-
-
-def class_names(instances: InstanceSet) -> tuple[str | None, ...]:
-    """One class name, or None, for each instance."""
-    return instances.class_names or (None,) * len(instances.tokens)
 
 
 def print_scores(scores: tuple[Score, ...]) -> None:

@@ -1,4 +1,4 @@
-"""`mifo layout`: what a layout asks for, drawn before any model is loaded."""
+"""`mifo layout`: the boxes of a layout, drawn without a model."""
 
 import logging
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ def layout(settings: LayoutTaskSettings) -> Path:
 
 
 def _warn_of_small_boxes(wanted: Sequence[Layout]) -> None:
-    """Tell what sampling will refuse; no error, since another model may have a finer grid."""
+    """Warn of boxes that sampling will refuse; no error, since another model may have a finer grid."""
     for name, box in dict.fromkeys(item for layout in wanted for item in layout.boxes.items()):
         try:
             check_boxes({name: box}, SHAPES_SIDE)

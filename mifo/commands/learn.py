@@ -14,11 +14,12 @@ from mifo.backbones.learned import load_learned
 from mifo.backbones.loading import load_model
 from mifo.backbones.model import DiffusionModel
 from mifo.callbacks.samples import SamplePictures
+from mifo.commands.readiness import Setup, check_ready
 from mifo.commands.setup import open_loggers, prepare
 from mifo.config.compose import reason
 from mifo.config.jobs import CONFIG, claim_folder
 from mifo.config.schema import LearnSettings
-from mifo.data.instances import InstanceSet, read_instances
+from mifo.data.instances import InstanceSet
 from mifo.errors import MifoError
 from mifo.tracking.results import log_learned
 from mifo.training.fit import learn as fit
@@ -27,11 +28,12 @@ from mifo.training.fit import remove_checkpoints
 
 def learn(settings: LearnSettings) -> Path:
     """Learn both stages; returns the folder `learned/` of the run."""
-    instances = read_instances(settings.instances)
+    setup = Setup(settings)
+    check_ready(setup)
     device = prepare(settings)
     folder = claim_folder(settings)
     with open_loggers(settings) as loggers:
-        learned_model(settings, instances, folder, device, loggers)
+        learned_model(settings, setup.instances, folder, device, loggers)
     print(f"learned: {folder / 'learned'}")
     return folder / "learned"
 
@@ -43,11 +45,7 @@ def learned_model(
     device: torch.device,
     loggers: Sequence[Logger],
 ) -> DiffusionModel:
-    """The base model with what `folder/learned` holds, which is learned first if it is not there yet.
-
-    Raises:
-        MifoError: a callback does not take its arguments, or cannot show these instances.
-    """
+    """The base model with the result in `folder/learned`, which is learned first if it is missing."""
     callbacks = [_callback(name, node, instances) for name, node in settings.callbacks.items()]
     model = load_model(settings.model, device)
     if (folder / "learned").is_dir():

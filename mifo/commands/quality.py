@@ -1,12 +1,11 @@
-"""`mifo quality`: how good the miniature is, each figure beside what it should at least be."""
+"""`mifo quality`: how good the miniature is, each figure with the least that it should reach."""
 
 import json
 import platform
 import time
+from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
-from importlib.resources import files
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 from mifo.acceleration.profile import available
 from mifo.backbones.loading import load_model
 from mifo.backbones.settings import ModelSettings
+from mifo.benchmark.records import processor_name
 from mifo.commands.setup import prepare
 from mifo.config.identity import code_version
 from mifo.config.jobs import claim_folder
@@ -26,6 +26,7 @@ from mifo.data.saved_pictures import as_image
 from mifo.errors import MifoError
 from mifo.files import write_whole
 from mifo.making.pictures import make_pictures
+from mifo.metrics.evaluators import EMBEDDED
 from mifo.miniature import quality as measures
 from mifo.miniature.pretraining.segmenter import load_segmenter
 from mifo.report.tables import markdown_table
@@ -39,28 +40,35 @@ def quality(settings: QualitySettings) -> Path:
 
     Returns their folder. Raises MifoError for an unknown part or missing weights.
     """
-    parts = {
-        "reconstruction": _reconstruction,
-        "evaluators": _evaluators,
-        "text_to_image": _text_to_image,
-        "box_control": _box_control,
-    }
-    unknown = [part for part in settings.parts if part not in parts]
-    if unknown:
-        raise MifoError(f"parts: '{unknown[0]}' is no part of quality; choose from {', '.join(parts)}")
-    weights = (
-        Path(settings.weights) if settings.weights else Path(str(files("mifo"))) / "miniature" / "weights"
-    )
-    if not (weights / settings.pipeline).is_dir():
+    weights, synthesis = Path(settings.weights or EMBEDDED), settings.synthesis
+    pipeline = weights / settings.pipeline
+    if not pipeline.is_dir():
         raise MifoError(
             f"weights={weights} holds no {settings.pipeline}/; name the folder weights/ of mifo pretrain"
         )
+
+    def text_to_image() -> dict[str, Any]:
+        loaded = measures.load_pipeline(pipeline, device, torch.float32)
+        judge = measures.Judge(weights / "clip", device)
+        scale, steps = synthesis.guidance_scale, synthesis.steps
+        return measures.text_to_image(loaded, judge, settings.pictures, scale, steps)
+
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "reconstruction": lambda: measures.reconstruction(
+            measures.load_pipeline(pipeline, device, torch.float32), settings.reconstructions
+        ),
+        "evaluators": lambda: measures.evaluators(weights, device, settings.scenes, settings.per_category),
+        "text_to_image": text_to_image,
+        "box_control": lambda: _box_control(settings, weights, device, folder),
+    }
+    if unknown := [part for part in settings.parts if part not in parts]:
+        raise MifoError(f"parts: '{unknown[0]}' is no part of quality; choose from {', '.join(parts)}")
     device = prepare(settings)
     folder = claim_folder(settings)
     record: dict[str, dict[str, Any]] = {"about": about(device), "seconds": {}, "measured": {}}
     for part in settings.parts:
         began = time.perf_counter()
-        record["measured"] |= parts[part](settings, weights, device, folder)
+        record["measured"] |= parts[part]()
         record["seconds"][part] = round(time.perf_counter() - began, 1)
         write_whole(folder / "quality.json", json.dumps(record, indent=2) + "\n")
         write_whole(folder / "quality.md", report(record))
@@ -69,41 +77,19 @@ def quality(settings: QualitySettings) -> Path:
     return folder
 
 
-def _reconstruction(settings: QualitySettings, weights: Path, device: torch.device, folder: Path) -> dict:
-    pipeline = measures.load_pipeline(weights / settings.pipeline, device, torch.float32)
-    return measures.reconstruction(pipeline, settings.reconstructions)
-
-
-def _evaluators(settings: QualitySettings, weights: Path, device: torch.device, folder: Path) -> dict:
-    return measures.evaluators(weights, device, settings.scenes, settings.per_category)
-
-
-def _text_to_image(settings: QualitySettings, weights: Path, device: torch.device, folder: Path) -> dict:
-    pipeline = measures.load_pipeline(weights / settings.pipeline, device, torch.float32)
-    judge, synthesis = measures.Judge(weights / "clip", device), settings.synthesis
-    return measures.text_to_image(
-        pipeline, judge, settings.pictures, synthesis.guidance_scale, synthesis.steps
-    )
-
-
 def _box_control(settings: QualitySettings, weights: Path, device: torch.device, folder: Path) -> dict:
     model = load_model(ModelSettings("miniature", str(weights / settings.pipeline)), device)
-    layouts: list[Layout] = []
 
-    def make(prompts: list) -> torch.Tensor:
-        layouts.extend(Layout(prompt, boxes) for prompt, boxes in prompts)
-        # those with as many boxes one after the other, so that they share their CUDA graphs
-        order = sorted(range(len(layouts)), key=lambda i: len(layouts[i].boxes))
+    def make(wanted: list[Layout]) -> torch.Tensor:
+        # layouts with as many boxes one after the other, so that they share their CUDA graphs
+        ordered = sorted(wanted, key=lambda layout: len(layout.boxes))
         graphs = available(settings.performance, device).cuda_graphs
-        made = make_pictures(
-            model, [layouts[i] for i in order], settings.synthesis, settings.guidance, settings.seed, graphs
-        )
-        return torch.stack(
-            [picture.image for _, picture in sorted(zip(order, made, strict=True), key=itemgetter(0))]
-        )
+        made = make_pictures(model, ordered, settings.synthesis, settings.guidance, settings.seed, graphs)
+        images = {id(layout): picture.image for layout, picture in zip(ordered, made, strict=True)}
+        return torch.stack([images[id(layout)] for layout in wanted])
 
     segmenter = load_segmenter(weights / "segmenter", device)
-    measured, pictures = measures.box_control(segmenter, make, settings.box_prompts)
+    measured, layouts, pictures = measures.box_control(segmenter, make, settings.box_prompts)
     shown = [
         draw_bounding_boxes(picture, torch.tensor(list(layout.boxes.values())) * picture.shape[-1])
         for picture, layout in zip(pictures[:SHEET], layouts, strict=False)
@@ -118,19 +104,9 @@ def about(device: torch.device) -> dict[str, str]:
     return {
         "date": date.today().isoformat(),
         "code": str(code_version()),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         "libraries": ", ".join([f"Python {platform.python_version()}", *named]),
     }
-
-
-def processor() -> str:
-    """The processor's name and how many threads torch uses on it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def figure(name: str, value: float) -> str:

@@ -1,57 +1,62 @@
 """`mifo run`: learn, synthesize and evaluate in one folder, and show the result on a contact sheet."""
 
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from lightning.pytorch.loggers import Logger
 
-from mifo.acceleration.profile import available, ready_for_synthesis
-from mifo.commands.evaluate import class_names, print_scores, scored
+from mifo.commands.evaluate import print_scores, scored
 from mifo.commands.learn import learned_model
+from mifo.commands.readiness import LEARNING, Setup, check_ready, layout
 from mifo.commands.setup import open_loggers, prepare
-from mifo.commands.synthesize import check_layouts, record_instances
+from mifo.commands.synthesize import make_and_save, record_instances
 from mifo.config.jobs import claim_folder
 from mifo.config.schema import RunSettings
-from mifo.data.instances import read_instances
-from mifo.data.layouts import layouts
-from mifo.data.saved_pictures import read_pictures, save_pictures
-from mifo.making.pictures import make_pictures
+from mifo.data.saved_pictures import read_pictures
 from mifo.metrics.evaluation import SCORES, PictureEvaluator, has_scores
 from mifo.report.sheet import Sheet, write_sheet
 from mifo.tracking.results import log_evaluation
 
 
+@contextmanager
+def timed(part: str) -> Iterator[None]:
+    """Say how long a part took."""
+    start = time.monotonic()
+    yield
+    print(f"{part} took {time.monotonic() - start:.0f} s")
+
+
 def run(settings: RunSettings) -> Path:
-    """Do what is not done yet in the run's folder; returns the folder."""
-    instances = read_instances(settings.instances)
-    wanted = layouts(settings.layout, instances.tokens)
-    if not (Path(settings.paths.output) / "pictures" / "pictures.json").is_file():
-        check_layouts(settings, wanted, instances.tokens)
-    device = prepare(settings)
+    """Do every step that is not finished in the run's folder; returns the folder."""
+    setup = Setup(settings)
+    instances, wanted = setup.instances, setup.layouts
     folder = Path(settings.paths.output)
+    pictures_wanted = not (folder / "pictures" / "pictures.json").is_file()
+    if pictures_wanted:
+        check_ready(setup, (*LEARNING, layout))
+    device = prepare(settings)
     judge = None if has_scores(folder / SCORES) else settings.metrics
     if judge is not None:
         # an evaluator that cannot be loaded is refused now rather than after learning
         PictureEvaluator.from_settings(judge, "cpu")
     claim_folder(settings)
-    pictures_wanted = not (folder / "pictures" / "pictures.json").is_file()
-    # what is finished was logged by then
-    unfinished = pictures_wanted or judge is not None
-    opened: AbstractContextManager[list[Logger]] = open_loggers(settings) if unfinished else nullcontext([])
+    opened: AbstractContextManager[list[Logger]] = nullcontext([])
+    if pictures_wanted or judge is not None:  # else everything was logged when it was finished
+        opened = open_loggers(settings)
     with opened as loggers:
         if pictures_wanted:
-            model = learned_model(settings, instances, folder, device, loggers)
-            performance = available(settings.performance, device)
-            ready_for_synthesis(model, performance)
-            made = make_pictures(
-                model, wanted, settings.synthesis, settings.guidance, settings.seed, performance.cuda_graphs
-            )
+            with timed("learning"):
+                model = learned_model(settings, instances, folder, device, loggers)
             record_instances(folder / "learned", folder / "pictures")
-            save_pictures(folder / "pictures", made)
+            with timed("synthesis"):
+                make_and_save(model, settings, wanted, folder / "pictures")
         pictures = read_pictures(folder / "pictures")
         evaluation = None
         if settings.metrics is not None:
-            evaluation = scored(settings.metrics, pictures, instances, folder, device)
+            with timed("evaluation"):
+                evaluation = scored(settings.metrics, pictures, instances, folder, device)
             steps = settings.learning.finetuning.steps or settings.learning.semantic.steps
             log_evaluation(loggers, evaluation, pictures, instances, steps)
     if settings.sheet and not (folder / "contact_sheet.html").is_file():
@@ -60,7 +65,7 @@ def run(settings: RunSettings) -> Path:
             source=instances.image,
             masks=instances.masks,
             tokens=instances.tokens,
-            class_names=class_names(instances),
+            class_names=instances.class_names or (None,) * len(instances.tokens),
             pictures=pictures,
             evaluation=evaluation,
             facts={"model": settings.model.name, "method": settings.method, "seed": str(settings.seed)},

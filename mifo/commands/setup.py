@@ -1,4 +1,4 @@
-"""What every task does first: seeds, device, loggers."""
+"""The first steps of every task: seeds, device, loggers."""
 
 import logging
 import os
@@ -11,6 +11,7 @@ from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import wandb
 from hydra.errors import InstantiationException
@@ -33,18 +34,20 @@ from mifo.errors import MifoError
 from mifo.files import read_text, write_whole
 from mifo.tracking.results import define_metrics
 from mifo.tracking.trackio_logger import TrackioLogger
+from mifo.training.memory import Memory
 
 log = logging.getLogger(__name__)
 
 
 def prepare(settings: TaskSettings) -> torch.device:
     """Seed every generator, set how the hardware is used, and return the device to work on."""
-    # Lightning adds hints and a handler of its own, transformers a bar for each file: MIFO says what it does
+    # silence Lightning's hints and handler, and the progress bar of transformers for each file
     lightning_log = logging.getLogger("lightning.pytorch")
     lightning_log.setLevel(logging.WARNING)
     lightning_log.handlers.clear()
     warnings.filterwarnings("ignore", message=".*LeafSpec")
     disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
     seed_everything(settings.seed, verbose=False)
     if isinstance(settings, ModelTaskSettings):
         torch.set_float32_matmul_precision(settings.performance.matmul_precision)
@@ -64,8 +67,8 @@ def open_loggers(
 ) -> Iterator[list[Logger]]:
     """The loggers of the configuration; a Weights & Biases run is closed with the exit code of the block.
 
-    A run that is continued in its folder goes on in its own run there, offline in a further file whose steps
-    follow. Where no server answers, it is kept offline.
+    A run that is continued in its folder goes on in the same run on the server, or offline in a further file.
+    If no server answers, the run is kept offline.
 
     Raises:
         MifoError: a logger does not take its arguments.
@@ -125,8 +128,24 @@ def open_logger(name: str, node: dict[str, Any], folder: Path, facts: dict[str, 
         raise MifoError(f"logger.{name} does not take its arguments: {reason(error)}") from error
 
 
+def tell_memory(needed: Memory, device: str) -> str:
+    """A line about the memory of a GPU that is needed; a warning where more is needed than free."""
+    told = f"about {needed.total / 2**30:.1f} GiB of a GPU's memory ({needed})"
+    if device == "cpu" or not torch.cuda.is_available():
+        return f"{told}; no GPU is in use here"
+    free = torch.cuda.mem_get_info()[0]
+    if needed.total > free:
+        log.warning(
+            "This needs %s, of which %.1f GiB are free; end what else uses the GPU, or take "
+            "performance=low_vram or performance.gradient_checkpointing=true.",
+            told,
+            free / 2**30,
+        )
+    return f"{told}; {free / 2**30:.1f} GiB are free"
+
+
 def has_wandb_key() -> bool:
-    """Looked up here, because wandb settles its mode for the whole process once it is asked."""
+    """Whether a key of Weights & Biases is known. Asking wandb would fix its mode for the whole process."""
     try:
         hosts = netrc().hosts
     except (OSError, NetrcParseError):

@@ -81,11 +81,7 @@ def _keep_all(target: Path, ended: Sequence[Done]) -> None:
 
 
 def _tell_refusals(runs: Sequence[Run]) -> None:
-    """Print why runs are refused, each reason once.
-
-    Raises:
-        MifoError: all of them are.
-    """
+    """Print why runs are refused, each reason once; if all are refused, so is the table."""
     reasons = Counter(run.error or "" for run in runs if run.settings is None)
     told = [f"{count} of {len(runs)} runs: {reason}" for reason, count in reasons.items()]
     if reasons.total() == len(runs):

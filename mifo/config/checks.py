@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mifo.config.schema import (
+    ExportTaskSettings,
     LearnSettings,
     ModelTaskSettings,
     QualitySettings,
@@ -19,6 +20,7 @@ from mifo.config.schema import (
     TaskSettings,
 )
 from mifo.errors import MifoError
+from mifo.exporting.settings import check_export
 from mifo.method.guidance.settings import check_guidance
 from mifo.method.synthesis.settings import check_synthesis
 
@@ -54,6 +56,8 @@ def check(settings: TaskSettings) -> None:
     if isinstance(settings, SynthesizeSettings | LearnSettings | QualitySettings):
         check_synthesis(settings.synthesis)
         check_guidance(settings.guidance)
+    if isinstance(settings, ExportTaskSettings):
+        check_export(settings)
     if isinstance(settings, LearnSettings):
         from mifo.method.losses.timeline import check_penalty
         from mifo.training.fit import check_learning

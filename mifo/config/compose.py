@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
-from difflib import get_close_matches
 from functools import cache
 from io import StringIO
 from pathlib import Path
@@ -27,7 +26,7 @@ from mifo.config.identity import register_resolvers
 from mifo.config.location import conf_folder
 from mifo.config.renamed import renamed
 from mifo.config.schema import SCHEMAS
-from mifo.errors import MifoError
+from mifo.errors import MifoError, nearest
 from mifo.files import read_text
 
 register_resolvers()
@@ -212,12 +211,6 @@ def _walk(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix + field.name, value
         if is_dataclass(value):
             yield from _walk(value, f"{prefix}{field.name}.")
-
-
-def nearest(word: str, words: list[str]) -> str:
-    """The beginning of a hint at the one of `words` that may be meant; empty if none is near."""
-    near = get_close_matches(word, words, n=1, cutoff=0.6)
-    return f"did you mean {near[0]}? Or " if near else ""
 
 
 REFUSALS = (HydraException, OmegaConfBaseException)

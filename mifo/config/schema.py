@@ -13,6 +13,7 @@ from mifo.backbones.settings import ModelSettings
 from mifo.benchmark.settings import BenchmarkSettings
 from mifo.data.layouts import LayoutSettings
 from mifo.data.settings import InstancesSettings
+from mifo.exporting.settings import ExportSettings
 from mifo.method.guidance.settings import GuidanceSettings
 from mifo.method.losses.settings import PenaltySettings
 from mifo.method.synthesis.settings import SynthesisSettings
@@ -94,10 +95,29 @@ class LearnSettings(ModelTaskSettings):
 class SynthesizeSettings(ModelTaskSettings):
     """`mifo synthesize`."""
 
-    learned: str = MISSING  # the folder `learned/` of a run of `mifo learn`, or that run's folder
+    # the folder `learned/` of a run of `mifo learn`, or that run's folder; a list for what was learned apart
+    learned: Any = MISSING
     layout: LayoutSettings = field(default_factory=lambda: LayoutSettings(prompt=MISSING))
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
     synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
+
+
+@dataclass
+class ExportTaskSettings(ModelTaskSettings, ExportSettings):
+    """`mifo export`."""
+
+    learned: str = MISSING  # the folder `learned/` of a run of `mifo learn`, or that run's folder
+
+
+@dataclass
+class MasksSettings(TaskSettings):
+    """`mifo masks`. Boxes and points are in shares of the picture."""
+
+    picture: str | None = None  # the picture that boxes and points are in
+    boxes: dict[str, Any] = field(default_factory=dict)  # name → [x0, y0, x1, y1], or a list of such
+    points: dict[str, Any] = field(default_factory=dict)  # name → [[x, y], …]; [x, y, 0] is beside the thing
+    segmenter: str = "facebook/sam2.1-hiera-small"  # a folder or hub id of Segment Anything 2 (184 MB)
+    instances: InstancesSettings | None = None  # instead: show the masks that these have
 
 
 @dataclass
@@ -117,6 +137,11 @@ class RunSettings(LearnSettings):
     layout: LayoutSettings = field(default_factory=lambda: LayoutSettings(prompt=MISSING))
     objectives: list[str] = field(default_factory=list)  # scores that a search (hparams_search) reads
     sheet: bool = True  # end with a contact sheet; false spares a series of runs the time
+
+
+@dataclass
+class DoctorSettings(RunSettings):
+    """`mifo doctor`: what `mifo run` would be given."""
 
 
 @dataclass
@@ -190,8 +215,11 @@ class BenchmarkTaskSettings(ModelTaskSettings):
 SCHEMAS: dict[str, type[TaskSettings]] = {
     "learn": LearnSettings,
     "synthesize": SynthesizeSettings,
+    "export": ExportTaskSettings,
+    "masks": MasksSettings,
     "evaluate": EvaluateSettings,
     "run": RunSettings,
+    "doctor": DoctorSettings,
     "dashboard": DashboardSettings,
     "layout": LayoutTaskSettings,
     "pretrain": PretrainTaskSettings,

@@ -19,22 +19,18 @@ from mifo.method.prompts.articles import article
 
 UNKNOWN_CLASS = "thing"
 READ_AT_ONCE = 16  # pictures in memory
-MOST_CHECKED = 200  # own pictures that are decoded before learning begins; of more, headers alone are read
+MOST_CHECKED = 200  # of a folder of more pictures, only the headers are read before learning begins
 
 
 @dataclass(frozen=True)
 class ClassPictures:
-    """Class pictures (3, H, W) in [0, 1], the middle squares of these files; read as they are taken.
-
-    Raises:
-        MifoError: when pictures are taken: one can not be read.
-    """
+    """The middle squares of picture files, each read when it is asked for."""
 
     files: list[Path]
     side: int
 
     def read(self, numbers: Sequence[int]) -> Iterator[Tensor]:
-        """The pictures of these numbers only."""
+        """The pictures of these numbers, (3, side, side) in [0, 1]; one that can not be read is refused."""
         with ThreadPoolExecutor() as pool:
             for start in range(0, len(numbers), READ_AT_ONCE):
                 files = [self.files[i] for i in numbers[start : start + READ_AT_ONCE]]
@@ -50,20 +46,14 @@ def class_prompts(instances: InstanceSet, settings: PriorSettings) -> list[str]:
 
 
 def own_picture_files(given: str) -> list[Path]:
-    """The pictures in the folder `settings.folder`.
-
-    Raises:
-        MifoError: it is no folder or holds no picture, or one of its pictures can not be read.
-    """
+    """The pictures in a folder, of which there must be one at least; refuses one that can not be read."""
     folder = existing_folder("learning.prior.folder", given, "class pictures, or take null to have them made")
     # a hidden file such as macOS's ._cat.jpg is no picture, whatever its ending
     files = sorted(
         file for file in folder.glob("*") if file.suffix.lower() in ENDINGS and not file.name.startswith(".")
     )
     if not files:
-        raise MifoError(
-            f"learning.prior.folder={folder} holds no picture; put PNG, JPEG or WebP files there."
-        )
+        raise MifoError(f"learning.prior.folder={folder} holds no picture; put PNG, JPEG or WebP files there")
     for file in files:
         _check(file, file.lstat().st_mtime_ns, len(files) <= MOST_CHECKED)
     return files
@@ -71,7 +61,7 @@ def own_picture_files(given: str) -> list[Path]:
 
 @cache
 def _check(file: Path, changed: int, whole: bool) -> None:
-    """See that a picture can be read; once for every time at which it was changed."""
+    """Refuse a picture that can not be read; a file is checked again only after it has changed."""
     (open_picture if whole else check_picture)(file)
 
 

@@ -1,4 +1,4 @@
-"""Where instances come from and what they are called, known before any pixel is read. Needs no torch."""
+"""The source and the names of instances, found before any pixel is read. This file imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,9 +7,10 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mifo.data.photo_folder import image_file, mask_files
+from mifo.data.photo_folder import image_file, mask_sources
 from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
+from mifo.files import as_record, read_yaml
 from mifo.world.spec import SceneSpec, check_scene
 
 FITS = ("squash", "crop", "pad")
@@ -17,25 +18,15 @@ FITS = ("squash", "crop", "pad")
 
 @dataclass(frozen=True)
 class InstanceNames:
-    """What N instances are called.
+    """The names of N instances."""
 
-    Attributes:
-        tokens: "<asset0>" … of the N instances.
-        class_names: N words such as "car", or None where they are not known.
-        initializers: per instance the word whose embedding its token starts from, or None for a random start.
-    """
-
-    tokens: tuple[str, ...]
-    class_names: tuple[str, ...] | None
-    initializers: tuple[str | None, ...]
+    tokens: tuple[str, ...]  # "<asset0>" …
+    class_names: tuple[str, ...] | None  # words such as "car"; None: not known
+    initializers: tuple[str | None, ...]  # the word whose embedding the token starts from; None: random
 
 
 def find_source(settings: InstancesSettings) -> Path | SceneSpec:
-    """The folder or the scene of the miniature that holds the instances.
-
-    Raises:
-        MifoError: neither or both of folder and scene, or a scene that cannot be drawn.
-    """
+    """The folder or the scene of the miniature that holds the instances; exactly one must be given."""
     if settings.folder is None:
         if settings.scene is None:
             raise MifoError("instances has neither a folder nor a scene; set instances.folder=PATH.")
@@ -53,12 +44,27 @@ def find_source(settings: InstancesSettings) -> Path | SceneSpec:
     return Path(settings.folder).expanduser()
 
 
+def instances_in(recorded: Path, key: str | None = None) -> InstancesSettings:
+    """The instances that a YAML file holds, itself or under `key`.
+
+    Raises:
+        MifoError: the file is missing or damaged.
+    """
+    try:
+        content = read_yaml(recorded, from_outside=True)
+        if key is not None:
+            content = content.get(key) if isinstance(content, dict) else None
+        return as_record(content, InstancesSettings, recorded)
+    except MifoError as error:
+        raise MifoError(f"{error}; name the instances by instances=…") from error
+
+
 def name_instances(settings: InstancesSettings) -> InstanceNames:
     """Count the instances that `settings` name, by their masks or as things of the scene, and name them.
 
     Raises:
-        MifoError: as `find_source`, `image_file` and `mask_files`; an unknown `fit`; names that do not match
-            the number of instances, or an empty initializer.
+        MifoError: as `find_source`, `image_file` and `mask_sources`; an unknown `fit`; names that do not
+            match the number of instances, or an empty initializer.
     """
     source = find_source(settings)
     if settings.fit not in FITS:
@@ -67,14 +73,16 @@ def name_instances(settings: InstancesSettings) -> InstanceNames:
         raise MifoError("instances.initializers holds an empty word; name a word such as 'car', or null.")
     if isinstance(source, Path):
         image_file(source)
-        count, drawn = len(mask_files(source)), None
+        told = [each.name for each in mask_sources(source)]
     else:
-        count, drawn = len(source.things), tuple(thing.thing for thing in source.things)
+        told = [thing.thing for thing in source.things]
+    count = len(told)
+    known = [name for name in told if name] if all(told) else []
     for key in ("class_names", "initializers"):
         _check_number(key, getattr(settings, key), count)
     return InstanceNames(
         tokens=tuple(f"<asset{i}>" for i in range(count)),
-        class_names=tuple(settings.class_names) if settings.class_names else drawn,
+        class_names=tuple(settings.class_names or known) or None,
         initializers=tuple(settings.initializers or [None] * count),
     )
 
@@ -83,5 +91,5 @@ def _check_number(key: str, names: Sequence[str | None] | None, count: int) -> N
     """Refuse names of more or fewer instances than there are; no names are as good as None."""
     if names and len(names) != count:
         raise MifoError(
-            f"instances.{key} names {len(names)} instances, but there are {count} masks; name one each."
+            f"instances.{key} names {len(names)} instances, but there are {count}; name one each."
         )

@@ -12,21 +12,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mifo.data.annotations import Annotation
 from mifo.data.instance_names import find_source, name_instances
-from mifo.data.masks import read_mask
-from mifo.data.photo_folder import image_file, mask_files
+from mifo.data.masks import annotation_mask, box_mask, read_labels, read_mask
+from mifo.data.photo_folder import MaskSource, image_file, mask_sources
 from mifo.data.pictures import read_picture
+from mifo.data.saved_pictures import as_image
 from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
 from mifo.world.spec import SceneSpec
 
-# names that nobody gave: the default, and that of conf/instances/local.yaml
+# names that the user did not choose: the default, and the one of conf/instances/local.yaml
 UNNAMED = (InstancesSettings.name, "local")
 
 # Stable Diffusion's picture and latents, the finest on which a mask is learned; the miniature's are smaller
 _SIDE, _LATENT_SIDE = 512, 64
 
-# Of the picture, or of its border: a mask that covers more may be inverted
+# a mask that covers more than this share of the picture, or of its border, may be inverted
 _DOUBTFUL = 0.6
 
 log = logging.getLogger(__name__)
@@ -34,18 +36,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class InstanceSet:
-    """One image and its N instances; instance i is `tokens[i]`, `masks[i]`.
+    """One image and its N instances; instance i is `tokens[i]`, `masks[i]`. See also `InstanceNames`."""
 
-    Attributes:
-        name: of the set, for titles and messages.
-        image: (3, H, W) uint8, RGB.
-        masks: (N, H, W) float32 in [0, 1].
-        class_names, initializers, tokens: see `InstanceNames`.
-    """
-
-    name: str
-    image: Tensor
-    masks: Tensor
+    name: str  # of the set, for titles and messages
+    image: Tensor  # (3, H, W) uint8, RGB
+    masks: Tensor  # (N, H, W) float32 in [0, 1]
     class_names: tuple[str, ...] | None
     initializers: tuple[str | None, ...]
     tokens: tuple[str, ...]
@@ -87,6 +82,24 @@ def read_instances(settings: InstancesSettings) -> InstanceSet:
     return InstanceSet(_name(settings), image, masks, names.class_names, names.initializers, names.tokens)
 
 
+def save_side_by_side(sets: Sequence[InstanceSet], folder: Path) -> None:
+    """Write the pictures of several sets as one, with the masks of all, into a folder like a user's."""
+    height = max(each.image.shape[1] for each in sets)
+    images, masks = [], []
+    for each in sets:
+        below = (0, 0, 0, height - each.image.shape[1])
+        images.append(F.pad(each.image, below))
+        masks.append(F.pad(each.masks, below))
+    widths = [image.shape[2] for image in images]
+    as_image(torch.cat(images, 2)).save(folder / "img.png")
+    number = 0
+    for place, own in enumerate(masks):
+        for mask in own:
+            around = (sum(widths[:place]), sum(widths[place + 1 :]))
+            as_image(F.pad(mask, around)[None]).save(folder / f"mask{number}.png")
+            number += 1
+
+
 def _name(settings: InstancesSettings) -> str:
     """The name that was given, or that of the folder where none was."""
     if settings.folder is None or settings.name not in UNNAMED:
@@ -101,7 +114,7 @@ def _resize(masks: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _on_latents(masks: Tensor) -> Tensor:
-    """Which latents (N, h, w), bool, the masks (N, H, W) mark, brought to them as learning does it."""
+    """Which latents the masks (N, H, W) mark, bool (N, h, w); the masks are resized as in learning."""
     picture = _resize(masks, (_SIDE, _SIDE))
     return F.interpolate(picture[None], size=(_LATENT_SIDE, _LATENT_SIDE), mode="nearest")[0] > 0.5
 
@@ -139,7 +152,7 @@ def _refuse_empty(masks: Tensor, sources: Sequence[str], complaint: str) -> None
 
 def _draw(spec: SceneSpec) -> tuple[Tensor, Tensor]:
     """Image and masks of a scene of the miniature."""
-    # imported here, since those who bring a picture need no drawing
+    # imported here, since only scenes of the miniature need drawing
     from mifo.world.scenes import render_scene
 
     scene = render_scene(spec)
@@ -149,10 +162,10 @@ def _draw(spec: SceneSpec) -> tuple[Tensor, Tensor]:
 def _read_folder(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
     """Image, masks at its size, and the files of the masks."""
     file = image_file(folder)
-    files = mask_files(folder)
+    sources = mask_sources(folder)
     pixels = torch.from_numpy(np.array(read_picture(file))).permute(2, 0, 1).contiguous()
-    masks = [read_mask(each) for each in files]
-    for mask, source in zip(masks, files, strict=True):
+    masks = [_read_source(each, pixels.shape[1:]) for each in sources]
+    for mask, source in zip(masks, sources, strict=True):
         (height, width), (rows, columns) = pixels.shape[1:], mask.shape
         if not 1 / 1.02 <= (columns / rows) / (width / height) <= 1.02:
             raise MifoError(
@@ -160,7 +173,18 @@ def _read_folder(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
                 "would be stretched over other pixels than it marks; save it with the picture's proportions."
             )
     resized = [_resize(torch.from_numpy(mask)[None], pixels.shape[1:])[0] for mask in masks]
-    return pixels, torch.stack(resized), [str(each) for each in files]
+    return pixels, torch.stack(resized), [str(each) for each in sources]
+
+
+def _read_source(source: MaskSource, size: Sequence[int]) -> np.ndarray:
+    """(H, W) float32 in [0, 1] of one mask; a box has the picture's `size`."""
+    if source.part is None:
+        return read_mask(source.file)
+    if isinstance(source.part, int):
+        return (read_labels(source.file)[0] == source.part).astype(np.float32)
+    if isinstance(source.part, Annotation):
+        return annotation_mask(source.file, source.part)
+    return box_mask(source.part, size)
 
 
 def _fit(image: Tensor, masks: Tensor, fit: str) -> tuple[Tensor, Tensor]:
@@ -169,11 +193,8 @@ def _fit(image: Tensor, masks: Tensor, fit: str) -> tuple[Tensor, Tensor]:
     if fit == "squash" or height == width:
         return image, masks
     if fit == "pad":
-        total = max(height, width) - torch.tensor([width, height])
-        before = total // 2
-        left, top = before.tolist()
-        right, bottom = (total - before).tolist()
-        margins = (left, right, top, bottom)
+        down, right = max(width - height, 0), max(height - width, 0)
+        margins = (right // 2, right - right // 2, down // 2, down - down // 2)
         padded = F.pad(image[None].float(), margins, mode="replicate")[0].byte()
         return padded, F.pad(masks, margins)
     side = min(height, width)

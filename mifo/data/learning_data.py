@@ -1,4 +1,4 @@
-"""What a learning step draws. All that is constant is computed once; a step only draws and picks.
+"""The random draws of a learning step. Latents and masks are computed once; a step draws and picks.
 
 B instance samples, P class samples (P = B with a prior, else 0), N instances, H × W pixels.
 """
@@ -26,31 +26,14 @@ from mifo.method.objective import StepInputs
 
 ENCODED_AT_ONCE = 16  # class pictures and mirror images
 
+_Turned = tuple[int, int]  # the number of a class picture, and 1 for its mirror image, else 0
+
 
 class LearningBatch(NamedTuple):
-    """One step's draw; class samples come first. All shapes are the same at every step.
+    """One step's draw; class samples come first. All shapes are the same at every step."""
 
-    Attributes:
-        ids: tokens of the prompts, (P + B, …), as the model's `tokenize` gives them.
-        inputs: the tensors of the loss; K = N, and rows beyond the selected instances are not valid.
-    """
-
-    ids: Tensor
-    inputs: StepInputs
-
-
-class _Choices(NamedTuple):
-    """What a step takes, of the numbers that it draws.
-
-    Attributes:
-        selections: B times the numbers of the instances in the prompt's order.
-        flips: (B,) 1 for the mirror image, else 0.
-        pictures: (P,) a class picture's number and 1 for its mirror image, else 0.
-    """
-
-    selections: list[tuple[int, ...]]
-    flips: list[int]
-    pictures: list[tuple[int, int]]
+    ids: Tensor  # tokens of the prompts, (P + B, …), as the model's `tokenize` gives them
+    inputs: StepInputs  # K = N, and rows beyond the selected instances are not valid
 
 
 class LearningData(lightning.LightningDataModule):
@@ -80,13 +63,9 @@ class LearningData(lightning.LightningDataModule):
         performance: PerformanceSettings | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
-        self.instances = instances
-        self.settings = settings
+        self.model, self.instances, self.settings = model, instances, settings
         self.steps, self.batch_size, self.sizes = steps, batch_size, sizes
-        self.seed = seed
-        self.stream = stream
-        self.performance = performance
+        self.seed, self.stream, self.performance = seed, stream, performance
         self._class_pictures = class_pictures
         self._prompt = cache(self._tokenized)
 
@@ -96,20 +75,20 @@ class LearningData(lightning.LightningDataModule):
             self._class_pictures()
 
     def setup(self, stage: str) -> None:
-        """Encode the image, its mirror image and what the steps draw of the class pictures, each once."""
+        """Encode, once, the image, its mirror image and the class pictures that the steps will draw."""
         image, masks = self.instances.resized(self.model.image_size)
         self.latents = self.model.encode_images([image, image.flip(-1)])
         self.masks = MaskPyramid.of(masks.to(self.model.device), self.sizes, self.model.latent_shape[1:])
         if self._class_pictures:
             self.pictures, told = self._class_pictures()
             self.class_ids = self.model.tokenize(told)
-            self.class_latents: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+            self.class_latents: dict[_Turned, tuple[Tensor, Tensor]] = {}
             rank, accumulated = 0, 1
             if self.trainer is not None:
                 rank, accumulated = self.trainer.global_rank, self.trainer.accumulate_grad_batches
             # one more, as the trainer draws a batch ahead
             steps = range(self.steps * accumulated + 1)
-            self._encode(pair for i in steps for pair in self._choices(self._generator(i, rank)).pictures)
+            self._encode(pair for i in steps for pair in self._choices(self._generator(i, rank))[2])
 
     def train_dataloader(self) -> DataLoader:
         """Batches from the trainer's step on; without workers, since nothing is read or decoded."""
@@ -157,17 +136,22 @@ class LearningData(lightning.LightningDataModule):
         entropy = np.random.SeedSequence([self.seed, self.stream, rank, step]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(entropy[0]))
 
-    def _choices(self, generator: torch.Generator) -> _Choices:
-        """What a step takes: the first draws of its generator."""
+    def _choices(self, generator: torch.Generator) -> tuple[list[tuple[int, ...]], list[int], list[_Turned]]:
+        """The first draws of a step.
+
+        Returns:
+            B times the numbers of the instances in the prompt's order; B times 1 for the mirror image or 0;
+            and the P class pictures.
+        """
         selections = [self._selection(generator) for _ in range(self.batch_size)]
         flips = [self._flip(generator) for _ in selections]
         pictures = (
             self._integers(len(self.class_ids), self.batch_size, generator) if self._class_pictures else []
         )
-        return _Choices(selections, flips, [(i, self._flip(generator)) for i in pictures])
+        return selections, flips, [(i, self._flip(generator)) for i in pictures]
 
-    def _encode(self, pairs: Iterable[tuple[int, int]]) -> None:
-        """Encode class pictures or their mirror images, as in `_Choices`, where they are not yet."""
+    def _encode(self, pairs: Iterable[_Turned]) -> None:
+        """Encode the class pictures and mirror images that are not encoded yet."""
         missing = sorted({*pairs} - self.class_latents.keys())
         if not missing:
             return
@@ -179,7 +163,7 @@ class LearningData(lightning.LightningDataModule):
         means, deviations = (each.float() for each in encoded)
         self.class_latents.update(zip(missing, zip(means, deviations, strict=True), strict=True))
 
-    def _turned(self, pairs: list[tuple[int, int]]) -> Iterator[Tensor]:
+    def _turned(self, pairs: list[_Turned]) -> Iterator[Tensor]:
         """The class pictures or mirror images of sorted pairs, each picture read once."""
         numbers = list(dict.fromkeys(i for i, _ in pairs))
         turns = (turns for _, turns in groupby(pairs, itemgetter(0)))

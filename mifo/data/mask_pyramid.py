@@ -10,16 +10,12 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class MaskPyramid:
-    """Masks of N instances, of the image and of its mirror image, and a row N that stands for no instance.
+    """Masks of N instances, of the image and of its mirror image, and a row N that stands for no instance."""
 
-    Attributes:
-        at: masks by the size (h, w) of attention maps, (2, N + 1, h, w) in [0, 1], bilinear. Without
-            antialiasing, as in MIFO: antialiased masks move the attention loss by up to a tenth.
-        latent: the same at the size of the latents, by the nearest pixel, which the denoising loss reads.
-    """
-
+    # by the size (h, w) of attention maps, (2, N + 1, h, w) in [0, 1], bilinear; without antialiasing, as in
+    # MIFO, since antialiased masks move the attention loss by up to a tenth
     at: dict[tuple[int, int], Tensor]
-    latent: Tensor
+    latent: Tensor  # the same at the size of the latents, by the nearest pixel, for the denoising loss
 
     @classmethod
     def of(

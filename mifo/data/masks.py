@@ -1,10 +1,12 @@
 """What a mask marks, in every form in which tools for segmentation write it."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from mifo.data.annotations import Annotation
 from mifo.data.pictures import open_picture
 from mifo.errors import MifoError
 
@@ -45,7 +47,7 @@ def read_mask(file: Path) -> np.ndarray:
         raise MifoError(
             f"{file} has several flat values ({told}{', …' if len(flat) > 4 else ''}), as a label image of "
             "several instances has; save mask0.png, mask1.png, …, one for each instance, white where its "
-            "value is and black elsewhere."
+            "value is and black elsewhere, or take it alone, as labels.png."
         )
     if coloured:
         if len(flat) != 2 or max(flat[0]) > _GREY:
@@ -62,6 +64,93 @@ def read_mask(file: Path) -> np.ndarray:
         )
     if 0 < mask.max() < 0.9:
         log.warning("%s reaches %.2f of 1 only; is its instance white?", file, mask.max())
+    return mask
+
+
+def label_values(file: Path) -> list[int]:
+    """The values of a label image that mark instances, in order: palette indices, grey, or 0xRRGGBB.
+
+    0 is the background, and 255 of indices and grey the void between instances. Values of less than a
+    thousandth of the picture are left out; both are warned of.
+
+    Raises:
+        MifoError: no picture that can be read, no value, or more than a label image has.
+    """
+    labels, coloured = read_labels(file)
+    values, counts = np.unique(labels, return_counts=True)
+    if len(values) > _FEW_VALUES:
+        raise MifoError(
+            f"{file} has {len(values)} values, so that its edges are smoothed or it is no label image; save "
+            "it as PNG with one value for each instance."
+        )
+    void = {255} if not coloured and len(values) > 2 else set()
+    small = {int(v) for v, n in zip(values, counts, strict=True) if v and n < 0.001 * labels.size} - void
+    if left_out := sorted((void & {*values.tolist()}) | small):
+        log.warning("%s: left out the values %s, void or specks", file, ", ".join(map(str, left_out)))
+    found = [int(value) for value in values if value and value not in void | small]
+    if not found:
+        raise MifoError(f"{file} marks nothing: give each instance a value of its own, 0 for the rest.")
+    return found
+
+
+def read_labels(file: Path) -> tuple[np.ndarray, bool]:
+    """The values (H, W) of a label image, and whether they are colours."""
+    image = open_picture(file)
+    if image.mode in ("1", "L", "P") or image.mode.startswith("I"):
+        return np.asarray(image).astype(np.int64), False
+    colours = np.asarray(image.convert("RGB")).astype(np.int64)
+    return colours @ np.array([1 << 16, 1 << 8, 1]), True
+
+
+def annotation_mask(file: Path, annotation: Annotation) -> np.ndarray:
+    """(H, W) float32 of an annotation of COCO in `file`.
+
+    Raises:
+        MifoError: a damaged annotation, or pycocotools is not installed.
+    """
+    height, width = annotation.size
+    found, size = annotation.segmentation, annotation.size
+    if found is None:
+        edges = [float(edge) for edge in annotation.box or ()]
+        if len(edges) != 4:
+            raise MifoError(f"{file} has an annotation with neither a segmentation nor a box; draw one.")
+        left, top, wide, high = edges
+        return box_mask((left / width, top / height, (left + wide) / width, (top + high) / height), size)
+    try:
+        from pycocotools import mask as coco
+    except ImportError as error:
+        raise MifoError(
+            f"{file} needs the package pycocotools; install it with: pip install 'mifo[masks]'."
+        ) from error
+    try:
+        if isinstance(found, dict):
+            if list(found["size"]) != [height, width]:
+                raise ValueError(f"run lengths of {found['size']} in a picture of {[height, width]}")
+            counts = found["counts"]
+            if isinstance(counts, list):
+                if sum(counts) != height * width or min(counts) < 0:
+                    raise ValueError("run lengths that do not fill the picture")
+                found = coco.frPyObjects(found, height, width)
+            runs = found
+        else:
+            if not all(len(each) >= 6 and len(each) % 2 == 0 for each in found):
+                raise ValueError("a polygon of fewer than three points")
+            runs = coco.merge(coco.frPyObjects([[float(x) for x in each] for each in found], height, width))
+        mask = coco.decode(runs)
+        # runs that end too early leave whatever the memory held
+        if isinstance(runs["counts"], str) and coco.encode(mask)["counts"].decode() != runs["counts"]:
+            raise ValueError("run lengths that do not fill the picture")
+        return mask.astype(np.float32)
+    except (TypeError, ValueError, KeyError, IndexError) as error:
+        raise MifoError(f"{file} has a damaged segmentation ({error}); export it anew.") from error
+
+
+def box_mask(box: Sequence[float], size: Sequence[int]) -> np.ndarray:
+    """(H, W) float32 of a box [x0, y0, x1, y1] in [0, 1]."""
+    height, width = size
+    mask = np.zeros((height, width), np.float32)
+    x0, y0, x1, y1 = box
+    mask[round(y0 * height) : round(y1 * height), round(x0 * width) : round(x1 * width)] = 1
     return mask
 
 

@@ -1,4 +1,4 @@
-"""The one reader of pictures from outside: what it gives is what a viewer shows.
+"""The one reader of pictures from outside: it gives a picture as a viewer shows it.
 
 Photographs, masks, class pictures and saved pictures are all read here. A link to a picture is followed,
 since a user's folder may be made of links, and nothing but pixels is taken from its end.
@@ -27,7 +27,7 @@ MOST_MEGAPIXELS = 89  # Pillow warns beyond them and refuses twice as many
 # mode in which Pillow holds the colours that a profile describes
 _PROFILE_MODES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}
 _SRGB = ImageCms.createProfile("sRGB")
-# a profile that moves no colour by more than this many levels of 255 is sRGB, written otherwise
+# a profile that moves no colour by more than this many levels of 255 counts as sRGB
 _SAME_COLOUR = 2
 
 log = logging.getLogger(__name__)
@@ -79,17 +79,13 @@ def open_picture(file: Path) -> Image.Image:
 
 
 def check_picture(file: Path) -> None:
-    """Read a picture's header only.
-
-    Raises:
-        MifoError: no regular file, another format, or more pixels than are read.
-    """
+    """Refuse a file that `open_picture` would refuse by its header, which alone is read."""
     with regular_file(file, MOST_BYTES) as stream, _refusing(file):
         _identified(stream)
 
 
 def is_whole(file: Path, side: int) -> bool:
-    """Whether a PNG of MIFO's own is there, `side` wide and high, and as long as when it was written."""
+    """Whether a PNG written by MIFO exists, is `side` pixels wide and high, and is undamaged."""
     try:
         with regular_file(file, MOST_BYTES) as stream, _refusing(file):
             image = Image.open(stream, formats=["PNG"])
@@ -101,7 +97,7 @@ def is_whole(file: Path, side: int) -> bool:
 
 
 def _identified(stream: BinaryIO) -> Image.Image:
-    """A picture of whose file the header was read."""
+    """A picture whose header is read but not its pixels, unless it has too many of them."""
     image = Image.open(stream, formats=FORMATS)
     if image.width * image.height > MOST_MEGAPIXELS * 10**6:
         raise Image.DecompressionBombError
@@ -117,9 +113,7 @@ def _refusing(file: Path) -> Iterator[None]:
     try:
         yield
     except Image.DecompressionBombError as error:
-        raise MifoError(
-            f"{file} has more than {MOST_MEGAPIXELS} megapixels, the most that are read; make it smaller"
-        ) from error
+        raise MifoError(f"{file} has more than {MOST_MEGAPIXELS} megapixels; make it smaller") from error
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):

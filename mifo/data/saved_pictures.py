@@ -49,7 +49,7 @@ def save_pictures(folder: Path | str, pictures: Sequence[Picture]) -> Path:
         with whole_file(folder / name) as unfinished:
             as_image(picture.image).save(unfinished, "PNG")
         rows.append({"file": name, "prompt": picture.prompt, "boxes": picture.boxes, "seed": picture.seed})
-    # last and at once: where it lies, all pictures do
+    # written last: where this file exists, all pictures do
     write_whole(folder / "pictures.json", json.dumps(rows, indent=2) + "\n")
     return folder
 
@@ -82,7 +82,7 @@ def read_pictures(folder: Path | str) -> list[Picture]:
 
 def _picture(folder: Path, row: _Row) -> Picture:
     file = folder / row.file
-    # a folder that somebody sent is not to show other files of this machine
+    # a folder from a stranger must not show other files of this machine
     if row.file != file.name or os.path.islink(file):
         raise MifoError(f"{folder / 'pictures.json'} names {row.file[:80]!r}, which is no file beside it.")
     try:

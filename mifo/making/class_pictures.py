@@ -10,7 +10,6 @@ from tempfile import TemporaryFile
 
 import torch
 from rich.progress import Progress
-from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from mifo.acceleration.settings import PerformanceSettings
@@ -31,25 +30,9 @@ def class_pictures(
     seed: int,
     performance: PerformanceSettings | None = None,
 ) -> tuple[ClassPictures, list[str]]:
-    """Class pictures at the model's size, and the prompt of each.
+    """Class pictures at the model's size, made where they are missing, and the prompt of each.
 
-    Raises:
-        MifoError: see `class_picture_files`.
-    """
-    files, told = class_picture_files(model, prompts, settings, seed, performance)
-    return ClassPictures(files, model.image_size), told
-
-
-def class_picture_files(
-    model: DiffusionModel,
-    prompts: list[str],
-    settings: PriorSettings,
-    seed: int,
-    performance: PerformanceSettings | None = None,
-) -> tuple[list[Path], list[str]]:
-    """The files of the class pictures, made where they are missing, and the prompt of each.
-
-    They lie in `settings.folder`, or made by plain DDIM sampling, once for each model, prompt, size,
+    They lie in `settings.folder`, or are made by plain DDIM sampling, once for each model, prompt, size,
     seed and number of steps: picture i of a prompt is the same, up to rounding, however many are asked for
     and in whichever precision.
 
@@ -61,22 +44,15 @@ def class_picture_files(
     """
     if settings.folder is not None:
         files = own_picture_files(settings.folder)
-        return files, [prompts[i % len(prompts)] for i in range(len(files))]
+        return ClassPictures(files, model.image_size), [prompts[i % len(prompts)] for i in range(len(files))]
     wanted = _wanted(model, prompts, settings, seed)
-    missing = [each for each in wanted if not is_whole(each[0], model.image_size)]
-    if missing:
-        _make(
-            model, missing, settings, seed, performance or PerformanceSettings(learning_precision="float32")
-        )
-    return [file for file, *_ in wanted], [prompt for _, prompt, _ in wanted]
+    if missing := [each for each in wanted if not is_whole(each[0], model.image_size)]:
+        _make(model, missing, settings, seed, performance.learning_precision if performance else "float32")
+    return ClassPictures([file for file, *_ in wanted], model.image_size), [told for _, told, _ in wanted]
 
 
 def check_cache(model: DiffusionModel, prompts: list[str], settings: PriorSettings, seed: int) -> None:
-    """Refuse a cache into which the class pictures that are missing can not be written.
-
-    Raises:
-        MifoError: naming the folder.
-    """
+    """Refuse a cache into which the class pictures that are missing can not be written."""
     wanted = _wanted(model, prompts, settings, seed) if settings.folder is None else []
     for folder in {file.parent for file, *_ in wanted if not is_whole(file, model.image_size)}:
         with _writing(folder), TemporaryFile(dir=folder):
@@ -85,7 +61,7 @@ def check_cache(model: DiffusionModel, prompts: list[str], settings: PriorSettin
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Make a folder of the cache; what the system refuses there becomes a sentence."""
+    """Make a folder of the cache; turn errors of the system there into a sentence."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
@@ -99,21 +75,17 @@ def _writing(folder: Path) -> Iterator[None]:
 def _wanted(
     model: DiffusionModel, prompts: list[str], settings: PriorSettings, seed: int
 ) -> list[tuple[Path, str, int]]:
-    """The made pictures: the file, the prompt and the number among those of the prompt of each."""
+    """Of each picture that is made: its file, its prompt, and its number among the pictures of the prompt."""
+    sampled = (settings.steps, settings.guidance_scale, model.sampling())
     wanted = []
     for i, prompt in enumerate(prompts):
         share = (settings.pictures + len(prompts) - 1 - i) // len(prompts)
-        folder = _folder(model, prompt, settings, seed)
+        identity = (model.fingerprint, prompt, model.image_size, seed, *sampled)
+        key = hashlib.sha256(repr(identity).encode()).hexdigest()[:12]
+        name = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:40]
+        folder = cache_folder(settings) / f"{name}-{key}"
         wanted += [(folder / f"{j:04}.png", prompt, j) for j in range(share)]
     return wanted
-
-
-def _folder(model: DiffusionModel, prompt: str, settings: PriorSettings, seed: int) -> Path:
-    """Where pictures of a prompt are kept."""
-    sampled = (settings.steps, settings.guidance_scale, model.sampling())
-    identity = (model.fingerprint, prompt, model.image_size, seed, *sampled)
-    key = hashlib.sha256(repr(identity).encode()).hexdigest()[:12]
-    return _cache(settings) / f"{re.sub(r'[^a-z0-9]+', '_', prompt.lower()).strip('_')[:40]}-{key}"
 
 
 def _make(
@@ -121,10 +93,10 @@ def _make(
     missing: list[tuple[Path, str, int]],
     settings: PriorSettings,
     seed: int,
-    performance: PerformanceSettings,
+    precision: str,
 ) -> None:
-    """Make pictures, each given by its file, its prompt and its number among those of the prompt."""
-    dtype = getattr(torch, performance.learning_precision)
+    """Make pictures, each given as by `_wanted`."""
+    dtype = getattr(torch, precision)
     # a cache of rounded weights would stay in memory
     autocast = torch.autocast(
         model.device.type, dtype, enabled=dtype is not torch.float32, cache_enabled=False
@@ -140,27 +112,26 @@ def _make(
             def advance(_: StepReport, count: int = len(chosen)) -> None:
                 progress.advance(bar, count)
 
+            noise = [
+                torch.randn(model.latent_shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + i))
+                for *_, i in chosen
+            ]
             with autocast:
                 latents = sampler(
                     model.encode_prompts([""] * len(chosen) + [prompt for _, prompt, _ in chosen]),
-                    torch.stack([_initial_noise(model, seed, i) for *_, i in chosen]).to(model.device),
+                    torch.stack(noise).to(model.device),
                     on_step=advance,
                 )
             images = model.decode_latents(latents, 2)
             for (file, *_), image in zip(chosen, images.cpu(), strict=True):
-                # renamed when whole, so that a killed run or one beside this one leaves no half picture
+                # renamed when whole, so that neither a kill nor a run at the same time leaves half a picture
                 unfinished = file.with_suffix(f".{os.getpid()}.png")
                 with _writing(file.parent):
                     to_pil_image(image).save(unfinished)
                     unfinished.replace(file)
 
 
-def _initial_noise(model: DiffusionModel, seed: int, picture: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + picture)
-    return torch.randn(model.latent_shape, generator=generator)
-
-
-def _cache(settings: PriorSettings) -> Path:
+def cache_folder(settings: PriorSettings) -> Path:
     if settings.cache is not None:
         return Path(settings.cache).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mifo" / "class_pictures"

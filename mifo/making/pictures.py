@@ -34,8 +34,7 @@ def make_pictures(
 ) -> list[Picture]:
     """Pictures of every layout; picture j of a prompt starts from the noise of seed + j on every device.
 
-    Args:
-        sampler: of an earlier call with the same model and settings, whose CUDA graphs are used again.
+    The `sampler` of an earlier call with the same model and settings keeps its CUDA graphs.
     """
     seeds = range(seed, seed + settings.samples)
     noise = torch.stack(

@@ -18,40 +18,29 @@ Stage = Literal["semantic", "finetuning"]
 class Site:
     """A place in the network where the attention of image pixels can be read and bounded.
 
-    Attributes:
-        index: place in the order of execution, from 0.
-        name: path of the module, by which settings name the site.
-        kind: what the pixels attend to there: the `words` of the prompt, or the `pixels` of the image. A
-            layer that attends to both at once is two sites of one name.
-        size: (h, w) of the pixels.
+    A layer that attends to words and pixels at once is two sites of one name.
     """
 
-    index: int
-    name: str
-    kind: Kind
-    size: tuple[int, int]
+    index: int  # place in the order of execution, from 0
+    name: str  # path of the module, by which settings name the site
+    kind: Kind  # what the pixels attend to there: the words of the prompt, or the pixels of the image
+    size: tuple[int, int]  # (h, w) of the pixels
 
 
 @dataclass(frozen=True)
 class DefaultSites:
-    """The sites that the method reads unless the settings name others, in order of execution.
+    """The sites that the method reads unless the settings name others, in order of execution."""
 
-    Attributes:
-        semantic, finetuning: word maps that the attention losses of the two stages compare with the masks.
-        guidance: words and pixels whose attention guides the latents.
-        shapes: words and pixels, of one size, from which shapes are renewed.
-    """
-
-    semantic: tuple[Site, ...]
-    finetuning: tuple[Site, ...]
-    guidance: tuple[Site, ...]
-    shapes: tuple[Site, ...]
+    semantic: tuple[Site, ...]  # word maps that the attention losses of stage 1 compare with the masks
+    finetuning: tuple[Site, ...]  # the same of stage 2
+    guidance: tuple[Site, ...]  # words and pixels whose attention guides the latents
+    shapes: tuple[Site, ...]  # words and pixels, of one size, from which shapes are renewed
 
 
 class Conditioning(NamedTuple):
-    """What a prompt becomes for the network: named tensors whose first dimension is the sample.
+    """A prompt as the network reads it: named tensors whose first dimension is the sample.
 
-    The method picks, joins and hands on rows; what the parts mean is the family's business.
+    The method picks rows and passes them on; only the model family knows what the parts mean.
     """
 
     parts: dict[str, Tensor]
@@ -59,11 +48,6 @@ class Conditioning(NamedTuple):
     def rows(self, chosen: slice) -> Self:
         """The samples of a slice."""
         return type(self)({name: part[chosen] for name, part in self.parts.items()})
-
-    @classmethod
-    def joined(cls, several: Sequence[Self]) -> Self:
-        """All samples, in this order."""
-        return cls({name: torch.cat([each.parts[name] for each in several]) for name in several[0].parts})
 
     def to(self, dtype: torch.dtype) -> Self:
         """All parts in one precision."""
@@ -75,14 +59,10 @@ class Conditioning(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Who may attend to whom: a query sees the keys with which it has a bit in common.
+    """Who may attend to whom: a query sees the keys with which it has a bit in common."""
 
-    Attributes:
-        queries: int32 (B or 1, n). keys: int32 (B or 1, n or L).
-    """
-
-    queries: Tensor
-    keys: Tensor
+    queries: Tensor  # int32 (B or 1, n)
+    keys: Tensor  # int32 (B or 1, n or L)
 
     def allowed(self) -> Tensor:
         """Bool (B or 1, queries, keys)."""
@@ -106,7 +86,7 @@ class Rules(NamedTuple):
 
 
 Read = Callable[[Tensor], Tensor]
-"""Takes a site's attention probabilities (B, heads, n, L or n), float32, and gives what is kept of them."""
+"""A function of a site's attention probabilities (B, heads, n, L or n), float32; its result is kept."""
 
 
 class NoiseProcess(Protocol):
@@ -119,13 +99,13 @@ class NoiseProcess(Protocol):
         """The noisy latents (B, C, h, w) at the times (B,), or at one for all."""
 
     def target(self, clean: Tensor, noise: Tensor, time: Tensor | float) -> Tensor:
-        """What the network is to predict for them."""
+        """What the network is trained to predict, (B, C, h, w)."""
 
     def share(self, time: Tensor) -> Tensor:
         """The time as a share of the whole, in [0, 1]: 0 is clean, 1 is noise."""
 
     def times(self, steps: int) -> Sequence[float]:
-        """The times of so many sampling steps, from noise to clean."""
+        """The times of this number of sampling steps, from noise to clean."""
 
     def step(self, noisy: Tensor, prediction: Tensor, times: Sequence[float], step: int) -> Tensor:
         """The latents after sampling step number `step` of those `times`, along a prediction."""
@@ -143,7 +123,7 @@ class Backbone(Protocol):
         """Token ids of prompts, (B, …)."""
 
     def encode(self, ids: Tensor) -> Conditioning:
-        """What token ids become for the network, with gradients to the new words and the text encoders."""
+        """The conditioning of token ids, with gradients to the new words and the text encoders."""
 
     def encode_images(self, images: Iterable[Tensor], at_once: int = 8) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (B, C, h, w) of the latents of images (3, H, W) in [0, 1]."""
@@ -159,11 +139,11 @@ class Backbone(Protocol):
         reads: Mapping[Site, Read] | None = None,
         rules: Rules | None = None,
     ) -> tuple[Tensor, dict[Site, Tensor]]:
-        """The network's prediction, and what each read kept, in order of execution.
+        """The network's prediction, and the result of each read, in order of execution.
 
         Args:
             noisy: (B, C, h, w). time: one for all, or (B,).
-            reads: sites whose attention is read, which they then compute in the open and in 32 bits.
+            reads: what is kept of the attention of some sites, which then compute all of it, in 32 bits.
             rules: bound attention at every site; None: every pixel attends to everything.
         """
 

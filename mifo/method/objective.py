@@ -1,4 +1,4 @@
-"""What both stages of learning minimise: denoising in the masks, prior preservation and attention losses.
+"""The loss of both stages of learning: denoising in the masks, prior preservation and attention losses.
 
 B instance samples, P class samples (they come first; P = B, or 0 without a prior), K selected instances,
 L tokens, C × h × w latents.
@@ -12,48 +12,30 @@ import torch
 from torch import Tensor
 
 from mifo.method.backbone import Backbone, Conditioning, Read, Site
-from mifo.method.diffusion.denoising import denoising_loss
 from mifo.method.losses.timeline import Term, attention_loss
 
 
 class StepInputs(NamedTuple):
-    """The tensors of one learning step.
+    """The tensors of one learning step. Masks are in [0, 1] and may overlap."""
 
-    Attributes:
-        latents, noise: (P + B, C, h, w).
-        times: (P + B,).
-        word_positions: place in the conditioning sequence of each selected instance's word, (B, K).
-        masks: of the selected instances, (B, K, *size) in [0, 1] by size; they may overlap.
-        latent_masks: the same at the size of the latents, by their nearest pixel, (B, K, h, w).
-        valid: (B, K), 1 for a selected instance, 0 for padding, whose other entries do not matter.
-    """
-
-    latents: Tensor
-    noise: Tensor
-    times: Tensor
-    word_positions: Tensor
-    masks: dict[tuple[int, int], Tensor]
-    latent_masks: Tensor
-    valid: Tensor
+    latents: Tensor  # (P + B, C, h, w)
+    noise: Tensor  # (P + B, C, h, w)
+    times: Tensor  # (P + B,)
+    word_positions: Tensor  # place in the conditioning sequence of each selected instance's word, (B, K)
+    masks: dict[tuple[int, int], Tensor]  # of the selected instances, (B, K, *size) by size
+    latent_masks: Tensor  # the same at the size of the latents, by their nearest pixel, (B, K, h, w)
+    valid: Tensor  # (B, K), 1 for a selected instance, 0 for padding, whose other entries do not matter
 
 
 @dataclass(frozen=True)
 class LossParts:
-    """A loss, the weighted parts that add up to it, and the attention maps behind it.
-
-    Attributes:
-        total: denoising + prior + attention, a scalar, as all of them.
-        denoising: on the instance samples, inside the union of their masks.
-        prior: weighted loss on the class samples; 0 without class samples.
-        attention: weighted sum of the active terms; 0 for samples whose time is at or above a term's limit.
-        maps: the instances' attention maps by site, (B, K, h, w), detached.
-    """
+    """A loss, the weighted parts that add up to it (scalars), and the attention maps behind it."""
 
     total: Tensor
-    denoising: Tensor
-    prior: Tensor
-    attention: Tensor
-    maps: dict[Site, Tensor]
+    denoising: Tensor  # on the instance samples, inside the union of their masks
+    prior: Tensor  # on the class samples; 0 without class samples
+    attention: Tensor  # sum of the active terms; a term is 0 for samples whose time is not below its limit
+    maps: dict[Site, Tensor]  # the instances' attention maps by site, (B, K, h, w), detached
 
 
 def learning_loss(
@@ -93,6 +75,17 @@ def learning_loss(
     attended = attention_loss(terms, weights, maps, inputs.masks, inputs.valid, share)
     total = denoising + prior + attended
     return LossParts(total, denoising, prior, attended, {site: each.detach() for site, each in maps.items()})
+
+
+def denoising_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """MSE(ε̂·U, ε·U), the mean over all elements, inside and outside the mask U (arXiv 2305.16311, eq. 1).
+
+    Args:
+        prediction, target: (B, C, h, w); compared in 32 bits.
+        mask: (B, 1, h, w) in [0, 1], or `None` for the plain loss.
+    """
+    error = prediction.float() - target.float()
+    return torch.mean((error if mask is None else error * mask).square())
 
 
 def word_maps(positions: Tensor) -> Read:

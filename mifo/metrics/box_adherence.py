@@ -14,9 +14,6 @@ from mifo.metrics.similarity import similarity_matrix
 class BoxAdherence(Metric):
     """Mean IoU of each box with the window where its instance was found: [0, 1], higher is better."""
 
-    higher_is_better = True
-    plot_lower_bound, plot_upper_bound = 0.0, 1.0
-
     @staticmethod
     def inputs(picture: Features) -> tuple[Tensor, ...] | None:
         return None if picture.found is None or picture.boxes is None else (picture.found, picture.boxes)

@@ -23,8 +23,6 @@ class ClassAccuracy(Metric):
     """
 
     encoder = "image_text"
-    higher_is_better = True
-    plot_lower_bound, plot_upper_bound = 0.0, 1.0
 
     @staticmethod
     def inputs(picture: Features) -> tuple[Tensor, ...] | None:

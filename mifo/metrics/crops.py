@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import masks_to_boxes
 
 from mifo.errors import MifoError
 
@@ -31,16 +31,11 @@ def crop_box(image: Tensor, box: Box) -> Tensor:
 
 def mask_box(mask: Tensor) -> tuple[float, float, float, float]:
     """Return the smallest box [x0, y0, x1, y1] in [0, 1] around the pixels of `mask` (H, W) over 0.5."""
-    rows, columns = torch.where(mask > 0.5)
-    if not len(rows):
+    marked = mask > 0.5
+    if not marked.any():
         raise MifoError("A mask has no pixel over 0.5: give every instance a mask that covers it.")
-    height, width = mask.shape
-    return (
-        columns.min().item() / width,
-        rows.min().item() / height,
-        (columns.max().item() + 1) / width,
-        (rows.max().item() + 1) / height,
-    )
+    (left, top, right, bottom), (height, width) = masks_to_boxes(marked[None])[0].tolist(), mask.shape
+    return left / width, top / height, (right + 1) / width, (bottom + 1) / height
 
 
 def reference_crops(image: Tensor, masks: Tensor) -> list[Tensor]:

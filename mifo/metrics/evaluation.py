@@ -1,16 +1,15 @@
-"""Everything that is measured of a set of pictures made from one source image."""
+"""All measures of a set of pictures that were made from one source image."""
 
 import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
+from mifo.data.instances import InstanceSet
 from mifo.data.saved_pictures import Picture
 from mifo.errors import MifoError
 from mifo.files import read_record, write_whole
@@ -31,10 +30,9 @@ from mifo.metrics.instance import (
     leakage_matrix,
 )
 from mifo.metrics.metric import Features, Metric
-from mifo.metrics.prompt_similarity import PromptSimilarity
-from mifo.metrics.protocol import name_classes
+from mifo.metrics.prompt_similarity import PromptSimilarity, name_classes
 from mifo.metrics.scores import Evaluator, Score
-from mifo.metrics.settings import ClassWords, MetricsSettings
+from mifo.metrics.settings import MetricsSettings
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +59,7 @@ class Evaluation:
     """Mean `scores`, the scores of each picture by metric, and the mean leakage matrix.
 
     Row i of the N × N matrix belongs to crops that should show instance i; None where there were none.
-    `warnings` say what the scores do not tell, such as the end of a long prompt.
+    `warnings` say what was not measured, such as the end of a long prompt.
     """
 
     scores: tuple[Score, ...]
@@ -70,11 +68,10 @@ class Evaluation:
     warnings: tuple[str, ...] = ()
 
     def save(self, path: Path | str) -> None:
-        """Write everything as JSON, whole or not at all.
+        """Write everything as JSON, whole or not at all; replaces unfinished files, but no scores.
 
         Raises:
-            MifoError: there are scores already, or a score is not finite. What an interrupted process left
-                half written is replaced.
+            MifoError: there are scores already, or a score is not finite.
         """
         if has_scores(path):
             raise MifoError(f"{path} already exists: choose another output folder.")
@@ -86,34 +83,17 @@ class Evaluation:
 
     @classmethod
     def read(cls, path: Path | str) -> "Evaluation":
-        """What `save` wrote.
-
-        Raises:
-            MifoError: the file is missing or damaged, or a score is unknown or not finite.
-        """
-        path = Path(path)
-        written = read_record(path, _Written)
-        scores = tuple(Score.from_dict(score, path) for score in written.scores)
-        if unknown := {score.metric for score in scores}.union(*written.pictures) - METRICS.keys():
+        """The evaluation in a file of `save`; refuses damage, unknown metrics and infinite numbers."""
+        found = read_record(Path(path), cls)
+        if unknown := {score.metric for score in found.scores}.union(*found.pictures) - METRICS.keys():
             raise MifoError(f"{path} is damaged: {min(unknown)[:40]!r} is no metric")
-        matrix = tuple(map(tuple, written.leakage_matrix))
-        if any(len(row) != len(matrix) for row in matrix):
+        if any(len(row) != len(found.leakage_matrix) for row in found.leakage_matrix):
             raise MifoError(f"{path} is damaged: its leakage matrix is not square")
-        return cls(scores, tuple(written.pictures), matrix, tuple(written.warnings))
-
-
-@dataclass(frozen=True)
-class _Written:
-    """An `Evaluation` as JSON."""
-
-    scores: list[dict[str, Any]]
-    pictures: list[dict[str, float]]
-    leakage_matrix: list[list[float | None]] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+        return found
 
 
 def has_scores(path: Path | str) -> bool:
-    """Whether `path` holds scores; what is damaged does not count."""
+    """Whether `path` holds scores; a damaged file counts as none."""
     try:
         Evaluation.read(path)
     except MifoError:
@@ -129,53 +109,37 @@ class PictureEvaluator:
     """
 
     def __init__(
-        self,
-        image_text: ImageTextEncoder,
-        image: ImageEncoder,
-        protocol: str = "miniature",
-        windows: int = 7,
-        class_words: ClassWords = ClassWords.miniature,
-    ):
-        self.image_text, self.image = image_text, image
-        self.protocol, self.windows, self.class_words = protocol, windows, class_words
+        self, image_text: ImageTextEncoder, image: ImageEncoder, settings: MetricsSettings | None = None
+    ) -> None:
+        self.image_text, self.image, self.settings = image_text, image, settings or MetricsSettings()
 
     @classmethod
     def from_settings(
         cls, settings: MetricsSettings, device: torch.device | str = "cpu"
     ) -> "PictureEvaluator":
         """Load the evaluators. Raises MifoError when weights are missing."""
-        return cls(
-            load_image_text_encoder(settings.image_text, settings.batch_size, settings.fit).to(device),
-            load_image_encoder(settings.image, settings.batch_size, settings.fit, device),
-            settings.protocol,
-            settings.windows,
-            settings.class_words,
-        )
+        batch_size, fit = settings.batch_size, settings.fit
+        image_text = load_image_text_encoder(settings.image_text, batch_size, fit).to(device)
+        return cls(image_text, load_image_encoder(settings.image, batch_size, fit, device), settings)
 
     def evaluate(
         self,
         pictures: Sequence[Picture],
-        source: Tensor,
-        masks: Tensor,
-        tokens: Sequence[str],
-        class_names: Sequence[str | None],
+        instances: InstanceSet,
         progress: Callable[[Sequence[Picture]], Iterable[Picture]] = iter,
     ) -> Evaluation:
-        """Measure `pictures` against the image they were learned from.
+        """Measure `pictures` against the image that their instances were learned from.
 
-        `source` is (3, H, W) in [0, 1], `masks` (N, H, W) in [0, 1], with N tokens and class names;
         `progress` wraps the loop over pictures (`rich.progress.track`).
         """
         if not pictures:
             raise MifoError("There is no picture to evaluate: make some with `mifo synthesize`.")
-        references = reference_crops(source, masks)
-        references_image = self.image.encode_images(references)
-        references_clip = self.image_text.encode_images(references)
-        texts, own_text = class_texts(self.class_words, class_names)
+        tokens = instances.tokens
+        class_names = instances.class_names or (None,) * len(tokens)
+        cut_out = reference_crops(instances.image.float() / 255, instances.masks)
+        references, references_clip = (each.encode_images(cut_out) for each in (self.image, self.image_text))
+        texts, own_text = class_texts(self.settings.class_words, class_names)
         texts_clip = self.image_text.encode_texts(texts)
-        totals = {name: metric() for name, metric in METRICS.items()}
-        counts = dict.fromkeys(METRICS, 0)
-        rows, all_crops, all_own = [], [], []
         prompts = [name_classes(picture.prompt, tokens, class_names) for picture in pictures]
         whole = self.image_text.encode_images([picture.image for picture in pictures])
         asked = self.image_text.encode_texts(prompts)
@@ -183,56 +147,59 @@ class PictureEvaluator:
         for warning in warnings:
             log.warning("%s", warning)
         subjects = [_subjects(picture, tokens) for picture in pictures]
-        crops = [
+        cut_out = [
             crop_box(picture.image, box)
             for picture, boxes in zip(pictures, subjects, strict=True)
             for box in boxes.values()
         ]
         sizes = [len(boxes) for boxes in subjects]
-        own_features, own_features_clip = (
-            encoder.encode_images(crops).split(sizes) if crops else [torch.empty(0)] * len(pictures)
+        crops, crops_clip = (
+            encoder.encode_images(cut_out).split(sizes) if cut_out else [torch.empty(0)] * len(pictures)
             for encoder in (self.image, self.image_text)
         )
+        totals = {name: metric() for name, metric in METRICS.items()}
+        counts = dict.fromkeys(METRICS, 0)
+        rows, owns = [], []
         for index, picture in enumerate(progress(pictures)):
             boxes = subjects[index]
             own = torch.tensor([tokens.index(name) for name in boxes], dtype=torch.long)
             placed = list(boxes.values()) if picture.boxes else []
             found = [
-                find_instance(picture.image, references_image[instance], box, self.image, self.windows)
+                find_instance(picture.image, references[instance], box, self.image, self.settings.windows)
                 for instance, box in zip(own, placed, strict=False)
             ]
             features = Features(
-                whole[index : index + 1],
-                asked[index : index + 1],
-                own_features[index] if boxes else None,
-                own_features_clip[index] if boxes else None,
-                own,
-                references_image,
-                references_clip,
-                texts_clip,
-                own_text,
-                torch.tensor(placed) if placed else None,
-                torch.tensor(found) if placed else None,
+                whole_clip=whole[index : index + 1],
+                prompt_clip=asked[index : index + 1],
+                crops=crops[index] if boxes else None,
+                crops_clip=crops_clip[index] if boxes else None,
+                own=own,
+                references=references,
+                references_clip=references_clip,
+                texts_clip=texts_clip,
+                classes=own_text,
+                boxes=torch.tensor(placed) if placed else None,
+                found=torch.tensor(found) if placed else None,
             )
             rows.append(self._measured(features, totals, counts, index))
-            if features.crops is not None:
-                all_crops.append(features.crops)
-                all_own.append(own)
+            owns.append(own)
+        others = f", {self.settings.class_words} classes"
         scores = tuple(
             Score(
                 name,
                 totals[name].compute().item(),
-                METRICS[name].higher_is_better,
+                metric.higher_is_better,
                 self._evaluator(name),
-                self._protocol(name),
+                # the choice among other classes is another measure
+                self.settings.protocol + (others if metric is ClassAccuracy else ""),
                 counts[name],
             )
-            for name in METRICS
+            for name, metric in METRICS.items()
             if counts[name]
         )
         matrix: tuple[tuple[float | None, ...], ...] = ()
-        if all_crops and len(tokens) > 1:
-            means = leakage_matrix(torch.cat(all_crops), references_image, torch.cat(all_own)).tolist()
+        if cut_out and len(tokens) > 1:
+            means = leakage_matrix(torch.cat(crops), references, torch.cat(owns)).tolist()
             matrix = tuple(tuple(None if value != value else value for value in row) for row in means)
         return Evaluation(scores, tuple(rows), matrix, tuple(warnings))
 
@@ -247,7 +214,7 @@ class PictureEvaluator:
                 continue
             values = [value.cpu() for value in inputs]
             counts[name] += len(values[0])
-            # those of NaN are refused first: the choice of the largest would hide them
+            # NaN is looked for first, since an argmax would hide it
             finite = all(value.isfinite().all() for value in values)
             row[name] = metric(*values).item() if finite else math.nan
             if not math.isfinite(row[name]):
@@ -259,10 +226,6 @@ class PictureEvaluator:
 
     def _evaluator(self, metric: str) -> Evaluator:
         return (self.image_text if METRICS[metric].encoder == "image_text" else self.image).evaluator
-
-    def _protocol(self, metric: str) -> str:
-        """The protocol of a metric; the choice among other classes is another measure."""
-        return f"{self.protocol}, {self.class_words} classes" if metric == "class_accuracy" else self.protocol
 
 
 def _subjects(picture: Picture, tokens: Sequence[str]) -> dict[str, Box]:

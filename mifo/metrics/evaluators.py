@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 from zipfile import BadZipFile
@@ -16,16 +17,19 @@ from zipfile import BadZipFile
 import open_clip
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mifo.errors import MifoError
 from mifo.metrics.crops import pad_square
 from mifo.metrics.scores import Evaluator
-from mifo.metrics.settings import Fit, ImageSettings, ImageTextSettings
+from mifo.metrics.settings import Fit, ImageSettings, ImageTextSettings, MetricsSettings
 
-DREAMSIM_SIZE = 224
-"""Side of the pictures that DreamSim was trained on."""
+DREAMSIM_SIZE = 224  # side of the pictures that DreamSim was trained on
+EMBEDDED = Path(str(files("mifo"))) / "miniature" / "weights"
+
+log = logging.getLogger(__name__)
 
 
 class ImageEncoder(Protocol):
@@ -42,7 +46,7 @@ class ImageTextEncoder(ImageEncoder, Protocol):
     def encode_texts(self, texts: Sequence[str]) -> Tensor: ...
 
     def warnings(self, texts: Sequence[str]) -> list[str]:
-        """What the features of texts do not tell."""
+        """A line for each text of which the features leave something out."""
         ...
 
 
@@ -136,7 +140,7 @@ class OpenClipEncoder(_BatchedEncoder):
         return torch.cat([self.model.encode_text(batch) for batch in tokens.split(self.batch_size)])
 
     def warnings(self, texts: Sequence[str]) -> list[str]:
-        """A line for each text that is cut."""
+        """A line for each text that is longer than the model reads."""
         tokens = self.tokenizer(list(texts))
         length = tokens.shape[1]
         # with room for one token more, a text that is cut has another token at the end
@@ -175,35 +179,47 @@ def load_image_text_encoder(
     settings: ImageTextSettings, batch_size: int = 32, fit: Fit = Fit.pad
 ) -> OpenClipEncoder:
     """Load the open_clip model of `settings`, on the CPU in fp32. Raises MifoError without its weights."""
-    name = f"local-dir:{_embedded('clip')}" if settings.name == "embedded" else settings.name
-    try:
-        with _quiet():
-            model = open_clip.create_model(
-                name,
-                pretrained=settings.pretrained,
-                require_pretrained=True,
-                force_quick_gelu=_learned_with_quick_gelu(settings),
-            )
-            tokenizer = open_clip.get_tokenizer(name)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        tag = f" with pretrained='{settings.pretrained}'" if settings.pretrained else ""
-        raise MifoError(
-            f"The image–text evaluator {settings.name}{tag} cannot be loaded: check metrics.image_text, "
-            f"connect once to fetch its weights, or use metrics=miniature, which needs no network ({error})."
-        ) from error
+    name, weights = settings.name, settings.pretrained
+    if name == "embedded":
+        name = f"local-dir:{EMBEDDED / 'clip'}"
+    with _loading("metrics.image_text", f"{settings.name}-{weights}" if weights else settings.name):
+        known = open_clip.get_pretrained_cfg(name, weights) if weights else {}
+        model = open_clip.create_model(
+            name,
+            pretrained=weights,
+            require_pretrained=True,
+            # weights such as OpenAI's were learned with another GELU, which the name does not say
+            force_quick_gelu=known.get("quick_gelu", False),
+        )
+        tokenizer = open_clip.get_tokenizer(name)
     label = _label(settings.name.removeprefix("local-dir:"), "miniature-clip")
-    if settings.pretrained:
-        label += f"-{settings.pretrained}"
-    return OpenClipEncoder(model, tokenizer, label, batch_size, fit)
+    return OpenClipEncoder(model, tokenizer, f"{label}-{weights}" if weights else label, batch_size, fit)
 
 
-def _learned_with_quick_gelu(settings: ImageTextSettings) -> bool:
-    """Whether these weights were learned with another GELU, as OpenAI's were.
+def check_evaluators(settings: MetricsSettings) -> None:
+    """Refuse evaluators that cannot be had, without loading one; those not yet downloaded are warned of.
 
-    The architecture's name does not say so, and open_clip would only warn.
+    Raises:
+        MifoError: an unknown name, or a package that is not installed.
     """
-    known = open_clip.get_pretrained_cfg(settings.name, settings.pretrained) if settings.pretrained else {}
-    return known.get("quick_gelu", False)
+    image, text = settings.image.source, settings.image_text
+    if image.partition(":")[0] == "dreamsim" and find_spec("dreamsim") is None:
+        raise MifoError(
+            f"metrics.image.source={image} needs the package dreamsim; install it with: "
+            "pip install 'mifo[standard_metrics]'."
+        )
+    if text.name != "embedded" and not text.name.startswith("local-dir:"):
+        if text.name not in open_clip.list_models():
+            raise MifoError(f"metrics.image_text.name={text.name} is no model of open_clip; take ViT-L-14.")
+        known = open_clip.list_pretrained_tags_by_model(text.name)
+        if text.pretrained not in known:
+            raise MifoError(
+                f"metrics.image_text.pretrained={text.pretrained} is not known; take of {', '.join(known)}."
+            )
+    on_hub = image != "embedded" and not image.startswith("dreamsim") and not Path(image).is_dir()
+    found = try_to_load_from_cache(image, "config.json", revision=settings.image.revision) if on_hub else ""
+    if not isinstance(found, str):
+        log.warning("The evaluators are not here yet; the first scores download them, or take metrics=none.")
 
 
 def load_image_encoder(
@@ -213,17 +229,11 @@ def load_image_encoder(
     name, _, variant = settings.source.partition(":")
     if name == "dreamsim":
         return _load_dreamsim(settings, variant or "ensemble", batch_size, fit, device)
-    source = str(_embedded("vit")) if settings.source == "embedded" else settings.source
+    source = str(EMBEDDED / "vit") if settings.source == "embedded" else settings.source
     revision = settings.revision or "main"
-    try:
-        with _quiet():
-            model = transformers.AutoModel.from_pretrained(source, revision=revision, dtype=torch.float32)
-            processor = transformers.AutoImageProcessor.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
-        raise MifoError(
-            f"The image evaluator {settings.source} cannot be loaded: check metrics.image, connect once to "
-            f"fetch its weights, or use metrics=miniature, which needs no network ({error})."
-        ) from error
+    with _loading("metrics.image", settings.source):
+        model = transformers.AutoModel.from_pretrained(source, revision=revision, dtype=torch.float32)
+        processor = transformers.AutoImageProcessor.from_pretrained(source, revision=revision)
     image_size = settings.image_size or model.config.image_size
     label = f"{_label(settings.source, 'miniature-vit')}-{image_size}"
     encoder = ViTEncoder(model, label, image_size, processor.image_mean, processor.image_std, batch_size, fit)
@@ -233,7 +243,7 @@ def load_image_encoder(
 def _load_dreamsim(
     settings: ImageSettings, variant: str, batch_size: int, fit: Fit, device: torch.device | str
 ) -> DreamSimEncoder:
-    """Load DreamSim where it stays: some of its tensors follow the device that it was loaded on, not `to`."""
+    """Load DreamSim on the device where it will run, since `to` does not move all of its tensors."""
     try:
         from dreamsim import dreamsim
     except ImportError as error:
@@ -249,14 +259,9 @@ def _load_dreamsim(
     hub = torch.hub.get_dir()
     cache = Path(hub) / "dreamsim"
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with _quiet():
+        with _loading("metrics.image.source (dreamsim, dreamsim:dino_vitb16, …)", settings.source):
+            cache.mkdir(parents=True, exist_ok=True)
             model, _ = dreamsim(device=str(device), cache_dir=str(cache), dreamsim_type=variant)
-    except (OSError, RuntimeError, ValueError, KeyError, BadZipFile) as error:
-        raise MifoError(
-            f"The image evaluator {settings.source} cannot be loaded: check metrics.image.source (dreamsim, "
-            "dreamsim:dino_vitb16, …), or connect once to fetch its weights."
-        ) from error
     finally:
         torch.hub.set_dir(hub)  # which DreamSim points to its own folder, for the whole process
     return DreamSimEncoder(model, f"dreamsim-{variant}", batch_size, fit).to(device)
@@ -270,15 +275,16 @@ def _label(source: str, embedded: str) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back the many lines that both libraries log, about weights that load as they should too."""
+def _loading(key: str, name: str) -> Iterator[None]:
+    """Hold back the many lines that libraries log while they load; turn what they raise into a sentence."""
     before = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # an error is told by the exception that follows
+    logging.disable(logging.ERROR)
     try:
         yield
+    except (OSError, RuntimeError, ValueError, KeyError, BadZipFile) as error:
+        raise MifoError(
+            f"The evaluator {name} cannot be loaded: check {key}, connect once to fetch its weights, or use "
+            f"metrics=miniature, which needs no network ({error})."
+        ) from error
     finally:
         logging.disable(before)
-
-
-def _embedded(folder: str) -> Path:
-    return Path(str(files("mifo"))) / "miniature" / "weights" / folder

@@ -19,8 +19,7 @@ class InstanceConsistency(Metric):
     their class segmenter, which cannot tell look-alikes apart.
     """
 
-    higher_is_better = True
-    plot_lower_bound, plot_upper_bound = -1.0, 1.0
+    plot_lower_bound = -1.0
 
     @staticmethod
     def inputs(picture: Features) -> tuple[Tensor, ...] | None:
@@ -46,9 +45,6 @@ class InstanceConsistencyClip(InstanceConsistency):
 class Identification(Metric):
     """Share of crops whose most similar instance is their own: [0, 1], higher is better."""
 
-    higher_is_better = True
-    plot_lower_bound, plot_upper_bound = 0.0, 1.0
-
     @staticmethod
     def inputs(picture: Features) -> tuple[Tensor, ...] | None:
         """One instance alone cannot be taken for another."""
@@ -66,12 +62,8 @@ class Leakage(Metric):
     """
 
     higher_is_better = False
-    plot_lower_bound, plot_upper_bound = 0.0, 1.0
 
-    @staticmethod
-    def inputs(picture: Features) -> tuple[Tensor, ...] | None:
-        """One instance alone cannot be taken for another."""
-        return InstanceConsistency.inputs(picture) if len(picture.references) > 1 else None
+    inputs = staticmethod(Identification.inputs)
 
     def update(self, crops: Tensor, references: Tensor, own: Tensor) -> None:
         super().update(1 - mixing_shares(crops, references).gather(1, own[:, None]))

@@ -1,4 +1,4 @@
-"""What every metric is: a mean over crops or pictures, and what it looks at of a picture."""
+"""The base class of metrics: a mean over crops or pictures, and the features of a picture that it reads."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -9,42 +9,32 @@ from torchmetrics import MeanMetric
 
 @dataclass(frozen=True)
 class Features:
-    """What is known of one picture. `…_clip` is of the image-text encoder, the others of the image encoder.
+    """The features of one picture: `…_clip` by the image–text encoder, the others by the image encoder."""
 
-    Attributes:
-        whole_clip, prompt_clip: the picture and its prompt, (1, D).
-        crops, crops_clip: C crops, (C, D); None where the picture has no crops.
-        own: (C,), the index of the instance that each crop should show.
-        references, references_clip: the N instances of the source image, (N, D).
-        texts_clip: the W texts of classes, (W, D).
-        classes: the place among those texts of each instance's class, N; None: not known.
-        boxes, found: where the instances should be and where they are, (C, 4); None without boxes.
-    """
-
-    whole_clip: Tensor
-    prompt_clip: Tensor
-    crops: Tensor | None
+    whole_clip: Tensor  # the picture, (1, D)
+    prompt_clip: Tensor  # its prompt, (1, D)
+    crops: Tensor | None  # C crops, (C, D); None where the picture has no crops
     crops_clip: Tensor | None
-    own: Tensor
-    references: Tensor
+    own: Tensor  # (C,), the index of the instance that each crop should show
+    references: Tensor  # the N instances of the source image, (N, D)
     references_clip: Tensor
-    texts_clip: Tensor
-    classes: list[int | None]
-    boxes: Tensor | None
-    found: Tensor | None
+    texts_clip: Tensor  # the W texts of classes, (W, D)
+    classes: list[int | None]  # N places among those texts, of each instance's class; None: not known
+    boxes: Tensor | None  # where the instances should be, (C, 4); None without boxes
+    found: Tensor | None  # where they are, (C, 4)
 
 
 class Metric(MeanMetric):
-    """A mean that declares which encoder it is measured by and what it looks at of a picture.
+    """A mean that declares its encoder and the features of a picture that it reads.
 
-    Attributes:
-        encoder: whose features it compares.
-        higher_is_better, plot_lower_bound, plot_upper_bound: its direction and its range.
+    Its direction and range are at first those of a share that should be large.
     """
 
     encoder: ClassVar[Literal["image", "image_text"]] = "image"
+    higher_is_better = True
+    plot_lower_bound, plot_upper_bound = 0.0, 1.0
 
     @staticmethod
     def inputs(picture: Features) -> tuple[Tensor, ...] | None:
-        """What `update` takes of a picture, one row a crop or picture; None: nothing can be measured."""
+        """The arguments of `update` for a picture, one row a crop or picture; None: it cannot be measured."""
         raise NotImplementedError

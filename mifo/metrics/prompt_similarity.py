@@ -1,5 +1,8 @@
 """Editability: does the picture show what its prompt says?"""
 
+import re
+from collections.abc import Sequence
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -10,12 +13,11 @@ class PromptSimilarity(Metric):
     """Mean cosine of image and text features of CLIP: [−1, 1], higher is better.
 
     As in Break-a-Scene (arXiv 2305.16311, section 4), texts are prompts whose instance tokens are replaced by
-    class names (`protocol.name_classes`).
+    class names (`name_classes`).
     """
 
     encoder = "image_text"
-    higher_is_better = True
-    plot_lower_bound, plot_upper_bound = -1.0, 1.0
+    plot_lower_bound = -1.0
 
     @staticmethod
     def inputs(picture: Features) -> tuple[Tensor, ...]:
@@ -24,3 +26,13 @@ class PromptSimilarity(Metric):
     def update(self, images: Tensor, texts: Tensor) -> None:
         """Take image features (B, D) and the features of their texts (B, D), not necessarily normalised."""
         super().update(F.cosine_similarity(images.float(), texts.float(), dim=-1))
+
+
+def name_classes(prompt: str, tokens: Sequence[str], class_names: Sequence[str | None]) -> str:
+    """Replace each instance token of `prompt` by its class name ("object" where it has none).
+
+    Break-a-Scene compares a picture with this text, since an evaluator does not know the learned words.
+    """
+    names = dict(zip(tokens, (name or "object" for name in class_names), strict=True))
+    pattern = "|".join(re.escape(token) for token in tokens)
+    return re.sub(pattern, lambda match: names[match.group()], prompt) if names else prompt

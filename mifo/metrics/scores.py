@@ -2,10 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from mifo.errors import MifoError
-from mifo.files import as_record
 
 
 @dataclass(frozen=True)
@@ -33,13 +31,6 @@ class Score:
     @property
     def arrow(self) -> str:
         return "↑" if self.higher_is_better else "↓"
-
-    @classmethod
-    def from_dict(cls, values: Mapping, path: Path) -> "Score":
-        """A score as JSON holds it. Raises MifoError, naming the file `path`, when it is damaged."""
-        return as_record(
-            {**values, "evaluator": as_record(values.get("evaluator"), Evaluator, path)}, cls, path
-        )
 
 
 def score_table(rows: Mapping[str, Sequence[Score]]) -> dict[str, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""What is measured, with which evaluators."""
+"""Settings of the measures: protocol, evaluators and crops."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -12,7 +12,7 @@ class Fit(StrEnum):
 
 
 class ClassWords(StrEnum):
-    """What class accuracy chooses among, beside the instances' own classes."""
+    """The classes among which class accuracy chooses, together with the instances' own classes."""
 
     miniature = "miniature"  # the things of the miniature's drawings
     coco = "coco"  # the 80 categories of COCO

@@ -1,16 +1,14 @@
-"""Pictures whose leakage is known, drawn rather than made: what the measures must say of them is known too.
+"""Drawn pictures whose leakage is known, so that the measures can be compared with the truth.
 
 Every case draws the things of a scene at the boxes of a layout on a new background.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
 import torch
 
+from mifo.data.layouts import Layout
 from mifo.data.saved_pictures import Picture
-from mifo.world.scenes import SceneSpec, redraw_scene
+from mifo.world.scenes import redraw_scene
+from mifo.world.spec import SceneSpec
 
 CASES = {
     "perfect": "every thing in its own box",
@@ -29,20 +27,15 @@ what the evaluator takes for identity: paint or shape, and these very things or 
 
 
 def calibration_picture(
-    spec: SceneSpec,
-    case: str,
-    boxes: dict[str, tuple[float, float, float, float]],
-    prompt: str,
-    background: str,
-    seed: int = 0,
+    spec: SceneSpec, case: str, layout: Layout, background: str, seed: int = 0
 ) -> Picture:
-    """Draw `case` of the scene `spec`; `boxes` has one box for each of its N things, in their order."""
+    """Draw `case` of the scene `spec`; `layout` has one box for each of its N things, in their order."""
     own = list(range(len(spec.things)))
     following = [*own[1:], own[0]]
-    slots: Sequence[int] = {"swapped": following, "copies": [0] * len(own)}.get(case, own)
+    slots = {"swapped": following, "copies": [0] * len(own)}.get(case, own)
     if case == "strangers":
         spec = SceneSpec(spec.things, spec.background, spec.seed + 10_007)
     worn = {"colours": [following], "blend": [own, following]}.get(case, [None])
-    places = list(boxes.values())
+    places = list(layout.boxes.values())
     images = [redraw_scene(spec, slots, places, background, seed, colours).image for colours in worn]
-    return Picture(torch.stack(images).mean(0), prompt, boxes, seed)
+    return Picture(torch.stack(images).mean(0), layout.prompt, layout.boxes, seed)

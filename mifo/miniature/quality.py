@@ -3,8 +3,6 @@
 Every figure comes with its 95 % interval: the normal approximation for means, Wilson's for shares.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +12,13 @@ import open_clip
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from scipy import ndimage
+from scipy.stats import binomtest
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import box_iou
 from transformers import AutoTokenizer, ViTModel
 
+from mifo.data.layouts import Layout
 from mifo.miniature.pretraining.clip import PAIRS, normalise
 from mifo.miniature.pretraining.corpus import crop, crowd, draw_corpus, draw_views, jitter, tokenise
 from mifo.miniature.pretraining.segmenter import Segmenter, class_maps
@@ -46,10 +46,9 @@ TARGETS = {
 
 def share(hits: Tensor) -> dict[str, float]:
     """Share of true entries with Wilson's 95 % interval."""
-    n, p, z = hits.numel(), hits.float().mean().item(), 1.96
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return {"value": p, "low": centre - half, "high": centre + half, "n": n}
+    n, true = hits.numel(), int(hits.sum())
+    low, high = binomtest(true, n).proportion_ci(method="wilson")
+    return {"value": true / n, "low": float(low), "high": float(high), "n": n}
 
 
 def mean(values: Tensor) -> dict[str, float]:
@@ -81,29 +80,34 @@ class Judge:
         """Unit features (n, d) of prompts."""
         return self.model.encode_text(tokenise(self.tokenizer, prompts).to(self.device), normalize=True)
 
+    def best(self, features: Tensor, prompts: list[str], thing: Tensor | None = None) -> Tensor:
+        """The index of the prompt that each picture fits best, (n,).
+
+        Where its `thing` (n,) is known, of that thing's prompts alone; prompts are in the order of things.
+        """
+        texts = self.texts(prompts)
+        if thing is None:
+            return (features @ texts.T).argmax(1)
+        return torch.einsum("nd,ncd->nc", features, texts.unflatten(0, (len(THINGS), -1))[thing]).argmax(1)
+
     def which_thing(self, features: Tensor) -> Tensor:
-        return (features @ self.texts([caption([thing], None) for thing in THINGS]).T).argmax(1)
+        return self.best(features, [caption([thing], None) for thing in THINGS])
 
     def which_colour(self, features: Tensor, thing: Tensor) -> Tensor:
-        """The best colour word for each picture, its thing being known; thing is an index (n,)."""
-        texts = self.texts([caption([describe(t, c, None)], None) for t in THINGS for c in COLOURS])
-        scores = torch.einsum("nd,ncd->nc", features, texts.view(len(THINGS), len(COLOURS), -1)[thing])
-        return scores.argmax(1)
+        prompts = [caption([describe(t, c, None)], None) for t in THINGS for c in COLOURS]
+        return self.best(features, prompts, thing)
 
     def which_background(self, features: Tensor, thing: Tensor) -> Tensor:
-        texts = self.texts([caption([t], b) for t in THINGS for b in BACKGROUNDS])
-        scores = torch.einsum("nd,nbd->nb", features, texts.view(len(THINGS), len(BACKGROUNDS), -1)[thing])
-        return scores.argmax(1)
+        return self.best(features, [caption([t], b) for t in THINGS for b in BACKGROUNDS], thing)
 
     def which_pair(self, features: Tensor) -> Tensor:
         """The best two different things for each picture, as indices (n, 2)."""
-        texts = self.texts([caption([THINGS[a], THINGS[b]], None) for a, b in PAIRS])
-        best = (features @ texts.T).argmax(1)
+        best = self.best(features, [caption([THINGS[a], THINGS[b]], None) for a, b in PAIRS])
         return torch.tensor(PAIRS, device=features.device)[best]
 
 
 @torch.no_grad()
-def evaluators(weights: Path, device: torch.device, scenes: int = 4096, per_category: int = 100) -> dict:
+def evaluators(weights: Path, device: torch.device, scenes: int, per_category: int) -> dict:
     """Zero-shot accuracy of the CLIP and top-1 identification by the ViT."""
     judge = Judge(weights / "clip", device)
     corpus = draw_corpus(scenes, HELD_OUT_SEED, device, judge.tokenizer, variants=1)
@@ -123,11 +127,8 @@ def evaluators(weights: Path, device: torch.device, scenes: int = 4096, per_cate
     pairs = judge.which_pair(judge.pictures(corpus.images[double])).sort(1).values
     both = corpus.thing[double, :2].sort(1).values
     out["clip both things, whole picture"] = share((pairs == both).all(1))
-    vit = (
-        ViTModel.from_pretrained(weights / "vit", add_pooling_layer=False, dtype=torch.float32)
-        .to(device)
-        .eval()
-    )
+    vit = ViTModel.from_pretrained(weights / "vit", add_pooling_layer=False, dtype=torch.float32)
+    vit = vit.to(device).eval()
     people = crowd(per_category * len(THINGS), generator, held_out=True)
     index = torch.arange(len(people.thing), device=device)
     reference, found = (
@@ -146,8 +147,8 @@ def generate(
     pipeline: DiffusionPipeline,
     prompts: list[str],
     seed: int,
-    steps: int = 50,
-    scale: float = 5.0,
+    steps: int,
+    scale: float,
     batch: int = 128,
 ) -> Tensor:
     """Plain samples (n, 3, H, W) in [0, 1], by the pipeline's own scheduler."""
@@ -155,17 +156,15 @@ def generate(
     options = {"max_sequence_length": 0} if isinstance(pipeline, StableDiffusion3Pipeline) else {}
     out = []
     for start in range(0, len(prompts), batch):
-        generator = torch.Generator("cpu").manual_seed(seed + start)
-        out.append(
-            pipeline(
-                prompts[start : start + batch],
-                num_inference_steps=steps,
-                guidance_scale=scale,
-                generator=generator,
-                output_type="pt",
-                **options,
-            ).images.float()
+        made = pipeline(
+            prompts[start : start + batch],
+            num_inference_steps=steps,
+            guidance_scale=scale,
+            generator=torch.Generator("cpu").manual_seed(seed + start),
+            output_type="pt",
+            **options,
         )
+        out.append(made.images.float())
     return torch.cat(out)
 
 
@@ -179,7 +178,7 @@ def load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -> Dif
 
 
 @torch.no_grad()
-def reconstruction(pipeline: DiffusionPipeline, scenes: int = 512) -> dict:
+def reconstruction(pipeline: DiffusionPipeline, scenes: int) -> dict:
     """PSNR in dB of pictures after encoding and decoding, peak 1."""
     corpus = draw_corpus(scenes, HELD_OUT_SEED + 1, pipeline.device, pipeline.tokenizer, variants=1)
     values = []
@@ -191,13 +190,7 @@ def reconstruction(pipeline: DiffusionPipeline, scenes: int = 512) -> dict:
     return {"vae psnr": mean(torch.cat(values))}
 
 
-def text_to_image(
-    pipeline: DiffusionPipeline,
-    judge: Judge,
-    pictures: int = 960,
-    scale: float = 5.0,
-    steps: int = 50,
-) -> dict:
+def text_to_image(pipeline: DiffusionPipeline, judge: Judge, pictures: int, scale: float, steps: int) -> dict:
     """One thing: thing, colour and background as judged by the CLIP; two things: both present."""
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
 
@@ -233,15 +226,15 @@ def boxed_scenes(n: int, seed: int = HELD_OUT_SEED + 3) -> SceneBatch:
     return scenes
 
 
-def boxed_prompts(scenes: SceneBatch, boxes: Tensor) -> list[tuple[str, dict[str, tuple[float, ...]]]]:
+def boxed_layouts(scenes: SceneBatch, boxes: Tensor) -> list[Layout]:
     """Of each scene its caption in known words, and its things' boxes by their words ("red car")."""
     colours, found = list(COLOURS), []
     for row, count in enumerate(scenes.count.tolist()):
         kinds, hues = (getattr(scenes.identities, name)[row, :count] for name in ("thing", "colour"))
         words = [describe(THINGS[t], colours[c], None) for t, c in zip(kinds, hues, strict=True)]
-        places = [tuple(box) for box in boxes[row, :count].tolist()]
+        places = [(x0, y0, x1, y1) for x0, y0, x1, y1 in boxes[row, :count].tolist()]
         prompt = caption(words, BACKGROUNDS[int(scenes.background[row])])
-        found.append((prompt, dict(zip(words, places, strict=True))))
+        found.append(Layout(prompt, dict(zip(words, places, strict=True))))
     return found
 
 
@@ -272,35 +265,40 @@ def agreement(scenes: SceneBatch, boxes: Tensor, extents: Tensor) -> list[Tensor
 
 
 def box_control(
-    model: Segmenter,
-    make: Callable[[list[tuple[str, dict[str, tuple[float, ...]]]]], Tensor],
-    prompts: int = 200,
-    calibration: int = 512,
-) -> tuple[dict, Tensor]:
-    """Are known words drawn inside their boxes? Also returns the pictures (prompts, 3, H, W).
+    model: Segmenter, make: Callable[[list[Layout]], Tensor], prompts: int, calibration: int = 512
+) -> tuple[dict, list[Layout], Tensor]:
+    """Are known words drawn inside their boxes?
 
-    Boxes are those of drawn scenes, so that they have the proportions of their things. `make` makes one
-    picture for each prompt and its boxes. A picture counts when every thing's extent, found by the segmenter,
-    has IoU over 0.5 with its box. The segmenter itself is judged on drawings whose boxes are known.
+    Boxes are those of drawn scenes, so that they have the proportions of their things. A picture counts when
+    every thing's extent, found by the segmenter, has IoU over 0.5 with its box. The segmenter itself is
+    judged on drawings whose boxes are known.
+
+    Args:
+        make: makes one picture (3, H, W) for each layout.
+
+    Returns:
+        The measures, the layouts, and their pictures (prompts, 3, H, W).
     """
+
+    def all_placed(found: list[Tensor]) -> dict[str, float]:
+        return share(torch.stack([(overlaps > 0.5).all() for overlaps in found]))
+
     scenes = boxed_scenes(calibration, HELD_OUT_SEED + 5)
     drawings, masks = draw(scenes)
-    true = mask_boxes(masks)
-    found = agreement(scenes, true, drawn_extents(model, drawings, scenes.identities.thing))
+    found = agreement(scenes, mask_boxes(masks), drawn_extents(model, drawings, scenes.identities.thing))
     out = {
         "segmenter on drawings: IoU of extent and true box": mean(torch.cat(found)),
-        "segmenter on drawings: all extents over 0.5": share(torch.stack([(f > 0.5).all() for f in found])),
+        "segmenter on drawings: all extents over 0.5": all_placed(found),
     }
     scenes = boxed_scenes(prompts)
     boxes = mask_boxes(draw(scenes)[1])
-    pictures = make(boxed_prompts(scenes, boxes))
+    layouts = boxed_layouts(scenes, boxes)
+    pictures = make(layouts)
     found = agreement(scenes, boxes, drawn_extents(model, pictures, scenes.identities.thing))
-    out["box control: all things in their boxes"] = share(torch.stack([(f > 0.5).all() for f in found]))
+    out["box control: all things in their boxes"] = all_placed(found)
     for count in (2, 3):
-        chosen = [f for f in found if len(f) == count]
-        if chosen:
-            name = f"box control: all of {count} things in their boxes"
-            out[name] = share(torch.stack([(f > 0.5).all() for f in chosen]))
+        if chosen := [overlaps for overlaps in found if len(overlaps) == count]:
+            out[f"box control: all of {count} things in their boxes"] = all_placed(chosen)
     out["box control: a thing in its box"] = share(torch.cat(found) > 0.5)
     out["box control: IoU of extent and box"] = mean(torch.cat(found))
-    return out, pictures
+    return out, layouts, pictures

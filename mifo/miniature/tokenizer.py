@@ -1,31 +1,16 @@
-"""A CLIP-format tokenizer of the miniature's words: ordinary byte-level BPE in which each word is one
-token."""
-
-from __future__ import annotations
+"""CLIP's tokenizer of the miniature's words: byte-level BPE in which each word is one token."""
 
 import json
 from itertools import pairwise
 from pathlib import Path
 
+from open_clip.tokenizer import bytes_to_unicode
 from transformers import CLIPTokenizer
 
 from mifo.world.vocabulary import words
 
-MAX_LENGTH = 32
-"""Tokens of a prompt, start and end included."""
-
+MAX_LENGTH = 32  # tokens of a prompt, start and end included
 END_OF_WORD = "</w>"
-
-
-def _byte_symbols() -> list[str]:
-    """The 256 printable stand-ins for bytes of GPT-2's byte-level BPE, which CLIP's tokenizer uses too."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
 
 
 def _merge(symbols: list[str], merges: dict[tuple[str, str], int]) -> list[str]:
@@ -58,7 +43,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
         while len(symbols) > 1:
             merges[(symbols[0], symbols[1])] = len(merges)
             symbols = [symbols[0] + symbols[1], *symbols[2:]]
-    symbols = _byte_symbols()
+    symbols = list(bytes_to_unicode().values())
     entries = [*symbols, *(symbol + END_OF_WORD for symbol in symbols), *(a + b for a, b in merges)]
     entries = list(dict.fromkeys([*entries, "<|startoftext|>", "<|endoftext|>"]))
     folder.mkdir(parents=True, exist_ok=True)

@@ -68,8 +68,8 @@ def estimate_runs(values: Mapping[tuple[str, int], float]) -> Estimate:
     scenes = sorted({scene for scene, _ in values})
     if len(scenes) == 1:
         return estimate(list(values.values()), len(values))
-    means = [np.mean([value for (own, _), value in values.items() if own == scene]) for scene in scenes]
-    return estimate(means, len(values))
+    of_scenes = ([value for (own, _), value in values.items() if own == scene] for scene in scenes)
+    return estimate([float(np.mean(each)) for each in of_scenes], len(values))
 
 
 def cells(runs: Sequence[Measured], metrics: Sequence[str]) -> dict[tuple[str, str], dict[str, Estimate]]:

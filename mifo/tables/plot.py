@@ -73,8 +73,8 @@ def _pareto(cells: Cells, columns: Sequence[str]) -> Figure:
         axes.plot(*zip(*[points[index] for index in front], strict=True), "-", color="#9ca3af", zorder=1)
         for index, (row, each) in enumerate(found.items()):
             best = index in front
-            (x, y), widths = points[index], [[_half_widths(each[key], key)] for key in metrics]
-            _errorbars(axes, [x], [y], 0 if best else 7, None, *widths, faint=True)
+            (x, y), (wide, high) = points[index], ([_half_widths(each[key], key)] for key in metrics)
+            _errorbars(axes, [x], [y], 0 if best else 7, None, wide, high, faint=True)
             number = {"color": "white", "fontsize": 6, "ha": "center", "va": "center_baseline"}
             axes.annotate(str(rows.index(row) + 1), points[index], zorder=5 + best, **number)
         # of sweeps over a few scenes the intervals are many times as long as the points are apart

@@ -117,11 +117,7 @@ def _measures(path: Path) -> dict[str, Measure]:
     content = read_json(path)
     if not isinstance(content, dict) or not content or content.keys() - METRICS.keys():
         raise MifoError(f"{path} is damaged: its keys must be metrics: {', '.join(METRICS)}")
-    measures = {}
-    for metric, by in content.items():
-        evaluator = as_record(by.get("evaluator") if isinstance(by, dict) else None, Evaluator, path)
-        measures[metric] = as_record(by | {"evaluator": evaluator}, Measure, path)
-    return measures
+    return {metric: as_record(by, Measure, path) for metric, by in content.items()}
 
 
 def _rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:

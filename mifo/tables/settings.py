@@ -9,8 +9,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from mifo.config.compose import nearest
-from mifo.errors import MifoError
+from mifo.errors import MifoError, nearest
 from mifo.files import read_yaml
 
 FILE = "table.yaml"

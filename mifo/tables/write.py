@@ -212,5 +212,5 @@ def _best(
             }
             if len(means) > 1:
                 choose = max if METRICS[column].higher_is_better else min
-                best.add((choose(means, key=means.get), scenes, column))
+                best.add((choose(means, key=means.__getitem__), scenes, column))
     return best

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -21,7 +21,7 @@ from mifo.tensors import difference, not_finite
 
 NEWEST, PREVIOUS = "last.ckpt", "previous.ckpt"
 _TENSORS = ("state_dict", "optimizer_states")
-# parts of Lightning's restoring
+# the functions with which Lightning restores a checkpoint
 _RESTORING = ("resume_start", "_restore_modules_and_callbacks", "restore_training_state")
 _DIGEST = hashlib.sha256().digest_size
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class WholeCheckpoints(CheckpointIO):
-    """Writes a checkpoint beside its place, with its SHA-256 as the last 32 bytes, and keeps the one before.
+    """Writes checkpoints whole, each with its SHA-256 as the last 32 bytes, and keeps the one before.
 
     Each stage has a folder with `last.ckpt` and `previous.ckpt`. `torch.load` reads both as they are.
     """
@@ -48,14 +48,14 @@ class WholeCheckpoints(CheckpointIO):
             path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(path) as unfinished:
                 previous.unlink(missing_ok=True)
-                with open(unfinished, "wb") as file:
-                    hashed = _Hashed(file)
-                    torch.save(checkpoint, hashed)
-                    file.write(hashed.sha256.digest())
+                with open(unfinished, "w+b") as file:
+                    torch.save(checkpoint, file)
+                    file.seek(0)
+                    file.write(hashlib.file_digest(file, "sha256").digest())
                 if path.exists():
                     path.replace(previous)
         except (OSError, RuntimeError) as error:
-            # what torch raises while it closes the file hides the error of the system
+            # torch raises another error while it closes the file, which hides the error of the system
             told = error if isinstance(error, OSError) else error.__context__
             if not isinstance(told, OSError):
                 raise
@@ -67,11 +67,7 @@ class WholeCheckpoints(CheckpointIO):
     def load_checkpoint(
         self, path: Path | str, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """The newest whole checkpoint, on the CPU, in the folder of `path`; it is the newest from now on.
-
-        Raises:
-            MifoError: none is whole.
-        """
+        """The newest whole checkpoint in the folder of `path`, on the CPU; it is the newest from now on."""
         newest = Path(path)
         previous = newest.with_name(PREVIOUS)
         damage = None
@@ -98,7 +94,7 @@ class WholeCheckpoints(CheckpointIO):
 
 
 class SaveCheckpoints(Callback):
-    """Saves a checkpoint to `file` every so many steps."""
+    """Saves a checkpoint to `file` after every `every` steps."""
 
     def __init__(self, file: Path, every: int) -> None:
         self.file, self.every = file, every
@@ -111,19 +107,15 @@ class SaveCheckpoints(Callback):
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """What to load to go on with the stage of this folder; None: nothing, the stage begins."""
+    """The checkpoint from which this folder's stage goes on; None: the stage begins."""
     found = any(os.path.lexists(folder / name) for name in (NEWEST, PREVIOUS))
     return folder / NEWEST if found else None
 
 
 def check_checkpoint(checkpoint: Mapping[str, Any], learning: Mapping[str, Tensor]) -> None:
-    """See that a checkpoint holds the weights that learn, and an optimiser's state of them.
+    """Refuse a checkpoint whose weights, or optimiser states, do not belong to the weights that learn.
 
-    Args:
-        learning: the weights by name, in the order in which the optimiser has them.
-
-    Raises:
-        MifoError: names, shapes or precisions differ.
+    `learning` has these weights by name, in the order in which the optimiser has them.
     """
     expected = {name: each.shape for name, each in learning.items()}
     try:
@@ -149,7 +141,7 @@ def check_checkpoint(checkpoint: Mapping[str, Any], learning: Mapping[str, Tenso
 def refusing_odd(checkpoint: Path | None) -> Iterator[None]:
     """Turn what Lightning raises while it restores `checkpoint` into a sentence.
 
-    Its checksum may be right and its states of loops, callbacks or optimisers none that Lightning saved.
+    A checkpoint with the right checksum may still hold states that Lightning did not save.
     """
     try:
         yield
@@ -163,21 +155,6 @@ def refusing_odd(checkpoint: Path | None) -> Iterator[None]:
             f"{checkpoint} is damaged: its states do not fit ({reason(error)}); delete the folder "
             f"{checkpoint.parent}, and its stage begins anew"
         ) from error
-
-
-class _Hashed:
-    """A file to write to that adds up its checksum."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.sha256 = hashlib.sha256()
-
-    def write(self, content: bytes) -> int:
-        self.sha256.update(content)
-        return self._file.write(content)
-
-    def flush(self) -> None:
-        self._file.flush()
 
 
 def _read(path: Path) -> dict[str, Any]:

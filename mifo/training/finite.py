@@ -31,8 +31,8 @@ class FiniteNumbers(Callback):
         self, trainer: Trainer, pl_module: LearningStage, outputs: Any, batch: Any, batch_index: int
     ) -> None:
         last, norm, step = pl_module.last, pl_module.gradient_norm, trainer.global_step
-        if norm is None:
-            norm = torch.zeros_like(last.total)
+        assert last is not None  # a step has been taken
+        norm = torch.zeros_like(last.total) if norm is None else norm
         self._kept.append((step, torch.stack([last.denoising, last.prior, last.attention, norm])))
         if step % _interval(trainer, pl_module) == 0:
             self._check(trainer, pl_module, weights=pl_module.device.type == "cpu")
@@ -48,11 +48,7 @@ class FiniteNumbers(Callback):
         self._check(trainer, pl_module)
 
     def _check(self, trainer: Trainer, module: LearningStage, weights: bool = True) -> None:
-        """Read what was kept since the last call, and the weights if `weights` says so.
-
-        Raises:
-            MifoError: a number is not finite.
-        """
+        """Refuse kept numbers that are not finite, and such weights if `weights` says so."""
         kept, self._kept = self._kept, []
         values = torch.stack([parts for _, parts in kept]).tolist() if kept else []
         for (step, _), row in zip(kept, values, strict=True):

@@ -1,12 +1,11 @@
 """Learning from first to last: new tokens, both stages, the folder `learned/`."""
 
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import lightning
 import torch
@@ -26,8 +25,8 @@ from mifo.backbones.model import DiffusionModel, Trainable
 from mifo.data.class_pictures import class_prompts, own_picture_files
 from mifo.data.instances import InstanceSet
 from mifo.data.learning_data import LearningData
-from mifo.errors import MifoError
-from mifo.files import check_room, reason
+from mifo.errors import MifoError, check_least
+from mifo.files import check_room, reason, remove
 from mifo.making.class_pictures import check_cache, class_pictures
 from mifo.method.backbone import Stage
 from mifo.method.losses.settings import PenaltySettings
@@ -48,48 +47,26 @@ from mifo.training.targets import check_optimizer, make, target
 CHECKPOINTS = "checkpoints"  # the folder in a run's folder; it goes when the result is saved
 TRAINER = {"_target_": "lightning.Trainer"}
 # arguments of the trainer that learning decides
-FIXED = (
-    "max_steps",
-    "max_epochs",
-    "default_root_dir",
-    "enable_checkpointing",
-    "logger",
-    "plugins",
-    "callbacks",
-)
+FIXED = "max_steps max_epochs default_root_dir enable_checkpointing logger plugins callbacks".split()
 
 
 def check_learning(settings: LearningSettings) -> None:
-    """Refuse impossible settings before any model is loaded.
-
-    Raises:
-        MifoError: naming the key and the values that it takes.
-    """
+    """Refuse impossible settings before any model is loaded."""
     for name, stage in (("semantic", settings.semantic), ("finetuning", settings.finetuning)):
         key = f"learning.{name}"
         if stage.trainable not in get_args(Trainable):
             known = ", ".join(get_args(Trainable))
             raise MifoError(f"{key}.trainable={stage.trainable} is not known; take one of {known}.")
-        if min(stage.steps, stage.checkpoint_every, stage.lr_warmup_steps) < 0 or stage.batch_size < 1:
-            raise MifoError(
-                f"{key} needs steps, checkpoint_every and lr_warmup_steps of at least 0, and batch_size "
-                "of at least 1."
-            )
-        for value in ("learning_rate", "weight_decay", "eps", "gradient_clip"):
-            if getattr(stage, value) < 0:
-                raise MifoError(f"{key}.{value}={getattr(stage, value)} is negative; take at least 0.")
+        check_least(key, stage, steps=0, batch_size=1, checkpoint_every=0, lr_warmup_steps=0)
+        check_least(key, stage, learning_rate=0, weight_decay=0, eps=0, gradient_clip=0)
         if len(stage.betas) != 2 or not all(0 <= beta < 1 for beta in stage.betas):
-            raise MifoError(
-                f"{key}.betas={list(stage.betas)} must be two numbers of at least 0 and less than 1."
-            )
-        if stage.trainable == "lora" and stage.lora_rank < 1:
-            raise MifoError(f"{key}.lora_rank={stage.lora_rank} is too small; take at least 1.")
+            raise MifoError(f"{key}.betas={list(stage.betas)} must be two numbers from 0 to less than 1.")
+        if stage.trainable == "lora":
+            check_least(key, stage, lora_rank=1)
         if stage.steps:
             check_optimizer(name, stage)
     if settings.semantic.trainable != "tokens":
-        raise MifoError(
-            "learning.semantic.trainable must be tokens: the first stage learns the new token rows alone."
-        )
+        raise MifoError("learning.semantic.trainable must be tokens: the first stage learns words alone.")
     finetuned = settings.finetuning.steps > 0
     if finetuned and settings.finetuning.trainable == "lora" and find_spec("peft") is None:
         raise MifoError(
@@ -103,38 +80,26 @@ def check_learning(settings: LearningSettings) -> None:
         )
     if not 0 <= settings.flip_probability <= 1:
         raise MifoError(f"learning.flip_probability={settings.flip_probability} is not between 0 and 1.")
-    if settings.prior.weight < 0:
-        raise MifoError(
-            f"learning.prior.weight={settings.prior.weight} is negative; take 0 to leave the prior out."
-        )
-    if settings.prior.weight and not settings.prior.folder and settings.prior.pictures < 1:
-        raise MifoError(
-            "learning.prior.pictures must be at least 1; set learning.prior.weight=0 to leave them out."
-        )
-    if settings.prior.weight and not settings.prior.prompts:
-        raise MifoError(
-            "learning.prior.prompts is empty; give at least one prompt, such as a photo of {class}."
-        )
-    for prompt in settings.prior.prompts:
+    prior = settings.prior
+    check_least("learning.prior", prior, weight=0)
+    if prior.weight and not prior.folder and prior.pictures < 1:
+        raise MifoError("learning.prior.pictures must be at least 1; learning.prior.weight=0 needs none.")
+    if prior.weight and not prior.prompts:
+        raise MifoError("learning.prior.prompts is empty; give a prompt, such as a photo of {class}.")
+    for prompt in prior.prompts:
         check_placeholders("learning.prior.prompts", prompt, ("class",))
-    if finetuned and settings.prior.weight and settings.prior.folder is not None:
-        own_picture_files(settings.prior.folder)
+    if finetuned and prior.weight and prior.folder is not None:
+        own_picture_files(prior.folder)
 
 
 def check_trainer(arguments: Mapping[str, Any]) -> None:
-    """Refuse what is no trainer, an argument that it does not take, or one that learning decides.
-
-    Raises:
-        MifoError: naming the key.
-    """
+    """Refuse a target that is no trainer, and arguments that it does not take or that learning decides."""
     for name in FIXED:
         if name in arguments:
             raise MifoError(f"trainer.{name} is fixed by learning and callbacks; take it out of trainer.")
     found = target("trainer", {**TRAINER, **arguments})
     if not (isinstance(found, type) and issubclass(found, lightning.Trainer)):
-        raise MifoError(
-            f"trainer._target_={arguments['_target_']} is no Trainer of Lightning; name one that is."
-        )
+        raise MifoError(f"trainer._target_={arguments['_target_']} is no Trainer of Lightning; name one")
 
 
 def _names_instances_once(template: str) -> bool:
@@ -193,9 +158,12 @@ def learn(
     _check_precision(model, settings, trainer)
     learned, checkpoints = Path(folder) / "learned", Path(folder) / CHECKPOINTS
     refuse_existing(learned)
-    _remove_unfinished(Path(folder))
+    # files that killed runs left unfinished
+    for rest in (*Path(folder).glob(".learned*"), *checkpoints.glob("*/.*.unfinished")):
+        remove(rest)
+    prompts = class_prompts(instances, settings.prior)
     if settings.finetuning.steps and settings.prior.weight:
-        check_cache(model, class_prompts(instances, settings.prior), settings.prior, seed)
+        check_cache(model, prompts, settings.prior, seed)
     lightning.seed_everything(seed, verbose=False)
     model.add_words(instances.tokens, instances.initializers, seed)
     stages: list[tuple[Stage, StageSettings, float]] = [
@@ -210,11 +178,10 @@ def learn(
         model.to(runner.strategy.root_device)
         if stage.trainable == "lora":
             model.add_lora(stage.lora_rank)
-        check_room(Path(folder), _room(model, stages[stream:], checkpoints, settings.save_half))
+        check_room(Path(folder), room(model, stages[stream:], checkpoints, settings.save_half))
         module = LearningStage(name, model, instances, stage, penalty, prior_weight, graphs, passes_in)
         prior = None
         if prior_weight:
-            prompts = class_prompts(instances, settings.prior)
             prior = partial(class_pictures, model, prompts, settings.prior, seed, performance)
         sizes = {site.size for site in module.timeline.sites}
         data = LearningData(
@@ -233,7 +200,7 @@ def learn(
         class_names=instances.class_names,
         initializers=instances.initializers,
         stages=steps,
-        trainable=settings.finetuning.trainable if settings.finetuning.steps else "tokens",
+        trainable=cast(Trainable, settings.finetuning.trainable if settings.finetuning.steps else "tokens"),
         lora_rank=settings.finetuning.lora_rank,
         half=settings.save_half,
         config=config,
@@ -246,16 +213,10 @@ def learn(
 
 def remove_checkpoints(folder: Path) -> None:
     """Remove the checkpoints of the run in `folder`, whose result is saved."""
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    remove(folder / CHECKPOINTS)
 
 
-def _remove_unfinished(folder: Path) -> None:
-    """Remove what killed runs in `folder` left half written."""
-    for rest in (*folder.glob(".learned*"), *folder.glob(f"{CHECKPOINTS}/*/.*.unfinished")):
-        shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
-
-
-def _room(
+def room(
     model: DiffusionModel,
     stages: Sequence[tuple[Stage, StageSettings, float]],
     checkpoints: Path,
@@ -264,7 +225,7 @@ def _room(
     """Bytes that the checkpoints of these stages and the result will take; adapters count once they exist."""
     total = 2**20  # of small files
     for name, stage, _ in stages:
-        parts = model.trainable(stage.trainable).values() if stage.steps else ()
+        parts = model.trainable(cast(Trainable, stage.trainable)).values() if stage.steps else ()
         learning = [*model.new_rows.values(), *(each for part in parts for each in part.values())]
         numbers = sum(each.numel() for each in learning)
         result = numbers * 2 if half else sum(each.numel() * each.element_size() for each in learning)
@@ -277,11 +238,7 @@ def _room(
 
 
 def _save(save: Callable[[Path], Any], learned: Path) -> None:
-    """Save the result, and where that fails into a temporary folder, so that learning was not in vain.
-
-    Raises:
-        MifoError: it could not be saved in `learned`; says where it is.
-    """
+    """Save the result; if that fails, save it in a temporary folder and say where, in a `MifoError`."""
     try:
         save(learned)
     except OSError as error:

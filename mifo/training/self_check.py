@@ -25,7 +25,7 @@ class AttentionCheck(Callback):
         words = find_instances(prompt, tokens, model.words)
 
         def halves(size: tuple[int, int]) -> torch.Tensor:
-            left = torch.arange(size[1], device=model.device) < size[1] // 3
+            left = torch.arange(size[1], device=model.device) < max(1, size[1] // 3)
             shapes = torch.stack([left, left.flip(0)])[: len(tokens)]  # the background is between
             return shapes[None, :, None].expand(1, -1, *size)
 

@@ -32,7 +32,8 @@ class StageSettings:
 
     steps: int = 600
     batch_size: int = 1  # instance samples a step; with a prior as many class samples come on top
-    # beside the new token rows: tokens (nothing) | cross_attention_kv | denoiser | full | lora
+    # parameters that learn, together with the new token rows:
+    # tokens (no others) | cross_attention_kv | denoiser | full | lora
     trainable: str = "tokens"
     lora_rank: int = 16  # read by `trainable: lora` only
     optimizer: dict[str, Any] = field(default_factory=adamw)  # `_target_` and arguments; see conf/optimizer

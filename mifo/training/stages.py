@@ -1,8 +1,8 @@
-"""The two stages of learning as one LightningModule: what learns, with which optimiser, on which loss."""
+"""Both stages of learning as one LightningModule: which parameters learn, by which optimiser and loss."""
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mifo.acceleration.adamw_8bit import AdamW8bit
 from mifo.acceleration.graphs import GraphedStep, take_gradients_in
 from mifo.acceleration.rounding import RoundedWeights, every_weight, frozen_products
-from mifo.backbones.model import DiffusionModel
+from mifo.backbones.model import DiffusionModel, Trainable
 from mifo.data.instances import InstanceSet
 from mifo.data.learning_data import LearningBatch
 from mifo.method.backbone import Stage
@@ -26,18 +26,10 @@ log = logging.getLogger(__name__)
 
 
 class LearningStage(lightning.LightningModule):
-    """Semantic learning or fine-tuning. Checkpoints hold what learns and the optimiser, not the base model.
+    """Semantic learning or fine-tuning. Checkpoints hold the parameters that learn and the optimiser only.
 
     Optimisation is manual, since a step that is replayed as a CUDA graph has its gradients before Lightning
     would ask for them.
-
-    Attributes:
-        model, instances, settings, prior_weight: as given.
-        stage: also the prefix of what is logged.
-        timeline: the terms of the attention loss, and when they are active.
-        last: the `LossParts` of the last step, or None; reading its values waits for the device.
-        gradient_norm: of the last step before clipping, a scalar; None where it is not clipped, or where
-            float16 scales the gradients, which may overflow and are then left out.
     """
 
     def __init__(
@@ -58,19 +50,20 @@ class LearningStage(lightning.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # the base model is not in a checkpoint
-        self.stage = stage
+        self.stage = stage  # also the prefix of what is logged
         self.model, self.instances, self.settings = model, instances, settings
         for name, network in model.networks.items():
             self.add_module(name, network)
         self.prior_weight = prior_weight
         self.timeline = Timeline(penalty, stage, settings.steps, model)
-        self.last: LossParts | None = None
+        self.last: LossParts | None = None  # of the last step; reading its values waits for the device
+        # before clipping, a scalar; None where it is not clipped, or scaled for float16 and may overflow
         self.gradient_norm: Tensor | None = None
         self.passes_in = passes_in
         self._graphs = graphs
-        self._copies: dict[nn.Parameter, Tensor] = {}  # of what learns, as the passes read it
-        self._steps: dict[tuple[Term, ...], GraphedStep] = {}  # that of the active terms
-        model.set_trainable(settings.trainable)
+        self._copies: dict[nn.Parameter, Tensor] = {}  # of learning weights, rounded
+        self._steps: dict[tuple[Term, ...], GraphedStep] = {}  # the step of the active terms alone
+        model.set_trainable(cast(Trainable, settings.trainable))  # `check_learning` has seen it
         self.train()
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -84,20 +77,18 @@ class LearningStage(lightning.LightningModule):
         }
 
     def on_fit_start(self) -> None:
-        # what Lightning or PyTorch does to gradients on their way would be left out of a graph
-        reasons = {
-            "float16 scales the gradients": self.trainer.precision == "16-mixed",
-            "several processes share their gradients": self.trainer.world_size > 1,
-        }
-        if self._graphs and any(reasons.values()):
+        # a graph would leave out what Lightning or PyTorch does to gradients on their way
+        reason = "float16 scales the gradients" if self.trainer.precision == "16-mixed" else None
+        if self.trainer.world_size > 1:
+            reason = "several processes share their gradients"
+        if self._graphs and reason:
             self._graphs = False
-            log.warning("Learning goes on without CUDA graphs, since %s.", max(reasons, key=reasons.get))
+            log.warning("Learning goes on without CUDA graphs, since %s.", reason)
 
     def training_step(self, batch: LearningBatch, batch_index: int) -> None:
-        terms = self.timeline.active(self.global_step)
-        weights = torch.tensor([self.timeline.weight(term, self.global_step) for term in terms])
+        terms, weights = self._terms(self.global_step)
         step, optimizer = self._step(terms), self.optimizers()
-        total, (parts, maps) = step(batch, weights.to(self.device, non_blocking=True))
+        total, (parts, maps) = step(batch, weights)
         with torch.autocast(self.device.type, enabled=False):  # which would round the gradients' products
             step.backward(total, self.manual_backward)
         optimizer.step()
@@ -107,17 +98,13 @@ class LearningStage(lightning.LightningModule):
         self.last = LossParts(total.detach(), **parts, maps=maps)
         # values are read, which waits for the device, only at the steps that are logged
         if self.global_step % self.trainer.log_every_n_steps == 0:
-            self.log_dict(
-                {
-                    f"{self.stage}/loss/{name}": value
-                    for name, value in {"total": self.last.total, **parts}.items()
-                }
-            )
+            losses = {"total": self.last.total, **parts}
+            self.log_dict({f"{self.stage}/loss/{name}": value for name, value in losses.items()})
 
     def forward(
         self, terms: tuple[Term, ...], batch: LearningBatch, weights: Tensor
     ) -> tuple[Tensor, tuple[dict[str, Tensor], dict[Any, Tensor]]]:
-        """The loss of a batch; beside it its detached parts by name, and maps by site."""
+        """The loss of a batch, the loss's detached parts by name, and attention maps by site."""
         conditioning = self.model.encode(batch.ids)
         loss = learning_loss(self.model, conditioning, batch.inputs, terms, weights, self.prior_weight)
         parts = {name: getattr(loss, name).detach() for name in ("denoising", "prior", "attention")}
@@ -132,12 +119,13 @@ class LearningStage(lightning.LightningModule):
         self.gradient_norm = None if self.trainer.precision == "16-mixed" else norm
         if optimizer.defaults.get("fused") or isinstance(optimizer, AdamW8bit):
             # divides the gradients as it reads them, which spares a pass over them; also GradScaler's way
-            optimizer.grad_scale = ((norm + 1e-6) / self.settings.gradient_clip).clamp(min=1)
+            scale = ((norm + 1e-6) / self.settings.gradient_clip).clamp(min=1)
+            optimizer.grad_scale = scale  # type: ignore[attr-defined]
         else:
             nn.utils.clip_grads_with_norm_(parameters, self.settings.gradient_clip, norm)
 
     def release(self) -> None:
-        """End graphs, gradients and copies."""
+        """Drop CUDA graphs, gradients and copies of weights."""
         self._steps.clear()
         self.zero_grad()
         for parameter in self._copies:
@@ -145,21 +133,26 @@ class LearningStage(lightning.LightningModule):
         self._copies = {}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Only what learns."""
+        """The parameters that learn, without the others."""
         return {name: each.detach() for name, each in self.named_parameters() if each.requires_grad}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_checkpoint(checkpoint, self.state_dict())
 
     def eager_step(self, batch: LearningBatch) -> Tensor:
-        """The loss of the first step's kind without a graph, for counting its operations."""
-        terms = self.timeline.active(0)
-        weights = torch.tensor([self.timeline.weight(term, 0) for term in terms], device=self.device)
+        """The loss of the first step, without a graph, so that its operations can be counted."""
+        terms, weights = self._terms(0)
         with self.trainer.precision_plugin.forward_context():
             return self._rounded()[0](terms, batch, weights)[0]
 
+    def _terms(self, step: int) -> tuple[tuple[Term, ...], Tensor]:
+        """The terms of the attention loss that are active at a step, and their weights (terms,)."""
+        terms = self.timeline.active(step)
+        weights = torch.tensor([self.timeline.weight(term, step) for term in terms])
+        return terms, weights.to(self.device, non_blocking=True)
+
     def _step(self, terms: tuple[Term, ...]) -> GraphedStep:
-        """The step of the active terms; that of other terms goes first, with the memory of its graph."""
+        """The step of the active terms; the step of other terms is dropped first, to free its graph."""
         if terms not in self._steps:
             self._steps.clear()
             loss, self._copies = self._rounded()
@@ -175,7 +168,7 @@ class LearningStage(lightning.LightningModule):
         return self._steps[terms]
 
     def _rounded(self) -> tuple[Callable[..., Any], dict[nn.Parameter, Tensor]]:
-        """The loss on rounded copies of weights, and copies of what learns; none where autocast rounds."""
+        """The loss on rounded copies of weights, and the copies of learning weights (none under autocast)."""
         if self.passes_in is not None:
             rounded = RoundedWeights(self, every_weight(self), self.passes_in)
             return rounded, {each: copy for each, copy in rounded.copies.items() if each.requires_grad}

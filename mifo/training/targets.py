@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import resolve_name
@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from mifo.errors import MifoError
+from mifo.errors import MifoError, nearest
 from mifo.training.settings import StageSettings
 
 
@@ -27,7 +27,7 @@ def target(key: str, node: Any) -> Any:
     path = node.get("_target_") if isinstance(node, Mapping) else None
     if not isinstance(path, str) or not path:
         raise MifoError(f"{key} needs a _target_, the class that it stands for; see conf/{key.split('.')[0]}")
-    package, (module, _, name) = path.partition(".")[0], path.rpartition(".")
+    package, module = path.partition(".")[0], path.rpartition(".")[0]
     if package and find_spec(package) is None:
         raise MifoError(
             f"{key}._target_={path} needs the package {package}, which is not installed; check its "
@@ -36,21 +36,20 @@ def target(key: str, node: Any) -> Any:
     try:
         found = resolve_name(path)
     except Exception as error:
-        try:
-            near = get_close_matches(name, dir(import_module(module)), n=1)
-        except (ImportError, TypeError, ValueError):
-            near = []
-        fix = f"did you mean {module}.{near[0]}?" if near else "check its spelling"
+        hint = ""
+        with suppress(ImportError, TypeError, ValueError):
+            hint = nearest(path, [f"{module}.{name}" for name in dir(import_module(module))])
         told = " ".join(str(error).split())
-        raise MifoError(f"{key}._target_={path} cannot be imported ({told}); {fix}") from error
+        raise MifoError(
+            f"{key}._target_={path} cannot be imported ({told}); {hint}check its spelling"
+        ) from error
     arguments = {name: value for name, value in node.items() if name not in _OF_HYDRA}
     taken = inspect.signature(found).parameters
     if not any(each.kind is each.VAR_KEYWORD for each in taken.values()):
         for name in arguments:
             if name not in taken:
-                near = get_close_matches(name, taken, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(taken) or 'none'}"
-                raise MifoError(f"{key}.{name} is no argument of {path}; {hint}")
+                takes = f"{nearest(name, taken)}take of {', '.join(taken) or 'none'}"
+                raise MifoError(f"{key}.{name} is no argument of {path}; {takes}")
     return found
 
 
@@ -58,7 +57,7 @@ def make(key: str, node: Mapping[str, Any], *inputs: Any, usual: Mapping[str, An
     """Call what `node` names with `inputs`, the node's own keys and `fixed`.
 
     Args:
-        usual: arguments that it gets if it takes them and the node does not name them.
+        usual: arguments that are passed if the target takes them and the node does not name them.
 
     Raises:
         MifoError: see `target`; or the call refuses its arguments.
@@ -77,11 +76,7 @@ def make(key: str, node: Mapping[str, Any], *inputs: Any, usual: Mapping[str, An
 def make_optimizer(
     stage: str, settings: StageSettings, parameters: Sequence[nn.Parameter], fused: bool
 ) -> torch.optim.Optimizer:
-    """The optimiser of a stage; `learning_rate` is its `lr`, the other keys have its own names.
-
-    Args:
-        fused: update all parameters in one kernel, if the optimiser can.
-    """
+    """The optimiser of a stage, in one kernel if `fused` and if it can; `learning_rate` is its `lr`."""
     usual = {
         "lr": settings.learning_rate,
         "betas": tuple(settings.betas),
@@ -99,11 +94,7 @@ def make_lr_scheduler(stage: str, settings: StageSettings, optimizer: torch.opti
 
 
 def check_optimizer(stage: str, settings: StageSettings) -> None:
-    """Make optimiser and LR scheduler of a single number, before there is a model.
-
-    Raises:
-        MifoError: see `make`; or they are none.
-    """
+    """Refuse an optimiser or LR scheduler that cannot be made, tried on a single number."""
     key = f"learning.{stage}"
     optimizer = make_optimizer(stage, settings, [nn.Parameter(torch.zeros(1))], fused=True)
     if not isinstance(optimizer, torch.optim.Optimizer):

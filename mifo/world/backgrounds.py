@@ -4,8 +4,6 @@ A background takes picture coordinates ``x`` (right) and ``y`` (down), both (n, 
 numbers ``q`` = (q0 … q4), each (n, 1, 1) in [0, 1], that vary it; it returns colours (n, 3, H, W) in [0, 1].
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
@@ -14,8 +12,7 @@ from torch import Tensor
 
 from mifo.world.vocabulary import BACKGROUNDS
 
-EDGE = 128.0
-"""Edges are softened over about one pixel of a 128² picture."""
+EDGE = 128.0  # edges are softened over about one pixel of a 128² picture
 
 
 def rgb(like: Tensor, *colour: float) -> Tensor:
@@ -29,6 +26,7 @@ def cover(canvas: Tensor, distance: Tensor, colour: Tensor) -> Tensor:
 
 
 def gradient(t: Tensor, top: Tensor, bottom: Tensor) -> Tensor:
+    """From the colour `top` where t is 0 to the colour `bottom` where t is 1."""
     return top + (bottom - top) * t.clamp(0, 1).unsqueeze(1)
 
 
@@ -62,10 +60,8 @@ def jungle(x: Tensor, y: Tensor, q: list[Tensor]) -> Tensor:
         ix, iy = torch.floor(u), torch.floor(v)
         turn = cell_noise(ix, iy, q[4] + layer) * math.pi
         dx, dy = u - ix - 0.5, v - iy - 0.5
-        along, across = (
-            dx * torch.cos(turn) + dy * torch.sin(turn),
-            dy * torch.cos(turn) - dx * torch.sin(turn),
-        )
+        along = dx * torch.cos(turn) + dy * torch.sin(turn)
+        across = dy * torch.cos(turn) - dx * torch.sin(turn)
         leaf = (torch.hypot(along / 0.48, across / 0.17) - 1) * 0.17 / count
         canvas = cover(canvas, leaf, rgb(x, *green))
     return canvas
@@ -76,12 +72,8 @@ def snow(x: Tensor, y: Tensor, q: list[Tensor]) -> Tensor:
         -1, -1, x.shape[-2], -1
     )
     for layer, white in enumerate((0.88, 0.97)):
-        hill = (
-            0.42
-            + 0.16 * layer
-            + 0.1 * (q[layer] - 0.5)
-            + 0.06 * torch.sin(x * (5 + 3 * layer) + q[2 + layer] * 6.3)
-        )
+        wave = torch.sin(x * (5 + 3 * layer) + q[2 + layer] * 6.3)
+        hill = 0.42 + 0.16 * layer + 0.1 * (q[layer] - 0.5) + 0.06 * wave
         canvas = cover(canvas, hill - y, rgb(x, white - 0.02, white, min(white + 0.03, 1.0)))
     ix, iy = torch.floor(x * 9 + q[0]), torch.floor(y * 9 + q[1])
     fx, fy = cell_noise(ix, iy, q[3]) * 0.6 + 0.2, cell_noise(iy, ix, q[4] + 1) * 0.6 + 0.2
@@ -136,13 +128,8 @@ def city(x: Tensor, y: Tensor, q: list[Tensor]) -> Tensor:
         canvas = cover(canvas, block, rgb(x, *tone))
         wx, wy = u * 4, (y - top) * 26
         lit = (cell_noise(torch.floor(wx), torch.floor(wy), q[4]) > 0.55).to(x.dtype)
-        pane = (
-            torch.maximum(
-                (wx - torch.floor(wx) - 0.5).abs() - 0.28, (wy - torch.floor(wy) - 0.5).abs() - 0.28
-            )
-            / 30
-        )
-        inside = torch.maximum(pane, block + 0.01) + (1 - lit)
+        across, down = ((w - torch.floor(w) - 0.5).abs() - 0.28 for w in (wx, wy))
+        inside = torch.maximum(torch.maximum(across, down) / 30, block + 0.01) + (1 - lit)
         canvas = cover(canvas, inside, rgb(x, 0.98, 0.88, 0.52))
     return cover(canvas, 0.72 - y, rgb(x, 0.4, 0.42, 0.45))
 
@@ -181,18 +168,14 @@ def eiffel_tower(x: Tensor, y: Tensor, q: list[Tensor]) -> Tensor:
 def water(x: Tensor, y: Tensor, q: list[Tensor]) -> Tensor:
     canvas = gradient(y, rgb(x, 0.3, 0.66, 0.82), rgb(x, 0.08, 0.38, 0.62)).expand(-1, -1, x.shape[-2], -1)
     rows = 9.0
-    ripple = (
-        y * rows + 0.18 * torch.sin(x * (10 + 5 * q[0]) + torch.floor(y * rows) * 2.4 + q[1] * 6.3) + q[2]
-    )
+    swing = torch.sin(x * (10 + 5 * q[0]) + torch.floor(y * rows) * 2.4 + q[1] * 6.3)
+    ripple = y * rows + 0.18 * swing + q[2]
     crest = ((ripple - torch.floor(ripple) - 0.5).abs() - 0.07) / rows
     gaps = torch.sin(x * (17 + 6 * q[3]) + torch.floor(ripple) * 4.1 + q[4] * 6.3) * 0.02
     return cover(canvas, torch.maximum(crest, -gaps), rgb(x, 0.72, 0.9, 0.95))
 
 
+_IN_ORDER = (beach, jungle, snow, street, pink_fabric, wooden_floor, city, mountain, eiffel_tower, water)
 DRAWINGS: dict[str, Callable[[Tensor, Tensor, list[Tensor]], Tensor]] = dict(
-    zip(
-        BACKGROUNDS,
-        (beach, jungle, snow, street, pink_fabric, wooden_floor, city, mountain, eiffel_tower, water),
-        strict=True,
-    )
+    zip(BACKGROUNDS, _IN_ORDER, strict=True)
 )

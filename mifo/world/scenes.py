@@ -5,40 +5,38 @@ proportions: what makes it this one) and a *placement* (centre, size, turn, mirr
 Everything is batched over n scenes with T slots for things, on any device.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from mifo.method.prompts.articles import article
 from mifo.world import backgrounds, things
-from mifo.world.spec import MAX_THINGS, SceneSpec, ThingSpec, check_scene, check_word
-from mifo.world.vocabulary import (
-    BACKGROUNDS,
-    COLOURS,
-    HELD_OUT_HUES,
-    PATTERNS,
-    PROMPT_START,
-    THINGS,
-)
+from mifo.world.spec import MAX_THINGS, SceneSpec, check_scene, check_word
+from mifo.world.vocabulary import BACKGROUNDS, COLOURS, HELD_OUT_HUES, PATTERNS, PROMPT_START, THINGS
 
-SIZE = 128
-"""Side of a scene in pixels."""
-
+SIZE = 128  # side of a scene in pixels
+# range of a thing's half extent as a share of the picture's side, by the number of things
 HALF_SIZES = {1: (0.2, 0.36), 2: (0.17, 0.25), 3: (0.14, 0.2), 4: (0.13, 0.17)}
-"""Number of things → range of a thing's half extent, as a share of the picture's side."""
 
 
 @dataclass
-class Identities:
-    """What makes each thing this one. Every field is (n, T) or (n, T, 3)."""
+class _Fields:
+    """Tensors by name, which are indexed together."""
+
+    def __getitem__(self, index: Any) -> Self:
+        return type(self)(*(getattr(self, field.name)[index] for field in dataclasses.fields(self)))
+
+
+@dataclass
+class Identities(_Fields):
+    """The properties that tell one thing from another. Every field is (n, T) or (n, T, 3)."""
 
     thing: Tensor
     colour: Tensor
@@ -51,12 +49,9 @@ class Identities:
     angle: Tensor
     phase: Tensor
 
-    def __getitem__(self, index) -> Identities:
-        return Identities(*(getattr(self, field.name)[index] for field in dataclasses.fields(self)))
-
 
 @dataclass
-class Placements:
+class Placements(_Fields):
     """Centre (n, T, 2) and half size (n, T) in [0, 1], turn in radians and mirror ±1, both (n, T)."""
 
     centre: Tensor
@@ -83,9 +78,6 @@ class Scene:
     image: Tensor
     masks: Tensor
     boxes: Tensor
-    caption: str
-    class_names: list[str]
-    descriptions: list[str]
 
 
 def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
@@ -139,9 +131,7 @@ def arrange(
 ) -> Placements:
     """Place ``count`` (n,) things in each scene, the least overlapping of ``tries`` random arrangements."""
     n, device = count.shape[0], generator.device
-    limits = torch.tensor([HALF_SIZES[min(max(int(c), 1), 4)] for c in range(MAX_THINGS + 1)], device=device)[
-        count
-    ]
+    limits = torch.tensor(list(HALF_SIZES.values()), device=device)[count - 1]
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(n, *shape, generator=generator, device=device)
@@ -149,12 +139,10 @@ def arrange(
     size = limits[:, None, None, 0] + (limits[:, 1] - limits[:, 0])[:, None, None] * uniform(tries, slots)
     centre = size.unsqueeze(-1) + (1 - 2 * size.unsqueeze(-1)) * uniform(tries, slots, 2)
     taken = torch.arange(slots, device=device) < count[:, None]
-    gap = (centre.unsqueeze(-2) - centre.unsqueeze(-3)).abs().amax(-1) - (
-        size.unsqueeze(-1) + size.unsqueeze(-2)
-    )
-    pair = (taken.unsqueeze(-1) & taken.unsqueeze(-2)).unsqueeze(1) & ~torch.eye(
-        slots, dtype=torch.bool, device=device
-    )
+    apart = (centre.unsqueeze(-2) - centre.unsqueeze(-3)).abs().amax(-1)
+    gap = apart - (size.unsqueeze(-1) + size.unsqueeze(-2))
+    itself = torch.eye(slots, dtype=torch.bool, device=device)
+    pair = (taken.unsqueeze(-1) & taken.unsqueeze(-2)).unsqueeze(1) & ~itself
     overlap = (torch.where(pair, -gap, -1.0).clamp(min=-0.03)).sum((-1, -2))
     best = overlap.argmin(1)
     rows = torch.arange(n, device=device)
@@ -261,20 +249,15 @@ def draw(scenes: SceneBatch, size: int = SIZE, with_background: bool = True) -> 
     """
     n, slots = scenes.identities.thing.shape
     device = scenes.count.device
-    images = (
-        _draw_backgrounds(scenes.background, scenes.variation, size)
-        if with_background
-        else torch.zeros(n, 3, size, size, device=device)
-    )
+    images = torch.zeros(n, 3, size, size, device=device)
+    if with_background:
+        images = _draw_backgrounds(scenes.background, scenes.variation, size)
     masks = torch.zeros(n, slots, size, size, device=device)
     for slot in range(slots):
         rows = torch.nonzero(scenes.count > slot).squeeze(1)
         if not len(rows):
             continue
-        placed = Placements(
-            *(getattr(scenes.placements, field.name)[rows, slot] for field in dataclasses.fields(Placements))
-        )
-        colour, coverage = _draw_things(scenes.identities[rows, slot], placed, size)
+        colour, coverage = _draw_things(scenes.identities[rows, slot], scenes.placements[rows, slot], size)
         images[rows] += (colour - images[rows]) * coverage.unsqueeze(1)
         masks[rows, :slot] *= (1 - coverage).unsqueeze(1)
         masks[rows, slot] = coverage
@@ -306,8 +289,7 @@ def caption(things_words: list[str], background: str | None) -> str:
     return " ".join(part for part in (PROMPT_START, phrase, background) if part)
 
 
-SLOT_MARK = "#"
-"""Stands in a caption between a class word and the slot of the thing that this word alone describes."""
+SLOT_MARK = "#"  # in a caption between a class word and the slot of the thing that this word alone describes
 
 
 def captions(scenes: SceneBatch, seed: int, drop: float = 0.15, words: float = 0.0) -> list[str]:
@@ -318,13 +300,11 @@ def captions(scenes: SceneBatch, seed: int, drop: float = 0.15, words: float = 0
     learned instance is: its class word and its slot, mostly without an article, as in "a photo of car#2".
     """
     rng = random.Random(seed)
-    columns = [getattr(scenes.identities, name).tolist() for name in ("thing", "colour", "pattern")] + [
-        scenes.count.tolist(),
-        scenes.background.tolist(),
-    ]
+    known = scenes.identities
+    columns = (known.thing, known.colour, known.pattern, scenes.count, scenes.background)
     colours = list(COLOURS)
     out = []
-    for kinds, hues, patterns, count, background in zip(*columns, strict=True):
+    for kinds, hues, patterns, count, background in zip(*(each.tolist() for each in columns), strict=True):
         phrases = []
         for slot in rng.sample(range(count), count):
             if words and rng.random() < words:
@@ -336,9 +316,8 @@ def captions(scenes: SceneBatch, seed: int, drop: float = 0.15, words: float = 0
         ending = None if rng.random() < drop else BACKGROUNDS[background]
         text = caption(phrases, ending)
         if rng.random() < drop:
-            text = " ".join(word for word in text.split() if word not in ("a", "an")).replace(
-                "photo", "a photo", 1
-            )
+            bare = " ".join(word for word in text.split() if word not in ("a", "an"))
+            text = bare.replace("photo", "a photo", 1)
         if words and rng.random() > drop:
             text = re.sub(rf"\ba (\w+{SLOT_MARK})", r"\1", text)
         out.append(text)
@@ -355,7 +334,7 @@ def scene_batch(spec: SceneSpec) -> SceneBatch:
     generator = torch.Generator().manual_seed(spec.seed)
     identities = sample_identities((1, count), generator, held_out=True)
     for slot, thing in enumerate(spec.things):
-        # The held-out hue keeps its place inside the range when the colour word is the spec's own.
+        # the drawn hue keeps its place within the range when the spec names another colour word
         drawn = list(COLOURS.values())[int(identities.colour[0, slot])]
         body = identities.body[0, slot]
         value, low = body.max(), body.min()
@@ -396,9 +375,9 @@ def _hue(colour: Tensor) -> Tensor:
     return 60 * ((red - green) / spread + 4)
 
 
-def render_scene(spec: SceneSpec, size: int = SIZE) -> Scene:
+def render_scene(spec: SceneSpec) -> Scene:
     """Draw the scene that ``spec`` describes, with its truth."""
-    return _scene(scene_batch(spec), spec.things, spec.background, size)
+    return _scene(scene_batch(spec))
 
 
 def redraw_scene(
@@ -408,9 +387,8 @@ def redraw_scene(
     background: str,
     seed: int = 0,
     colours: Sequence[int] | None = None,
-    size: int = SIZE,
 ) -> Scene:
-    """The very things of ``spec`` in a new picture: what a perfect model would make of a layout.
+    """The same things as in ``spec`` in a new picture, as a perfect model would draw them for a layout.
 
     In painter's order, the thing ``slots[i]`` of the scene fills ``boxes[i]`` ([x0, y0, x1, y1] in [0, 1]):
     as large as its extent allows, in its middle, in a new turn and mirror of ``seed``. ``colours`` names the
@@ -421,17 +399,16 @@ def redraw_scene(
     known = scene_batch(spec).identities
     identities = known[:, list(slots)]
     if colours is not None:
-        worn = known[:, list(colours)]
-        identities = dataclasses.replace(
-            identities, colour=worn.colour, body=worn.body, second=worn.second, accent=worn.accent
-        )
+        worn = {
+            name: getattr(known, name)[:, list(colours)] for name in ("colour", "body", "second", "accent")
+        }
+        identities = dataclasses.replace(identities, **worn)
     turn = (torch.rand(1, len(slots), generator=generator) - 0.5) * 0.3
     mirror = torch.where(torch.rand(1, len(slots), generator=generator) < 0.5, -1.0, 1.0)
     trial = Placements(torch.full((1, len(slots), 2), 0.5), torch.full((1, len(slots)), 0.4), turn, mirror)
     fitted = dataclasses.replace(trial, centre=trial.centre.clone(), size=trial.size.clone())
     for place, box in enumerate(boxes):
-        alone = Placements(*(getattr(trial, f.name)[:, place] for f in dataclasses.fields(Placements)))
-        x0, y0, x1, y1 = mask_boxes(_draw_things(identities[:, place], alone, size)[1])[0]
+        x0, y0, x1, y1 = mask_boxes(_draw_things(identities[:, place], trial[:, place], SIZE)[1])[0]
         left, top, right, bottom = torch.tensor(box)
         scale = torch.minimum((right - left) / (x1 - x0), (bottom - top) / (y1 - y0))
         fitted.size[0, place] = 0.4 * scale
@@ -444,17 +421,9 @@ def redraw_scene(
         background=torch.tensor([BACKGROUNDS.index(background)]),
         variation=torch.rand(1, 5, generator=generator),
     )
-    return _scene(batch, [spec.things[slot] for slot in slots], background, size)
+    return _scene(batch)
 
 
-def _scene(batch: SceneBatch, specs: Sequence[ThingSpec], background: str, size: int) -> Scene:
-    images, masks = draw(batch, size)
-    descriptions = [describe(thing.thing, thing.colour, thing.pattern) for thing in specs]
-    return Scene(
-        image=images[0],
-        masks=masks[0] > 0.5,
-        boxes=mask_boxes(masks[0]),
-        caption=caption(descriptions, background),
-        class_names=[thing.thing for thing in specs],
-        descriptions=descriptions,
-    )
+def _scene(batch: SceneBatch) -> Scene:
+    images, masks = draw(batch)
+    return Scene(images[0], masks[0] > 0.5, mask_boxes(masks[0]))

@@ -1,4 +1,4 @@
-"""A scene in words, and what is refused of it. Needs no torch."""
+"""A scene in words, and the check of its words. This file imports no torch."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -35,16 +35,9 @@ class SceneSpec:
 
 
 def check_scene(spec: SceneSpec) -> None:
-    """Refuse a scene that cannot be drawn.
-
-    Raises:
-        MifoError: a word that the miniature does not know, a hue beside a colour word or inside the range of
-            one, or a number of things outside 1…4.
-    """
+    """Refuse unknown words, hues that a colour word has, and other than 1 to `MAX_THINGS` things."""
     if not 1 <= len(spec.things) <= MAX_THINGS:
-        raise MifoError(
-            f"instances.scene.things: {len(spec.things)} things; a scene holds 1 to {MAX_THINGS}."
-        )
+        raise MifoError(f"instances.scene.things: {len(spec.things)} things; take 1 to {MAX_THINGS}.")
     for thing in spec.things:
         check_word("thing", thing.thing, THINGS)
         check_word("pattern", thing.pattern, PATTERNS)
@@ -62,7 +55,7 @@ def check_word(kind: str, word: str | None, options: Collection[str]) -> None:
 
 
 def _check_hue(thing: ThingSpec, hue: float) -> None:
-    """Refuse a hue beside a colour word, or one that a colour word names."""
+    """Refuse a hue that is given together with a colour word, or that lies in the range of a colour word."""
     if thing.colour is not None:
         raise MifoError(
             f"instances.scene: the {thing.thing} has the colour {thing.colour} and the hue {hue:g}; "

@@ -6,8 +6,6 @@ order as (signed distance, role): distance (n, H, W) in local units, negative in
 part's colour. Everything is batched, since a GPU draws thousands of things in the time of one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import reduce
 
@@ -56,6 +54,11 @@ def polygon(x: Tensor, y: Tensor, *points) -> Tensor:
     return reduce(torch.maximum, distances)
 
 
+def trapezoid(x: Tensor, y: Tensor, top, left_top, right_top, bottom, left_bottom, right_bottom) -> Tensor:
+    """A polygon between two level edges, each by its height and its left and right ends."""
+    return polygon(x, y, (left_top, top), (right_top, top), (right_bottom, bottom), (left_bottom, bottom))
+
+
 def segment(x: Tensor, y: Tensor, ax, ay, bx, by, width) -> Tensor:
     ex, ey = bx - ax, by - ay
     along = (((x - ax) * ex + (y - ay) * ey) / (ex**2 + ey**2)).clamp(0, 1)
@@ -63,10 +66,7 @@ def segment(x: Tensor, y: Tensor, ax, ay, bx, by, width) -> Tensor:
 
 
 def union(*distances: Tensor) -> Tensor:
-    out = distances[0]
-    for other in distances[1:]:
-        out = torch.minimum(out, other)
-    return out
+    return reduce(torch.minimum, distances)
 
 
 def car(x: Tensor, y: Tensor, p: Proportions) -> list[Part]:
@@ -74,31 +74,10 @@ def car(x: Tensor, y: Tensor, p: Proportions) -> list[Part]:
     roof, shift = 0.32 + 0.24 * p[1], -0.18 + 0.3 * p[2]
     ground = 0.62
     body = box(x, y, 0.0, 0.2, 0.97, 0.29, 0.14)
-    cabin = polygon(
-        x,
-        y,
-        (shift - 0.36, -roof - 0.05),
-        (shift + 0.34, -roof - 0.05),
-        (shift + 0.58, 0.0),
-        (shift - 0.58, 0.0),
-    )
-    window_top = -roof + 0.07
-    front = polygon(
-        x,
-        y,
-        (shift + 0.05, window_top),
-        (shift + 0.29, window_top),
-        (shift + 0.44, -0.06),
-        (shift + 0.05, -0.06),
-    )
-    back = polygon(
-        x,
-        y,
-        (shift - 0.31, window_top),
-        (shift - 0.05, window_top),
-        (shift - 0.05, -0.06),
-        (shift - 0.44, -0.06),
-    )
+    cabin = trapezoid(x, y, -roof - 0.05, shift - 0.36, shift + 0.34, 0.0, shift - 0.58, shift + 0.58)
+    top = -roof + 0.07
+    front = trapezoid(x, y, top, shift + 0.05, shift + 0.29, -0.06, shift + 0.05, shift + 0.44)
+    back = trapezoid(x, y, top, shift - 0.31, shift - 0.05, -0.06, shift - 0.44, shift - 0.05)
     y_wheel = ground - wheel
     tyres = union(circle(x, y, -0.55, y_wheel, wheel), circle(x, y, 0.55, y_wheel, wheel))
     hubs = union(circle(x, y, -0.55, y_wheel, wheel * 0.5), circle(x, y, 0.55, y_wheel, wheel * 0.5))

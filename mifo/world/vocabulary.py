@@ -4,20 +4,7 @@ Everything an instance is *beyond* its words (the exact hue inside a colour word
 proportions, the pattern's size and angle) is continuous, so that a caption never tells a whole instance.
 """
 
-THINGS = (
-    "car",
-    "house",
-    "boat",
-    "cup",
-    "fish",
-    "bird",
-    "cat",
-    "robot",
-    "mushroom",
-    "flower",
-    "balloon",
-    "rocket",
-)
+THINGS = tuple("car house boat cup fish bird cat robot mushroom flower balloon rocket".split())
 
 COLOURS: dict[str, tuple[float, float]] = {
     "red": (-10.0, 10.0),
@@ -56,16 +43,7 @@ PROMPT_START = "a photo of"
 
 def words() -> list[str]:
     """Every word that a caption or an ordinary prompt may hold, in a fixed order."""
-    text = " ".join(
-        [
-            PROMPT_START,
-            "a an the and with next to left right top bottom of in on at",
-            "two three four photo picture",
-        ]
-        + list(THINGS)
-        + [thing + "s" for thing in THINGS]
-        + list(COLOURS)
-        + list(PATTERNS)
-        + list(BACKGROUNDS)
-    )
+    others = "a an the and with next to left right top bottom of in on at two three four photo picture"
+    plurals = (thing + "s" for thing in THINGS)
+    text = " ".join([PROMPT_START, others, *THINGS, *plurals, *COLOURS, *PATTERNS, *BACKGROUNDS])
     return list(dict.fromkeys(text.lower().split()))

@@ -4,6 +4,7 @@ B samples, n pixels (patches), L words, d width of a head. Pixels come before wo
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,16 +76,11 @@ class JointAttention:
     ) -> Tensor | tuple[Tensor, Tensor]:
         query, key, value = joint_heads(attn, hidden_states, encoder_hidden_states)
         pixels = hidden_states.shape[1]
-        for site, read in self.reads.items():
-
-            def kept(query: Tensor, key: Tensor, site: Site = site, read: Read = read) -> Tensor:
-                return read(self.probabilities(site, query, key, pixels, attn.scale))
-
+        for site in self.reads:
+            read = partial(self.read, site, pixels, attn.scale)
             if site.kind == "pixels":  # n² numbers, which are computed again for the gradient and not kept
-                found = checkpoint(kept, query, key, use_reentrant=False, preserve_rng_state=False)
-            else:
-                found = kept(query, key)
-            self.keep(site, found)
+                read = partial(checkpoint, read, use_reentrant=False, preserve_rng_state=False)
+            self.keep(site, read(query, key))
         query, key = query.to(value.dtype), key.to(value.dtype)
         attended = self.attend(attn, query, key, value, None).transpose(1, 2).flatten(2)
         projection, dropout = attn.to_out
@@ -101,8 +97,12 @@ class JointAttention:
                 return self.rules.attend(query, key, value, self.rule, attn.scale)
             return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=attn.scale)
 
-    def probabilities(self, site: Site, query: Tensor, key: Tensor, pixels: int, scale: float) -> Tensor:
-        """Attention of pixels to a site's keys, (B, heads, n, n or L), float32."""
+    def read(self, site: Site, pixels: int, scale: float, query: Tensor, key: Tensor) -> Tensor:
+        """What a site's read keeps of the attention of pixels to the site's keys, (B, heads, n, n or L)."""
+        return self.reads[site](self.probabilities(site, pixels, scale, query, key))
+
+    def probabilities(self, site: Site, pixels: int, scale: float, query: Tensor, key: Tensor) -> Tensor:
+        """In 32 bits, of queries and keys (B, heads, n + L, d)."""
         asked = query[:, :, :pixels]
         keys = key[:, :, pixels:] if site.kind == "words" else key[:, :, :pixels]
         bias = self.rules.bias(self.rules.of(site), torch.float32)

@@ -1,1 +1,1 @@
-"""The diffusion process: noise schedule, denoising loss, DDIM steps and classifier-free guidance."""
+"""Noise processes: how noise is added in learning and taken away in sampling."""

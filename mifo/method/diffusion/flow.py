@@ -20,14 +20,9 @@ class Timesteps(StrEnum):
 
 # options of the scheduler that change its times in another way than by `shift`
 _OTHER = (
-    "use_dynamic_shifting",
-    "invert_sigmas",
-    "shift_terminal",
-    "use_karras_sigmas",
-    "use_exponential_sigmas",
-    "use_beta_sigmas",
-    "stochastic_sampling",
-)
+    "use_dynamic_shifting invert_sigmas shift_terminal use_karras_sigmas use_exponential_sigmas "
+    "use_beta_sigmas stochastic_sampling"
+).split()
 
 
 @dataclass(frozen=True)
@@ -35,26 +30,17 @@ class Flow:
     """x_σ = (1 − σ)·x + σ·n; the network predicts the velocity n − x, and Euler's method follows it.
 
     Times are σ·length, as the network reads them.
-
-    Attributes:
-        shift: moves times towards noise, as larger pictures need it (arXiv 2403.03206, eq. 23).
-        length: the time of pure noise.
-        timesteps: how times are drawn in learning.
     """
 
-    shift: float = 1.0
-    length: int = 1000
-    timesteps: Timesteps = Timesteps.logit_normal
+    shift: float = 1.0  # moves times towards noise, as larger pictures need it (arXiv 2403.03206, eq. 23)
+    length: int = 1000  # the time of pure noise
+    timesteps: Timesteps = Timesteps.logit_normal  # how times are drawn in learning
 
     prediction_type = "velocity"
 
     @classmethod
     def from_scheduler(cls, scheduler: Any, timesteps: Timesteps = Timesteps.logit_normal) -> Self:
-        """Take over diffusers' `FlowMatchEulerDiscreteScheduler`.
-
-        Raises:
-            MifoError: the scheduler is told to place its times otherwise.
-        """
+        """Take over diffusers' `FlowMatchEulerDiscreteScheduler`, unless it places its times otherwise."""
         config = scheduler.config
         for key in _OTHER:
             if config.get(key):

@@ -51,7 +51,7 @@ def guidance_loss(
 
     Args:
         cross_sums, self_sums: one (2, B, S) for each layer of the kind; a kind without layers adds nothing.
-        alphas: of the cross term and of the self term, see `penalty_weights`.
+        alphas: of the cross term and of the self term, see `penalty_weight`.
     """
     kinds = ((cross_sums, settings.cross_weight), (self_sums, settings.self_weight))
     terms = [

@@ -1,4 +1,4 @@
-"""What every loss on attention is: the sites it reads, and a number for each instance."""
+"""The base class of losses on attention: which sites a loss reads, and its value for each instance."""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -30,33 +30,21 @@ class AttentionLoss(ABC):
 
 
 def find_loss(name: str) -> AttentionLoss:
-    """The loss of the file `name.py` beside this one, or of the dotted path of a class elsewhere.
-
-    Raises:
-        MifoError: there is none.
-    """
+    """The loss of the file `name.py` beside this one, or of the dotted path of a class elsewhere."""
     module, _, wanted = name.rpartition(".")
     try:
         found = import_module(module or f"{__package__}.{name}")
     except (ModuleNotFoundError, TypeError, ValueError) as error:  # of a text that is no name of a module
         raise MifoError(f"loss={name} does not exist; take one of {', '.join(known_losses())}") from error
-    for each, value in vars(found).items():
-        own = (
-            inspect.isclass(value) and value.__module__ == found.__name__ and issubclass(value, AttentionLoss)
-        )
-        if own and each == (wanted if module else each):
+    for key, value in vars(found).items():
+        own = inspect.isclass(value) and value.__module__ == found.__name__
+        if own and issubclass(value, AttentionLoss) and wanted in (key, name):
             loss: AttentionLoss = value()
             return loss
-    raise MifoError(
-        f"loss={name} names no subclass of AttentionLoss; take one of {', '.join(known_losses())}"
-    )
+    raise MifoError(f"loss={name} names no AttentionLoss; take one of {', '.join(known_losses())}")
 
 
 def known_losses() -> list[str]:
     """The names of the losses in this folder."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return [
-        file.stem
-        for file in files
-        if "(AttentionLoss)" in file.read_text(encoding="utf-8") and file.stem != Path(__file__).stem
-    ]
+    files, base = sorted(Path(__file__).parent.glob("*.py")), f"({AttentionLoss.__name__}):"
+    return [file.stem for file in files if base in file.read_text(encoding="utf-8")]

@@ -15,7 +15,7 @@ class BreakAScene(AttentionLoss):
     """
 
     def sites(self, stage: Stage, defaults: DefaultSites) -> tuple[Site, ...]:
-        """In both stages those of fine-tuning, which have one size."""
+        """The default sites of fine-tuning in both stages, since they have one size."""
         return defaults.finetuning
 
     def __call__(self, maps: Maps, masks: Masks) -> Tensor:

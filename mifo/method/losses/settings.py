@@ -22,27 +22,17 @@ class Ramp(StrEnum):
 
 @dataclass
 class TermSettings:
-    """One term of the attention loss.
+    """One term of the attention loss. It counts at steps from_step ≤ step < to_step of its stage, from 0."""
 
-    Attributes:
-        loss: a file of `mifo/method/losses`, such as reward, or the dotted path of an `AttentionLoss`.
-        weight: factor of the loss in the total; at `from_step` if there is a ramp.
-        weight_end: the factor at the term's last step; only with a `ramp` that is not constant.
-        from_step, to_step: the term counts at steps from_step ≤ step < to_step of its stage, counted from 0;
-            None: to the end.
-        time_below: only samples count whose time (t / T, on a flow σ) is below this share.
-        sites: names of sites to read, or sizes such as "16" for all of 16×16; None: the loss's own.
-    """
-
-    loss: str
-    weight: float
+    loss: str  # a file of `mifo/method/losses`, such as reward, or the dotted path of an `AttentionLoss`
+    weight: float  # factor of the loss in the total; at `from_step` if there is a ramp
     stage: TermStage = TermStage.both
     from_step: int = 0
-    to_step: int | None = None
-    time_below: float = 1.0
+    to_step: int | None = None  # None: the term counts to the end of the stage
+    time_below: float = 1.0  # only samples count whose time (t / T, on a flow σ) is below this share
     ramp: Ramp = Ramp.constant
-    weight_end: float | None = None
-    sites: list[str] | None = None
+    weight_end: float | None = None  # factor at the term's last step, with a ramp that is not constant
+    sites: list[str] | None = None  # names of sites, or sizes such as "16" for 16×16; None: the loss's own
 
 
 @dataclass

@@ -1,15 +1,15 @@
 """Which terms of the attention loss are active at a step, with which weight."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from torch import Tensor
 
-from mifo.errors import MifoError
+from mifo.errors import MifoError, check_least
 from mifo.method.backbone import Backbone, Site, Stage
-from mifo.method.losses.attention_loss import AttentionLoss, find_loss
+from mifo.method.losses.attention_loss import AttentionLoss, Maps, Masks, find_loss
 from mifo.method.losses.settings import PenaltySettings, Ramp, TermSettings, TermStage
 
 
@@ -56,20 +56,15 @@ class Timeline:
 
     def spans(self) -> list[tuple[int, int, tuple[Term, ...]]]:
         """First step, step after the last, and the active terms, wherever the set of active terms changes."""
-        ends = {0, self._steps}
+        edges = {0, self._steps}
         for term in self._terms:
-            ends |= {
-                min(max(edge, 0), self._steps) for edge in (term.settings.from_step, self._end(term.settings))
-            }
-        ordered = sorted(ends)
-        return [(first, last, self.active(first)) for first, last in pairwise(ordered)]
+            edges |= {min(term.settings.from_step, self._steps), self._end(term.settings)}
+        return [(first, last, self.active(first)) for first, last in pairwise(sorted(edges))]
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """All sites that the stage may read, in order of execution."""
-        return tuple(
-            sorted({site for term in self._terms for site in term.sites}, key=lambda site: site.index)
-        )
+        return _ordered(site for term in self._terms for site in term.sites)
 
     def _end(self, settings: TermSettings) -> int:
         return self._steps if settings.to_step is None else min(settings.to_step, self._steps)
@@ -78,8 +73,8 @@ class Timeline:
 def attention_loss(
     terms: Sequence[Term],
     weights: Sequence[Tensor] | Tensor,
-    maps: Mapping[Site, Tensor],
-    masks: Mapping[tuple[int, int], Tensor],
+    maps: Maps,
+    masks: Masks,
     valid: Tensor,
     share: Tensor,
 ) -> Tensor:
@@ -87,7 +82,7 @@ def attention_loss(
 
     Args:
         weights: (terms,), one factor a term; a tensor, so that a captured step reads it anew.
-        maps, masks: see `attention_loss.py`; of all sites that some term reads.
+        maps, masks: of all sites that some term reads.
         valid: (B, K), 1 for an instance that counts and 0 for padding.
         share: time of each sample as a share of the whole, (B,) in [0, 1].
     """
@@ -100,18 +95,12 @@ def attention_loss(
 
 
 def check_penalty(settings: PenaltySettings) -> None:
-    """Refuse impossible terms before any model is loaded; sites need the model and are checked with it.
-
-    Raises:
-        MifoError: naming the key and the values that it takes.
-    """
+    """Refuse impossible terms before any model is loaded; their sites are checked with the model."""
     for name, term in settings.terms.items():
         key = f"penalty.terms.{name}"
         find_loss(term.loss)
-        if term.weight < 0 or (term.weight_end or 0) < 0:
-            raise MifoError(f"{key}.weight={term.weight} is negative; take at least 0.")
-        if term.from_step < 0 or (term.to_step is not None and term.to_step < 0):
-            raise MifoError(f"{key}.from_step and to_step count steps; take at least 0.")
+        ends = {name: 0 for name in ("to_step", "weight_end") if getattr(term, name) is not None}
+        check_least(key, term, weight=0, from_step=0, **ends)
         if not 0 <= term.time_below <= 1:
             raise MifoError(f"{key}.time_below={term.time_below} is no share of the time; take 0 to 1.")
         if (term.ramp is Ramp.constant) != (term.weight_end is None):
@@ -139,4 +128,8 @@ def _sites(
                 f"{words[0].name}"
             )
         chosen += fitting
-    return tuple(sorted(set(chosen), key=lambda site: site.index))
+    return _ordered(chosen)
+
+
+def _ordered(sites: Iterable[Site]) -> tuple[Site, ...]:
+    return tuple(sorted(set(sites), key=lambda site: site.index))

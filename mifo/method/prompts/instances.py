@@ -12,17 +12,11 @@ INSTANCE = re.compile(r"<asset\d+>")
 
 @dataclass(frozen=True)
 class PromptWords:
-    """The words of a prompt as a model reads them.
+    """The words of a prompt as a model reads them."""
 
-    Attributes:
-        words: text and positions in the conditioning sequence of each word, in order.
-        end: position of the first end-of-text token.
-        length: of the conditioning sequence.
-    """
-
-    words: tuple[tuple[str, tuple[int, ...]], ...]
-    end: int
-    length: int
+    words: tuple[tuple[str, tuple[int, ...]], ...]  # text and positions in the conditioning sequence
+    end: int  # position of the first end-of-text token
+    length: int  # of the conditioning sequence
 
 
 # what people write for an instance: asset0, <ASSET0>, <asset 0>, [asset0]
@@ -34,18 +28,13 @@ _PLACEHOLDER = re.compile(r"\{[^{}]*\}?")
 class PromptTokens:
     """Token positions in a prompt, counted from the start-of-text token at 0.
 
-    Attributes:
-        subjects: positions of each key's tokens, in the order of the keys. The last is the leading token:
-            that of the last word, which in an English noun phrase is its noun.
-        filter_indices: positions of function words outside all subjects.
-        eos_index: position of the first end-of-text token.
-        length: of the conditioning sequence.
+    The last token of a subject is its leading one: that of its last word, in an English noun phrase the noun.
     """
 
-    subjects: dict[str, tuple[int, ...]]
-    filter_indices: tuple[int, ...]
-    eos_index: int
-    length: int
+    subjects: dict[str, tuple[int, ...]]  # positions of each key's tokens, in the order of the keys
+    filter_indices: tuple[int, ...]  # function words outside all subjects
+    eos_index: int  # the first end-of-text token
+    length: int  # of the conditioning sequence
 
 
 def check_placeholders(key: str, text: str, known: Collection[str] = ()) -> None:
@@ -54,9 +43,6 @@ def check_placeholders(key: str, text: str, known: Collection[str] = ()) -> None
     Args:
         key: the setting that holds `text`.
         known: names of placeholders, without braces.
-
-    Raises:
-        MifoError: naming the placeholder and those that are known.
     """
     for found in _PLACEHOLDER.findall(text):
         if found[1:-1] not in known or not found.endswith("}"):
@@ -66,7 +52,7 @@ def check_placeholders(key: str, text: str, known: Collection[str] = ()) -> None
 
 
 def check_instances(prompt: str, keys: Iterable[str], known: Collection[str]) -> None:
-    """Refuse what can be refused without a tokenizer.
+    """Check a prompt and the names of its boxes without a tokenizer.
 
     Args:
         keys: names of the layout's boxes: instance tokens, or words that occur in the prompt.
@@ -86,9 +72,7 @@ def check_instances(prompt: str, keys: Iterable[str], known: Collection[str]) ->
     for name in dict.fromkeys(INSTANCE.findall(" ".join([prompt, *keys]))):
         if name not in known:
             has = ", ".join(known) or "no instances"
-            raise MifoError(
-                f"{name} is not one of the learned instances ({has}): correct the prompt and the boxes."
-            )
+            raise MifoError(f"{name} is not one of the learned instances ({has}); correct prompt and boxes.")
     for key in keys:
         words = " ".join(key.lower().split())
         if not words or words not in " ".join(prompt.lower().split()):

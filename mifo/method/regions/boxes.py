@@ -1,4 +1,4 @@
-"""Boxes: their edges in pixels, and what is refused. Needs no torch."""
+"""Boxes: their edges in pixels, and which boxes are refused. This file imports no torch."""
 
 from collections.abc import Mapping, Sequence
 
@@ -31,13 +31,9 @@ def check_boxes(boxes: Mapping[str, Sequence[float]], side: int | None = None) -
             raise MifoError(f"{shown} needs four numbers: [x0, y0, x1, y1].")
         x0, y0, x1, y1 = box
         if not all(0 <= edge <= 1 for edge in box):
-            raise MifoError(
-                f"{shown} leaves the picture: give [x0, y0, x1, y1] as fractions between 0 and 1."
-            )
+            raise MifoError(f"{shown} leaves the picture: give [x0, y0, x1, y1] between 0 and 1.")
         if x0 >= x1 or y0 >= y1:
-            raise MifoError(
-                f"{shown} is upside down or empty: give [x0, y0, x1, y1] with x0 < x1 and y0 < y1."
-            )
+            raise MifoError(f"{shown} is upside down or empty: give [x0, y0, x1, y1], x0 < x1, y0 < y1.")
         if side is not None:
             left, top, right, bottom = box_edges(box, side)
             if left == right or top == bottom:

@@ -19,19 +19,12 @@ _ALL = -1
 
 
 class SubjectWords(NamedTuple):
-    """Where the words of the subjects stand in a prompt.
+    """Where the words of the subjects stand in a prompt."""
 
-    Attributes:
-        subjects: bool (S, L), the tokens of each subject; no token of two.
-        filtered: bool (L,), function words.
-        end: bool (L,), the first end-of-text token.
-        leading: (S,) position of each subject's leading token.
-    """
-
-    subjects: Tensor
-    filtered: Tensor
-    end: Tensor
-    leading: Tensor
+    subjects: Tensor  # bool (S, L), the tokens of each subject; no token of two
+    filtered: Tensor  # bool (L,), function words
+    end: Tensor  # bool (L,), the first end-of-text token
+    leading: Tensor  # (S,) position of each subject's leading token
 
     @classmethod
     def of(cls, positions: Sequence[Sequence[int]], tokens: PromptTokens, device: torch.device) -> Self:
@@ -114,10 +107,8 @@ def region_rules(
 ) -> Rules:
     """The rules of a guidance pass, or of a denoising pass, whose batch has an unconditional half first.
 
-    The unconditional half sees every word; pixels are bounded in both halves.
-
-    Args:
-        shapes_at: gives for a size bool shapes (B, S, h, w).
+    The unconditional half sees every word; pixels are bounded in both halves. `shapes_at` gives for a size
+    bool shapes (B, S, h, w).
     """
     of_words, of_pixels, of_texts = {}, {}, {}
     for size in sizes:

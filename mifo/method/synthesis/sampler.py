@@ -7,15 +7,14 @@ Letters: B samples, S subjects, L tokens of the prompt, n = R² pixels of the si
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mifo.errors import MifoError
-from mifo.method.backbone import Backbone, Conditioning, Kind, Read, Rules, Site
-from mifo.method.diffusion.classifier_free_guidance import classifier_free_guidance
+from mifo.method.backbone import Backbone, Conditioning, Kind, Rules, Site
 from mifo.method.guidance.descent import descend, loss_and_gradient
 from mifo.method.guidance.loss import attention_sums
 from mifo.method.guidance.settings import GuidanceSettings
@@ -27,35 +26,21 @@ from mifo.method.regions.rules import MOST_SUBJECTS, SubjectWords, region_rules
 from mifo.method.synthesis.settings import SynthesisSettings
 
 Accelerate = Callable[[Callable[..., Any]], Callable[..., Any]]
-"""Gives a function that computes the same faster; what it returns may be overwritten by its next call."""
+"""Turns a function into a faster one; the result of a call may be overwritten by the next call."""
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """Where a synthesis stands after a denoising step.
+    """Where a synthesis stands after a denoising step."""
 
-    Attributes:
-        step: the step just done, from 0. steps: how many there are. timestep: of the noise process.
-        latents: (B, C, h, w) after the step.
-        shapes: bool (B, S, R, R) in force during the step, None without boxes.
-        losses: guidance loss per sample and subject of each iteration of this step, on the latents' device.
-    """
-
-    step: int
-    steps: int
-    timestep: float
-    latents: Tensor
-    shapes: Tensor | None
-    losses: Tensor
+    timestep: float  # of the noise process
+    latents: Tensor  # (B, C, h, w) after the step
+    shapes: Tensor | None  # bool (B, S, R, R) in force during the step, None without boxes
+    losses: Tensor  # guidance loss per sample and subject of each iteration, on the latents' device
 
 
 class Sampler:
-    """Samples latents of one prompt after the other, with boxes or without, on one model.
-
-    Attributes:
-        times: of the sampling steps, from noise to clean.
-        gradient, prediction: the two functions of tensors in which the network runs, accelerated.
-    """
+    """Samples latents of one prompt after the other, with boxes or without, on one model."""
 
     def __init__(
         self,
@@ -64,12 +49,17 @@ class Sampler:
         guidance: GuidanceSettings,
         accelerate: Accelerate = lambda function: function,
     ) -> None:
-        """With `accelerate` the two functions of tensors are wrapped, as by CUDA graphs."""
+        """`accelerate` wraps the two functions of tensors, for example in CUDA graphs."""
         self.backbone, self.settings, self.guidance = backbone, settings, guidance
-        self.times = backbone.process.times(settings.steps)
+        self.times = backbone.process.times(settings.steps)  # from noise to clean
         self._times = torch.tensor(self.times)
         self.gradient = accelerate(self._loss_and_gradient)
         self.prediction = accelerate(self._prediction_and_maps)
+
+    @cached_property
+    def sites(self) -> tuple[Sequence[Site], Sequence[Site]]:
+        """See `sites_in_use`."""
+        return sites_in_use(self.backbone, self.guidance)
 
     @torch.no_grad()
     def __call__(
@@ -118,7 +108,7 @@ class Sampler:
             sums.append(latents.sum(dtype=torch.float32))
             if on_step:
                 shapes = regions.shapes if regions else None
-                on_step(StepReport(step, len(self.times), time, latents, shapes, losses))
+                on_step(StepReport(time, latents, shapes, losses))
         finite = torch.stack(sums).isfinite().tolist()  # waits for the device once
         if not all(finite):
             raise MifoError(
@@ -137,8 +127,9 @@ class Sampler:
         prediction, maps = self.prediction(latents, time, conditioning, rules, leading)
         if regions:
             regions.add(maps)
+        # classifier-free guidance (arXiv 2207.12598)
         unconditional, conditional = prediction.chunk(2)
-        guided = classifier_free_guidance(unconditional, conditional, self.settings.guidance_scale)
+        guided = unconditional + self.settings.guidance_scale * (conditional - unconditional)
         return self.backbone.process.step(latents, guided, self.times, step)
 
     def time(self, step: int, device: torch.device) -> Tensor:
@@ -159,20 +150,17 @@ class Sampler:
         Maps are read if `leading`, the position (S,) of each subject's leading token, is given: pixels
         (B, n, n) and words (B, n, S), means over heads and sites, conditional half.
         """
-        reads: dict[Site, Read] = {}
-        if leading is not None:
-            keep: dict[Kind, Read] = {
-                "pixels": lambda probabilities: probabilities.chunk(2)[1].mean(dim=1),
-                "words": lambda probabilities: probabilities.chunk(2)[1].mean(dim=1)[..., leading],
-            }
-            reads = {site: keep[site.kind] for site in sites_in_use(self.backbone, self.guidance)[1]}
+
+        def mean_map(probabilities: Tensor, kind: Kind) -> Tensor:
+            mean = probabilities.chunk(2)[1].mean(dim=1)
+            return mean[..., leading] if kind == "words" else mean
+
+        shaping = () if leading is None else self.sites[1]
+        reads = {site: partial(mean_map, kind=site.kind) for site in shaping}
         both = torch.cat([latents, latents])
         prediction, maps = self.backbone.predict(both, time, conditioning, reads or None, rules)
-        return prediction.to(latents.dtype), {
-            kind: torch.stack(of_kind).mean(0)
-            for kind in ("pixels", "words")
-            if (of_kind := [each for site, each in maps.items() if site.kind == kind])
-        }
+        kinds: tuple[Kind, ...] = ("pixels", "words") if maps else ()
+        return prediction.to(latents.dtype), {k: torch.stack(_of_kind(maps, k)).mean(0) for k in kinds}
 
     def _loss_and_gradient(
         self,
@@ -189,22 +177,15 @@ class Sampler:
         Args:
             shapes: bool (B, S, n) by size. context: bool (1, S, L), the words that the loss reads.
         """
-        sites = sites_in_use(self.backbone, self.guidance)[0]
-        reads = {
-            site: partial(
-                attention_sums,
-                shapes=shapes[site.size],
-                context=context if site.kind == "words" else shapes[site.size],
-            )
-            for site in sites
-        }
+        reads = {}
+        for site in self.sites[0]:
+            own = shapes[site.size]
+            keys = context if site.kind == "words" else own
+            reads[site] = partial(attention_sums, shapes=own, context=keys)
 
         def sums(z: Tensor) -> tuple[list[Tensor], list[Tensor]]:
             found = self.backbone.maps(z, time, conditional, reads, rules)
-            words, pixels = (
-                [each for site, each in found.items() if site.kind == kind] for kind in ("words", "pixels")
-            )
-            return words, pixels
+            return _of_kind(found, "words"), _of_kind(found, "pixels")
 
         return loss_and_gradient(latents, sums, alphas, self.guidance)
 
@@ -212,14 +193,7 @@ class Sampler:
 class Regions:
     """The regions of one prompt: boxes at first, later the shapes that form inside them.
 
-    Of each sampling step, call `guide` and `renew`, then `Sampler.denoise`, in this order.
-
-    Attributes:
-        shapes: bool (B, S, R, R) in force.
-        words: where the subjects' words stand.
-        records: whether shapes will be renewed, so that the maps of denoising passes are kept.
-        counter: readings of the penalty's weight α so far; set it to go on in the middle of a run.
-        totals, passes: sums of the maps over denoising passes, by kind, and how many they are.
+    In each sampling step, call `guide` and `renew`, then `Sampler.denoise`, in this order.
     """
 
     def __init__(
@@ -231,13 +205,9 @@ class Regions:
         device: torch.device,
         seed: int = 0,
     ) -> None:
-        """Arguments as for `Sampler.__call__`; `samples` is B.
-
-        Raises:
-            MifoError: too many boxes, an impossible one, or one smaller than a pixel of the shapes.
-        """
+        """Arguments as for `Sampler.__call__`; `samples` is B. Refuses impossible boxes, and too many."""
         self._sampler, self._guidance, self._seed = sampler, sampler.guidance, seed
-        guided, shaping = sites_in_use(sampler.backbone, sampler.guidance)
+        guided, shaping = sampler.sites
         self._guided_sizes = {site.size for site in guided}
         side = shaping[0].size[0]
         if len(boxes) > MOST_SUBJECTS:
@@ -246,14 +216,15 @@ class Regions:
         self.words = SubjectWords.of([tokens.subjects[name] for name in boxes], tokens, device)
         edges = list(boxes.values())
         self.boxes = rasterise_boxes(edges, side, device)
-        self.shapes = self.boxes.expand(samples, -1, -1, -1)
+        self.shapes = self.boxes.expand(samples, -1, -1, -1)  # in force, (B, S, R, R)
         self._shapes_at: Callable[[tuple[int, int]], Tensor] = lambda size: rasterise_boxes(
             edges, size[0], device
         ).expand(samples, -1, -1, -1)
+        # whether shapes will be renewed, for which the maps of denoising passes are kept
         self.records = any(self._renews_at(step) for step in range(1, len(sampler.times)))
-        self.counter = 0
-        self.totals: dict[Kind, Tensor] = {}
-        self.passes = 0
+        self.counter = 0  # readings of the penalty's weight α; set it to go on in the middle of a run
+        self.totals: dict[Kind, Tensor] = {}  # sums of the maps over denoising passes
+        self.passes = 0  # how many denoising passes these are
         self._centres: Tensor | None = None
         self._rules: dict[bool, Rules] = {}
 
@@ -318,17 +289,16 @@ class Regions:
         return self._guidance.masked and every > 0 and since >= 0 and since % every == 0
 
 
-def sites_in_use(backbone: Backbone, guidance: GuidanceSettings) -> tuple[Sequence[Site], Sequence[Site]]:
-    """The sites that the guidance loss reads, and those that give the shapes.
+def _of_kind(found: Mapping[Site, Tensor], kind: Kind) -> list[Tensor]:
+    """The tensors of the sites of one kind, in order of execution."""
+    return [each for site, each in found.items() if site.kind == kind]
 
-    Raises:
-        MifoError: a choice of sites that cannot be read.
-    """
+
+def sites_in_use(backbone: Backbone, guidance: GuidanceSettings) -> tuple[Sequence[Site], Sequence[Site]]:
+    """The sites that the guidance loss reads, and the sites that give the shapes; refuses impossible ones."""
+    guided, shaping = backbone.default_sites.guidance, backbone.default_sites.shapes
     chosen = []
-    for option, default in (
-        ("layers", backbone.default_sites.guidance),
-        ("shape_layers", backbone.default_sites.shapes),
-    ):
+    for option, default in (("layers", guided), ("shape_layers", shaping)):
         wanted = getattr(guidance, option)
         if wanted is None:
             chosen.append(default)
@@ -343,7 +313,5 @@ def sites_in_use(backbone: Backbone, guidance: GuidanceSettings) -> tuple[Sequen
         chosen.append(tuple(site for site in backbone.sites if site.index in wanted))
     guided, shaping = chosen
     if len({site.kind for site in shaping}) < 2 or len({site.size for site in shaping}) > 1:
-        raise MifoError(
-            "guidance.shape_layers must name a self- and a cross-attention layer at least, of one resolution."
-        )
+        raise MifoError("guidance.shape_layers needs a self- and a cross-attention layer of one resolution.")
     return guided, shaping

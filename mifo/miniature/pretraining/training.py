@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, Timer
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
@@ -139,6 +139,13 @@ class ReplayedPretraining(Pretraining):
         return torch.func.functional_call(self.network, weights, (noisy, timesteps, ids))
 
 
+class Minutes(Timer):
+    """The time of one call; Lightning's own counts the time before a checkpoint too, and stops at once."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
 def fit(module: Pretraining, folder: Path, minutes: float | None = None, logger=True) -> bool:
     """Train ``module`` to its number of steps, from ``folder``/last.ckpt on; → whether it is finished.
 
@@ -149,7 +156,6 @@ def fit(module: Pretraining, folder: Path, minutes: float | None = None, logger=
     cuda = torch.cuda.is_available()
     trainer = L.Trainer(
         max_steps=module.settings.steps,
-        max_time=timedelta(minutes=minutes) if minutes else None,
         accelerator="gpu" if cuda else "cpu",
         devices=1,
         precision="bf16-mixed" if cuda else "32-true",
@@ -160,6 +166,7 @@ def fit(module: Pretraining, folder: Path, minutes: float | None = None, logger=
         callbacks=[
             RichProgressBar(refresh_rate=50),
             ModelCheckpoint(folder, filename="{step}", save_last=True, every_n_train_steps=1000),
+            *([Minutes(timedelta(minutes=minutes))] if minutes else []),
         ],
         enable_model_summary=False,
     )

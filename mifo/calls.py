@@ -1,0 +1,67 @@
+"""The commands as Python functions, for notebooks and scripts."""
+
+import os
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mifo.config.compose import REFUSALS, compose, explain, settings_of
+from mifo.config.jobs import Job, unlock_folder
+from mifo.config.launch import perform
+from mifo.errors import MifoError
+
+
+def call(task: str, overrides: tuple[str, ...], keys: Mapping[str, Any]) -> Any:
+    """Run a command with the defaults of the command line; returns what the command makes.
+
+    Args:
+        overrides: as they are typed, "model=sd15" or "learning.semantic.steps=300".
+        keys: the same by their names: a mapping stands for a section, {"semantic": {"steps": 300}}. `folder`
+            is the run's own folder; by default outputs/TASK/DATE_TIME.
+
+    Raises:
+        MifoError: a setting is refused.
+    """
+    own = dict(keys)
+    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")
+    folder = Path(os.path.abspath(own.pop("folder", None) or Path("outputs") / task / now))
+    given = [*overrides, *(f"{key}={_written(value)}" for key, value in _flat(own))]
+    try:
+        config = compose(task, [*given, f"paths.output={_written(folder)}"])
+    except REFUSALS as error:
+        raise MifoError(explain(error, task)) from error
+    job = Job(folder, given, alone=True)
+    try:
+        job.tell("running")
+        result = perform(settings_of(config))
+        job.tell("ok")
+        return result
+    except BaseException as error:
+        job.fail(str(error) if isinstance(error, MifoError) else f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        unlock_folder(folder)
+
+
+def _flat(keys: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of nested mappings; an empty mapping is a value."""
+    for key, value in keys.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _written(value: Any) -> str:
+    """A value as Hydra's command line reads it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return "{}"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_written, value))}]"
+    text = str(value).replace("'", "\\'")
+    return f"'{text}'"

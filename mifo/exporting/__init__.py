@@ -1,0 +1,1 @@
+"""Results in the files of other programs: new words, LoRA, whole pipelines, a model card."""

@@ -1,0 +1,84 @@
+"""The commands as Python functions, and the notebook that uses them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mifo
+from mifo.calls import call
+from mifo.errors import MifoError
+
+NOTEBOOK = Path(__file__).parents[1] / "docs" / "notebook.ipynb"
+
+
+def test_importing_mifo_imports_no_library():
+    program = (
+        "import mifo, sys; assert mifo.learn and not {'torch', 'hydra', 'numpy', 'PIL'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=NOTEBOOK.parents[1])
+
+
+def test_functions_take_what_the_command_line_takes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mifo.calls.perform", lambda settings: settings)
+    settings = mifo.run(
+        "instances=local",
+        "learning.semantic.steps=7",
+        seed=3,
+        penalty="no_reward",
+        instances={"folder": tmp_path / "it's, = a [photo]", "class_names": ["red car"]},
+        layout={"prompt": "a photo of <asset0>, at {ending}", "boxes": {"asset0": [0, 0.25, 1, 1]}},
+        sheet=False,
+        group=None,
+        logger={},
+    )
+    assert (settings.seed, settings.learning.semantic.steps, settings.sheet) == (3, 7, False)
+    assert settings.instances.folder == str(tmp_path / "it's, = a [photo]")
+    assert settings.instances.class_names == ["red car"] and settings.group is None
+    assert settings.layout.boxes == {"asset0": [0, 0.25, 1, 1]}
+    assert settings.layout.prompt == "a photo of <asset0>, at {ending}"
+    folder = Path(settings.paths.output)
+    assert folder.parent == tmp_path / "outputs" / "run"
+    assert json.loads((folder / "status.json").read_text())["status"] == "ok"
+
+
+def test_refusals_are_raised_and_recorded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MifoError, match="did you mean mifo"):
+        mifo.learn(penalty="mif")
+    with pytest.raises(MifoError, match=r"did you mean learning\.semantic\.steps"):
+        mifo.learn(learning={"semantic": {"step": 3}})
+    with pytest.raises(MifoError, match=r"learning\.flip_probability=2"):
+        call("learn", (), {"learning": {"flip_probability": 2}, "folder": "L"})
+    assert json.loads((tmp_path / "L" / "status.json").read_text())["status"] == "failed"
+
+
+def test_a_call_resumes_nothing_of_another_configuration(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = {"model": "local", "debug": "default", "logger": "none", "callbacks": "none", "folder": "L"}
+    learned = mifo.learn(f"model.source={source}", **given)
+    assert learned == tmp_path / "L" / "learned" and (learned / "learned.json").is_file()
+    with pytest.raises(MifoError, match="holds a run with another seed"):
+        mifo.learn(f"model.source={source}", seed=1, **given)
+
+
+def test_the_notebook_holds_no_outputs():
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells if "outputs" in cell)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_first_to_last(tmp_path):
+    """With few steps, and otherwise as it stands."""
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    program = "\n".join("".join(cell["source"]) for cell in cells)
+    for few in ('"steps": 200', '"steps": 80', '"reward_steps": 130'):
+        assert few in program
+        program = program.replace(few, few.replace("200", "4").replace("80", "2").replace("130", "2"))
+    program = program.replace("learned=learned", 'learned=learned, debug="default"')
+    program += "\nassert {'leakage', 'editability'} <= {score.metric for score in scores.scores}\n"
+    environment = {"PYTHONPATH": str(NOTEBOOK.parents[1]), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True)

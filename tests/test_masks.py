@@ -1,0 +1,239 @@
+"""Masks in the forms that tools write: label images, COCO, boxes, files with names; and those made."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import (
+    Sam2Config,
+    Sam2HieraDetConfig,
+    Sam2ImageProcessor,
+    Sam2MaskDecoderConfig,
+    Sam2Model,
+    Sam2Processor,
+    Sam2PromptEncoderConfig,
+    Sam2VisionConfig,
+)
+
+from mifo.config.compose import compose, settings_of
+from mifo.config.launch import perform
+from mifo.data.instances import read_instances
+from mifo.data.photo_folder import folder_digest
+from mifo.data.settings import InstancesSettings
+from mifo.errors import MifoError
+
+CAR, CAT = (slice(4, 20), slice(2, 14)), (slice(10, 30), slice(16, 30))  # rows and columns of 32×32
+EXAMPLES = Path(os.environ.get("MIFO_PHOTOGRAPHS", "/nowhere"))
+
+
+def labels(first=1, second=2):
+    found = np.zeros((32, 32), np.uint8)
+    found[CAR], found[CAT] = first, second
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "img.png")
+    return tmp_path
+
+
+def read(folder):
+    return read_instances(InstancesSettings(folder=str(folder)))
+
+
+def check(found, names=None):
+    expected = np.stack([labels() == 1, labels() == 2])
+    assert torch.equal(found.masks, torch.from_numpy(expected).float())
+    assert found.class_names == names and found.tokens == ("<asset0>", "<asset1>")
+
+
+def coco(folder, segmentations, **annotation):
+    rows = [
+        {"image_id": 7, "category_id": i, "segmentation": each, **annotation}
+        for i, each in enumerate(segmentations)
+    ]
+    names = [{"id": 0, "name": "car"}, {"id": 1, "name": "cat"}]
+    image = {"id": 7, "height": 32, "width": 32, "file_name": "elsewhere/img.png"}
+    content = {"images": [image], "annotations": rows, "categories": names}
+    (folder / "instances_default.json").write_text(json.dumps(content))
+
+
+def box_of(part):
+    rows, columns = part
+    return [columns.start, rows.start, columns.stop, rows.stop]
+
+
+def test_a_label_image_of_indices_has_an_instance_for_each_value(folder, caplog):
+    image = Image.fromarray(labels(3, 9), "P")
+    image.putpalette([0, 0, 0] * 3 + [200, 0, 0] * 253)  # colours do not count
+    image.putpixel((0, 31), 255)
+    image.putpixel((0, 30), 77)
+    image.save(folder / "labels.png")
+    check(read(folder))
+    assert "left out the values 77, 255, void or specks" in caplog.text
+    assert len(folder_digest(InstancesSettings(folder=str(folder)))) == 12
+
+
+def test_a_coloured_label_image_has_an_instance_for_each_colour(folder):
+    colours = np.zeros((32, 32, 3), np.uint8)
+    colours[CAR], colours[CAT] = (0, 0, 200), (200, 0, 0)
+    Image.fromarray(colours).save(folder / "Segmentation.PNG")
+    check(read(folder))
+
+
+def test_polygons_and_run_lengths_of_coco(folder):
+    pytest.importorskip("pycocotools")
+    from pycocotools import mask
+
+    polygons = []
+    for part in (CAR, CAT):
+        left, top, right, bottom = box_of(part)
+        polygons.append([[left, top, right, top, right, bottom, left, bottom]])
+    coco(folder, polygons)
+    check(read(folder), ("car", "cat"))
+    runs = [mask.encode(np.asfortranarray((labels() == i).astype(np.uint8))) for i in (1, 2)]
+    coco(folder, [{**each, "counts": each["counts"].decode()} for each in runs])
+    check(read(folder), ("car", "cat"))
+    plain = []
+    for i in (1, 2):
+        flat = (labels() == i).flatten("F")
+        edges = np.flatnonzero(np.diff(flat)) + 1
+        plain.append({"size": [32, 32], "counts": np.diff([0, *edges, flat.size]).tolist()})
+    coco(folder, plain)
+    check(read(folder), ("car", "cat"))
+
+
+def test_boxes_alone(folder):
+    boxes = {name: [edge / 32 for edge in box_of(part)] for name, part in (("car", CAR), ("cat", CAT))}
+    (folder / "boxes.yaml").write_text(yaml.safe_dump(boxes))
+    check(read(folder), ("car", "cat"))
+    (folder / "boxes.yaml").rename(folder / "boxes.json")
+    (folder / "boxes.json").write_text(json.dumps({"thing": list(boxes.values())}))
+    check(read(folder), ("thing", "thing"))
+
+
+def test_files_with_the_names_of_their_instances(folder, caplog):
+    for value, name in ((1, "car_1.png"), (2, "cat.webp")):
+        Image.fromarray((labels() == value).astype(np.uint8) * 255).save(folder / name, lossless=True)
+    Image.new("RGB", (32, 32), "red").save(folder / "preview.jpg")
+    check(read(folder), ("car", "cat"))
+    assert "left out, since no mask by their names: preview.jpg" in caplog.text
+
+
+def numbered(folder):
+    Image.fromarray(labels(255, 0)).save(folder / "mask0.png")
+    Image.fromarray(labels()).save(folder / "labels.png")
+
+
+def smooth(folder):
+    Image.effect_noise((32, 32), 50).save(folder / "labels.png")
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (numbered, r"several forms \(mask0\.png, labels\.png\); keep one"),
+        (smooth, "values, so that its edges are smoothed"),
+        (lambda f: Image.new("L", (32, 32)).save(f / "labels.png"), "labels.png marks nothing"),
+        (lambda f: coco(f, []), "has no annotation of img.png"),
+        (lambda f: coco(f, [[[1, 2, 3]]]), "damaged segmentation .a polygon of fewer"),
+        (lambda f: coco(f, [{"size": [32, 32], "counts": [5]}]), "do not fill the picture"),
+        (lambda f: coco(f, [{"size": [3, 3], "counts": "00"}]), r"run lengths of \[3, 3\]"),
+        (lambda f: coco(f, [{"size": [32, 32], "counts": "0"}]), "damaged segmentation"),
+        (lambda f: coco(f, [None], bbox=[1, 2]), "neither a segmentation nor a box"),
+        (lambda f: (f / "boxes.yaml").write_text("car: [0, 0, 2, 1]"), "leaves the picture"),
+        (lambda f: (f / "boxes.yaml").write_text("car: here"), "car has here, which is no box"),
+        (lambda f: (f / "boxes.yaml").write_text("- 3"), "holds no boxes|not YAML"),
+    ],
+)
+def test_damaged_forms_are_refused_by_name(folder, damage, sentence):
+    damage(folder)
+    with pytest.raises(MifoError, match=sentence):
+        read(folder)
+
+
+@pytest.mark.skipif(not EXAMPLES.is_dir(), reason="the photographs are not here")
+@pytest.mark.parametrize(("name", "count"), [("toy_car", 3), ("lizard", 2)])
+def test_photographs_are_read_alike_in_every_form(tmp_path, name, count):
+    original = read(EXAMPLES / name)
+    assert len(original.tokens) == count
+    hard = (original.masks > 0.5).numpy()
+    apart = np.zeros(hard.shape[1:], np.uint8)
+    for i, mask in enumerate(hard):
+        apart[mask] = i + 1
+    Image.fromarray(original.image.permute(1, 2, 0).numpy()).save(tmp_path / "img.png")
+    Image.fromarray(apart).save(tmp_path / "labels.png")
+    again = read(tmp_path)
+    overlap = (again.masks.bool() & torch.from_numpy(hard)).sum((1, 2)) / torch.from_numpy(hard).sum((1, 2))
+    assert len(again.tokens) == count and overlap.min() > 0.95
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory):
+    """A tiny Segment Anything 2 with random weights, as transformers saves it."""
+    torch.manual_seed(0)
+    hiera = Sam2HieraDetConfig(
+        hidden_size=8,
+        num_attention_heads=1,
+        image_size=[64, 64],
+        window_positional_embedding_background_size=[2, 2],
+        blocks_per_stage=[1, 1, 2, 1],
+        embed_dim_per_stage=[8, 16, 32, 64],
+        num_attention_heads_per_stage=[1, 1, 2, 2],
+        window_size_per_stage=[8, 4, 4, 2],
+        global_attention_blocks=[3],
+    )
+    vision = Sam2VisionConfig(
+        backbone_config=hiera,
+        backbone_channel_list=[64, 32, 16, 8],
+        backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
+        fpn_hidden_size=32,
+    )
+    prompts = Sam2PromptEncoderConfig(hidden_size=32, image_size=64, patch_size=16, mask_input_channels=8)
+    decoder = Sam2MaskDecoderConfig(hidden_size=32, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=32)
+    folder = tmp_path_factory.mktemp("sam2")
+    config = Sam2Config(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
+    Sam2Model(config).save_pretrained(folder)
+    size = {"height": 64, "width": 64}
+    Sam2Processor(Sam2ImageProcessor(size=size, mask_size={"height": 16, "width": 16})).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def test_boxes_and_clicks_become_masks_that_can_be_learned(mifo, folder, segmenter, capsys):
+    pointed = [
+        "boxes={car: [0.1, 0.1, 0.6, 0.6]}",
+        "points={car: [[0.3, 0.3], [0.9, 0.9, 0]], cat: [[0.7, 0.7]]}",
+    ]
+    assert mifo("masks", "picture=img.png", f"segmenter={segmenter}", *pointed, "hydra.run.dir=M") == 0
+    told = capsys.readouterr().out
+    assert "<asset0>  car" in told and "<asset1>  cat" in told and "class_names=[car,cat]" in told
+    masks = [np.asarray(Image.open(folder / "M" / "photo" / f"mask{i}.png")) for i in (0, 1)]
+    assert all(mask.shape == (32, 32) and {*np.unique(mask)} <= {0, 255} and mask.any() for mask in masks)
+    assert Image.open(folder / "M" / "masks.png").size == (32, 32)
+    assert mifo("masks", "instances=local", "instances.folder=M/photo") == 0
+    assert "of the picture" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([], "needs either picture=FILE"),
+        (["picture=img.png"], "has no boxes and no points"),
+        (["picture=img.png", "points={car: [[2, 0]]}"], "leaves the picture"),
+        (["picture=img.png", "points={car: [[0.5, 0.5, 7]]}"], "is no click"),
+        (["picture=img.png", "boxes={car: [0, 0, 1, 1]}", "segmenter=nowhere"], "segmenter=nowhere cannot"),
+    ],
+)
+def test_what_cannot_be_segmented_is_refused(folder, monkeypatch, given, words):
+    monkeypatch.chdir(folder)
+    with pytest.raises(MifoError, match=words):
+        perform(settings_of(compose("masks", [*given, "paths.output=M"])))
