@@ -13,7 +13,6 @@ from typing import Any
 
 from omegaconf import Container, DictConfig, OmegaConf
 
-import mifo
 from mifo.config.location import conf_folder
 from mifo.files import read_yaml
 
@@ -152,7 +151,7 @@ def register_resolvers() -> None:
 @cache
 def code_version() -> CodeVersion:
     """The version of the package, but for `mifo/tables`, which computes nothing that is measured."""
-    package = Path(mifo.__file__).parent
+    package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*")):
         inside = path.relative_to(package)
