@@ -3,9 +3,9 @@
 import re
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import wandb
-
 from mifo.commands.setup import has_wandb_key
 from mifo.config.compose import nearest, reason
 from mifo.config.location import conf_folder
@@ -26,7 +26,7 @@ def dashboard(settings: DashboardSettings) -> None:
     if not has_wandb_key():
         raise MifoError("mifo dashboard needs a login to Weights & Biases; run wandb login first")
     given = settings.group_by if isinstance(settings.group_by, list) else [settings.group_by]
-    about = {
+    about: dict[str, Any] = {
         "group_by": [logged_key(str(name)) for name in given],
         "title": f"Ablations by {', '.join(map(str, given))}",
     }
@@ -70,7 +70,7 @@ def logged_key(name: str) -> str:
     return name
 
 
-def _about_table(folder: Path, results: str | None) -> dict:
+def _about_table(folder: Path, results: str | None) -> dict[str, Any]:
     """What a dashboard shows of a table: its rows, its columns and, once it was written, its results."""
     asked, _ = read_table(folder, [])
     name = folder.resolve().name

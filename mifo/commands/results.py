@@ -68,10 +68,12 @@ def _list(arguments: Sequence[str]) -> None:
     ]
     if missing := [folder for folder in folders if not folder.is_dir()]:
         raise MifoError(f"{missing[0]} is no folder and no filter such as seed=1; see mifo results --help")
-    given = [_FILTER.fullmatch(text) for text in arguments if not Path(text).is_dir()]
-    options = {"sort": "", "columns": None, "limit": None, "format": "table"}
-    filters = []
-    for match in given:
+    filters: list[tuple[str, str, list[Any]]] = []
+    options: dict[str, Any] = {"sort": "", "columns": None, "limit": None, "format": "table"}
+    for argument in arguments:
+        match = _FILTER.fullmatch(argument)
+        if match is None or Path(argument).is_dir():
+            continue
         key, sign, text = match.groups()
         if key in options and sign == "=":
             options[key] = _value(key, text)

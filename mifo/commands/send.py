@@ -5,10 +5,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import wandb
 from lightning.pytorch.loggers import Logger
 from rich.progress import track
 
+import wandb
 from mifo.commands.setup import has_wandb_key, open_logger, open_loggers
 from mifo.config.compose import compose, settings_of
 from mifo.config.jobs import lock_folder, unlock_folder
@@ -28,38 +28,37 @@ def send(name: str, title: str, table: Path, ended: Sequence[Done]) -> None:
     A run that was logged while it was made, or sent before by whichever table, is not sent again. One whose
     sending was interrupted goes on under its id.
     """
-    finished = [done for done in ended if done.folder is not None]
+    finished = [(done, done.folder, done.run.settings) for done in ended if done.folder and done.run.settings]
     count = 0
-    settings = None
-    for done in track(finished, "sending"):
-        lock_folder(done.folder, wait=True)
+    for done, folder, planned in track(finished, "sending"):
+        lock_folder(folder, wait=True)
         try:
-            told = (done.folder / "wandb_id.txt").is_file() and not (done.folder / _BEGUN).is_file()
+            told = (folder / "wandb_id.txt").is_file() and not (folder / _BEGUN).is_file()
             if not told:
-                settings = _settings(done)
-                _send(done, settings)
+                _send(folder, _settings(done, folder, planned))
                 count += 1
         finally:
-            unlock_folder(done.folder)
+            unlock_folder(folder)
     print(f"sent: {count} runs, and {len(finished) - count} were there before")
     if finished:
-        _send_table(name, title, table, settings or _settings(finished[0]))
+        _send_table(name, title, table, _settings(*finished[0]))
 
 
-def _settings(done: Done) -> RunSettings:
+def _settings(done: Done, folder: Path, planned: RunSettings) -> RunSettings:
     """The settings of a finished run, with a logger of Weights & Biases and the code that made the run."""
-    origin = done.run.settings.origin
-    chosen = [] if "wandb" in done.run.settings.logger else ["logger=wandb"]
-    given = [*done.run.overrides, *chosen, f"paths.output='{done.folder}'"]
-    settings = settings_of(compose("run", given, table=origin.table, row=origin.row, set=origin.set))
+    origin = planned.origin
+    chosen = [] if "wandb" in planned.logger else ["logger=wandb"]
+    given = [*done.run.overrides, *chosen, f"paths.output='{folder}'"]
+    settings: RunSettings = settings_of(
+        compose("run", given, table=origin.table, row=origin.row, set=origin.set)
+    )
     settings.logger = {"wandb": settings.logger["wandb"]}
     if (about := done.entry().about) is not None:
         settings.origin.code, settings.origin.dirty = about.commit or about.digest, about.code.dirty
     return settings
 
 
-def _send(done: Done, settings: RunSettings) -> None:
-    folder = done.folder
+def _send(folder: Path, settings: RunSettings) -> None:
     (folder / _BEGUN).touch()
     evaluation, pictures = Evaluation.read(folder / SCORES), read_pictures(folder / "pictures")
     instances = read_instances(settings.instances)

@@ -13,7 +13,6 @@ from typing import Any
 
 from omegaconf import Container, DictConfig, OmegaConf
 
-import mifo
 from mifo.config.location import conf_folder
 from mifo.files import read_yaml
 
@@ -110,13 +109,13 @@ def _called(*, _root_: DictConfig) -> str:
         if "/" not in text
     }
     swept = origin.get("swept") or []
-    said = [
+    chosen = [
         (key not in swept, key.count("."), _short(key) + f"={value}" * bool(value))
         for key, value in typed.items()
         if (key in swept or _defaults(_root_.task).get(key) != value)
         and re.split("[.@]", key.lstrip("~"), maxsplit=1)[0] not in _UNSAID
     ]
-    said = [text for *_, text in sorted(said)]
+    said = [text for *_, text in sorted(chosen)]
     while len(", ".join(said)) > _LONGEST and len(said) > 1:
         said.pop()
     said = [origin["row"]] if origin.get("row") else said or [_root_.get("method") or _root_.task]
@@ -152,7 +151,7 @@ def register_resolvers() -> None:
 @cache
 def code_version() -> CodeVersion:
     """The version of the package, but for `mifo/tables`, which computes nothing that is measured."""
-    package = Path(mifo.__file__).parent
+    package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*")):
         inside = path.relative_to(package)

@@ -156,10 +156,10 @@ def _search(folder: str, known: Container[str], found: dict[str, int]) -> None:
 
 def _opened(path: Path | None) -> sqlite3.Connection:
     """The index at `path`, made anew where it is not one of this version; in memory where that fails too."""
-    for _ in range(2 if path else 0):
+    for place in [path, path] if path else []:
         with suppress(OSError, sqlite3.Error):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            database = sqlite3.connect(path, timeout=10)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            database = sqlite3.connect(place, timeout=10)
             database.execute("PRAGMA synchronous = OFF")  # what a power cut damages is made again
             (version,) = database.execute("PRAGMA user_version").fetchone()
             if version == _VERSION:
@@ -170,7 +170,7 @@ def _opened(path: Path | None) -> sqlite3.Connection:
                 )
                 return database
         with suppress(OSError):
-            path.unlink(missing_ok=True)
+            place.unlink(missing_ok=True)
     database = sqlite3.connect(":memory:")
     database.executescript(_TABLES)
     return database

@@ -28,25 +28,32 @@ class TrackioLogger(Logger):
         super().__init__()
         if find_spec("trackio") is None:
             raise MifoError("Trackio is not installed; pip install 'mifo[trackio]' brings it")
-        self._about = {"project": project, "name": name, "group": group}
+        self._project, self._name, self._group = project, name, group
         self._folder = Path(folder)
         self._run: Any = None
 
     @property
     def name(self) -> str:
-        return self._about["name"]
+        return self._name
 
     @property
     def version(self) -> str:
-        return self._about["project"]
+        return self._project
 
     def log_hyperparams(self, params: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         """Begin the run with its configuration, whose keys are dotted as on the command line."""
         import trackio
 
         begun = (self._folder / _BEGUN).is_file()
-        own = {"resume": "allow" if begun else "never", "embed": False, "auto_log_cpu": False}
-        self._run = trackio.init(**self._about, config=dict(flat(params)), **own)
+        self._run = trackio.init(
+            self._project,
+            self._name,
+            self._group,
+            config=dict(flat(params)),
+            resume="allow" if begun else "never",
+            embed=False,
+            auto_log_cpu=False,
+        )
         write_whole(self._folder / _BEGUN, self.name)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
