@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import wandb
+
 from mifo.commands.setup import has_wandb_key
 from mifo.config.compose import nearest, reason
 from mifo.config.location import conf_folder

@@ -5,10 +5,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import wandb
 from lightning.pytorch.loggers import Logger
 from rich.progress import track
 
-import wandb
 from mifo.commands.setup import has_wandb_key, open_logger, open_loggers
 from mifo.config.compose import compose, settings_of
 from mifo.config.jobs import lock_folder, unlock_folder
