@@ -8,6 +8,7 @@ import textwrap
 import tokenize
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
+from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -50,6 +51,12 @@ def said_of(owner: type, name: str) -> str:
     )
 
 
+def meaning(owner: type, name: str, kind: Any) -> str:
+    """The comment on a field, and the values of a choice."""
+    choices = " | ".join(kind) if isinstance(kind, type) and issubclass(kind, StrEnum) else ""
+    return " ".join(part for part in (said_of(owner, name), choices) if part)
+
+
 def section_of(kind: Any) -> tuple[type, bool] | None:
     """The dataclass that a field holds, and whether it holds several by name."""
     for each in (kind, *get_args(kind)):
@@ -59,11 +66,14 @@ def section_of(kind: Any) -> tuple[type, bool] | None:
 
 
 def sections(path: str, owner: type, value: Any) -> Iterator[tuple[str, type, Any]]:
-    """A dataclass and those below it: the path of the keys, the class, and an object with the defaults."""
+    """A dataclass and those below it: the path of the keys, the class, and an object with the defaults.
+
+    Without `origin`, which MIFO fills in itself.
+    """
     yield path, owner, value
     kinds = get_type_hints(owner)
     for field in fields(owner):
-        if inner := section_of(kinds[field.name]):
+        if field.name != "origin" and (inner := section_of(kinds[field.name])):
             below, several = inner
             own = getattr(value, field.name, None)
             yield from sections(
@@ -99,7 +109,7 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def keys(path: str, owner: type, value: Any, without: type | None = None) -> str:
-    """The table of the keys of a section that are no sections, but for what MIFO fills in itself.
+    """The table of the keys of a section that are no sections.
 
     Args:
         without: a class whose keys are left out.
@@ -107,7 +117,7 @@ def keys(path: str, owner: type, value: Any, without: type | None = None) -> str
     kinds = get_type_hints(owner)
     left = {"task", "origin"} | ({field.name for field in fields(without)} if without else set())
     rows = [
-        (f"`{path}{field.name}`", default(field, value), plain(said_of(owner, field.name)))
+        (f"`{path}{field.name}`", default(field, value), plain(meaning(owner, field.name, kinds[field.name])))
         for field in fields(owner)
         if field.name not in left and not section_of(kinds[field.name])
     ]
@@ -131,11 +141,12 @@ def configuration() -> str:
         _, *below = sections("", schema, made)
         for path, owner, value in below:
             found.setdefault(path, (owner, value, []))[2].append(task)
-        tops = [f"`{path[:-1]}`" for path, *_ in below if path.count(".") == 1]
+        tops = [f"`{path[:-1]}`" for path, *_ in below if path.count(".") == 1 and path != "paths."]
         commands.append(
             (f"`mifo {task}`", first_line(conf / f"{task}.yaml").partition(": ")[2], ", ".join(tops))
         )
-        if rows := keys("", schema, made, TaskSettings):
+        rows = keys("", schema, made, TaskSettings)
+        if rows and "__annotations__" in schema.__dict__:  # else the command takes what another one takes
             own.append(f"### mifo {task}\n\n{rows}")
     parts = [FIRST, "## Commands\n", table(("command", "what it does", "its sections"), commands)]
     parts += [
