@@ -3,11 +3,15 @@
 import ast
 import importlib.util
 import re
+import shlex
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from PIL import Image
+from test_masks import segmenter  # noqa: F401
 
 from mifo.config import compose, conf_folder
 
@@ -107,3 +111,39 @@ def test_the_site_is_built_and_loads_nothing_from_the_network(tmp_path, monkeypa
     assert not [file for file in site.rglob("*.css") if re.search(r"url\(\W?http", file.read_text())]
     assert 'href="source/mifo/method/guidance/descent.py.html#penalty_weight"' in pages["method.html"]
     assert 'id="penalty_weight"' in pages["source/mifo/method/guidance/descent.py.html"]
+
+
+@pytest.mark.slow
+def test_a_stranger_types_the_first_photo_as_written(mifo, source, segmenter, tmp_path, monkeypatch):  # noqa: F811
+    """With tiny models, a few steps and a picture in place of a photograph."""
+    page = (ROOT / "docs/photo.md").read_text().partition("## Masks")[0]
+    commands = [shlex.split(line) for line in page.splitlines() if line.startswith("mifo ")]
+    assert [task for _, task, *_ in commands] == [
+        "masks",
+        "doctor",
+        "run",
+        "synthesize",
+        "evaluate",
+        "export",
+    ]
+    picture = np.zeros((64, 64, 3), dtype=np.uint8)
+    picture[12:58, 4:32], picture[26:58, 38:60] = (200, 120, 40), (40, 90, 200)
+    Image.fromarray(picture).save(tmp_path / "photo.jpg")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    own = {
+        "model=sd21": ["model=local", f"model.source={source}"],
+        "metrics=sd21": ["metrics=miniature"],
+    }
+    short = {
+        "masks": [f"segmenter={segmenter}"],
+        "doctor": ["metrics=miniature"],
+        "run": ["metrics=miniature", "debug=default"],
+        "synthesize": ["synthesis.steps=4", "guidance.iterations=1"],
+    }
+    for _, task, *typed in commands:
+        arguments = [given for each in typed for given in own.get(each, [each])]
+        assert mifo(task, *arguments, *short.get(task, []), "device=cpu") == 0, task
+    assert (tmp_path / "first/masks/masks.png").is_file()
+    assert (tmp_path / "first/run/contact_sheet.html").is_file()
+    assert len([*(tmp_path / "first/beach/pictures").glob("*.png")]) == 4
+    assert (tmp_path / "first/export/exported/README.md").is_file()
