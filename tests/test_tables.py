@@ -816,7 +816,9 @@ def test_a_damaged_record_is_one_sentence_that_names_the_file(tmp_path, name, da
     evaluator = Evaluator("colour", "0" * 12)
     scores = tuple(Score(metric, 0.0, True, evaluator, "test") for metric in ("editability", "leakage"))
     runs = [Run(row, "cars", "three_cars", 0, (), None) for row in ("MIFO", "none")]
-    write_record(tmp_path, [(run, Entry(f"{run.row}-0", scores, About("0"))) for run in runs])
+    names = [f"{number:012x}-{0:012x}" for number in range(2)]
+    entries = [(run, Entry(name, scores, About("0"))) for run, name in zip(runs, names, strict=True)]
+    write_record(tmp_path, entries)
     assert len(read_record(tmp_path)) == 2
     path = tmp_path / name
     path.write_bytes(damage(path.read_bytes()))
