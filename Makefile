@@ -35,7 +35,6 @@ test-all: check ## check, then run all tests, with real processes and launchers
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m ''
 
 docs: $(INSTALLED) ## build the site of docs/ into build/docs
-	$(RUN) -m pip install --quiet --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 	@echo 'Open build/docs/index.html; its search needs a server: $(RUN) -m mkdocs serve'
 
