@@ -9,7 +9,7 @@ export WANDB_MODE ?= offline
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-all format clean
+.PHONY: help setup demo check test test-all docs format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -33,6 +33,10 @@ test: check ## check, then run the fast tests
 
 test-all: check ## check, then run all tests, with real processes and launchers
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m ''
+
+docs: $(INSTALLED) ## build the site of docs/ into build/docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+	@echo 'Open build/docs/index.html; its search needs a server: $(RUN) -m mkdocs serve'
 
 format: $(INSTALLED) ## put the code into the house's format
 	$(RUN) -m ruff check --fix .

@@ -1,4 +1,4 @@
-"""Every experiment and method composes and runs dry; so does what the pages on sweeps tell one to type."""
+"""Every experiment and method composes and runs dry; so does what the pages tell one to type."""
 
 import re
 import shlex
@@ -23,8 +23,9 @@ from mifo.tables.settings import read_table
 ROOT = Path(__file__).parents[1]
 COMMANDS = [
     line.partition("#")[0].strip()
-    for line in (ROOT / "docs/sweeps.md").read_text().splitlines()
-    if line.startswith("mifo ")
+    for page in ("sweeps", "questions", "photo")
+    for line in (ROOT / f"docs/{page}.md").read_text().splitlines()
+    if line.startswith("mifo ") and "…" not in line
 ]
 PLUGINS = {
     "hydra/launcher=joblib": "joblib_launcher",
@@ -78,7 +79,7 @@ def composed(task, overrides):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_the_page_on_sweeps_says_composes(command):
+def test_what_the_pages_say_composes(command):
     need_plugins(command)
     _, task, *typed = shlex.split(command)
     if task == "table":
@@ -93,7 +94,7 @@ def test_what_the_page_on_sweeps_says_composes(command):
         return
     overrides = OverridesParser.create().parse_overrides([each for each in typed if each != "-m"])
     jobs = BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
-    for job in (jobs[0], jobs[-1]):
+    for job in [jobs[0], *jobs[1:][-1:]]:
         _, own = composed(task, job)
         OmegaConf.to_container(own.launcher, throw_on_missing=True)
 

@@ -36,7 +36,6 @@ class TableSettings:
     overrides: list[str] = field(default_factory=list)  # of every run
     columns: list[str] = field(default_factory=lambda: [*_COLUMNS])
     plot: str = "dots"  # dots | lines (over the sets of scenes) | pareto (editability against consistency)
-    # how, not what
     pages: list[str] | None = None  # scenes of which a page of pictures may be drawn; None: any
     workers: int = 0  # short for hydra/launcher=joblib hydra.launcher.n_jobs=N; 0: another launcher, or none
     per_job: int = 1  # so many groups of runs that learn the same go to one job of a launcher
