@@ -95,8 +95,10 @@ def test_what_the_pages_say_composes(command):
     overrides = OverridesParser.create().parse_overrides([each for each in typed if each != "-m"])
     jobs = BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
     for job in [jobs[0], *jobs[1:][-1:]]:
-        _, own = composed(task, job)
-        OmegaConf.to_container(own.launcher, throw_on_missing=True)
+        if "hydra/launcher" in command:
+            OmegaConf.to_container(composed(task, job)[1].launcher, throw_on_missing=True)
+        else:
+            check(settings_of(compose(task, [*job, "paths.output=here"])))
 
 
 @pytest.mark.parametrize("search", options("hparams_search"))
