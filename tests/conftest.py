@@ -42,7 +42,7 @@ def recordings(monkeypatch) -> Recordings:
     """CUDA graphs can be had without a GPU: their operations are recorded and replayed."""
     recordings = Recordings()
     monkeypatch.setattr("mifo.acceleration.graphs.capture", recordings.capture)
-    monkeypatch.setattr("mifo.training.fit.available", lambda settings, device: settings)
+    monkeypatch.setattr("mifo.training.fit.available", lambda settings, *_: settings)
     return recordings
 
 

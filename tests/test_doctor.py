@@ -120,6 +120,7 @@ def test_a_broken_setup_is_told_by_its_line(setup, tmp_path, capsys, broken, giv
 def test_a_full_disk_and_a_small_gpu_are_told(setup, capsys, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(1, 1, 1))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (2**29, 2**30))
     lines, failed = told(setup, capsys)
     levels = {subject: level for level, subject, _ in lines if level != "ok"}

@@ -7,11 +7,11 @@ import secrets
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import wandb
 from hydra.errors import InstantiationException
@@ -47,7 +47,6 @@ def prepare(settings: TaskSettings) -> torch.device:
     lightning_log.handlers.clear()
     warnings.filterwarnings("ignore", message=".*LeafSpec")
     disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
     seed_everything(settings.seed, verbose=False)
     if isinstance(settings, ModelTaskSettings):
         torch.set_float32_matmul_precision(settings.performance.matmul_precision)
@@ -57,6 +56,7 @@ def prepare(settings: TaskSettings) -> torch.device:
     device = device_of(settings)
     if isinstance(settings, ModelTaskSettings):
         load_libraries(device)
+        import_module("diffusers.utils.logging").disable_progress_bar()  # tasks without a model import none
     return device
 
 
