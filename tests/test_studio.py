@@ -181,6 +181,8 @@ def test_a_walk_through_the_page(server, tmp_path):
             page.get_by_role("option", name=option).first.click()
 
         page.goto(server)
+        page.get_by_role("button", name="Keep photo and masks").click()
+        page.get_by_text("there is no photo yet").wait_for()
         page.set_input_files("#drop input[type=file]", tmp_path / "cars.png")
         page.locator("#paint .chip input").fill("car")
         drag("paint", (0.1, 0.35), (0.4, 0.32), (0.4, 0.25), (0.15, 0.3))

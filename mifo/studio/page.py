@@ -249,34 +249,30 @@ def build(studio: Studio) -> gr.Blocks:
             )
 
         photo, seen, making, seen_made, name = (gr.State(None) for _ in range(5))
+        quiet = {"show_progress": "hidden"}  # which would also cover with "Error" what a refusal concerns
         opened = [painted, photo, called, note]
-        dropped.upload(told(studio.open_photo), dropped, opened)
-        given.submit(told(studio.open_folder), given, opened)
-        again.input(told(studio.open_kept), again, opened)
-        keep.click(told(studio.keep_photo), [painted, photo, called], [note, again, learnt])
-        start.click(told(studio.learn), [learnt, model, first, second, every], [watched, seen])
-        stop.click(told(studio.stop), watched)
-        go_on.click(told(studio.go_on), watched, seen)
+        dropped.upload(told(studio.open_photo), dropped, opened, **quiet)
+        given.submit(told(studio.open_folder), given, opened, **quiet)
+        again.input(told(studio.open_kept), again, opened, **quiet)
+        keep.click(told(studio.keep_photo), [painted, photo, called], [note, again, learnt], **quiet)
+        start.click(told(studio.learn), [learnt, model, first, second, every], [watched, seen], **quiet)
+        stop.click(told(studio.stop), watched, **quiet)
+        go_on.click(told(studio.go_on), watched, seen, **quiet)
         for tab in (page.load, placing.select):
-            tab(lambda: gr.Dropdown(jobs.runs(True)), None, run)
-        page.load(studio.lists, None, [again, learnt, layout, watched])
-        run.input(told(studio.choose), run, [boxed, prompt])
-        layout.input(told(studio.open_layout), [layout, run], [boxed, prompt])
+            tab(lambda: gr.Dropdown(jobs.runs(True)), None, run, **quiet)
+        page.load(studio.lists, None, [again, learnt, layout, watched], **quiet)
+        run.input(told(studio.choose), run, [boxed, prompt], **quiet)
+        layout.input(told(studio.open_layout), [layout, run], [boxed, prompt], **quiet)
         keeping = ([boxed, prompt, placed, run], [kept_note, layout, name])
-        keep_layout.click(told(studio.keep_layout), *keeping)
-        make.click(told(studio.keep_layout), *keeping).success(
-            told(studio.make), [run, name, number, seed, steps], [making, seen_made]
+        keep_layout.click(told(studio.keep_layout), *keeping, **quiet)
+        make.click(told(studio.keep_layout), *keeping, **quiet).success(
+            told(studio.make), [run, name, number, seed, steps], [making, seen_made], **quiet
         )
-        past.select(jobs.table, None, listed)
-        listed.select(told(studio.show), None, [chosen, shown])
-        clock, quiet = gr.Timer(2), {"show_progress": "hidden"}
+        past.select(jobs.table, None, listed, **quiet)
+        listed.select(told(studio.show), None, [chosen, shown], **quiet)
+        clock, made_parts = gr.Timer(2), [made_note, made, seen_made]
         clock.tick(studio.watch, [watched, seen], [state, curves, samples, log, seen], **quiet)
-        clock.tick(
-            lambda *given: studio.watch(*given)[::2],
-            [making, seen_made],
-            [made_note, made, seen_made],
-            **quiet,
-        )
+        clock.tick(lambda *given: studio.watch(*given)[::2], [making, seen_made], made_parts, **quiet)
     return page
 
 
