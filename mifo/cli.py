@@ -36,6 +36,7 @@ TASKS = {
     "doctor": "check the whole setup of a run in seconds, and say what to mend",
     "masks": "make masks from boxes or clicks, and show them over the picture",
     "layout": "draw the boxes of a layout, without loading a model",
+    "studio": "masks, learning, boxes and pictures in the browser",
     "table": "make the runs of a table in experiments/ that are missing, and the table",
     "results": "list, filter and compare the runs on disk by any setting or score",
     "dashboard": "write the workspace that compares ablations on Weights & Biases",

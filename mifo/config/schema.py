@@ -165,6 +165,16 @@ class LayoutTaskSettings(TaskSettings):
 
 
 @dataclass
+class StudioSettings(TaskSettings):
+    """`mifo studio`."""
+
+    folder: str = "studio"  # where photos, masks and layouts are kept; runs go to outputs/, as always
+    host: str = "127.0.0.1"  # who may open the page: this machine alone; there is no password
+    port: int = 7860
+    browser: bool = True  # open the page there
+
+
+@dataclass
 class PretrainTaskSettings(TaskSettings):
     """`mifo pretrain`."""
 
@@ -222,6 +232,7 @@ SCHEMAS: dict[str, type[TaskSettings]] = {
     "doctor": DoctorSettings,
     "dashboard": DashboardSettings,
     "layout": LayoutTaskSettings,
+    "studio": StudioSettings,
     "pretrain": PretrainTaskSettings,
     "benchmark": BenchmarkTaskSettings,
     "calibrate": CalibrateSettings,

@@ -1,0 +1,26 @@
+"""`mifo studio`: masks, learning, boxes and pictures in the browser."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from mifo.config.schema import StudioSettings
+from mifo.errors import MifoError
+
+
+def studio(settings: StudioSettings) -> None:
+    """Serve the studio until it is stopped.
+
+    Raises:
+        MifoError: gradio is missing, or the port is taken.
+    """
+    if find_spec("gradio") is None:
+        raise MifoError("mifo studio needs the package gradio; install it with: pip install 'mifo[studio]'.")
+    # imported here, since gradio is an extra
+    from mifo.studio.page import serve
+
+    try:
+        serve(Path(settings.folder), settings.host, settings.port, settings.browser)
+    except OSError as error:
+        raise MifoError(
+            f"host={settings.host} port={settings.port} is taken; take another, as port=7861."
+        ) from error
