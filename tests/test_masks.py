@@ -235,5 +235,6 @@ def test_boxes_and_clicks_become_masks_that_can_be_learned(mifo, folder, segment
 )
 def test_what_cannot_be_segmented_is_refused(folder, monkeypatch, given, words):
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # it would try again for minutes
     with pytest.raises(MifoError, match=words):
         perform(settings_of(compose("masks", [*given, "paths.output=M"])))

@@ -122,6 +122,8 @@ def wait(condition, seconds: float = 240) -> None:
 @pytest.fixture
 def server(tmp_path):
     """The address of a studio in an empty folder."""
+    pytest.importorskip("gradio")
+    pytest.importorskip("playwright")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -143,7 +145,6 @@ def server(tmp_path):
 @pytest.mark.slow
 def test_a_walk_through_the_page(server, tmp_path):
     """Load, paint, learn, stop, go on, drag a box, make a picture, keep, reopen; screenshots stay."""
-    pytest.importorskip("gradio")
     playwright = pytest.importorskip("playwright.sync_api")
     from mifo.data.instances import read_instances
     from mifo.data.saved_pictures import as_image
