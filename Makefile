@@ -35,8 +35,8 @@ test-all: check ## check, then run all tests, with real processes and launchers
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m ''
 
 docs: $(INSTALLED) ## build the site of docs/ into build/docs
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
-	@echo 'Open build/docs/index.html; its search needs a server: $(RUN) -m mkdocs serve'
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --config-file scripts/mkdocs.yml
+	@echo 'Open build/docs/index.html; its search needs a server: $(RUN) -m mkdocs serve --config-file scripts/mkdocs.yml'
 
 format: $(INSTALLED) ## put the code into the house's format
 	$(RUN) -m ruff check --fix .

@@ -103,7 +103,7 @@ def test_the_site_is_built_and_loads_nothing_from_the_network(tmp_path, monkeypa
 
     monkeypatch.setattr(socket.socket, "connect", refused)
     site = tmp_path / "site"
-    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(site), strict=True))
+    build(load_config(str(ROOT / "scripts/mkdocs.yml"), site_dir=str(site), strict=True))
     pages = {file.relative_to(site).as_posix(): file.read_text() for file in site.rglob("*.html")}
     assert {"index.html", "photo.html", "configuration.html", "experiments/index.html"} <= {*pages}
     loads = re.compile(r'<(?:script|img|iframe|link)[^>]*(?:src|href)="?(?:https?:)?//', re.IGNORECASE)
