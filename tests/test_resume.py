@@ -105,7 +105,12 @@ def test_a_signal_before_anything_was_done_asks_for_the_same_command(
     mifo, tmp_path, monkeypatch, capsys, number, code
 ):
     monkeypatch.setattr("mifo.config.checks.check", lambda *_: signal.raise_signal(number))
-    assert mifo("layout", "hydra.run.dir=here", "seed=2") == code
+    # tests that were started in the background of a shell ignore signals, and so would the command
+    before = signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    try:
+        assert mifo("layout", "hydra.run.dir=here", "seed=2") == code
+    finally:
+        signal.signal(number, before)
     assert status(tmp_path / "here") == "interrupted"
     assert "go on with: mifo layout hydra.run.dir=here seed=2" in capsys.readouterr().err
 
