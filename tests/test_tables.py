@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +30,15 @@ from mifo.metrics.evaluation import Evaluation, has_scores
 from mifo.metrics.scores import Evaluator, Score
 from mifo.report.comparison import SIDE
 from mifo.tables import execute, plan
-from mifo.tables.collect import Measured, cells, differences, estimate, estimate_runs, pareto_front
+from mifo.tables.collect import (
+    Measured,
+    cells,
+    differences,
+    estimate,
+    estimate_runs,
+    measured,
+    pareto_front,
+)
 from mifo.tables.plan import Run
 from mifo.tables.plot import draw_table
 from mifo.tables.record import About, Entry, read_record, write_record
@@ -645,6 +654,13 @@ def test_a_record_of_other_evaluators_is_refused(folder, made):
         table(
             ["small", "table.record=first", "table.results=second", "table.workers=0", "table.seeds=[0,1,2]"]
         )
+
+
+def test_a_score_that_would_overflow_is_refused():
+    score = Score("editability", 1e308, True, Evaluator("colour", "0" * 12), "test")
+    run = SimpleNamespace(row="MIFO", scenes="cars", instances="three_cars", seed=0)
+    with pytest.raises(MifoError, match=r"the run a-b is damaged: editability=1e\+308 is no score"):
+        measured([(run, Entry("a-b", (score,), None))])
 
 
 def test_records_that_do_not_serve_are_refused(folder, made):
