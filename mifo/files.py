@@ -247,6 +247,11 @@ def _number(text: str) -> float:
     return number
 
 
+def user_cache() -> Path:
+    """MIFO's folder in the user's cache; whoever writes to it makes it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mifo"
+
+
 def _flush(path: Path) -> None:
     """Wait until the disk holds a file's content, or a folder's list of names."""
     handle = os.open(path, os.O_RDONLY)

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from terms import penalty
 from test_learning import TRAINER, Watch
-from tiny import tiny_sd3_pipeline, two_instances
+from tiny import small_road, tiny_sd3_pipeline, two_instances
 
 from mifo.acceleration.block_attention import block_attention, block_mask
 from mifo.acceleration.graphs import GraphedFunction
@@ -497,21 +497,7 @@ def photo(tmp_path_factory):
 def test_the_whole_road_of_a_run(mifo, photo, tmp_path):
     """Both stages with adapters and a prior, and pictures in boxes, on bfloat16 weights."""
     source = tiny_sd3_pipeline(tmp_path / "sd3", t5=False)
-    run = [
-        *("run", "model=local", f"model.source={source}", "debug=default", "metrics=none", "instances=local"),
-        *(f"instances.folder={photo}", "instances.class_names=[car,cat]"),
-        *("performance=low_vram", "learning.finetuning.learning_rate=1e-3", "hydra.run.dir=run"),
-        *(
-            f"learning.prior.cache={tmp_path}/prior",
-            "synthesis.steps=2",
-            "guidance.shapes_from=1",
-            "learning.semantic.steps=2",
-            "learning.finetuning.steps=1",
-            "learning.prior.pictures=1",
-            "learning.prior.steps=1",
-        ),
-    ]
-    assert mifo(*run) == 0
+    assert mifo(*small_road(source, photo, tmp_path / "prior")) == 0
     learned = tmp_path / "run" / "learned"
     rows = load_file(learned / "tokens.safetensors")
     assert {name: each.shape for name, each in rows.items()} == {

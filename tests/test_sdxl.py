@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import tiny_sdxl_pipeline
+from tiny import small_road, tiny_sdxl_pipeline
 
 from mifo.acceleration.settings import PerformanceSettings
 from mifo.backbones.learned import load_learned
@@ -173,24 +173,7 @@ def photo(tmp_path_factory):
 def test_the_whole_road_of_a_run(mifo, photo, tmp_path):
     source = tiny_sdxl_pipeline(tmp_path / "sdxl", depths=(1, 2))
     model = load_model(ModelSettings("tiny", str(source)))
-    run = [
-        *("run", "model=local", f"model.source={source}", "debug=default", "metrics=none", "instances=local"),
-        *(
-            f"instances.folder={photo}",
-            "instances.class_names=[car,cat]",
-        ),
-        *("performance=low_vram", "learning.finetuning.learning_rate=1e-3", "hydra.run.dir=run"),
-        *(
-            f"learning.prior.cache={tmp_path}/prior",
-            "synthesis.steps=2",
-            "guidance.shapes_from=1",
-            "learning.semantic.steps=2",
-            "learning.finetuning.steps=1",
-            "learning.prior.pictures=1",
-            "learning.prior.steps=1",
-        ),
-    ]
-    assert mifo(*run) == 0
+    assert mifo(*small_road(source, photo, tmp_path / "prior")) == 0
     learned = tmp_path / "run" / "learned"
     rows = load_file(learned / "tokens.safetensors")
     assert {name: each.shape for name, each in rows.items()} == {

@@ -242,3 +242,15 @@ def instances_of(
     tokens = tuple(f"<asset{i}>" for i in range(len(masks)))
     image = (source * 255).round().byte()
     return InstanceSet("drawn", image, masks, class_names, (None,) * len(masks), tokens)
+
+
+def small_road(source, photo, prior):
+    """The words of a short `mifo run` with adapters and a prior, in the folder run, on bfloat16 weights."""
+    return [
+        *("run", "model=local", f"model.source={source}", "debug=default", "metrics=none", "instances=local"),
+        *(f"instances.folder={photo}", "instances.class_names=[car,cat]", "hydra.run.dir=run"),
+        *("performance=low_vram", "learning.finetuning.learning_rate=1e-3", f"learning.prior.cache={prior}"),
+        *("learning.semantic.steps=2", "learning.finetuning.steps=1"),
+        *("learning.prior.pictures=1", "learning.prior.steps=1"),
+        *("synthesis.steps=2", "guidance.shapes_from=1"),
+    ]

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -108,9 +109,15 @@ def _automatic(settings: PerformanceSettings, gpu: bool, dtype: torch.dtype) -> 
         return settings
     free = settings.learning_precision == "auto" and not settings.gradient_checkpointing
     if gpu and free and dtype is torch.float32 and torch.cuda.is_bf16_supported():
-        log.info("performance=auto takes max_speed: bfloat16 passes, channels-last layout, CUDA graphs.")
+        _tell_automatic()
         return replace(settings, name="max_speed", autocast=False, channels_last=True, cuda_graphs=True)
     return replace(settings, name="default")
+
+
+@cache
+def _tell_automatic() -> None:
+    """Said once, though a run asks for its profile before learning, in learning and in synthesis."""
+    log.info("performance=auto takes max_speed: bfloat16 passes, channels-last layout, CUDA graphs.")
 
 
 def ready_for_learning(model: Accelerated, settings: PerformanceSettings) -> None:

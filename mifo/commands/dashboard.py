@@ -8,10 +8,10 @@ from typing import Any
 import wandb
 
 from mifo.commands.setup import has_wandb_key
-from mifo.config.compose import nearest, reason
+from mifo.config.compose import reason
 from mifo.config.location import conf_folder
 from mifo.config.schema import DashboardSettings, Origin, RunSettings
-from mifo.errors import MifoError
+from mifo.errors import MifoError, nearest
 from mifo.files import existing_folder, read_text
 from mifo.tables.settings import read_table
 from mifo.tables.write import newest_results

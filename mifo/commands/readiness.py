@@ -26,11 +26,9 @@ from mifo.data.mask_pyramid import MaskPyramid
 from mifo.errors import MifoError
 from mifo.files import check_room
 from mifo.making.class_pictures import cache_folder
-from mifo.method.backbone import Stage
 from mifo.metrics.evaluators import check_evaluators
-from mifo.training.fit import room
+from mifo.training.fit import CHECKPOINTS, room
 from mifo.training.memory import learning_memory
-from mifo.training.settings import StageSettings
 
 MINIATURE = (
     "The miniature was made from drawings of twelve things and draws a cartoon of a photograph at best; take "
@@ -141,11 +139,7 @@ def weights(setup: Setup) -> str:
 def disk(setup: Setup) -> str:
     """Room for checkpoints, the result and class pictures."""
     learning, output = setup.settings.learning, Path(setup.settings.paths.output)
-    stages: list[tuple[Stage, StageSettings, float]] = [
-        ("semantic", learning.semantic, 0.0),
-        ("finetuning", learning.finetuning, 0.0),
-    ]
-    needed = room(setup.model, stages, output / "checkpoints", learning.save_half)
+    needed = room(setup.model, learning.stages, output / CHECKPOINTS, learning.save_half)
     check_room(output, needed)
     if learning.finetuning.steps and learning.prior.weight and learning.prior.folder is None:
         check_room(cache_folder(learning.prior), learning.prior.pictures * setup.model.image_size**2 * 3)
@@ -155,9 +149,9 @@ def disk(setup: Setup) -> str:
 def memory(setup: Setup) -> str:
     """The GPU's memory, where there is one."""
     settings, model = setup.settings, setup.model
-    performance = available(settings.performance, device_of(settings), model.dtype)
-    needed = learning_memory(model, settings.learning, performance)
-    return tell_memory(needed, setup.settings.device)
+    device = device_of(settings)
+    performance = available(settings.performance, device, model.dtype)
+    return tell_memory(learning_memory(model, settings.learning, performance), device)
 
 
 def evaluators(setup: Setup) -> str:

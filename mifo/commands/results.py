@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from mifo.errors import MifoError
+from mifo.errors import MifoError, nearest
 from mifo.files import STATUS
-from mifo.tracking.index import Index, read_facts
+from mifo.tracking.index import Index, near, read_facts
 
 HELP = """usage: mifo results [FOLDER ...] [KEY=VALUE | 'KEY>VALUE' ...] [sort=KEY] [columns=[KEY, ...]]
                     [limit=N] [format=table|csv|json]
@@ -94,7 +94,7 @@ def _list(arguments: Sequence[str]) -> None:
     values = [_known(index, str(key), numbers) for key in columns]
     rows = [
         [folder, *(column.get(number) for column in values)]
-        for folder, number in zip(_near(shown), numbers, strict=True)
+        for folder, number in zip(map(near, shown), numbers, strict=True)
     ]
     _print(["folder", *map(str, columns)], rows, options["format"])
     if options["format"] == "table":
@@ -139,11 +139,9 @@ def _value(key: str, text: str) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise MifoError(f"{key}={text} cannot be read; quote it once more") from error
-    return (
-        float(text)
-        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", text)
-        else (str(value).lower() if isinstance(value, bool) else value)
-    )
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", text):
+        return float(text)  # which YAML takes for a word where it has no dot
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def _column(index: Index, key: str, runs: Sequence[int] | None) -> dict[int, Any]:
@@ -170,16 +168,8 @@ def _known(index: Index, key: str, runs: Sequence[int] | None = None) -> dict[in
     if not keys:
         raise MifoError("there are no runs in these folders; name the folders that hold some")
     ending = [each for each in keys if each.endswith(f".{key}")]
-    from mifo.config.compose import nearest
-
     hint = f"did you mean {ending[0]}? Or " if ending else nearest(key, keys)
     raise MifoError(f"no run has the key {key}; {hint}see mifo results --help")
-
-
-def _near(folders: Sequence[str]) -> list[str]:
-    """Folders as seen from the working folder."""
-    here = f"{Path.cwd()}/"
-    return [folder.removeprefix(here) for folder in folders]
 
 
 def _print(heads: list[str], rows: list[list[Any]], form: str) -> None:

@@ -133,10 +133,10 @@ def open_logger(name: str, node: dict[str, Any], folder: Path, facts: dict[str, 
         raise MifoError(f"logger.{name} does not take its arguments: {reason(error)}") from error
 
 
-def tell_memory(needed: Memory, device: str) -> str:
+def tell_memory(needed: Memory, device: torch.device) -> str:
     """A line about the memory of a GPU that is needed; a warning where more is needed than free."""
     told = f"about {needed.total / 2**30:.1f} GiB of a GPU's memory ({needed})"
-    if device == "cpu" or not torch.cuda.is_available():
+    if device.type == "cpu":
         return f"{told}; no GPU is in use here"
     free = torch.cuda.mem_get_info()[0]
     if needed.total > free:

@@ -67,7 +67,7 @@ def synthesize(settings: SynthesizeSettings) -> Path:
             settings.synthesis.samples,
             available(settings.performance, device),
         )
-        tell_memory(needed, settings.device)
+        tell_memory(needed, device)
     model: Any = load_model(settings.model, device)
     if len(sources) == 1:
         load_learned(sources[0], model)

@@ -18,6 +18,7 @@ from mifo.data.class_pictures import ClassPictures, own_picture_files
 from mifo.data.pictures import is_whole
 from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
+from mifo.files import user_cache
 from mifo.method.guidance.settings import GuidanceSettings
 from mifo.method.synthesis.sampler import Sampler, StepReport
 from mifo.method.synthesis.settings import SynthesisSettings
@@ -134,4 +135,4 @@ def _make(
 def cache_folder(settings: PriorSettings) -> Path:
     if settings.cache is not None:
         return Path(settings.cache).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mifo" / "class_pictures"
+    return user_cache() / "class_pictures"

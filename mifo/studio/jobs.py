@@ -20,7 +20,7 @@ from mifo.data.saved_pictures import as_image, read_pictures
 from mifo.errors import MifoError
 from mifo.files import read_text
 from mifo.report.palette import PALETTE, hexadecimal
-from mifo.tracking.index import Index, read_facts
+from mifo.tracking.index import Index, near, read_facts
 
 LOG = "studio.log"  # what a command that the studio started prints
 COLUMNS = ("status", "task", "instances.name", "choices.model", "method", "seed", "editability", "leakage")
@@ -148,7 +148,7 @@ def runs(learned: bool = False) -> list[tuple[str, str]]:
     index = Index([Path("outputs"), Path("multirun")])
     names = index.column("instances.name")
     return [
-        (f"{names.get(index.runs[run], '')} · {Path(run).parent.name} {Path(run).name[:19]}", _near(run))
+        (f"{names.get(index.runs[run], '')} · {Path(run).parent.name} {Path(run).name[:19]}", near(run))
         for run in _newest(index)
         if not learned or (Path(run) / "learned").is_dir()
     ]
@@ -158,13 +158,9 @@ def table() -> dict[str, list[Any]]:
     """The runs that `mifo results` lists, with settings and scores."""
     index = Index([Path("outputs"), Path("multirun")])
     columns = {key.rpartition(".")[2]: index.column(key) for key in COLUMNS if index.has(key)}
-    rows = [[_near(run), *(each.get(index.runs[run]) for each in columns.values())] for run in _newest(index)]
+    rows = [[near(run), *(each.get(index.runs[run]) for each in columns.values())] for run in _newest(index)]
     return {"headers": ["folder", *columns], "data": rows}
 
 
 def _newest(index: Index) -> list[str]:
     return sorted(index.runs, key=lambda run: Path(run).name, reverse=True)
-
-
-def _near(folder: str) -> str:
-    return folder.removeprefix(f"{Path.cwd()}/")

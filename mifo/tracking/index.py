@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from mifo.errors import MifoError
-from mifo.files import CONFIG, STATUS, read_json, read_text
+from mifo.files import CONFIG, STATUS, read_json, read_text, user_cache
 
 _VERSION = 1  # of the tables below; an index of another version is made again
 _MOST_KEYS = 5000  # of one run: a file from a stranger must not fill the disk
@@ -37,8 +37,7 @@ class Index:
     """
 
     def __init__(self, folders: Sequence[Path], path: Path | None = None) -> None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self._database = _opened(path or cache / "mifo" / "results.sqlite")
+        self._database = _opened(path or user_cache() / "results.sqlite")
         self.runs: dict[str, int] = {}  # folder → number
         try:
             self._refresh([os.path.abspath(folder) for folder in folders])
@@ -88,6 +87,11 @@ class Index:
                     facts = ((key, numbers[folder], value) for key, value in read_facts(Path(folder)).items())
                     self._database.executemany("INSERT INTO facts VALUES (?, ?, ?)", facts)
         self.runs = {folder: numbers[folder] for folder in found}
+
+
+def near(folder: str) -> str:
+    """A folder as seen from the working folder, where it lies below."""
+    return folder.removeprefix(f"{Path.cwd()}/")
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

@@ -52,7 +52,7 @@ FIXED = "max_steps max_epochs default_root_dir enable_checkpointing logger plugi
 
 def check_learning(settings: LearningSettings) -> None:
     """Refuse impossible settings before any model is loaded."""
-    for name, stage in (("semantic", settings.semantic), ("finetuning", settings.finetuning)):
+    for name, stage, _ in settings.stages:
         key = f"learning.{name}"
         if stage.trainable not in get_args(Trainable):
             known = ", ".join(get_args(Trainable))
@@ -166,10 +166,7 @@ def learn(
         check_cache(model, prompts, settings.prior, seed)
     lightning.seed_everything(seed, verbose=False)
     model.add_words(instances.tokens, instances.initializers, seed)
-    stages: list[tuple[Stage, StageSettings, float]] = [
-        ("semantic", settings.semantic, 0.0),
-        ("finetuning", settings.finetuning, settings.prior.weight),
-    ]
+    stages = settings.stages
     steps: dict[str, int] = {}
     for stream, (name, stage, prior_weight) in enumerate(stages):
         if not stage.steps:

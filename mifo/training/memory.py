@@ -54,7 +54,7 @@ def learning_memory(
     """
     found = [
         _stage(model, stage, prior_weight, performance)
-        for stage, prior_weight in ((settings.semantic, 0.0), (settings.finetuning, settings.prior.weight))
+        for _, stage, prior_weight in settings.stages
         if stage.steps
     ]
     return max(found, key=lambda each: each.total, default=Memory(_bytes(model)))

@@ -1,9 +1,12 @@
 """Settings of learning; the defaults are those of MIFO (arXiv 2511.00542) on Stable Diffusion 2.1."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mifo.data.settings import DrawSettings
+
+if TYPE_CHECKING:  # help and composition import no torch
+    from mifo.method.backbone import Stage
 
 
 def adamw() -> dict[str, Any]:
@@ -66,3 +69,8 @@ class LearningSettings(DrawSettings):
     semantic: StageSettings = field(default_factory=StageSettings)
     finetuning: StageSettings = field(default_factory=_finetuning)
     save_half: bool = False  # save fine-tuned weights in half precision, half the size and rounded
+
+    @property
+    def stages(self) -> list[tuple["Stage", StageSettings, float]]:
+        """Name, settings and weight of the prior of each stage, in their order; some may have no steps."""
+        return [("semantic", self.semantic, 0.0), ("finetuning", self.finetuning, self.prior.weight)]
