@@ -42,7 +42,7 @@ def put_together(base: DiffusionModel, folders: Sequence[Path]) -> Any:
     results = [read_learned(folder) for folder in folders]
     tokens = joined_tokens(results)
     base.add_words(tokens)
-    members, owners = [base], []
+    members, owners = [base], list[int]()
     for folder, result in zip(folders, results, strict=True):
         own = base
         if result.trainable != "tokens":
