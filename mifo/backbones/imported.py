@@ -29,7 +29,8 @@ def teach_words(settings: ModelSettings, tokenizers: Sequence[CLIPTokenizer]) ->
     """
     for word in settings.words:
         known = {*tokenizers[0].get_vocab()}
-        if not word or word != "".join(word.split()) or {word, f"{word.lower()}</w>"} & known:
+        spelled = {word, f"{word.lower()}</w>", f"Ġ{word}"}  # as a table has it, as CLIP's, as Qwen's
+        if not word or word != "".join(word.split()) or spelled & known:
             raise MifoError(
                 f"model.words has the word '{word}', which the model knows already or which is no single "
                 "word; name another, such as <mine>."
