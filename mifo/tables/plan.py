@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from fnmatch import fnmatch
 from functools import cache, cached_property
 from itertools import product
 from typing import Any
@@ -15,7 +14,7 @@ from rich.progress import track
 from mifo.config.checks import check
 from mifo.config.compose import REFUSALS, compose, explain, settings_of
 from mifo.config.identity import fingerprint
-from mifo.config.location import conf_folder
+from mifo.config.location import scenes_called
 from mifo.config.schema import RunSettings
 from mifo.config.sections import section as typed_section
 from mifo.data.photo_folder import folder_digest
@@ -203,12 +202,13 @@ def _rows(settings: TableSettings) -> list[tuple[str, list[str]]]:
 
 
 def _scenes(settings: TableSettings) -> list[tuple[str, str]]:
-    known = sorted(path.stem for path in (conf_folder() / "instances").glob("*.yaml"))
     found = []
     for name, patterns in settings.scenes.items():
         for pattern in patterns:
-            matching = [option for option in known if fnmatch(option, pattern)]
+            matching = scenes_called(pattern)
             if not matching:
-                raise MifoError(f"table.scenes.{name}: no option of conf/instances is called {pattern}")
+                raise MifoError(
+                    f"table.scenes.{name}: no option of conf/instances and no drawn scene is called {pattern}"
+                )
             found += [(name, option) for option in matching]
     return found
