@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatch
 from functools import cache, cached_property
 from itertools import product
 from typing import Any
@@ -194,7 +195,8 @@ def compose_cell(overrides: list[str]) -> Composed:
 
 
 def _rows(settings: TableSettings) -> list[tuple[str, list[str]]]:
-    rows = list(settings.rows.items())
+    wanted = settings.only or ["*"]
+    rows = [each for each in settings.rows.items() if any(fnmatch(each[0], label) for label in wanted)]
     for values in product(*settings.grid.values()) if settings.grid else ():
         deltas = [f"{key}={value}" for key, value in zip(settings.grid, values, strict=True)]
         rows.append((", ".join(delta.removeprefix("penalty.") for delta in deltas), deltas))
