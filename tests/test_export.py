@@ -250,11 +250,15 @@ def test_an_export_that_cannot_be_is_refused_before_a_model_is_loaded(mifo, sour
 def test_words_and_loras_of_another_kind_are_refused_by_name(source, tmp_path):
     write_tensors(tmp_path / "wide.safetensors", {"x": torch.zeros(1, 24)})
     write_tensors(tmp_path / "many.safetensors", {"x": torch.zeros(3, 16)})
+    write_tensors(tmp_path / "number.safetensors", {"x": torch.zeros(())})
+    write_tensors(tmp_path / "folded.safetensors", {"x": torch.zeros(4, 4)})
     write_tensors(tmp_path / "lora.safetensors", {"unet.no.lora_A.weight": torch.zeros(2, 8)})
     write_tensors(tmp_path / "plain.safetensors", {"weight": torch.zeros(2, 8)})
     (tmp_path / "old.pt").write_bytes(b"PK")
     for given, told in (
         ({"words": {"<x>": f"{tmp_path}/wide.safetensors"}}, "read widths 16"),
+        ({"words": {"<x>": f"{tmp_path}/number.safetensors"}}, "read widths 16"),
+        ({"words": {"<x>": f"{tmp_path}/folded.safetensors"}}, "has 4 vectors"),
         ({"words": {"<x>": f"{tmp_path}/many.safetensors"}}, "3 vectors"),
         ({"words": {"car": f"{tmp_path}/many.safetensors"}}, "'car', which the model knows"),
         ({"words": {"<x>": f"{tmp_path}/old.pt"}}, r"old\.pt is damaged"),
