@@ -108,6 +108,13 @@ def test_weights_learned_apart_act_in_the_boxes_of_their_instances(source, tmp_p
             at = rasterise_boxes(list(BOXES.values()), site.size[0])
             rows = [~at.any(0), *at][number].flatten()
             torch.testing.assert_close(maps[site][0, rows], own_maps[site][0, rows])
+    # a member reads its word as it was learned, first in the prompt, and leaves it where the prompt has it
+    for number, word in enumerate(BOXES, 1):
+        own, states = alone(source, folders[number - 1], "a photo of <asset0>")
+        place = own.places(own.tokenize(["a photo of <asset0>"])[0], "<asset0>")
+        here = model.places(model.tokenize([PROMPT])[0], word)
+        found = conditioning.parts[f"{number}.states"][0, here]
+        torch.testing.assert_close(found, states.parts["states"][0, place])
     # and a member's weights are those of its result, with its own word under the number it has here
     own, states = alone(source, folders[0], "a photo of <asset0>")
     torch.testing.assert_close(

@@ -1,9 +1,11 @@
 """Masks of things that boxes or clicks point at, by Segment Anything 2 (arXiv 2408.00714)."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
 from transformers import Sam2Model, Sam2Processor
@@ -36,8 +38,11 @@ class Segmenter:
 
     def __init__(self, source: str, device: torch.device) -> None:
         try:
-            self._processor = Sam2Processor.from_pretrained(source)
-            self._model = Sam2Model.from_pretrained(source).to(device).eval()
+            folder = Path(source).expanduser()
+            if not folder.is_dir():  # transformers would ask the hub for minutes where there is no network
+                folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+            self._processor = Sam2Processor.from_pretrained(folder)
+            self._model = Sam2Model.from_pretrained(folder).to(device).eval()
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise MifoError(

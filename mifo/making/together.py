@@ -7,7 +7,7 @@ Letters: B samples, L tokens, n pixels of a site.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from mifo.backbones.learned import Learned, load_learned, read_learned
 from mifo.backbones.model import DiffusionModel
 from mifo.errors import MifoError
 from mifo.method.backbone import Conditioning, Read, Rules, Site
+from mifo.method.prompts.instances import INSTANCE
 from mifo.method.regions.grids import resize_shapes
 from mifo.method.regions.rules import MOST_SUBJECTS
 
@@ -81,7 +82,7 @@ class Together:
         parts = {
             f"{number}.{name}": part
             for number, member in enumerate(self.members)
-            for name, part in member.encode_prompts(prompts).parts.items()
+            for name, part in self._encoded(number, member, prompts).items()
         }
         ids = self.members[0].tokenize(prompts)
         owners = torch.zeros(len(prompts), ids.shape[-1])
@@ -89,6 +90,27 @@ class Together:
             for row, own in enumerate(ids):
                 owners[row, self.members[0].places(own, word)] = owner
         return Conditioning({**parts, _OWNERS: owners.to(self.members[0].device)})
+
+    def _encoded(self, number: int, member: DiffusionModel, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """What a member makes of prompts in which its own words come before all other instances' words.
+
+        A text encoder reads a word in the light of those before it, and the member's words never followed
+        words of others while they were learned. The states of the words return to the words' places.
+        """
+        own = {word for word, owner in self.owners.items() if owner == number}
+        texts, orders = zip(*[_first(own, prompt) for prompt in prompts], strict=True)
+        found = member.encode_prompts(texts).parts
+        for row, (prompt, text, order) in enumerate(zip(prompts, texts, orders, strict=True)):
+            here, there = (
+                [list(places) for word, places in member.words(each).words if word in self.owners]
+                for each in (prompt, text)
+            )
+            for part in found.values():
+                if part.ndim == 3:  # (B, tokens, width)
+                    states = part[row].clone()
+                    for place, i in zip(there, order, strict=True):
+                        part[row, here[i]] = states[place]
+        return found
 
     def predict(
         self,
@@ -187,3 +209,11 @@ class Together:
 
 def _unchanged(probabilities: Tensor) -> Tensor:
     return probabilities
+
+
+def _first(own: Collection[str], prompt: str) -> tuple[str, list[int]]:
+    """A prompt in which `own` instances' words stand before all others', and where each word stood before."""
+    words = INSTANCE.findall(prompt)
+    order = sorted(range(len(words)), key=lambda i: words[i] not in own)
+    put = iter(order)
+    return INSTANCE.sub(lambda _: words[next(put)], prompt), order
