@@ -12,6 +12,7 @@ from diffusers.models.transformers import transformer_flux2, transformer_z_image
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from terms import penalty
+from test_export import export, save
 from test_learning import TRAINER
 from tiny import small_road, tiny_flux2_pipeline, tiny_z_image_pipeline, two_instances
 from transformers import Qwen3Config, Qwen3Model
@@ -577,3 +578,28 @@ def test_half_precision_is_the_pipelines(family, source):
         model.encode_prompts(PROMPTS).parts["states"], family.states(pipeline, PROMPTS), strict=True
     ):
         assert torch.equal(ours[: len(theirs)], theirs)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["lora", "tokens"])
+def test_a_result_is_exported_as_a_pipeline_that_predicts_the_same(family, mifo, source, tmp_path, what):
+    save(tmp_path, source, what)
+    assert export(mifo, source, "weights=pipeline", folder="P") == 0
+    exported = tmp_path / "P" / "exported" / "pipeline"
+    pipeline = family.pipeline.from_pretrained(exported)
+    pipeline.set_progress_bar_config(disable=True)
+    model = load_model(ModelSettings("tiny", source))
+    load_learned(tmp_path / "learned", model)
+    prompt, noise = "a photo of <asset1> and <asset0>", noise_for(model)
+    states = model.encode_prompts([prompt]).parts["states"][0]
+    theirs = family.states(pipeline, [prompt])[0]
+    torch.testing.assert_close(states[: len(theirs)], theirs, atol=1e-4, rtol=1e-3)
+    sampler = Sampler(model, SynthesisSettings(2, 1.0), GuidanceSettings())
+    pictures = model.decode_latents(sampler(model.encode_prompts(["", prompt]), noise))
+    codes = family.sample(pipeline, [prompt], noise, 2, 1.0)
+    codes = codes if family is Flux2 else codes / 1.5 + 0.06
+    found = pipeline.vae.decode(codes).sample.div(2).add(0.5).clamp(0, 1)
+    torch.testing.assert_close(found, pictures, atol=1e-3, rtol=1e-3)
+    if family is Flux2:
+        assert json.loads((exported / "model_index.json").read_text())["is_distilled"] is True
