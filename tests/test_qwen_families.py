@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from test_learning import TRAINER
 from tiny import small_road, tiny_flux2_pipeline, tiny_z_image_pipeline, two_instances
 from transformers import Qwen3Config, Qwen3Model
 
+from mifo.acceleration.profile import check_performance
 from mifo.acceleration.settings import PerformanceSettings
 from mifo.backbones.joint.attention import joint_rule
 from mifo.backbones.learned import load_learned
@@ -528,14 +530,43 @@ def test_a_distilled_model_is_sampled_without_guidance(mifo, photo, tmp_path, ca
     load_outline(ModelSettings("tiny", str(free))).check_scale("synthesis.guidance_scale", 7.5)
 
 
+def test_weights_in_8_bits_teach_words_and_adapters(source, tmp_path):
+    """The transformer's and the language model's; what learned fits the plain base model."""
+    finetuning = StageSettings(steps=1, trainable="lora", learning_rate=1e-2, lr_scheduler=constant())
+    prior = PriorSettings(pictures=1, steps=1, guidance_scale=1, cache=str(tmp_path / "prior"))
+    settings = LearningSettings(semantic=StageSettings(steps=1), finetuning=finetuning, prior=prior)
+    performance = PerformanceSettings(learning_precision="bfloat16", gradient_checkpointing=True, float8=True)
+    model, base = (load_model(ModelSettings("tiny", source, dtype="bfloat16")) for _ in range(2))
+    options = {"trainer": {**TRAINER, "precision": "bf16-mixed"}, "performance": performance}
+    learned = learn(model, two_instances(), settings, penalty(), tmp_path, **options)
+    load_learned(learned, base)
+    for network, other in zip(model.networks.values(), base.networks.values(), strict=True):
+        stored = [each for each in network.parameters() if each.dtype == torch.float8_e4m3fn]
+        weights = [each for each in other.parameters() if each.dim() > 1]
+        assert len(stored) > len(weights) / 3 and not any(each.requires_grad for each in stored)
+    assert any(each.any() for name, each in base.trainable("lora")["transformer"].items() if "B" in name)
+    with torch.no_grad():
+        states, noise = base.encode_prompts(["a photo of <asset0>"]), noise_for(base)
+        ours, theirs = (each.predict(noise, torch.tensor(500.0), states)[0] for each in (model, base))
+        assert 0 < (ours - theirs).norm() < 0.1 * theirs.norm()
+    settings.finetuning.trainable = "denoiser"
+    with pytest.raises(MifoError, match=r"trainable=denoiser learns weights that performance\.float8 keeps"):
+        learn(base, two_instances(), settings, penalty(), tmp_path / "other", **options)
+    with pytest.raises(MifoError, match="saves memory only with"):
+        check_performance(replace(performance, gradient_checkpointing=False))
+
+
 def test_memory_is_counted_without_weights(source):
     shapes = load_shapes(ModelSettings("tiny", source, dtype="bfloat16"))
     shapes.add_words(["<asset0>"])
     shapes.add_lora(4)
     settings = copy.deepcopy(SHORT)
     settings.finetuning.trainable = "lora"
-    found = learning_memory(shapes, settings, PerformanceSettings(learning_precision="bfloat16"))
-    assert found.activations > 0 and found.weights > 0
+    plain, half = (
+        learning_memory(shapes, settings, PerformanceSettings(learning_precision="bfloat16", float8=float8))
+        for float8 in (False, True)
+    )
+    assert plain.activations == half.activations > 0 and plain.weights / 2 < half.weights < plain.weights
 
 
 def test_the_benchmark_measures_its_shapes(family, source, monkeypatch):

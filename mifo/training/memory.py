@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -80,6 +80,13 @@ def _stage(
     if rounded and model.dtype == torch.float32 and not performance.gradient_checkpointing:
         weights += sum(
             2 * each.numel() for network in model.networks.values() for each in network.parameters()
+        )
+    if performance.float8:
+        weights -= sum(
+            each.weight.numel() * (each.weight.element_size() - 1)
+            for network in model.networks.values()
+            for each in network.modules()
+            if isinstance(each, nn.Linear) and not each.weight.requires_grad
         )
     states = 2 + 8 / 256 if "8bit" in stage.optimizer["_target_"] else 8
     activations = stage.batch_size * (2 if prior_weight else 1) * _activations(model)
