@@ -148,6 +148,8 @@ def ready_for_synthesis(model: Accelerated, settings: PerformanceSettings) -> No
     for part in (model.denoiser,) if dtype is torch.float16 else (model.denoiser, model.autoencoder):
         nn.Module.to(part, dtype)  # diffusers' own `to` warns about modules that it does not have
     _lay_out(model, settings)
+    if settings.gradient_checkpointing:  # guidance has gradients too
+        model.enable_checkpointing()
 
 
 def _lay_out(model: Accelerated, settings: PerformanceSettings) -> None:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 
@@ -155,7 +155,7 @@ def load_learned(folder: Path | str, model: DiffusionModel) -> Learned:
     model.add_words(learned.tokens)
     if learned.trainable == "lora":
         model.add_lora(learned.lora_rank)
-    for file, parameters in _files(model, learned.trainable).items():
+    for file, parameters in _files(model, cast(Trainable, learned.trainable)).items():
         shapes = {name: each.shape for name, each in parameters.items()}
         tensors = read_tensors(Path(folder) / file, shapes, learned.checksums.get(file))
         with torch.no_grad():

@@ -21,8 +21,7 @@ from mifo.backbones.model import DiffusionModel, Trainable
 from mifo.training.settings import LearningSettings, StageSettings
 
 RESERVE = 2.0**30
-# Shares of activations of 32 bits: under autocast some have 16; of those computed twice a block's remain
-_AUTOCAST, _TWICE = 0.75, 0.33
+_AUTOCAST = 0.75  # share of activations of 32 bits: under autocast some have 16
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,10 @@ def synthesis_memory(model: DiffusionModel, samples: int, performance: Performan
     narrow = (
         0 if wide else sum(each.numel() * (each.element_size() - 2) for each in model.denoiser.parameters())
     )
-    return Memory(_bytes(model) - narrow, activations=samples * _activations(model) * (1 if wide else 0.5))
+    activations = samples * _activations(model) * (1 if wide else 0.5)
+    if performance.gradient_checkpointing:
+        activations *= model.kept_of_twice
+    return Memory(_bytes(model) - narrow, activations=activations)
 
 
 def _stage(
@@ -93,7 +95,7 @@ def _stage(
     if rounded:
         activations *= _AUTOCAST if performance.autocast else 0.5
     if performance.gradient_checkpointing:
-        activations *= _TWICE
+        activations *= model.kept_of_twice
     gradients = learning * (4 if performance.autocast else 2)
     return Memory(weights, gradients, states * learning, activations)
 
