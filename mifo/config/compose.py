@@ -1,7 +1,7 @@
 """From Hydra's untyped composition to typed, checked settings."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from io import StringIO
@@ -14,6 +14,7 @@ from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.config_source import ConfigResult
+from hydra.plugins.sweeper import Sweeper
 from omegaconf import Container, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -28,6 +29,7 @@ from mifo.config.renamed import renamed
 from mifo.config.schema import SCHEMAS
 from mifo.errors import MifoError, nearest
 from mifo.files import read_text
+from mifo.world.drawn import drawn_settings
 
 register_resolvers()
 
@@ -35,12 +37,23 @@ register_resolvers()
 class FileConfigSource(file_config_source.FileConfigSource):
     """Hydra's reader of files, which names the file and the line of what cannot be read.
 
-    It takes the place of Hydra's own by bearing the same name.
+    An option of `instances` without a file may be the name of a drawn scene (`mifo.world.drawn`). This
+    reader takes the place of Hydra's own by bearing the same name.
     """
+
+    def is_config(self, config_path: str) -> bool:
+        return super().is_config(config_path) or self._drawn(config_path) is not None
+
+    def _drawn(self, config_path: str) -> DictConfig | None:
+        group, _, name = config_path.rpartition("/")
+        scene = drawn_settings(name) if group == "instances" else None
+        return scene and OmegaConf.create({"name": name, "scene": scene})
 
     def load_config(self, config_path: str) -> ConfigResult:
         path = Path(self.path) / self._normalize_file_name(config_path)
         if not path.is_file():
+            if drawn := self._drawn(config_path):
+                return ConfigResult(self.provider, self.full_path(), drawn, self._get_header_dict(""))
             return super().load_config(config_path)
         stream = StringIO(read_text(path))
         stream.name = str(path)
@@ -58,6 +71,28 @@ class FileConfigSource(file_config_source.FileConfigSource):
 
 
 SourcesRegistry.instance().types["file"] = FileConfigSource
+_check_batch = Sweeper.validate_batch_is_legal
+
+
+def _check_first_of_each_kind(sweeper: Sweeper, batch: Sequence[Sequence[str]]) -> None:
+    """Compose one job of each combination of options before the first job begins.
+
+    Hydra composes all of them, each for 0.2 s, and later once more. Jobs that differ in values of keys alone
+    can all be composed if one can; what a value may be is said in its own job.
+    """
+
+    def kind(override: str) -> str:
+        key = override.partition("=")[0]
+        is_group = "/" in key or (conf_folder() / key.lstrip("+~").partition("@")[0]).is_dir()
+        return override if is_group else key
+
+    firsts: dict[tuple[str, ...], Sequence[str]] = {}
+    for job in batch:
+        firsts.setdefault(tuple(map(kind, job)), job)
+    _check_batch(sweeper, [*firsts.values()])
+
+
+Sweeper.validate_batch_is_legal = _check_first_of_each_kind
 
 
 @cache
