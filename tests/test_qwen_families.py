@@ -624,6 +624,7 @@ def test_memory_is_counted_without_weights(source):
     assert plain.activations == half.activations > 0 and plain.weights / 2 < half.weights < plain.weights
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_its_shapes(family, source, monkeypatch):
     """Steps of both stages, the second of adapters, and a picture in two boxes, in bfloat16."""
     shapes = "flux2_klein" if family is Flux2 else "z_image"
