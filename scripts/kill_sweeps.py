@@ -4,8 +4,8 @@
 
 So many sweeps as `--jobs` says ask for the same runs at the same time, each in an order of its own, half of
 them in one common folder. Every job is a forked process, as a launcher would start it: it goes on when its
-sweep is killed. After the last kill, as many sweeps ask undisturbed for a part of the runs each. The exit code
-is 1 if anything was found:
+sweep is killed. After the last kill, as many sweeps ask undisturbed for a part of the runs each. The exit
+code is 1 if anything was found:
 
     twice      a run has two results, or its scores were measured twice
     lost       a run without a result, though the last sweeps ended
