@@ -1,9 +1,12 @@
 """The attention losses against hand-made maps, and when each term is active, where and with which weight."""
 
 from dataclasses import replace
+from itertools import permutations
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import entropy
 from terms import one_term, penalty
 from torch.nn import functional as F
 from vector_model import VectorModel
@@ -13,9 +16,12 @@ from mifo.errors import MifoError
 from mifo.method.backbone import DefaultSites, Site
 from mifo.method.losses.attention_loss import AttentionLoss, find_loss, known_losses
 from mifo.method.losses.break_a_scene import BreakAScene
+from mifo.method.losses.dice import Dice
+from mifo.method.losses.divergence import Divergence
 from mifo.method.losses.penalty import Penalty
 from mifo.method.losses.reward import Reward
 from mifo.method.losses.settings import PenaltySettings, Ramp, TermSettings
+from mifo.method.losses.soft_iou import SoftIoU
 from mifo.method.losses.timeline import Timeline, attention_loss, check_penalty
 
 MASK = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
@@ -60,6 +66,93 @@ def test_break_a_scene_matches_the_shape_whatever_the_level():
     assert loss_of(BreakAScene(), 0.03 * MASK) == 0
     assert loss_of(BreakAScene(), ATTENTION) == pytest.approx((0.8**2 + 0.4**2) / 4)
     assert loss_of(BreakAScene(), torch.zeros(2, 2)) == pytest.approx(0.5)
+
+
+def random_maps(count: int, dtype: torch.dtype = torch.float64) -> tuple[dict, dict]:
+    """Maps and masks of two samples at two sites of one size."""
+    torch.manual_seed(count)
+    sites = [Site(9, "a", "words", (4, 4)), Site(11, "b", "words", (4, 4))]
+    maps = {site: 0.02 + torch.rand(2, count, 4, 4, dtype=dtype) for site in sites}
+    masks = (torch.rand(2, count, 4, 4, dtype=dtype) > 0.5).to(dtype)
+    masks[..., 0, 0] = 1  # none is empty, as padding is
+    return maps, {(4, 4): masks}
+
+
+def test_dice_and_soft_iou_of_sets_are_those_of_sets():
+    attention = torch.tensor([[0.3, 0.0], [0.3, 0.0]])  # half of it lies in the mask, whose half it fills
+    assert loss_of(Dice(), attention) == pytest.approx(1 - 2 * 1 / (2 + 2))
+    assert loss_of(SoftIoU(), attention) == pytest.approx(1 - 1 / 3)
+    for loss in (Dice(), SoftIoU()):
+        assert loss_of(loss, 0.03 * MASK) == pytest.approx(0, abs=1e-6)
+        assert loss_of(loss, 1 - MASK) == pytest.approx(1, abs=1e-6)
+        assert loss_of(loss, torch.zeros(2, 2)) == pytest.approx(1, abs=1e-6)
+
+
+def test_dice_and_soft_iou_are_what_numpy_makes_of_their_formulas():
+    maps, masks = random_maps(3)
+    dice, soft_iou = Dice()(maps, masks), SoftIoU()(maps, masks)
+    for b, k in np.ndindex(2, 3):
+        mask, each = masks[4, 4][b, k].numpy(), [attention[b, k].numpy() for attention in maps.values()]
+        mean = (each[0] + each[1]) / 2
+        mean = mean / mean.max()
+        assert dice[b, k].item() == pytest.approx(1 - 2 * (mean * mask).sum() / (mean.sum() + mask.sum()))
+        ious = []
+        for attention in each:
+            own = attention / attention.max()
+            ious.append((own * mask).sum() / (own.sum() + mask.sum() - (own * mask).sum()))
+        assert soft_iou[b, k].item() == pytest.approx(1 - sum(ious) / 2)
+
+
+def test_divergence_is_the_mean_symmetric_kl_of_all_pairs():
+    maps, masks = random_maps(3)
+    found = Divergence()(maps, masks)
+    mean = sum(maps.values()) / 2
+    for b in range(2):
+        shares = [(mean[b, k] / mean[b, k].sum()).flatten().numpy() for k in range(3)]
+        total = sum(
+            (entropy(shares[i], shares[j]) + entropy(shares[j], shares[i])) / 2
+            for i, j in permutations(range(3), 2)
+        )
+        assert found[b].sum().item() == pytest.approx(-total / (3 * 2))
+
+
+def test_divergence_leaves_out_padding_and_an_instance_alone():
+    maps, masks = random_maps(3)
+    two = ({site: each[:, :2] for site, each in maps.items()}, {(4, 4): masks[4, 4][:, :2]})
+    masks[4, 4][:, 2] = 0  # as of padding
+    padded = Divergence()(maps, masks)
+    torch.testing.assert_close(padded[:, :2], Divergence()(*two))
+    masks[4, 4][:, 1] = 0
+    assert not padded[:, 2].any() and not Divergence()(maps, masks).any()
+
+
+def test_divergence_falls_as_maps_part_and_stays_finite_where_they_never_meet():
+    left, right = torch.eye(4).view(4, 2, 2)[:2]
+
+    def of(one, other):
+        maps = {SMALL: torch.stack([one, other])[None]}
+        return Divergence()(maps, {SMALL.size: torch.ones(1, 2, 2, 2)}).sum().item()
+
+    near, far = of(left + 0.5 * right, right + 0.5 * left), of(left + 0.1 * right, right + 0.1 * left)
+    assert of(left, left) == pytest.approx(0, abs=1e-6) and 0 > near > far > of(left, right) > -18.5
+
+
+@pytest.mark.parametrize("loss", [Dice(), Divergence(), SoftIoU()])
+def test_gradients_of_the_losses_of_2025_and_2026_are_those_of_differences(loss):
+    maps, masks = random_maps(3)
+    sites = list(maps)
+
+    def of(*attention):
+        return loss(dict(zip(sites, attention, strict=True)), masks)
+
+    assert torch.autograd.gradcheck(of, [each.requires_grad_() for each in maps.values()])
+
+
+@pytest.mark.parametrize("loss", [Dice(), Divergence(), SoftIoU()])
+def test_a_map_without_attention_has_finite_gradients(loss):
+    maps = {SMALL: torch.zeros(1, 2, 2, 2, requires_grad=True)}
+    loss(maps, {SMALL.size: MASK.expand(1, 2, 2, 2)}).sum().backward()
+    assert maps[SMALL].grad.isfinite().all()
 
 
 def test_masks_are_resized_without_antialiasing():
@@ -151,6 +244,8 @@ def test_the_reward_comes_first_and_the_penalty_from_step_200():
     ("option", "semantic", "finetuning"),
     [
         ("break_a_scene", ["break_a_scene"] * 3, "break_a_scene"),
+        ("dice", ["dice"] * 3, "dice"),
+        ("divergence", ["divergence"] * 3, "divergence"),
         ("from_start", ["penalty"] * 3, "penalty"),
         ("mifo", ["reward", "reward", "penalty"], "penalty"),
         ("no_penalty", ["reward", "reward", None], None),
@@ -158,6 +253,7 @@ def test_the_reward_comes_first_and_the_penalty_from_step_200():
         ("none", [None] * 3, None),
         ("reward", ["reward"] * 3, None),
         ("reward_kept", ["reward"] * 3, "reward"),
+        ("soft_iou", ["soft_iou"] * 3, "soft_iou"),
     ],
 )
 def test_every_option_is_active_when_it_says(option, semantic, finetuning):
@@ -252,8 +348,15 @@ def test_sites_are_chosen_by_name_and_by_size(vector_unet):
 
 
 def test_losses_are_found_by_the_name_of_their_file_or_the_path_of_their_class():
-    assert known_losses() == ["break_a_scene", "penalty", "reward"]
-    assert [type(find_loss(name)) for name in known_losses()] == [BreakAScene, Penalty, Reward]
+    known = {
+        "break_a_scene": BreakAScene,
+        "dice": Dice,
+        "divergence": Divergence,
+        "penalty": Penalty,
+        "reward": Reward,
+        "soft_iou": SoftIoU,
+    }
+    assert {name: type(find_loss(name)) for name in known_losses()} == known
     assert isinstance(find_loss("test_losses.Sharp"), Sharp)
 
 
@@ -261,7 +364,9 @@ def test_losses_are_found_by_the_name_of_their_file_or_the_path_of_their_class()
     "name", ["rewarded", "nowhere.Loss", "test_losses.Missing", "test_losses.Sites", "timeline", "settings"]
 )
 def test_what_is_no_loss_is_refused_with_the_names_of_those_there_are(name):
-    with pytest.raises(MifoError, match=rf"loss={name} .*break_a_scene, penalty, reward"):
+    with pytest.raises(
+        MifoError, match=rf"loss={name} .*break_a_scene, dice, divergence, penalty, reward, soft_iou"
+    ):
         find_loss(name)
 
 

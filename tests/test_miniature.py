@@ -144,7 +144,7 @@ def test_a_spec_is_drawn_as_it_says():
         ([ThingSpec("car")], "colour 'None' is not known"),
         ([ThingSpec("car", "red", hue=78.0)], "give one of them"),
         ([ThingSpec("car", hue=355.0)], "inside 'red'"),
-        ([ThingSpec("car", "red")] * 5, "5 things"),
+        ([ThingSpec("car", "red")] * 11, "11 things"),
     ],
 )
 def test_impossible_scenes_are_refused(things, message):

@@ -107,6 +107,27 @@ def test_every_row_of_every_table_composes(path, model):
     assert (path / "README.md").is_file()
 
 
+def test_a_part_of_the_rows_is_asked_by_their_labels(folder, made):
+    asking = ["small", "table.results=part"]
+    table([*asking, "table.only=[n*]"])
+    assert {seen[0] for seen in made} == {"no_attention_loss"}
+    # the whole table goes on from the record of a part
+    shutil.rmtree("outputs/runs")
+    made.clear()
+    table(["small", "table.results=whole", "table.record=part"])
+    assert {seen[0] for seen in made} == {"mifo"}
+    with pytest.raises(MifoError, match="no row is called Mifo; take some of MIFO, none"):
+        table([*asking, "table.only=[Mifo]"])
+
+
+def test_a_scene_may_stand_in_several_sets_and_is_run_once(folder, made):
+    table(["small", "table.scenes={all: ['alike-2-*-same-*'], one hue: ['alike-2-hue0-same-*']}"])
+    assert len(made) == 3 * 2 * 2
+    with open(results(folder) / "table.csv") as file:
+        numbers = {(row["row"], row["scenes"]): row["runs"] for row in csv.DictReader(file)}
+    assert numbers["MIFO", "all"] == "6" and numbers["MIFO", "one hue"] == "2"
+
+
 def test_rows_that_differ_after_learning_alone_learn_the_same():
     settings, overrides = read_table(ROOT / "experiments" / "synthesis_ablation", ["table.seeds=[0]"])
     settings.scenes = {"one": ["three_cars"]}

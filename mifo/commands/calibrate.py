@@ -1,6 +1,6 @@
 """`mifo calibrate`: the measures on drawn pictures whose leakage is known."""
 
-from fnmatch import fnmatch
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -10,8 +10,9 @@ from rich.progress import track
 from scipy.stats import t as student
 
 from mifo.commands.setup import prepare
+from mifo.config.compose import compose
 from mifo.config.jobs import claim_folder
-from mifo.config.location import conf_folder
+from mifo.config.location import scenes_called
 from mifo.config.schema import CalibrateSettings
 from mifo.data.instance_names import find_source
 from mifo.data.instances import read_instances
@@ -19,7 +20,7 @@ from mifo.data.layouts import LayoutSettings, layouts
 from mifo.data.saved_pictures import as_image
 from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
-from mifo.files import read_yaml, write_whole
+from mifo.files import write_whole
 from mifo.metrics.evaluation import METRICS, PictureEvaluator
 from mifo.metrics.settings import Fit
 from mifo.miniature.calibration import CASES, calibration_picture
@@ -71,14 +72,13 @@ def calibrate(settings: CalibrateSettings) -> Path:
 
 
 def named_scenes(patterns: list[str]) -> list[InstancesSettings]:
-    """The drawn scenes of conf/instances whose names fit one of `patterns`, in which * is any text."""
-    files = sorted((conf_folder() / "instances").glob("*.yaml"))
-    fitting = [file for file in files if any(fnmatch(file.stem, pattern) for pattern in patterns)]
+    """The drawn scenes whose names fit one of `patterns`, in which * is any text."""
+    names = dict.fromkeys(name for pattern in patterns for name in scenes_called(pattern))
     schema = OmegaConf.structured(InstancesSettings)
-    scenes = [OmegaConf.to_object(OmegaConf.merge(schema, read_yaml(file))) for file in fitting]
-    scenes = [scene for scene in scenes if scene.scene is not None]
+    given = [compose("layout", [f"instances={name}"]).instances for name in names]
+    scenes = [OmegaConf.to_object(OmegaConf.merge(schema, each)) for each in given if each.scene]
     if not scenes:
-        raise MifoError(f"scenes={','.join(patterns)} fits no drawn scene of conf/instances; try [alike_*]")
+        raise MifoError(f"scenes={','.join(patterns)} fits no drawn scene; try [alike_*]")
     return scenes
 
 
@@ -92,7 +92,10 @@ def report(table: pd.DataFrame, evaluator: PictureEvaluator, fit: Fit) -> str:
     """The table in Markdown: cases by metrics, all scenes and each kind of scene; scenes are the sample."""
     metrics = [name for name in METRICS if name in table]
     scenes = table.groupby(["case", "scene"], sort=False)[metrics].mean().reset_index()
-    kinds = {"all scenes": "", **{kind: kind for kind in (name.split("_")[0] for name in scenes.scene)}}
+    kinds = {
+        "all scenes": "",
+        **{kind: kind for kind in (re.split("[_-]", name)[0] for name in scenes.scene)},
+    }
     heads = [f"{name} {'↑' if METRICS[name].higher_is_better else '↓'}" for name in metrics]
     lines = [
         "# The measures on drawn pictures",

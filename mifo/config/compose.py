@@ -29,6 +29,7 @@ from mifo.config.renamed import renamed
 from mifo.config.schema import SCHEMAS
 from mifo.errors import MifoError, nearest
 from mifo.files import read_text
+from mifo.world.drawn import drawn_settings
 
 register_resolvers()
 
@@ -36,12 +37,23 @@ register_resolvers()
 class FileConfigSource(file_config_source.FileConfigSource):
     """Hydra's reader of files, which names the file and the line of what cannot be read.
 
-    It takes the place of Hydra's own by bearing the same name.
+    An option of `instances` without a file may be the name of a drawn scene (`mifo.world.drawn`). This
+    reader takes the place of Hydra's own by bearing the same name.
     """
+
+    def is_config(self, config_path: str) -> bool:
+        return super().is_config(config_path) or self._drawn(config_path) is not None
+
+    def _drawn(self, config_path: str) -> DictConfig | None:
+        group, _, name = config_path.rpartition("/")
+        scene = drawn_settings(name) if group == "instances" else None
+        return scene and OmegaConf.create({"name": name, "scene": scene})
 
     def load_config(self, config_path: str) -> ConfigResult:
         path = Path(self.path) / self._normalize_file_name(config_path)
         if not path.is_file():
+            if drawn := self._drawn(config_path):
+                return ConfigResult(self.provider, self.full_path(), drawn, self._get_header_dict(""))
             return super().load_config(config_path)
         stream = StringIO(read_text(path))
         stream.name = str(path)

@@ -11,6 +11,7 @@ from mifo.data.photo_folder import image_file, mask_sources
 from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
 from mifo.files import as_record, read_yaml
+from mifo.world.drawn import DrawnSettings
 from mifo.world.spec import SceneSpec, check_scene
 
 FITS = ("squash", "crop", "pad")
@@ -30,10 +31,15 @@ def find_source(settings: InstancesSettings) -> Path | SceneSpec:
     if settings.folder is None:
         if settings.scene is None:
             raise MifoError("instances has neither a folder nor a scene; set instances.folder=PATH.")
+        schema = DrawnSettings if "kind" in settings.scene else SceneSpec
         try:
-            spec = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SceneSpec), settings.scene))
+            spec = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), settings.scene))
         except OmegaConfBaseException as error:
             raise MifoError(f"instances.scene.{error.full_key}: {str(error).splitlines()[0]}.") from error
+        if isinstance(spec, DrawnSettings):
+            from mifo.world.drawing import draw_spec  # imported here, since it needs torch
+
+            return draw_spec(spec)
         check_scene(spec)
         return spec
     if settings.scene is not None:
@@ -78,12 +84,14 @@ def name_instances(settings: InstancesSettings) -> InstanceNames:
         told = [thing.thing for thing in source.things]
     count = len(told)
     known = [name for name in told if name] if all(told) else []
+    # words of drawn scenes start at their classes, since nobody wrote initializers
+    starts = told if settings.scene and "kind" in settings.scene else [None] * count
     for key in ("class_names", "initializers"):
         _check_number(key, getattr(settings, key), count)
     return InstanceNames(
         tokens=tuple(f"<asset{i}>" for i in range(count)),
         class_names=tuple(settings.class_names or known) or None,
-        initializers=tuple(settings.initializers or [None] * count),
+        initializers=tuple(settings.initializers or starts),
     )
 
 

@@ -10,7 +10,8 @@ class InstancesSettings:
 
     name: str = "instances"  # this and "local" give way to the name of the folder in titles
     folder: str | None = None
-    scene: dict[str, Any] | None = None  # the fields of `mifo.world.spec.SceneSpec`
+    # the fields of `mifo.world.spec.SceneSpec`, or of `mifo.world.drawn.DrawnSettings`
+    scene: dict[str, Any] | None = None
     fit: str = "squash"  # a picture that is not square: squash | crop (about the instances) | pad
     class_names: list[str] | None = None  # one word or phrase per instance, "car"; None: not known
     initializers: list[str | None] | None = None  # a word per instance whose embedding its token starts from

@@ -15,7 +15,7 @@ from rich.progress import track
 from mifo.config.checks import check
 from mifo.config.compose import REFUSALS, compose, explain, settings_of
 from mifo.config.identity import fingerprint
-from mifo.config.location import conf_folder
+from mifo.config.location import scenes_called
 from mifo.config.schema import RunSettings
 from mifo.config.sections import section as typed_section
 from mifo.data.photo_folder import folder_digest
@@ -195,7 +195,8 @@ def compose_cell(overrides: list[str]) -> Composed:
 
 
 def _rows(settings: TableSettings) -> list[tuple[str, list[str]]]:
-    rows = list(settings.rows.items())
+    wanted = settings.only or ["*"]
+    rows = [each for each in settings.rows.items() if any(fnmatch(each[0], label) for label in wanted)]
     for values in product(*settings.grid.values()) if settings.grid else ():
         deltas = [f"{key}={value}" for key, value in zip(settings.grid, values, strict=True)]
         rows.append((", ".join(delta.removeprefix("penalty.") for delta in deltas), deltas))
@@ -203,12 +204,13 @@ def _rows(settings: TableSettings) -> list[tuple[str, list[str]]]:
 
 
 def _scenes(settings: TableSettings) -> list[tuple[str, str]]:
-    known = sorted(path.stem for path in (conf_folder() / "instances").glob("*.yaml"))
     found = []
     for name, patterns in settings.scenes.items():
         for pattern in patterns:
-            matching = [option for option in known if fnmatch(option, pattern)]
+            matching = scenes_called(pattern)
             if not matching:
-                raise MifoError(f"table.scenes.{name}: no option of conf/instances is called {pattern}")
+                raise MifoError(
+                    f"table.scenes.{name}: no option of conf/instances and no drawn scene is called {pattern}"
+                )
             found += [(name, option) for option in matching]
     return found

@@ -1,6 +1,7 @@
 """What a table asks: `table.yaml` in a folder of `experiments/`."""
 
 from dataclasses import dataclass, field, fields
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 from unicodedata import category
@@ -28,6 +29,9 @@ class TableSettings:
 
     title: str = MISSING
     rows: dict[str, list[str]] = field(default_factory=dict)  # label → overrides
+    only: list[str] = field(
+        default_factory=list
+    )  # labels of the rows that are asked, * for any text; []: all
     # key → values; every combination is one more row
     grid: dict[str, list[Any]] = field(default_factory=dict)
     # set → names in conf/instances, * for any text
@@ -56,6 +60,7 @@ HELP = f"""usage: mifo table FOLDER [table.KEY=VALUE ...] [override of every run
   mifo table experiments/methods hydra/launcher=gpus hydra.launcher.n_jobs=2    each alone on a GPU
   mifo table experiments/methods hydra/launcher=submitit_slurm hydra.launcher.partition=NAME table.per_job=9
   mifo table experiments/methods table.missing=leave               the table of what is finished so far
+  mifo table experiments/methods 'table.only=[MIFO, "*Scene"]'     a part of the rows
   mifo table experiments/methods logger=wandb                      its runs appear there, with row and set
   mifo table experiments/methods table.send=true table.missing=leave    so do finished ones, once
   mifo table experiments/methods table.record=FOLDER ...           with the runs of an earlier table's results
@@ -133,6 +138,8 @@ def _check(settings: TableSettings, file: Path) -> None:
     for label in (settings.title, *settings.rows, *settings.grid, *settings.scenes):
         if not label.strip() or any(category(letter).startswith(("Cc", "Zl", "Zp")) for letter in label):
             raise MifoError(f"{file}: the title and every label must be one line of text, unlike {label!r}")
+    if lost := [label for label in settings.only if not any(fnmatch(row, label) for row in settings.rows)]:
+        raise MifoError(f"table.only: no row is called {lost[0]}; take some of {', '.join(settings.rows)}")
     if settings.workers < 0 or settings.per_job < 1:
         raise MifoError("table.workers must be at least 0, table.per_job at least 1")
     for key, value, known in (

@@ -35,6 +35,8 @@ def claim_results(folder: Path, settings: TableSettings, overrides: Sequence[str
         MifoError: the folder holds a table that asks something else.
     """
     asked = {key: value for key, value in asdict(settings).items() if key not in _HOW}
+    if not settings.only:  # which records of earlier versions do not name
+        del asked["only"]
     asked["overrides"] = list(overrides)
     path = folder / QUESTION
     if path.exists() and not _is_asked(path, asked):

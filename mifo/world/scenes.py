@@ -131,7 +131,8 @@ def arrange(
 ) -> Placements:
     """Place ``count`` (n,) things in each scene, the least overlapping of ``tries`` random arrangements."""
     n, device = count.shape[0], generator.device
-    limits = torch.tensor(list(HALF_SIZES.values()), device=device)[count - 1]
+    # more things than pretraining ever drew are as large as four
+    limits = torch.tensor(list(HALF_SIZES.values()), device=device)[count.clamp(max=MAX_THINGS) - 1]
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(n, *shape, generator=generator, device=device)
@@ -189,7 +190,7 @@ def _pattern_share(pattern: Tensor, x: Tensor, y: Tensor, ident: Identities, sha
     return shares[pattern, torch.arange(len(pattern), device=pattern.device)]
 
 
-def _draw_things(identities: Identities, placements: Placements, size: int) -> tuple[Tensor, Tensor]:
+def draw_things(identities: Identities, placements: Placements, size: int) -> tuple[Tensor, Tensor]:
     """m things, each on a canvas of its own: colours (m, 3, H, W) and coverage (m, H, W)."""
     device = identities.body.device
     m = identities.thing.shape[0]
@@ -257,7 +258,7 @@ def draw(scenes: SceneBatch, size: int = SIZE, with_background: bool = True) -> 
         rows = torch.nonzero(scenes.count > slot).squeeze(1)
         if not len(rows):
             continue
-        colour, coverage = _draw_things(scenes.identities[rows, slot], scenes.placements[rows, slot], size)
+        colour, coverage = draw_things(scenes.identities[rows, slot], scenes.placements[rows, slot], size)
         images[rows] += (colour - images[rows]) * coverage.unsqueeze(1)
         masks[rows, :slot] *= (1 - coverage).unsqueeze(1)
         masks[rows, slot] = coverage
@@ -408,7 +409,7 @@ def redraw_scene(
     trial = Placements(torch.full((1, len(slots), 2), 0.5), torch.full((1, len(slots)), 0.4), turn, mirror)
     fitted = dataclasses.replace(trial, centre=trial.centre.clone(), size=trial.size.clone())
     for place, box in enumerate(boxes):
-        x0, y0, x1, y1 = mask_boxes(_draw_things(identities[:, place], trial[:, place], SIZE)[1])[0]
+        x0, y0, x1, y1 = mask_boxes(draw_things(identities[:, place], trial[:, place], SIZE)[1])[0]
         left, top, right, bottom = torch.tensor(box)
         scale = torch.minimum((right - left) / (x1 - x0), (bottom - top) / (y1 - y0))
         fitted.size[0, place] = 0.4 * scale

@@ -4,9 +4,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from mifo.errors import MifoError
-from mifo.world.vocabulary import BACKGROUNDS, COLOURS, PATTERNS, THINGS
+from mifo.world.vocabulary import BACKGROUNDS, COLOURS, HELD_OUT_HUES, PATTERNS, THINGS
 
-MAX_THINGS = 4
+MAX_THINGS = 4  # of a scene of pretraining
+MOST_THINGS = 10  # of a scene of the benchmark, whose prompts hold 32 tokens
 
 
 @dataclass
@@ -35,9 +36,9 @@ class SceneSpec:
 
 
 def check_scene(spec: SceneSpec) -> None:
-    """Refuse unknown words, hues that a colour word has, and other than 1 to `MAX_THINGS` things."""
-    if not 1 <= len(spec.things) <= MAX_THINGS:
-        raise MifoError(f"instances.scene.things: {len(spec.things)} things; take 1 to {MAX_THINGS}.")
+    """Refuse unknown words, hues that pretraining saw, and other than 1 to `MOST_THINGS` things."""
+    if not 1 <= len(spec.things) <= MOST_THINGS:
+        raise MifoError(f"instances.scene.things: {len(spec.things)} things; take 1 to {MOST_THINGS}.")
     for thing in spec.things:
         check_word("thing", thing.thing, THINGS)
         check_word("pattern", thing.pattern, PATTERNS)
@@ -54,15 +55,22 @@ def check_word(kind: str, word: str | None, options: Collection[str]) -> None:
         raise MifoError(f"instances.scene: {kind} '{word}' is not known; choose one of {', '.join(options)}.")
 
 
+def is_unseen(hue: float) -> bool:
+    """Whether pretraining never saw a body of this hue in degrees, within a colour word or between two."""
+    low, high = HELD_OUT_HUES
+    shares = [((hue - first) % 360) / (last - first) for first, last in COLOURS.values()]
+    return all(low <= share <= high or share > 1 for share in shares)
+
+
 def _check_hue(thing: ThingSpec, hue: float) -> None:
-    """Refuse a hue that is given together with a colour word, or that lies in the range of a colour word."""
+    """Refuse a hue that is given together with a colour word, or that pretraining may have seen."""
     if thing.colour is not None:
         raise MifoError(
             f"instances.scene: the {thing.thing} has the colour {thing.colour} and the hue {hue:g}; "
             "give one of them."
         )
     for word, (low, high) in COLOURS.items():
-        if (hue - low) % 360 <= high - low:
+        if (hue - low) % 360 <= high - low and not is_unseen(hue):
             raise MifoError(
                 f"instances.scene: the hue {hue:g} lies inside '{word}' ({low:g} to {high:g}), where "
                 f"pretraining may have seen it; take colour: {word}, or a hue between two words."

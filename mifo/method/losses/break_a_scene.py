@@ -1,10 +1,10 @@
 """Break-a-Scene's attention loss, a baseline that matches attention to the mask (2305.16311, eq. 2)."""
 
-import torch
 from torch import Tensor
 
 from mifo.method.backbone import DefaultSites, Site, Stage
 from mifo.method.losses.attention_loss import AttentionLoss, Maps, Masks
+from mifo.method.losses.maps import filled, mean_map
 
 
 class BreakAScene(AttentionLoss):
@@ -20,6 +20,4 @@ class BreakAScene(AttentionLoss):
 
     def __call__(self, maps: Maps, masks: Masks) -> Tensor:
         """(B, K)."""
-        mean = torch.stack(list(maps.values())).mean(0)
-        peak = mean.amax((-2, -1), keepdim=True).clamp_min(torch.finfo(mean.dtype).tiny)
-        return (mean / peak - masks[next(iter(maps)).size]).square().mean((-2, -1))
+        return (filled(mean_map(maps)) - masks[next(iter(maps)).size]).square().mean((-2, -1))
