@@ -42,6 +42,7 @@ TASKS = {
     "dashboard": "write the workspace that compares ablations on Weights & Biases",
     "pretrain": "make the miniature's weights again, on one GPU",
     "benchmark": "time and memory of learning and synthesis on this machine, row by row",
+    "speedrun": "seconds until the demo's image is learned, on a leaderboard",
     "calibrate": "score drawn pictures whose leakage is known",
     "quality": "measure the miniature's models on scenes they never saw",
 }
