@@ -2,10 +2,11 @@
 
     python scripts/fuzz_inputs.py --cases 5000 --jobs 14 --seconds 540
 
-Each case damages one file: of a photo, of class pictures, of a learned result, of pictures, of a run's
-checkpoints or records, of a table, or of a model. Other cases set one key of a run to a value that makes no
-sense. Every command is `mifo.cli.main` in a forked process on a tiny random pipeline. It must end with its
-result (that of the undamaged file, if there is a checksum) or with one sentence. `--seconds` limits the time;
+Each case damages one file: of a photo with masks in one of four forms, of class pictures, of a learned
+result, of pictures, of a run's checkpoints or records, of a table, of a model, or an imported word or LoRA.
+Other cases set one key of a run to a value that makes no sense. Every command is `mifo.cli.main` in a forked
+process on a tiny random pipeline. It must end with its result (that of the undamaged file, if there is a
+checksum) or with one sentence. `--seconds` limits the time;
 `--seed` gives other cases. A table is printed at the end. The exit code is 1 if a command ended otherwise,
 and the files of the case are kept:
 
@@ -110,6 +111,8 @@ def kinds(harness: Harness) -> list[Kind]:
     classes.mkdir()
     for number, picture in enumerate(sorted((made / "run" / "run" / "pictures").glob("*.png"))):
         shutil.copy(picture, classes / f"{number}.png")
+    masks = annotated_photos(harness.folder / "annotated", harness.folder / "photo" / "img.png")
+    imported = imported_files(harness.folder / "imported", Path(source.partition("=")[2]))
     half = half_learned(harness)
     write_small_table(harness.folder / "table")
     synthesis = [*model, *SYNTHESIS, *TWO_PROMPTS, "hydra.run.dir=run"]
@@ -118,8 +121,14 @@ def kinds(harness: Harness) -> list[Kind]:
     resume = ["learn", "resume=run"]
     records = ("status.json", "command.json", "config.yaml", ".hydra/*.yaml")
     learned, pictures = made / "learn" / "run" / "learned", made / "run" / "run" / "pictures"
+    imports = ["model.words={mine: given/word.safetensors}", "model.lora=given/lora.safetensors"]
     return [
         Kind("photo", harness.folder / "photo", "given", ("*",), [*learn, "instances.folder=given"], False),
+        *(
+            Kind(name, folder, "given", ("*",), [*learn, "instances.folder=given"], False)
+            for name, folder in masks.items()
+        ),
+        Kind("imports", imported, "given", ("*",), [*learn, own, *imports], False),
         Kind("class pictures", classes, "given", ("*",), [*learn, own, "learning.prior.folder=given"], False),
         Kind("learned", learned, "given", ("*",), ["synthesize", "learned=given", *synthesis], True),
         Kind(
@@ -138,6 +147,62 @@ def kinds(harness: Harness) -> list[Kind]:
             False,  # of a base model only what docs/promises.md names is compared
         ),
     ]
+
+
+def annotated_photos(folder: Path, image: Path) -> dict[str, Path]:
+    """Photos of two instances whose masks are a label image, annotations of COCO, and boxes."""
+    from PIL import Image
+
+    places = {name: folder / name for name in ("labels", "coco", "boxes")}
+    for place in places.values():
+        place.mkdir(parents=True)
+        shutil.copy(image, place / "img.png")
+    labels = Image.new("L", (32, 32))
+    labels.paste(1, (2, 4, 14, 20))
+    labels.paste(2, (16, 10, 30, 30))
+    labels.save(places["labels"] / "labels.png")
+    runs = {"counts": [32 * 16 + 10, 20, 12, 20, 32 * 14 + 2], "size": [32, 32]}
+    annotations = [
+        {"id": 1, "image_id": 1, "category_id": 1, "bbox": [2, 4, 12, 16], "iscrowd": 0}
+        | {"segmentation": [[2, 4, 14, 4, 14, 20, 2, 20]]},
+        {
+            "id": 2,
+            "image_id": 1,
+            "category_id": 2,
+            "bbox": [16, 10, 2, 20],
+            "iscrowd": 0,
+            "segmentation": runs,
+        },
+    ]
+    content = {
+        "images": [{"id": 1, "height": 32, "width": 32, "file_name": "img.png"}],
+        "categories": [{"id": 1, "name": "car"}, {"id": 2, "name": "cat"}],
+        "annotations": annotations,
+    }
+    (places["coco"] / "annotations.json").write_text(json.dumps(content, indent=1))
+    boxes = "car: [0.05, 0.1, 0.45, 0.6]\ncat: [0.5, 0.3, 0.95, 0.95]\n"
+    (places["boxes"] / "boxes.yaml").write_text(boxes)
+    return places
+
+
+def imported_files(folder: Path, pipeline: Path) -> Path:
+    """A word and a LoRA of a pipeline's cross-attention, as other programs write them."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir()
+    (table,) = (
+        tensor
+        for name, tensor in load_file(next(pipeline.glob("text_encoder/*.safetensors"))).items()
+        if name.endswith("token_embedding.weight")
+    )
+    save_file({"mine": table[:1].clone()}, folder / "word.safetensors")
+    weights = load_file(next(pipeline.glob("unet/*.safetensors")))
+    name = min(name for name in weights if name.endswith("attn2.to_q.weight"))
+    (rows, columns), layer = weights[name].shape, f"unet.{name.removesuffix('.weight')}"
+    lora = {f"{layer}.lora_A.weight": (2, columns), f"{layer}.lora_B.weight": (rows, 2)}
+    save_file({name: torch.full(shape, 0.01) for name, shape in lora.items()}, folder / "lora.safetensors")
+    return folder
 
 
 def half_learned(harness: Harness) -> Path:

@@ -4,17 +4,18 @@
 
 So many sweeps as `--jobs` says ask for the same runs at the same time, each in an order of its own, half of
 them in one common folder. Every job is a forked process, as a launcher would start it: it goes on when its
-sweep is killed. After the last kill, one sweep runs undisturbed. The exit code is 1 if anything was found:
+sweep is killed. After the last kill, as many sweeps ask undisturbed for a part of the runs each. The exit
+code is 1 if anything was found:
 
     twice      a run has two results, or its scores were measured twice
-    lost       a run without a result, though the last sweep ended
+    lost       a run without a result, though the last sweeps ended
     half       a run counts as done whose result is not whole
     bits       a result differs from that of an undisturbed run (of `--samples` runs)
     number     a folder holds what Hydra recorded of another run
     trace      a traceback was printed
-    stuck      the last sweep does not end, or ends with an error
+    stuck      one of the last sweeps does not end, or ends with an error
 
-`--seconds` ends the kills; the last sweep and the comparison come after them.
+`--seconds` ends the kills; the last sweeps and the comparison come after them.
 """
 
 import argparse
@@ -81,9 +82,6 @@ def fork_jobs(pids: Path) -> None:
         return JobReturn(status=JobStatus.COMPLETED, _return_value=None)
 
     launcher["run_job"] = forked
-    # which composes all jobs once more before the first begins
-    sweeper = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
-    Plugins.instance().class_name_to_class[sweeper].validate_batch_is_composable = lambda *_: None
 
 
 def run_of(folder: Path) -> str:
@@ -178,7 +176,7 @@ class Harness:
             self.kills["sweeps"] += 1
 
     def judge(self, samples: int) -> list[tuple[str, str]]:
-        """What is wrong after the last sweep."""
+        """What is wrong after the last sweeps."""
         found = []
         done: dict[str, list[Path]] = {}
         for status in self.place.rglob("status.json"):
@@ -228,12 +226,13 @@ def main() -> int:
     print(f"{folder}: ready after {time.monotonic() - began:.0f} s", flush=True)
     harness.disturb(given.jobs, given.every, time.monotonic() + given.seconds)
     print(
-        f"after {time.monotonic() - began:.0f} s: killed {dict(harness.kills)}; the last sweep begins",
+        f"after {time.monotonic() - began:.0f} s: killed {dict(harness.kills)}; the last sweeps begin",
         flush=True,
     )
-    found = []
-    if (code := wait(harness.sweep(1), 1200)) != 0:
-        found.append(("stuck", f"the last sweep: exit code {code}"))
+    parts = [harness.seeds[number :: given.jobs] for number in range(given.jobs)]
+    last = [harness.sweep(number, part) for number, part in enumerate(parts) if part]
+    codes = [wait(pid, 1200) for pid in last]
+    found = [("stuck", f"a last sweep: exit code {code}") for code in codes if code != 0]
     found += harness.judge(given.samples)
     for kind, what in found[:50]:
         print(f"{kind}: {what}")

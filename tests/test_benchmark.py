@@ -108,8 +108,16 @@ def test_median_spread_and_operations():
     assert tera_operations(lambda: a @ a.T) == pytest.approx(2 * 10 * 10 * 20 / 1e12)
 
 
-@pytest.mark.parametrize(("shapes", "millions"), [("sd21", [866, 84, 340]), ("sdxl", [2567, 84, 123, 695])])
-def test_stable_diffusion_has_the_published_sizes(shapes, millions):
+@pytest.mark.parametrize(
+    ("shapes", "millions"),
+    [
+        ("sd21", [866, 84, 340]),
+        ("sdxl", [2567, 84, 123, 695]),
+        ("flux2_klein", [3876, 84, 4022]),
+        ("z_image", [6155, 84, 4022]),
+    ],
+)
+def test_models_have_the_published_sizes(shapes, millions):
     with torch.device("meta"):
         parts = SHAPES[shapes]()
     assert [

@@ -161,6 +161,38 @@ def test_exported_words_and_lora_predict_in_diffusers_what_mifo_predicts(
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", BOTH, indirect=True)
+def test_webui_reads_names_and_scales_as_kohyas_scripts_write_them(mifo, family, tmp_path):
+    """lora_unet_…, lora_te_… (of two encoders lora_te1_…, lora_te2_…) with lora_down, lora_up and alpha."""
+    kind, source = family
+    save(tmp_path, source, "full")
+    assert export(mifo, source, "format=webui", "rank=128") == 0
+    file = load_file(tmp_path / "E" / "exported" / "mifo.safetensors")
+    learned, base = load_model(ModelSettings("tiny", source)), load_model(ModelSettings("tiny", source))
+    load_learned(tmp_path / "learned", learned)
+    encoders = ["lora_te"] if kind == "sd" else ["lora_te1", "lora_te2"]
+    changed = set()
+    for prefix, name in zip(["lora_unet", *encoders], base.networks, strict=True):
+        after = dict(learned.networks[name].named_modules())
+        for path, layer in base.networks[name].named_modules():
+            of_kohya = path if prefix == "lora_unet" else f"text_model.{path.removeprefix('text_model.')}"
+            key = f"{prefix}_{of_kohya.replace('.', '_')}"
+            if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) and f"{key}.alpha" in file:
+                down, up = file[f"{key}.lora_down.weight"], file[f"{key}.lora_up.weight"]
+                added = up.flatten(1) @ down.flatten(1) * file[f"{key}.alpha"] / len(down)
+                expected = after[path].weight - layer.weight
+                torch.testing.assert_close(added.view_as(expected), expected, atol=1e-5, rtol=1e-4)
+                changed |= {f"{key}.{part}" for part in ("lora_down.weight", "lora_up.weight", "alpha")}
+    assert changed == {*file} and {key.partition("_")[0] for key in file} == {"lora"}
+    assert all(any(key.startswith(f"{prefix}_") for key in file) for prefix in ["lora_unet", *encoders])
+    word = load_file(tmp_path / "E" / "exported" / "asset0.safetensors")
+    names = ["emb_params"] if kind == "sd" else ["clip_l", "clip_g"]
+    assert {*word} == {*names}
+    for name, rows in zip(names, learned.new_rows.values(), strict=True):
+        assert torch.equal(word[name], rows[:1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", BOTH, indirect=True)
 def test_a_lora_tells_what_it_lacks_and_a_pipeline_lacks_nothing(mifo, family, tmp_path, capsys):
     kind, source = family
     save(tmp_path, source, "full", matrices=False)
@@ -218,11 +250,15 @@ def test_an_export_that_cannot_be_is_refused_before_a_model_is_loaded(mifo, sour
 def test_words_and_loras_of_another_kind_are_refused_by_name(source, tmp_path):
     write_tensors(tmp_path / "wide.safetensors", {"x": torch.zeros(1, 24)})
     write_tensors(tmp_path / "many.safetensors", {"x": torch.zeros(3, 16)})
+    write_tensors(tmp_path / "number.safetensors", {"x": torch.zeros(())})
+    write_tensors(tmp_path / "folded.safetensors", {"x": torch.zeros(4, 4)})
     write_tensors(tmp_path / "lora.safetensors", {"unet.no.lora_A.weight": torch.zeros(2, 8)})
     write_tensors(tmp_path / "plain.safetensors", {"weight": torch.zeros(2, 8)})
     (tmp_path / "old.pt").write_bytes(b"PK")
     for given, told in (
         ({"words": {"<x>": f"{tmp_path}/wide.safetensors"}}, "read widths 16"),
+        ({"words": {"<x>": f"{tmp_path}/number.safetensors"}}, "read widths 16"),
+        ({"words": {"<x>": f"{tmp_path}/folded.safetensors"}}, "has 4 vectors"),
         ({"words": {"<x>": f"{tmp_path}/many.safetensors"}}, "3 vectors"),
         ({"words": {"car": f"{tmp_path}/many.safetensors"}}, "'car', which the model knows"),
         ({"words": {"<x>": f"{tmp_path}/old.pt"}}, r"old\.pt is damaged"),

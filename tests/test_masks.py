@@ -9,16 +9,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from transformers import (
-    Sam2Config,
-    Sam2HieraDetConfig,
-    Sam2ImageProcessor,
-    Sam2MaskDecoderConfig,
-    Sam2Model,
-    Sam2Processor,
-    Sam2PromptEncoderConfig,
-    Sam2VisionConfig,
-)
+from tiny import tiny_segmenter
 
 from mifo.config.compose import compose, settings_of
 from mifo.config.launch import perform
@@ -177,35 +168,7 @@ def test_photographs_are_read_alike_in_every_form(tmp_path, name, count):
 
 @pytest.fixture(scope="module")
 def segmenter(tmp_path_factory):
-    """A tiny Segment Anything 2 with random weights, as transformers saves it."""
-    torch.manual_seed(0)
-    hiera = Sam2HieraDetConfig(
-        hidden_size=8,
-        num_attention_heads=1,
-        image_size=[64, 64],
-        window_positional_embedding_background_size=[2, 2],
-        blocks_per_stage=[1, 1, 2, 1],
-        embed_dim_per_stage=[8, 16, 32, 64],
-        num_attention_heads_per_stage=[1, 1, 2, 2],
-        window_size_per_stage=[8, 4, 4, 2],
-        global_attention_blocks=[3],
-    )
-    vision = Sam2VisionConfig(
-        backbone_config=hiera,
-        backbone_channel_list=[64, 32, 16, 8],
-        backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
-        fpn_hidden_size=32,
-    )
-    prompts = Sam2PromptEncoderConfig(hidden_size=32, image_size=64, patch_size=16, mask_input_channels=8)
-    decoder = Sam2MaskDecoderConfig(hidden_size=32, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=32)
-    folder = tmp_path_factory.mktemp("sam2")
-    config = Sam2Config(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
-    Sam2Model(config).save_pretrained(folder)
-    size = {"height": 64, "width": 64}
-    Sam2Processor(Sam2ImageProcessor(size=size, mask_size={"height": 16, "width": 16})).save_pretrained(
-        folder
-    )
-    return folder
+    return tiny_segmenter(tmp_path_factory.mktemp("sam2"))
 
 
 def test_boxes_and_clicks_become_masks_that_can_be_learned(mifo, folder, segmenter, capsys):

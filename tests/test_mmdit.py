@@ -18,9 +18,9 @@ from tiny import small_road, tiny_sd3_pipeline, two_instances
 from mifo.acceleration.block_attention import block_attention, block_mask
 from mifo.acceleration.graphs import GraphedFunction
 from mifo.acceleration.settings import PerformanceSettings
+from mifo.backbones.joint.attention import joint_heads, joint_rule
 from mifo.backbones.learned import load_learned
 from mifo.backbones.loading import load_model, load_outline
-from mifo.backbones.mmdit.attention import joint_heads, joint_rule
 from mifo.backbones.settings import ModelSettings
 from mifo.benchmark.rows import Bench, stage2_step
 from mifo.benchmark.settings import BenchmarkSettings
@@ -299,7 +299,7 @@ def test_maps_are_those_of_dense_joint_attention(source, inputs, maps):
 
 def test_gradients_of_shares_are_those_of_a_dense_softmax(source, inputs, monkeypatch):
     """Whole rows are computed in pieces, which change nothing."""
-    monkeypatch.setattr("mifo.backbones.mmdit.attention.QUERIES_AT_ONCE", 24)
+    monkeypatch.setattr("mifo.backbones.joint.attention.QUERIES_AT_ONCE", 24)
     model = load_model(ModelSettings("tiny", source, maps="row"))
     site = model.sites[0]
     noisy = inputs[0].requires_grad_()

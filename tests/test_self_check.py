@@ -3,7 +3,13 @@
 import pytest
 import torch
 from terms import penalty
-from tiny import tiny_pipeline, tiny_sd3_pipeline, two_instances
+from tiny import (
+    tiny_flux2_pipeline,
+    tiny_pipeline,
+    tiny_sd3_pipeline,
+    tiny_z_image_pipeline,
+    two_instances,
+)
 from torch.nn import functional as F
 
 from mifo.backbones.attention import attention_probabilities
@@ -13,7 +19,12 @@ from mifo.errors import MifoError
 from mifo.training.fit import learn
 from mifo.training.settings import LearningSettings, StageSettings
 
-FAMILIES = {"unet": tiny_pipeline, "mmdit": tiny_sd3_pipeline}
+FAMILIES = {
+    "unet": tiny_pipeline,
+    "mmdit": tiny_sd3_pipeline,
+    "flux2": tiny_flux2_pipeline,
+    "z_image": tiny_z_image_pipeline,
+}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -42,7 +53,9 @@ def test_a_backend_that_ignores_a_mask_stops_the_run(family, tmp_path, monkeypat
         return attend(query, key, value, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", broken)
-    with pytest.raises(MifoError, match=r"attention at .*attn1? .*not obey the rules of boxes \(\d+\.\d% of"):
+    with pytest.raises(
+        MifoError, match=r"attention at .*att(n1?|ention) .*not obey the rules of boxes \(\d+\.\d% of"
+    ):
         first_step(family[1], tmp_path)
     assert not (tmp_path / "learned").exists()
 
@@ -62,9 +75,12 @@ def test_a_backend_that_closes_too_much_stops_the_run(family, tmp_path, monkeypa
 
 
 def test_maps_of_other_queries_stop_the_run(family, tmp_path, monkeypatch):
+    room = "unet" if family[0] == "unet" else "joint"
     monkeypatch.setattr(
-        f"mifo.backbones.{family[0]}.attention.attention_probabilities",
+        f"mifo.backbones.{room}.attention.attention_probabilities",
         lambda *inputs: attention_probabilities(*inputs).flip(2),
     )
-    with pytest.raises(MifoError, match=r"maps read at .*attn2? are not those of its queries and keys"):
+    with pytest.raises(
+        MifoError, match=r"maps read at .*att(n2?|ention) are not those of its queries and keys"
+    ):
         first_step(family[1], tmp_path)

@@ -11,11 +11,14 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image, ImageDraw
+from tiny import tiny_segmenter
 
 from mifo.data.layouts import LayoutSettings
 from mifo.errors import MifoError
 from mifo.studio import jobs, kept
+from mifo.studio.clicks import Clicks
 
 ROOT = Path(__file__).parents[1]
 TOKENS = ("<asset0>", "<asset1>")
@@ -74,7 +77,7 @@ def test_nothing_that_is_kept_is_overwritten(photo, tmp_path):
         ([], [], "no instance"),
         (["cat", ""], [LEFT, RIGHT], "instance 2 has no name"),
         (["${oc.env:HOME}"], [LEFT], "is not kept"),
-        (["cat"], ["data:image/png;base64,????"], "no PNG"),
+        (["cat"], ["data:image/png;base64,????"], "is damaged"),
         (["cat"], ["data:image/png;base64,aaaa"], "mask0.png"),
     ],
 )
@@ -83,6 +86,19 @@ def test_what_cannot_be_learned_is_not_kept(photo, tmp_path, names, masks, told)
         kept.keep_photo(tmp_path / "studio", "a", photo, names, masks)
     assert kept.options(tmp_path / "studio", "instances") == []
     assert not [*tmp_path.glob("studio/photos/*")]
+
+
+def test_a_click_becomes_a_mask_of_the_shown_picture(photo, tmp_path):
+    source = str(tiny_segmenter(tmp_path / "sam2"))
+    shown = kept.as_url(Image.open(photo))
+    clicks = Clicks(source)
+    url = clicks.mask(shown, [(0.3, 0.4, 1)])
+    mask = Image.open(BytesIO(kept.content(url)))
+    assert mask.size == (128, 128) and {*mask.getdata()} <= {0, 255} and mask.getextrema()[1] == 255
+    assert clicks.mask(shown, [(0.3, 0.4, 1), (0.8, 0.8, 0)]) != url
+    assert clicks.mask(shown, [(0.3, 0.4, 1)]) == url
+    with pytest.raises(MifoError, match="segmenter=nowhere cannot be loaded"):
+        Clicks("nowhere").mask(shown, [(0.3, 0.4, 1)])
 
 
 def test_only_what_is_listed_is_opened(tmp_path):
@@ -127,9 +143,10 @@ def server(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    tiny_segmenter(tmp_path / "sam2")
     with open(tmp_path / "out.log", "w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mifo", "studio", f"port={port}", "browser=false"],
+            [sys.executable, "-m", "mifo", "studio", f"port={port}", "browser=false", "segmenter=sam2"],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")},
             stdout=log,
@@ -142,9 +159,24 @@ def server(tmp_path):
     process.wait(60)
 
 
+def masked_folder(parent: Path, form: str) -> Path:
+    """A folder with a photo and the masks of two instances in a form that tools write."""
+    folder = parent / f"{form}_folder"
+    folder.mkdir()
+    shutil.copy(parent / "cars.png", folder / "img.png")
+    if form == "boxes.yaml":
+        (folder / form).write_text("red car: [0.03, 0.15, 0.48, 0.43]\nblue car: [0.52, 0.2, 0.97, 0.5]\n")
+    else:
+        labels = Image.new("L", (512, 512))
+        ImageDraw.Draw(labels).ellipse((15, 80, 245, 220), fill=1)
+        ImageDraw.Draw(labels).ellipse((265, 100, 500, 250), fill=2)
+        labels.save(folder / form)
+    return folder
+
+
 @pytest.mark.slow
 def test_a_walk_through_the_page(server, tmp_path):
-    """Load, paint, learn, stop, go on, drag a box, make a picture, keep, reopen; screenshots stay."""
+    """Open, click, load, paint, learn, stop, go on, drag, make a picture, keep, reopen; screenshots stay."""
     playwright = pytest.importorskip("playwright.sync_api")
     from mifo.data.instances import read_instances
     from mifo.data.saved_pictures import as_image
@@ -184,7 +216,29 @@ def test_a_walk_through_the_page(server, tmp_path):
         page.goto(server)
         page.get_by_role("button", name="Keep photo and masks").click()
         page.get_by_text("there is no photo yet").wait_for()
+        for form in ("labels.png", "boxes.yaml"):
+            page.get_by_label("or a folder of photo and masks").fill(str(masked_folder(tmp_path, form)))
+            page.keyboard.press("Enter")
+            page.get_by_text(f"Opened {form}_folder").wait_for()
+            assert page.locator("#paint .chip").count() == 2
+            shot(form)
+        page.get_by_role("button", name="click", exact=True).click()
+        drag("paint", (0.3, 0.3))
+        wait(lambda: not page.locator("#paint .told").inner_text())
+        page.get_by_role("button", name="click beside").click()
+        drag("paint", (0.7, 0.7))
+        wait(lambda: not page.locator("#paint .told").inner_text())
+        shot("clicks")
+        page.get_by_role("button", name="Keep photo and masks").click()
+        page.get_by_text("Kept as boxes_yaml_folder").wait_for()
+        page.get_by_text("is it white on its instance").wait_for()  # what the command line warns of
+        clicked = read_instances(kept.kept_instances(tmp_path / "studio", "boxes_yaml_folder"))
+        boxes = read_instances(InstancesSettings(folder=str(tmp_path / "boxes.yaml_folder")))
+        assert torch.equal(clicked.masks[1], boxes.masks[1])  # what was not clicked stays
+        assert not torch.equal(clicked.masks[0], boxes.masks[0])
+        page.get_by_role("button", name="brush").click()
         page.set_input_files("#drop input[type=file]", tmp_path / "cars.png")
+        wait(lambda: page.locator("#paint .chip").count() == 1)
         page.locator("#paint .chip input").fill("car")
         drag("paint", (0.1, 0.35), (0.4, 0.32), (0.4, 0.25), (0.15, 0.3))
         page.locator("#paint .more").click()
@@ -250,5 +304,5 @@ def test_a_walk_through_the_page(server, tmp_path):
         browser.close()
     assert not errors
     assert all(each.startswith((server, "data:", "blob:")) for each in outside)
-    assert kept.options(tmp_path / "studio", "layout") == kept.options(tmp_path / "studio", "instances")
     assert kept.options(tmp_path / "studio", "layout") == ["cars"]
+    assert sorted(kept.options(tmp_path / "studio", "instances")) == ["boxes_yaml_folder", "cars"]

@@ -8,8 +8,10 @@ import time
 from itertools import count
 from pathlib import Path
 from threading import Timer
+from types import SimpleNamespace
 
 import pytest
+from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 
 from mifo.config import compose, jobs, settings_of
@@ -162,3 +164,22 @@ def test_a_process_that_lives_gives_signs(tmp_path, monkeypatch):
         time.sleep(0.02)
     assert (tmp_path / ".lock").stat().st_mtime > 1
     unlock_folders()
+
+
+def test_a_sweep_composes_one_job_of_each_combination_of_options_beforehand():
+    jobs = [[f"penalty={penalty}", f"seed={seed}"] for penalty in ("mifo", "none") for seed in range(9)]
+    composed = []
+    loader = SimpleNamespace(
+        load_sweep_config=lambda master_config, sweep_overrides: composed.append(sweep_overrides)
+    )
+    context = SimpleNamespace(config_loader=loader)
+    Sweeper.validate_batch_is_legal(SimpleNamespace(hydra_context=context, config={}), jobs)
+    assert composed == [jobs[0], jobs[9]]
+
+
+def test_a_combination_that_cannot_be_composed_stops_a_sweep_before_its_first_job(
+    mifo, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert mifo("layout", "-m", "seed=1,2", "layout=row,nosuch", "hydra.sweep.dir=S") == 2
+    assert "layout=nosuch does not exist" in capsys.readouterr().err and not [*tmp_path.glob("S/[0-9]*")]

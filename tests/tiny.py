@@ -5,24 +5,42 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Sam2Config,
+    Sam2HieraDetConfig,
+    Sam2ImageProcessor,
+    Sam2MaskDecoderConfig,
+    Sam2Model,
+    Sam2Processor,
+    Sam2PromptEncoderConfig,
+    Sam2VisionConfig,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
 
+from mifo.benchmark.shapes import TEMPLATE
 from mifo.data.instances import InstanceSet
 from mifo.metrics.scores import Evaluator
 
@@ -163,6 +181,117 @@ def tiny_sd3_pipeline(folder: Path | str, t5: bool = True, third: bool = False) 
     return Path(folder)
 
 
+def tiny_qwen_tokenizer() -> Qwen2Tokenizer:
+    """A tokenizer as Qwen3's that knows `WORDS` whole, behind a blank too, and spells all others."""
+    pieces, merges = sorted(ByteLevel.alphabet()), []
+    for word in WORDS:
+        for end in range(2, len(word) + 1):
+            if word[:end] not in pieces:
+                merges.append((word[: end - 1], word[end - 1]))
+                pieces.append(word[:end])
+        merges.append(("Ġ", word))
+        pieces.append(f"Ġ{word}")
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    return Qwen2Tokenizer(
+        vocab={piece: index for index, piece in enumerate([*pieces, *special])},
+        merges=merges,
+        eos_token="<|im_end|>",
+        extra_special_tokens=special[1:2],
+        chat_template=TEMPLATE,
+    )
+
+
+def tiny_qwen(tokenizer: Qwen2Tokenizer, layers: int) -> Qwen3ForCausalLM:
+    """Qwen3 of width 16, with rows of its table that the tokenizer does not use, as the published one."""
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer) + 5,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            tie_word_embeddings=True,
+            initializer_range=0.2,
+        )
+    )
+
+
+def tiny_flux2_pipeline(folder: Path | str, distilled: bool = True, embedded: bool = False) -> Path:
+    """Save a tiny random FLUX.2 [klein] into `folder`: images 32×32, latents 8×8×16.
+
+    Its transformer has 2 blocks of two streams and 3 of one; `embedded`: it reads a strength of guidance.
+    """
+    torch.manual_seed(0)
+    tokenizer = tiny_qwen_tokenizer()
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=embedded,
+    )
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=32,
+    )
+    torch.nn.init.normal_(vae.bn.running_mean, 0, 0.3)
+    torch.nn.init.uniform_(vae.bn.running_var, 0.5, 2)
+    pipeline = Flux2KleinPipeline(
+        FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae,
+        tiny_qwen(tokenizer, 28),
+        tokenizer,
+        transformer,
+        is_distilled=distilled,
+    )
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+def tiny_z_image_pipeline(folder: Path | str, **scheduler: float | bool) -> Path:
+    """Save a tiny random Z-Image into `folder`: images 32×32, latents 16×16×4, 8×8 patches.
+
+    Its transformer has one layer of pixels alone, one of words alone, and 3 of both.
+    """
+    torch.manual_seed(0)
+    tokenizer = tiny_qwen_tokenizer()
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=3,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 6, 6],
+        axes_lens=[1024, 64, 64],
+    )
+    for name in ("x_pad_token", "cap_pad_token"):
+        torch.nn.init.normal_(getattr(transformer, name), 0, 0.3)
+    vae = _vae()
+    vae.register_to_config(scaling_factor=1.5, shift_factor=0.06)
+    pipeline = ZImagePipeline(
+        FlowMatchEulerDiscreteScheduler(**{"shift": 3.0} | scheduler),
+        vae,
+        tiny_qwen(tokenizer, 3),
+        tokenizer,
+        transformer,
+    )
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
 def _t5(rows: int) -> T5EncoderModel:
     """T5 of width 64 with rows that its tokenizer does not use, as the published one has them."""
     return T5EncoderModel(
@@ -254,3 +383,34 @@ def small_road(source, photo, prior):
         *("learning.prior.pictures=1", "learning.prior.steps=1"),
         *("synthesis.steps=2", "guidance.shapes_from=1"),
     ]
+
+
+def tiny_segmenter(folder: Path) -> Path:
+    """Write a tiny Segment Anything 2 with random weights, as transformers saves it."""
+    torch.manual_seed(0)
+    hiera = Sam2HieraDetConfig(
+        hidden_size=8,
+        num_attention_heads=1,
+        image_size=[64, 64],
+        window_positional_embedding_background_size=[2, 2],
+        blocks_per_stage=[1, 1, 2, 1],
+        embed_dim_per_stage=[8, 16, 32, 64],
+        num_attention_heads_per_stage=[1, 1, 2, 2],
+        window_size_per_stage=[8, 4, 4, 2],
+        global_attention_blocks=[3],
+    )
+    vision = Sam2VisionConfig(
+        backbone_config=hiera,
+        backbone_channel_list=[64, 32, 16, 8],
+        backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
+        fpn_hidden_size=32,
+    )
+    prompts = Sam2PromptEncoderConfig(hidden_size=32, image_size=64, patch_size=16, mask_input_channels=8)
+    decoder = Sam2MaskDecoderConfig(hidden_size=32, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=32)
+    config = Sam2Config(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
+    Sam2Model(config).save_pretrained(folder)
+    size = {"height": 64, "width": 64}
+    Sam2Processor(Sam2ImageProcessor(size=size, mask_size={"height": 16, "width": 16})).save_pretrained(
+        folder
+    )
+    return folder

@@ -29,10 +29,11 @@ def teach_words(settings: ModelSettings, tokenizers: Sequence[CLIPTokenizer]) ->
     """
     for word in settings.words:
         known = {*tokenizers[0].get_vocab()}
-        if not word or word != "".join(word.split()) or {word, f"{word.lower()}</w>"} & known:
+        spelled = {word, f"{word.lower()}</w>", f"Ġ{word}"}  # as a table has it, as CLIP's, as Qwen's
+        if not word or word != "".join(word.split()) or spelled & known:
             raise MifoError(
                 f"model.words has the word '{word}', which the model knows already or which is no single "
-                "word; name another, such as <mine>."
+                "word; name another, such as mycat."
             )
         for tokenizer in tokenizers:
             tokenizer.add_tokens([AddedToken(word, normalized=False, single_word=True)])
@@ -88,7 +89,7 @@ def _rows(word: str, given: Any, encoders: Sequence[nn.Module]) -> list[Tensor]:
                 f"model.words.{word}={files[0]} has {len(row)} vectors, but a word of MIFO has "
                 "one; name a file of one vector."
             )
-    if [row.shape[-1] for row in found] != widths or any(row.numel() != row.shape[-1] for row in found):
+    if [row.numel() for row in found] != widths or any(row.shape[-1:] != (row.numel(),) for row in found):
         shapes = ", ".join(str(list(row.shape)) for row in found)
         raise MifoError(
             f"model.words.{word} holds vectors of the shapes {shapes}, but the text encoders of this model "

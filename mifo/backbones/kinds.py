@@ -1,23 +1,36 @@
 """Which pipelines MIFO works on, told by small files alone: one `Family` for each layout of parts."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, SchedulerMixin, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    Flux2Transformer2DModel,
+    SchedulerMixin,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
 from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Model,
     T5EncoderModel,
     T5Tokenizer,
 )
 
+from mifo.backbones.flux2.model import READ, Flux2Model
 from mifo.backbones.latent import LatentModel
 from mifo.backbones.mmdit.model import MMDiTModel
 from mifo.backbones.schedulers import read_ddim, read_flow
 from mifo.backbones.unet.model import UNetModel
+from mifo.backbones.z_image.model import ZImageModel
 from mifo.errors import MifoError
 from mifo.files import read_json
 
@@ -38,6 +51,7 @@ class Family:
             fit the code; a key that must be None stands for an input that MIFO does not give.
         sizes: what must agree between the parts. scheduler: reads that of a folder.
         zero_empty_prompt: see `UNetModel`; where model_index.json does not tell.
+        sized: the part whose `sample_size` is the side of pictures; None: the denoiser's is that of latents.
     """
 
     pipeline: str
@@ -47,6 +61,7 @@ class Family:
     sizes: Callable[[Configs], Sizes]
     scheduler: Callable[[Path], SchedulerMixin]
     zero_empty_prompt: bool = False
+    sized: str | None = None
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -97,6 +112,36 @@ def _mmdit_sizes(configs: Configs) -> Sizes:
     side, patch = transformer.get("sample_size"), transformer["patch_size"]
     if type(side) is int and side % patch:
         yield "transformer", "sample_size", side, f"a multiple of the patches' side {patch}"
+
+
+def _flux2_sizes(configs: Configs) -> Sizes:
+    transformer, text = _whole(configs, "transformer", Flux2Transformer2DModel), configs["text_encoder"]
+    layers = text.get("num_hidden_layers", 32)
+    if layers <= READ[-1]:
+        yield "text_encoder", "num_hidden_layers", layers, f"at least {READ[-1] + 1}"
+    states = len(READ) * text.get("hidden_size", 4096)
+    yield "transformer", "joint_attention_dim", transformer["joint_attention_dim"], states
+    channels = 4 * configs["vae"].get("latent_channels", 32)
+    yield "transformer", "in_channels", transformer["in_channels"], channels
+    yield "transformer", "out_channels", transformer["out_channels"] or channels, channels
+    width = sum(transformer["axes_dims_rope"])
+    yield "transformer", "attention_head_dim", transformer["attention_head_dim"], width
+
+
+def _z_image_sizes(configs: Configs) -> Sizes:
+    transformer = _whole(configs, "transformer", ZImageTransformer2DModel)
+    states = configs["text_encoder"].get("hidden_size", 4096)
+    yield "transformer", "cap_feat_dim", transformer["cap_feat_dim"], states
+    channels = configs["vae"].get("latent_channels", 4)
+    yield "transformer", "in_channels", transformer["in_channels"], channels
+    width = transformer["n_heads"] * sum(transformer["axes_dims"])
+    yield "transformer", "dim", transformer["dim"], width
+
+
+def _whole(configs: Configs, part: str, kind: type) -> dict[str, Any]:
+    """A part's configuration, with the defaults of its class for keys that it lacks."""
+    taken = inspect.signature(kind.__init__).parameters.items()
+    return {key: each.default for key, each in taken if each.default is not each.empty} | configs[part]
 
 
 _VAE = {"latent_channels": 4, "in_channels": 3, "shift_factor": None, "latents_mean": None}
@@ -156,8 +201,39 @@ WITH_T5 = replace(
     STABLE_DIFFUSION_3,
     parts=STABLE_DIFFUSION_3.parts | {"tokenizer_3": T5Tokenizer, "text_encoder_3": T5EncoderModel},
 )
+FLUX_2 = Family(
+    "Flux2KleinPipeline",
+    Flux2Model,
+    {
+        "tokenizer": Qwen2Tokenizer,
+        "text_encoder": Qwen3Model,
+        "vae": AutoencoderKLFlux2,
+        "transformer": Flux2Transformer2DModel,
+    },
+    {"vae": {"in_channels": 3, "patch_size": [2, 2]}, "transformer": {"patch_size": 1}},
+    _flux2_sizes,
+    read_flow,
+    sized="vae",
+)
+Z_IMAGE = Family(
+    "ZImagePipeline",
+    ZImageModel,
+    FLUX_2.parts | {"vae": AutoencoderKL, "transformer": ZImageTransformer2DModel},
+    {
+        "vae": {"in_channels": 3, "latents_mean": None},
+        "transformer": {"all_patch_size": [2], "all_f_patch_size": [1], "siglip_feat_dim": None},
+    },
+    _z_image_sizes,
+    read_flow,
+    sized="vae",
+)
 # by `_class_name` in model_index.json
-FAMILIES = {each.pipeline: each for each in (STABLE_DIFFUSION, STABLE_DIFFUSION_XL, STABLE_DIFFUSION_3)}
+FAMILIES = {
+    each.pipeline: each
+    for each in (STABLE_DIFFUSION, STABLE_DIFFUSION_XL, STABLE_DIFFUSION_3, FLUX_2, Z_IMAGE)
+}
+# what a language model is saved as that writes too: its states are the same
+_ALSO = {"Qwen3Model": "Qwen3ForCausalLM"}
 
 
 def family_of(folder: Path, t5: bool = False) -> Family:
@@ -203,7 +279,13 @@ def check_kind(folder: Path, source: str, family: Family) -> Configs:
         }
         for file, value in named.items():
             name = value[-1] if isinstance(value, list) and value else value
-            if name is not None and name.removesuffix("Fast") != kind.__name__:  # tokenizers have two classes
+            known = (
+                None,
+                kind.__name__,
+                f"{kind.__name__}Fast",
+                _ALSO.get(kind.__name__),
+            )  # tokenizers have two
+            if name not in known:
                 raise _other(source, file, part, name, kind.__name__)
     for part, values in family.values.items():
         for key, needed in values.items():
@@ -212,11 +294,12 @@ def check_kind(folder: Path, source: str, family: Family) -> Configs:
     for part, key, value, needed in family.sizes(configs):
         if value != needed:
             raise _other(source, f"{part}/config.json", key, value, needed)
-    denoiser = family.model.part
-    side = configs[denoiser].get("sample_size")
+    part, what = (family.sized, "pictures") if family.sized else (family.model.part, "latents")
+    side = configs[part].get("sample_size")
     if type(side) is not int or side < 1:
-        needed = "a side of square latents, such as 64"
-        raise _other(source, f"{denoiser}/config.json", "sample_size", side, needed)
+        raise _other(
+            source, f"{part}/config.json", "sample_size", side, f"a side of square {what}, such as 64"
+        )
     return configs
 
 
@@ -230,5 +313,6 @@ def _read(file: Path) -> dict[str, Any]:
 def _other(source: str, file: str, key: str, value: Any, needed: Any) -> MifoError:
     return MifoError(
         f"model.source={source} is a model of another kind: {key} in {file} is {value}, where MIFO needs "
-        f"{needed}; name a text-to-image model of Stable Diffusion 1.x, 2.x, XL's or 3's kind."
+        f"{needed}; name a text-to-image model of Stable Diffusion 1.x, 2.x, XL's or 3's kind, of "
+        "FLUX.2 [klein]'s or of Z-Image's."
     )

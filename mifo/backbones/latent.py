@@ -1,4 +1,4 @@
-"""What models of diffusers' parts share: CLIP text encoders, an autoencoder, and one denoising network.
+"""What models of diffusers' parts share: text encoders, of CLIP unless a family says otherwise, and the rest.
 
 Letters: B samples, E text encoders, L tokens.
 """
@@ -13,10 +13,10 @@ from re import Pattern
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModelWithProjection
 
 from mifo.acceleration.fused_attention import quick_to_start
 from mifo.backbones.attention import AttentiveNetwork
@@ -46,21 +46,21 @@ class LatentModel(DiffusionModel):
 
     part: ClassVar[str]
     keys_and_values: ClassVar[Pattern[str]]
-    adapted: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    adapted: ClassVar[tuple[str, ...] | str] = ("to_q", "to_k", "to_v", "to_out.0")
     noise: ClassVar[tuple[str, ...]] = ()
     sampled: ClassVar[tuple[str, ...]] = ()
 
-    tokenizer: CLIPTokenizer
-    text_encoder: CLIPTextModel | CLIPTextModelWithProjection | None
-    vae: AutoencoderKL | None
+    tokenizer: Any  # of transformers, as the text encoders
+    text_encoder: Any
+    vae: Any  # an autoencoder of diffusers; None in an outline, as the text encoders
     noise_scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler
     name: str
     source: str
     revision: str | None
     fingerprint: str
     vocabulary: str  # a hash of the tokenizers' words without new ones
-    tokenizer_2: CLIPTokenizer | None = None
-    text_encoder_2: CLIPTextModelWithProjection | None = None
+    tokenizer_2: Any = None
+    text_encoder_2: Any = None
 
     def __post_init__(self) -> None:
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders.values(), strict=False):
@@ -159,23 +159,36 @@ class LatentModel(DiffusionModel):
                 )
             ]
 
+    @property
+    def level(self) -> tuple[Any, Any]:
+        """Scale and shift: latents are (z − shift) · scale of what the autoencoder gives, `packed`."""
+        return self.vae.config.scaling_factor, self.vae.config.shift_factor or 0
+
+    def packed(self, codes: Tensor) -> Tensor:
+        """What the autoencoder gives as the network reads it, (B, C, h, w)."""
+        return codes
+
+    def unpacked(self, latents: Tensor) -> Tensor:
+        """`packed` undone."""
+        return latents
+
     @torch.no_grad()
     def encode_images(self, images: Iterable[Tensor], at_once: int = 8) -> tuple[Tensor, Tensor]:
         """Images are taken `at_once` at a time, so that they need not all be in memory."""
-        scale, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0
+        scale, shift = self.level
         device, images, posteriors = self.vae.device, iter(images), []
         while part := list(islice(images, at_once)):
             inputs = torch.stack(part).to(device) * 2 - 1
             posteriors.append(self.vae.encode(inputs).latent_dist)
         return (
-            (torch.cat([posterior.mean for posterior in posteriors]) - shift) * scale,
-            torch.cat([posterior.std for posterior in posteriors]) * scale,
+            (self.packed(torch.cat([posterior.mean for posterior in posteriors])) - shift) * scale,
+            self.packed(torch.cat([posterior.std for posterior in posteriors])) * scale,
         )
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor, at_once: int = 4) -> Tensor:
-        scale, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0
-        parts = (latents.to(self.vae.dtype) / scale + shift).split(at_once)
+        scale, shift = self.level
+        parts = self.unpacked(latents.to(self.vae.dtype) / scale + shift).split(at_once)
         images = torch.cat([self.vae.decode(part).sample.float() for part in parts])
         if not images.isfinite().all():
             raise MifoError(
@@ -212,7 +225,7 @@ class LatentModel(DiffusionModel):
             "fingerprint": self.fingerprint,
             "prediction_type": self.process.prediction_type,
             "noise": self._scheduler_values(self.noise),
-            "vae_scaling_factor": str(self.vae.config.scaling_factor),
+            "vae_scaling_factor": str(self.vae.config.get("scaling_factor")),
             "vocabulary": self.vocabulary,
             "text_rows": ", ".join(str(each.config.vocab_size) for each in self.text_encoders.values()),
         }

@@ -144,18 +144,25 @@ def read_learned(folder: Path | str) -> Learned:
     return learned
 
 
-def load_learned(folder: Path | str, model: DiffusionModel) -> Learned:
+def load_learned(folder: Path | str, model: DiffusionModel, first: int | None = None) -> Learned:
     """Put a learned result on top of the base model that it belongs to, in place.
+
+    Args:
+        first: place of the result's first word among the new words that the model has; None: the model has
+            none, and learns those of the result.
 
     Raises:
         MifoError: not a learned result, damaged files, or one that belongs to another base model.
     """
     learned = read_learned(folder)
     check_base(folder, learned.base, model)
-    model.add_words(learned.tokens)
+    if first is None:
+        model.add_words(learned.tokens)
     if learned.trainable == "lora":
         model.add_lora(learned.lora_rank)
-    for file, parameters in _files(model, learned.trainable).items():
+    own = slice(first or 0, (first or 0) + len(learned.tokens))
+    for file, found in _files(model, learned.trainable).items():
+        parameters = {name: each[own] if file == ROWS else each for name, each in found.items()}
         shapes = {name: each.shape for name, each in parameters.items()}
         tensors = read_tensors(Path(folder) / file, shapes, learned.checksums.get(file))
         with torch.no_grad():
@@ -165,7 +172,7 @@ def load_learned(folder: Path | str, model: DiffusionModel) -> Learned:
     return learned
 
 
-def _files(model: DiffusionModel, trainable: Trainable) -> dict[str, dict[str, torch.nn.Parameter]]:
+def _files(model: DiffusionModel, trainable: Trainable) -> dict[str, dict[str, torch.Tensor]]:
     """What each file of tensors holds, by name."""
     parts = model.trainable(trainable)
     files = {f"{part}.safetensors": parameters for part, parameters in parts.items() if parameters}

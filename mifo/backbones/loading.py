@@ -16,12 +16,13 @@ from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import CLIPTokenizer, PreTrainedModel, T5Tokenizer
+from transformers import CLIPTokenizer, PreTrainedModel, Qwen2Tokenizer, T5Tokenizer
 
 from mifo.backbones.imported import teach_words, with_imports
 from mifo.backbones.kinds import FAMILIES, WITH_T5, Family, check_kind, family_of, pipeline_index
 from mifo.backbones.latent import LatentModel
 from mifo.backbones.mmdit.model import T5_TOKENS
+from mifo.backbones.qwen import TOKENS
 from mifo.backbones.settings import ModelSettings
 from mifo.backbones.weights import fingerprint, first_rows, weight_files, weight_patterns
 from mifo.errors import MifoError
@@ -98,7 +99,7 @@ def _folder_beside(settings: ModelSettings, file: Path) -> Path:
 def _from_hub(settings: ModelSettings, weights: bool) -> Path:
     families = [*FAMILIES.values(), *([WITH_T5] if settings.t5 else [])]
     parts = sorted({part for family in families for part in family.folders})
-    patterns = [f"{part}/*{ending}" for part in parts for ending in (".json", ".txt")]
+    patterns = [f"{part}/*{ending}" for part in parts for ending in (".json", ".txt", ".jinja")]
     try:
         return Path(
             snapshot_download(
@@ -137,7 +138,9 @@ def load_model(settings: ModelSettings, device: torch.device | str = "cpu") -> L
         networks, rows = _of_file(file, folder, family) if single else _of_folder(settings, folder, family)
         for part, network in networks.items():
             dtype = torch.float32 if part == "vae" else getattr(torch, settings.dtype)
-            nn.Module.to(network, dtype).requires_grad_(False).eval()
+            if any(each.dtype != dtype for each in network.parameters()):
+                nn.Module.to(network, dtype)  # also buffers, of which some must keep 32 bits
+            network.requires_grad_(False).eval()
         model = replace(
             outline,
             **networks,
@@ -239,19 +242,25 @@ def load_outline(settings: ModelSettings) -> LatentModel:
         return outline
 
 
-def _tokenizer(
-    folder: Path, part: str, kind: type, text_encoder: dict[str, Any]
-) -> CLIPTokenizer | T5Tokenizer:
+# by tokenizers: the length of prompts, unless the text encoder tells it, and the rows of text encoders
+_USUAL = {CLIPTokenizer: (77, 49408), T5Tokenizer: (T5_TOKENS, 32128), Qwen2Tokenizer: (TOKENS, 151936)}
+
+
+def _tokenizer(folder: Path, part: str, kind: Any, text_encoder: dict[str, Any]) -> Any:
     """A tokenizer, whose prompts are as long as its text encoder reads."""
     names = {file.name for file in (folder / part).iterdir()}
     if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
         # transformers would go on with a tokenizer that knows no word
         raise MifoError(f"{folder / part} lacks tokenizer.json, or vocab.json and merges.txt; add the files.")
     tokenizer = kind.from_pretrained(folder, subfolder=part, local_files_only=True)
+    if kind is Qwen2Tokenizer and not tokenizer.chat_template:
+        raise MifoError(f"{folder / part} lacks the chat template; add chat_template.jinja.")
     # old tokenizers do not tell their length, which then is 10³⁰
-    positions = text_encoder.get("max_position_embeddings", 77) if kind is CLIPTokenizer else T5_TOKENS
+    positions, rows = _USUAL[kind]
+    if kind is CLIPTokenizer:
+        positions = text_encoder.get("max_position_embeddings", positions)
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-    rows = text_encoder.get("vocab_size", 49408 if kind is CLIPTokenizer else 32128)
+    rows = text_encoder.get("vocab_size", rows)
     beyond = {number: word for word, number in tokenizer.get_vocab().items() if number >= rows}
     if beyond:
         raise MifoError(

@@ -10,6 +10,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
+from mifo.errors import MifoError
 from mifo.method.backbone import Backbone, Conditioning, Rules, Site
 from mifo.method.prompts.instances import PromptWords
 
@@ -38,6 +39,7 @@ class DiffusionModel(Backbone, ABC):
     fingerprint: str
     networks: Mapping[str, nn.Module]
     checkpointing = False  # whether activations are computed twice instead of kept
+    distilled = False  # whether it was made to do without guidance, in few steps
 
     @property
     @abstractmethod
@@ -144,6 +146,14 @@ class DiffusionModel(Backbone, ABC):
     @abstractmethod
     def add_lora(self, rank: int) -> None:
         """Put low-rank adapters (LoRA, arXiv 2106.09685) on the attention projections of all networks."""
+
+    def check_scale(self, key: str, scale: float) -> None:
+        """Refuse a scale of classifier-free guidance, the setting `key`, if the model does without."""
+        if self.distilled and scale != 1:
+            raise MifoError(
+                f"{key}={scale} is for models with classifier-free guidance, but {self.name} was distilled "
+                f"to do without; take {key}=1."
+            )
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

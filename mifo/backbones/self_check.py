@@ -34,7 +34,7 @@ def check_maps(
     def watch(layer: Sequence[Site], attend: Attend) -> Attend:
         def watched(attn, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
             if any(site in sites for site in layer):
-                scores = _scores(query[:, :, _some(query)], key, attn.scale)
+                scores = _scores(query[:, :, _some(query)], key)
                 seen.append((layer, scores if bias is None else scores + bias, query))
             return attend(attn, query, key, value, bias)
 
@@ -82,7 +82,7 @@ def check_rules(
             probe = torch.zeros_like(value)
             probe[..., : len(chosen)] = closed[:, None].mT.to(value.dtype)
             leaks = attend(attn, query, key, probe, bias)[:, :, chosen, torch.arange(len(chosen))]
-            scores = _scores(query[:, :, chosen], key, attn.scale).masked_fill(closed[:, None], -torch.inf)
+            scores = _scores(query[:, :, chosen], key).masked_fill(closed[:, None], -torch.inf)
             expected = scores.softmax(-1) @ value.float()
             off = _distance(attended[:, :, chosen], expected, value.dtype)
             found.append((layer[0].name, leaks.float().nan_to_num().abs().max().item(), off))
@@ -116,9 +116,9 @@ def _some(query: Tensor) -> Tensor:
     return torch.linspace(0, last, min(QUERIES, last + 1)).round().long()
 
 
-def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
+def _scores(query: Tensor, key: Tensor) -> Tensor:
     with torch.autocast(query.device.type, enabled=False):
-        return scale * query.float() @ key.float().mT
+        return query.shape[-1] ** -0.5 * query.float() @ key.float().mT
 
 
 def _distance(found: Tensor, expected: Tensor, dtype: torch.dtype) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass
 class ModelSettings:
-    """A pipeline of Stable Diffusion 1.x, 2.x, XL or 3: a folder in the diffusers layout or a single file."""
+    """A pipeline of Stable Diffusion 1.x, 2.x, XL or 3, FLUX.2 [klein] or Z-Image: a folder or a file."""
 
     name: str = "miniature"  # a name for people: logs, folders, `learned.json`
     # "embedded" or "embedded_mmdit" (the package's miniatures), a folder, a .safetensors file, a hub id
@@ -23,7 +23,11 @@ class ModelSettings:
     lora_scale: float = 1.0
     variant: str | None = None  # "fp16" loads model.fp16.safetensors and its like; None: model.safetensors
     t5: bool = False  # of Stable Diffusion 3: load its third text encoder too, of 9.5 GB in half precision
-    timesteps: str = "logit_normal"  # of Stable Diffusion 3, as learning draws them: logit_normal | uniform
-    # of Stable Diffusion 3: maps are shares of the attention to words alone or to pixels alone (own), or of a
+    timesteps: str = "logit_normal"  # of transformers, as learning draws them: logit_normal | uniform
+    side: int | None = (
+        None  # of FLUX.2 and Z-Image: of pictures, in pixels; None: as the VAE's configuration says
+    )
+    guidance: float = 4.0  # what a FLUX.2 model reads that embeds the strength of guidance; others have none
+    # of transformers: maps are shares of the attention to words alone or to pixels alone (own), or of a
     # pixel's whole attention (row)
     maps: str = "own"

@@ -5,11 +5,12 @@ from re import Pattern
 from typing import Any
 
 from torch import nn
-from transformers import T5EncoderModel
+from transformers import Qwen3Model, T5EncoderModel
 
 from mifo.backbones.model import Trainable
 from mifo.errors import MifoError
 
+_ROWS_ALONE = (T5EncoderModel, Qwen3Model)  # text encoders of which nothing but new rows learns
 _ADAPTED_TEXT = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
@@ -32,7 +33,7 @@ def trainable_parameters(
             for own, each in network.named_parameters()
             if id(each) not in apart
         }
-        if isinstance(network, T5EncoderModel):  # of Stable Diffusion 3, whose new rows alone learn
+        if isinstance(network, _ROWS_ALONE):
             chosen[name] = {}
         elif what == "full" or (what == "denoiser" and not text):
             chosen[name] = parameters
@@ -46,12 +47,13 @@ def trainable_parameters(
 
 
 def add_adapters(
-    denoiser: str, networks: Mapping[str, nn.Module], rank: int, projections: Sequence[str]
+    denoiser: str, networks: Mapping[str, nn.Module], rank: int, projections: Sequence[str] | str
 ) -> None:
     """Put low-rank adapters (LoRA) on the attention projections of a denoiser and its text encoders.
 
     Args:
-        denoiser, networks: see `trainable_parameters`. projections: of the denoiser, the ends of their names.
+        denoiser, networks: see `trainable_parameters`.
+        projections: of the denoiser, the ends of their names, or a pattern of whole names.
 
     Raises:
         MifoError: peft, an optional dependency, is not installed.
@@ -63,10 +65,11 @@ def add_adapters(
             "trainable=lora needs the package peft; install it with: pip install 'mifo[low_vram]'."
         ) from error
     for name, network in networks.items():
-        if isinstance(network, T5EncoderModel):
+        if isinstance(network, _ROWS_ALONE):
             continue
         # peft's own call: the models' `add_adapter` refuses releases of peft that do this just as well
-        targets = list(projections) if name == denoiser else _ADAPTED_TEXT
+        targets = projections if name == denoiser else _ADAPTED_TEXT
+        targets = targets if isinstance(targets, str) else list(targets)
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), network)
         for own, parameter in network.named_parameters():
             if "lora_" in own:  # learns in full precision, whatever that of the base model

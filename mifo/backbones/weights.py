@@ -60,11 +60,12 @@ def weight_files(folder: Path, part: str, variant: str | None = None) -> list[Pa
 
 
 def first_rows(files: Iterable[Path]) -> dict[str, Tensor]:
-    """The first row of every tensor in the weight files of a part, by name."""
+    """The first row of every tensor in the weight files of a part, by name; counters of batches have none."""
     rows = {}
     for file in files:
         with safe_open(file, "pt") as tensors:
-            rows |= {name: tensors.get_slice(name)[:1] for name in tensors.keys()}  # noqa: SIM118
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            rows |= {name: each[:1] for name, each in slices.items() if each.get_shape()}
     return rows
 
 

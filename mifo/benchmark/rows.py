@@ -1,5 +1,6 @@
 """The rows of the benchmark: each measures one thing and needs nothing of the others."""
 
+import math
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from mifo.benchmark.measuring import (
     tera_operations,
 )
 from mifo.benchmark.settings import BenchmarkSettings
-from mifo.benchmark.shapes import SIDES, random_instances, random_model, row_of_boxes
+from mifo.benchmark.shapes import ADAPTED, SAMPLING, SIDES, random_instances, random_model, row_of_boxes
 from mifo.data.layouts import Layout
 from mifo.errors import MifoError
 from mifo.making.pictures import make_pictures, picture_sampler
@@ -113,7 +114,13 @@ class Bench:
         layout = Layout(
             f"a photo of {' and '.join(tokens)}", dict(zip(tokens, row_of_boxes(boxes), strict=True))
         )
-        settings, guidance = SynthesisSettings(samples=samples), GuidanceSettings()
+        usual = SynthesisSettings()
+        steps, scale = SAMPLING.get(self.settings.shapes, (usual.steps, usual.guidance_scale))
+        settings = SynthesisSettings(steps=steps, guidance_scale=scale, samples=samples)
+        guidance = GuidanceSettings()
+        if steps < usual.steps:  # the same share of the steps is guided
+            guided = math.ceil(guidance.guided_steps * steps / usual.steps)
+            guidance = replace(guidance, guided_steps=guided, shapes_from=guided, shapes_every=1)
         sampler = picture_sampler(model, settings, guidance, performance.cuda_graphs)
 
         def make() -> None:
@@ -130,7 +137,9 @@ class Bench:
             row.tflop = tera_operations(lambda: make_pictures(model, [layout], settings, guidance, 0))
             row.share_of_peak = self.share(row, performance.synthesis_precision)
         row.notes["first of its kind in a process, graphs captured"] = first
-        row.notes["guidance"] = "random weights rarely fall below its threshold: all 75 iterations"
+        iterations = guidance.guided_steps * guidance.iterations
+        row.notes["guidance"] = f"random weights rarely fall below its threshold: all {iterations} iterations"
+        row.notes["steps"] = steps
         return row
 
     def share(self, row: Measurement, precision: str) -> float:
@@ -195,8 +204,8 @@ def stage1_step(bench: Bench) -> Measurement:
 
 
 def stage2_step(bench: Bench) -> Measurement:
-    """One step of fine-tuning, one class picture and one instance picture; on XL and 3.5 of adapters."""
-    if bench.settings.shapes not in ("sdxl", "sd35"):
+    """One step of fine-tuning, one class picture and one instance picture; on large models of adapters."""
+    if bench.settings.shapes not in ADAPTED:
         return _step(bench, 2)
     finetuning = replace(bench.learning.finetuning, trainable="lora")
     row = _step(replace(bench, learning=replace(bench.learning, finetuning=finetuning)), 2)
@@ -253,12 +262,12 @@ def both_stages(bench: Bench) -> Measurement:
 
 
 def picture(bench: Bench) -> Measurement:
-    """One picture, two boxes, 50 steps."""
+    """One picture, two boxes; 50 steps, or as many as a distilled model takes."""
     return bench.pictures(1, 2, bench.settings.repeats)
 
 
 def three_pictures(bench: Bench) -> Measurement:
-    """Three pictures at once, two boxes, 50 steps."""
+    """Three pictures at once, two boxes; steps as for one."""
     return bench.pictures(3, 2, bench.settings.repeats)
 
 

@@ -9,7 +9,9 @@ from omegaconf import MISSING
 class BenchmarkSettings:
     """One record: some rows, of one profile, on this machine."""
 
-    shapes: str = "sd21"  # sd21 | sdxl | sd35 (of Stable Diffusion 2.1, XL, 3.5) | miniature; random weights
+    # of Stable Diffusion 2.1, XL and 3.5, FLUX.2 [klein] 4B, Z-Image or the miniature, with random weights:
+    # sd21 | sdxl | sd35 | flux2_klein | z_image | miniature
+    shapes: str = "sd21"
     rows: list[str] = field(default_factory=list)  # see conf/benchmark.yaml; empty: all
     folder: str = MISSING  # records, and the table of all records that lie there
     repeats: int = 5  # of a picture; a step is timed `steps` times

@@ -1,24 +1,39 @@
 """Models of real shapes with random weights, and drawn instances to learn."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
+)
 
+from mifo.backbones.flux2.model import Flux2Model
 from mifo.backbones.latent import LatentModel
 from mifo.backbones.loading import model_folder
 from mifo.backbones.mmdit.model import MMDiTModel
 from mifo.backbones.settings import ModelSettings
 from mifo.backbones.unet.model import UNetModel
+from mifo.backbones.z_image.model import ZImageModel
 from mifo.data.instances import InstanceSet
 from mifo.errors import MifoError
 
@@ -26,7 +41,7 @@ from mifo.errors import MifoError
 def random_model(shapes: str, device: torch.device, dtype: str, side: int | None = None) -> LatentModel:
     """A model of one of the `SHAPES` with random weights.
 
-    The words are the miniature's, padded to the length of the shapes' prompts.
+    The words are the miniature's, padded to the length of the shapes' prompts; a language model's are bytes.
 
     Args:
         side: of its pictures, in pixels; None: as in `SIDES`.
@@ -38,27 +53,34 @@ def random_model(shapes: str, device: torch.device, dtype: str, side: int | None
         raise MifoError(f"benchmark.shapes={shapes} is not known; take {' or '.join(SHAPES)}.")
     folder = model_folder(ModelSettings())
     torch.manual_seed(0)
-    with torch.device(device):
+    with torch.device(device), _made_in(getattr(torch, dtype)):
         parts: dict[str, Any] = SHAPES[shapes]()
-    kind = MMDiTModel if "transformer" in parts else UNetModel
-    vae = parts["vae"]
-    tokenizers = {}
-    for name in parts.keys() & {"text_encoder", "text_encoder_2"}:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
-        tokenizer.model_max_length = parts[name].config.max_position_embeddings
-        tokenizers[name.replace("text_encoder", "tokenizer")] = tokenizer
-    side = side or SIDES[shapes]
-    parts[kind.part].register_to_config(sample_size=side // 2 ** (len(vae.config.block_out_channels) - 1))
+    vae, side = parts["vae"], side or SIDES[shapes]
     for part in parts.values():
-        nn.Module.to(part, torch.float32 if part is vae else getattr(torch, dtype))
+        wanted = torch.float32 if part is vae else getattr(torch, dtype)
+        if any(each.dtype != wanted for each in part.parameters()):
+            nn.Module.to(part, wanted)
         part.requires_grad_(False).eval()
-    if kind is MMDiTModel:
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pixels = 2 ** (len(vae.config.block_out_channels) - 1)
+    kind, others = FAMILIES[type(parts.get("transformer"))]
+    tokenizers: dict[str, Any] = {}
+    if isinstance(parts["text_encoder"], Qwen3Model):
+        tokenizers["tokenizer"] = byte_tokenizer()
+        others = {**others, "side": side, "patches": side // (2 * pixels)}
     else:
+        for name in parts.keys() & {"text_encoder", "text_encoder_2"}:
+            tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
+            tokenizer.model_max_length = parts[name].config.max_position_embeddings
+            tokenizers[name.replace("text_encoder", "tokenizer")] = tokenizer
+        parts[kind.part].register_to_config(sample_size=side // pixels)
+    if kind is UNetModel:
         scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+    else:
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=kind is Flux2Model)
     return kind(
         **tokenizers,
         **parts,
+        **others,
         noise_scheduler=scheduler,
         name=shapes,
         source="random",
@@ -132,13 +154,96 @@ def _stable_diffusion_35() -> dict[str, nn.Module]:
     }
 
 
+def _flux2_klein() -> dict[str, nn.Module]:
+    """As the configuration files of FLUX.2 [klein] 4B have the parts."""
+    transformer = Flux2Transformer2DModel(
+        num_layers=5,
+        num_single_layers=20,
+        num_attention_heads=24,
+        joint_attention_dim=7680,
+        guidance_embeds=False,
+    )
+    return {"transformer": transformer, "vae": AutoencoderKLFlux2(), "text_encoder": _qwen3_4b()}
+
+
+def _z_image() -> dict[str, nn.Module]:
+    """As the configuration files of Z-Image have the parts."""
+    vae = _vae(
+        16, shift_factor=0.1159, scaling_factor=0.3611, use_quant_conv=False, use_post_quant_conv=False
+    )
+    return {"transformer": ZImageTransformer2DModel(), "vae": vae, "text_encoder": _qwen3_4b()}
+
+
+def _qwen3_4b() -> Qwen3Model:
+    return Qwen3Model(
+        Qwen3Config(
+            vocab_size=151936,
+            hidden_size=2560,
+            intermediate_size=9728,
+            num_hidden_layers=36,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        )
+    )
+
+
 SHAPES: dict[str, Callable[[], dict[str, nn.Module]]] = {
     "sd21": _stable_diffusion_21,
     "sdxl": _stable_diffusion_xl,
     "sd35": _stable_diffusion_35,
+    "flux2_klein": _flux2_klein,
+    "z_image": _z_image,
     "miniature": _miniature,
 }
-SIDES = {"sd21": 512, "sdxl": 1024, "sd35": 1024, "miniature": 128}  # of pictures, in pixels
+SIDES = {  # of pictures, in pixels
+    "sd21": 512,
+    "sdxl": 1024,
+    "sd35": 1024,
+    "flux2_klein": 1024,
+    "z_image": 1024,
+    "miniature": 128,
+}
+ADAPTED = ("sdxl", "sd35", "flux2_klein", "z_image")  # of which stage 2 learns adapters
+SAMPLING = {"flux2_klein": (4, 1.0), "z_image": (8, 1.0)}  # steps and scale of guidance, as distilled
+# by the class of the transformer: the family, and fields of its model
+FAMILIES: dict[type, tuple[type[LatentModel], dict[str, Any]]] = {
+    type(None): (UNetModel, {}),
+    SD3Transformer2DModel: (MMDiTModel, {}),
+    Flux2Transformer2DModel: (Flux2Model, {"distilled": True}),
+    ZImageTransformer2DModel: (ZImageModel, {}),
+}
+# as Qwen3's for a message of a user, with the empty thoughts of an answer that has none
+TEMPLATE = (
+    "{%- for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{%- endfor %}{%- if add_generation_prompt %}<|im_start|>assistant\n"
+    "{%- if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
+    "{%- endif %}{%- endif %}"
+)
+
+
+def byte_tokenizer() -> Qwen2Tokenizer:
+    """As Qwen3's, but with a token for each byte."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = [*sorted(ByteLevel.alphabet()), *special]
+    return Qwen2Tokenizer(
+        vocab={piece: number for number, piece in enumerate(vocabulary)},
+        eos_token=special[2],
+        extra_special_tokens=[special[1]],
+        chat_template=TEMPLATE,
+    )
+
+
+@contextmanager
+def _made_in(dtype: torch.dtype) -> Iterator[None]:
+    """Weights are made in a precision, so that they never take more memory than they will."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def _vae(channels: int = 4, **others: float) -> AutoencoderKL:

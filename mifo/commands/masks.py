@@ -15,7 +15,7 @@ from mifo.data.pictures import read_picture
 from mifo.data.saved_pictures import as_image
 from mifo.errors import MifoError
 from mifo.files import whole_file, whole_folder
-from mifo.making.segmenting import Thing, segment
+from mifo.making.segmenting import Segmenter, Thing
 from mifo.report.masked_picture import draw_masks
 
 
@@ -44,7 +44,9 @@ def masks(settings: MasksSettings) -> Path:
         names: tuple[str, ...] = read.class_names or read.tokens
     else:
         picture = read_picture(Path(settings.picture or "").expanduser())
-        found = segment(settings.segmenter, picture, things, device).float()
+        segmenter = Segmenter(settings.segmenter, device)
+        segmenter.look(picture)
+        found = torch.stack([segmenter.mask(thing) for thing in things]).float()
         names = tuple(thing.name for thing in things)
     folder = claim_folder(settings)
     if settings.instances is None:

@@ -100,6 +100,8 @@ def words(setup: Setup) -> str:
     named = learning.template.format(" and ".join(setup.instances.tokens))
     used = len(setup.model.words(named).words)
     if learning.finetuning.steps and learning.prior.weight:
+        if learning.prior.folder is None:
+            setup.model.check_scale("learning.prior.guidance_scale", learning.prior.guidance_scale)
         for prompt in class_prompts(setup.instances, learning.prior):
             setup.model.words(prompt)
         if setup.instances.class_names is None and learning.prior.folder is None:

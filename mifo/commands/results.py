@@ -5,7 +5,6 @@ import json
 import operator
 import re
 import sys
-import webbrowser
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -178,19 +177,19 @@ def _print(heads: list[str], rows: list[list[Any]], form: str) -> None:
     elif form == "json":
         print(json.dumps([dict(zip(heads, row, strict=True)) for row in rows], indent=1))
     else:
-        from rich.console import Console
-        from rich.markup import escape
-        from rich.table import Table
-
-        table = Table(*(escape(head.removeprefix("choices.")) for head in heads))
-        table.columns[0].overflow = "fold"
-        for row in rows:
-            table.add_row(*(escape(_told(value)) for value in row))
-        Console().print(table)
+        # rich draws tables too, but takes as long for it as all else together
+        cells = [[head.removeprefix("choices.") for head in heads]]
+        cells += [[_told(value) for value in row] for row in rows]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        cells.insert(1, ["─" * width for width in widths])
+        for row in cells:
+            print("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
 def _told(value: Any) -> str:
-    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return (
+        "–" if value is None else f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
+    )
 
 
 def _facts(given: str) -> dict[str, Any]:
@@ -220,5 +219,7 @@ def _show(given: str) -> None:
     )
     if not sheet.is_file():
         raise MifoError(f"{given} has no contact sheet; sheet=true makes one")
+    import webbrowser  # late, since a list needs none
+
     print(f"contact sheet: {sheet}")
     webbrowser.open(sheet.absolute().as_uri())

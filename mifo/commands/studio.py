@@ -16,10 +16,12 @@ def studio(settings: StudioSettings) -> None:
     if find_spec("gradio") is None:
         raise MifoError("mifo studio needs the package gradio; install it with: pip install 'mifo[studio]'.")
     # imported here, since gradio is an extra
-    from mifo.studio.page import serve
+    from mifo.studio.page import Studio, serve
 
     try:
-        serve(Path(settings.folder), settings.host, settings.port, settings.browser)
+        serve(
+            Studio(Path(settings.folder), settings.segmenter), settings.host, settings.port, settings.browser
+        )
     except OSError as error:
         raise MifoError(
             f"host={settings.host} port={settings.port} is taken; take another, as port=7861."

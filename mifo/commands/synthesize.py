@@ -163,6 +163,7 @@ def check_layouts(
     outline = load_outline(settings.model)
     outline.add_words(tokens)
     outline.process.times(settings.synthesis.steps)
+    outline.check_scale("synthesis.guidance_scale", settings.synthesis.guidance_scale)
     outline.words(settings.synthesis.negative_prompt)
     for layout in wanted:
         find_instances(layout.prompt, list(layout.boxes), outline.words)

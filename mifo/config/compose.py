@@ -1,7 +1,7 @@
 """From Hydra's untyped composition to typed, checked settings."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from io import StringIO
@@ -14,6 +14,7 @@ from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.config_source import ConfigResult
+from hydra.plugins.sweeper import Sweeper
 from omegaconf import Container, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -70,6 +71,28 @@ class FileConfigSource(file_config_source.FileConfigSource):
 
 
 SourcesRegistry.instance().types["file"] = FileConfigSource
+_check_batch = Sweeper.validate_batch_is_legal
+
+
+def _check_first_of_each_kind(sweeper: Sweeper, batch: Sequence[Sequence[str]]) -> None:
+    """Compose one job of each combination of options before the first job begins.
+
+    Hydra composes all of them, each for 0.2 s, and later once more. Jobs that differ in values of keys alone
+    can all be composed if one can; what a value may be is said in its own job.
+    """
+
+    def kind(override: str) -> str:
+        key = override.partition("=")[0]
+        is_group = "/" in key or (conf_folder() / key.lstrip("+~").partition("@")[0]).is_dir()
+        return override if is_group else key
+
+    firsts: dict[tuple[str, ...], Sequence[str]] = {}
+    for job in batch:
+        firsts.setdefault(tuple(map(kind, job)), job)
+    _check_batch(sweeper, [*firsts.values()])
+
+
+Sweeper.validate_batch_is_legal = _check_first_of_each_kind
 
 
 @cache

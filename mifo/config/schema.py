@@ -179,6 +179,7 @@ class StudioSettings(TaskSettings):
     """`mifo studio`."""
 
     folder: str = "studio"  # where photos, masks and layouts are kept; runs go to outputs/, as always
+    segmenter: str = MasksSettings.segmenter  # makes masks of clicks
     host: str = "127.0.0.1"  # who may open the page: this machine alone; there is no password
     port: int = 7860
     browser: bool = True  # open the page there

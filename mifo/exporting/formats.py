@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mifo.errors import MifoError
 from mifo.exporting.low_rank import LowRank
@@ -53,7 +55,7 @@ def holds(form: str, network: str, path: str) -> bool:
     """Whether a LoRA of this form has a place for the matrix of a layer."""
     if network.startswith("text_encoder"):
         return path.endswith(_OF_TEXT)
-    # webui has no names for layers outside of the blocks, such as those of the time
+    # layers outside of the blocks, as those of the time, have names in webui that diffusers reads in part
     return form == "diffusers" or "blocks." in path or "mid_block." in path
 
 
@@ -64,6 +66,8 @@ def lora_tensors(found: LowRank, form: str) -> dict[str, Tensor]:
         MifoError: webui has no names for a network.
     """
     tensors: dict[str, Tensor] = {}
+    # readers multiply by alpha / rank; diffusers gives an alpha to other layers where ranks differ
+    rank = max((len(a) for a, _ in found.factors.values()), default=0)
     several = any(network == "text_encoder_2" for network, _ in found.factors)
     for (network, path), (a, b) in found.factors.items():
         if network.startswith("text_encoder"):  # the name that older transformers give the model in its parts
@@ -77,6 +81,9 @@ def lora_tensors(found: LowRank, form: str) -> dict[str, Tensor]:
                 f"format=webui has no names for the {network} of this model; take format=diffusers."
             )
         name = f"{prefix}_{path.replace('.', '_')}"
-        # without an alpha, which diffusers takes to other layers where ranks differ, all read a scale of 1
-        tensors |= {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b}
+        tensors |= {
+            f"{name}.lora_down.weight": F.pad(a, (0, 0) * (a.ndim - 1) + (0, rank - len(a))),
+            f"{name}.lora_up.weight": F.pad(b, (0, 0) * (b.ndim - 2) + (0, rank - len(a))),
+            f"{name}.alpha": torch.tensor(float(rank), dtype=a.dtype),
+        }
     return tensors

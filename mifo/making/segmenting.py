@@ -1,6 +1,5 @@
 """Masks of things that boxes or clicks point at, by Segment Anything 2 (arXiv 2408.00714)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,40 +24,50 @@ class Thing:
     points: list[tuple[float, float, int]] = field(default_factory=list)
 
 
-@torch.inference_mode()
-def segment(source: str, picture: Image.Image, things: Sequence[Thing], device: torch.device) -> Tensor:
-    """Masks (N, H, W), bool, of N things; of several that a click may mean, the one the model trusts most.
+class Segmenter:
+    """A Segment Anything 2 that looks at one picture after another.
 
     Args:
-        source: a folder or a hub id of a Segment Anything 2 in transformers' layout.
+        source: a folder or a hub id of the model in transformers' layout.
 
     Raises:
         MifoError: the model cannot be had.
     """
-    try:
-        processor = Sam2Processor.from_pretrained(source)
-        model = Sam2Model.from_pretrained(source).to(device).eval()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise MifoError(
-            f"segmenter={source} cannot be loaded ({reason}); connect once to fetch its weights, or name a "
-            "folder of a Segment Anything 2."
-        ) from error
-    image = processor(images=picture, return_tensors="pt").to(device)
-    seen = model.get_image_embeddings(image["pixel_values"])
-    masks = []
-    for thing in things:
+
+    def __init__(self, source: str, device: torch.device) -> None:
+        try:
+            self._processor = Sam2Processor.from_pretrained(source)
+            self._model = Sam2Model.from_pretrained(source).to(device).eval()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise MifoError(
+                f"segmenter={source} cannot be loaded ({reason}); connect once to fetch its weights, or name "
+                "a folder of a Segment Anything 2."
+            ) from error
+
+    @torch.inference_mode()
+    def look(self, picture: Image.Image) -> None:
+        """Compute what the masks of a picture share."""
+        image = self._processor(images=picture, return_tensors="pt").to(self._model.device)
+        self._picture, self._size = picture, image["original_sizes"]
+        self._seen = self._model.get_image_embeddings(image["pixel_values"])
+
+    @torch.inference_mode()
+    def mask(self, thing: Thing) -> Tensor:
+        """The mask (H, W), bool, of a thing of the picture; of several that a click may mean, the one the
+        model trusts most."""
         pointed: dict[str, Any] = {}
         if thing.box is not None:
-            pointed["input_boxes"] = [[[edge * picture.size[i % 2] for i, edge in enumerate(thing.box)]]]
+            edges = [edge * self._picture.size[i % 2] for i, edge in enumerate(thing.box)]
+            pointed["input_boxes"] = [[edges]]
         if thing.points:
-            places = [[x * picture.width, y * picture.height] for x, y, _ in thing.points]
+            places = [[x * self._picture.width, y * self._picture.height] for x, y, _ in thing.points]
             pointed["input_points"] = [[places]]
             pointed["input_labels"] = [[[label for *_, label in thing.points]]]
-        sizes = {"original_sizes": image["original_sizes"], "return_tensors": "pt"}
-        given = processor(**pointed, **sizes).to(device)
+        given = self._processor(**pointed, original_sizes=self._size, return_tensors="pt")
         given.pop("original_sizes", None)
-        found = model(image_embeddings=seen, **given, multimask_output=thing.box is None)
-        sized = processor.post_process_masks(found.pred_masks.float().cpu(), image["original_sizes"].cpu())[0]
-        masks.append(sized[0, found.iou_scores[0, 0].argmax()] > 0)
-    return torch.stack(masks)
+        found = self._model(
+            image_embeddings=self._seen, **given.to(self._model.device), multimask_output=thing.box is None
+        )
+        masks = self._processor.post_process_masks(found.pred_masks.float().cpu(), self._size.cpu())[0]
+        return masks[0, found.iou_scores[0, 0].argmax()] > 0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mifo.backbones.imported import merge_adapters
-from mifo.backbones.learned import Learned, load_learned
+from mifo.backbones.learned import Learned, load_learned, read_learned
 from mifo.backbones.model import DiffusionModel
 from mifo.errors import MifoError
 from mifo.method.backbone import Conditioning, Read, Rules, Site
@@ -34,37 +34,30 @@ def joined_tokens(results: Sequence[Learned]) -> list[str]:
 def put_together(base: DiffusionModel, folders: Sequence[Path]) -> Any:
     """The base model with the words of all results, and a member for each result whose weights learned.
 
+    `base` is changed in place; each member is a copy of it, but for the autoencoder, which all share.
+
     Raises:
         MifoError: as `load_learned`.
     """
-    apart, results = [], []
-    for folder in folders:
-        own = copy.deepcopy(base)
-        results.append(load_learned(folder, own))
-        merge_adapters(own.networks)
-        apart.append(own)
+    results = [read_learned(folder) for folder in folders]
     tokens = joined_tokens(results)
-    rows = {name: torch.cat([own.new_rows[name] for own in apart]) for name in apart[0].new_rows}
-
-    def member(weights: DiffusionModel | None) -> DiffusionModel:
-        made = copy.deepcopy(base)
-        made.add_words(tokens)
-        for name, each in made.new_rows.items():
-            each.copy_(rows[name])
-        for name, network in made.networks.items() if weights else ():
-            learned = dict(weights.networks[name].named_parameters())  # type: ignore[union-attr]
-            for path, parameter in network.named_parameters():
-                if not path.endswith(".rows"):
-                    parameter.copy_(learned[path])
-        made.freeze()
-        return made
-
-    members, owners = [member(None)], []
-    for own, result in zip(apart, results, strict=True):
+    base.add_words(tokens)
+    members, owners = [base], list[int]()
+    for folder, result in zip(folders, results, strict=True):
+        own = base
         if result.trainable != "tokens":
-            members.append(member(own))
-        owners += [len(members) - 1 if result.trainable != "tokens" else 0] * len(result.tokens)
-    return Together(members, dict(zip(tokens, owners, strict=True))) if len(members) > 1 else members[0]
+            own = copy.deepcopy(base, {id(base.autoencoder): base.autoencoder})
+            members.append(own)
+        load_learned(folder, own, len(owners))
+        merge_adapters(own.networks)
+        for name, rows in base.new_rows.items():
+            rows[len(owners) :] = own.new_rows[name][len(owners) :]
+        owners += [0 if own is base else len(members) - 1] * len(result.tokens)
+    for member in members:
+        for name, rows in member.new_rows.items():
+            rows.copy_(base.new_rows[name])
+        member.freeze()
+    return Together(members, dict(zip(tokens, owners, strict=True))) if len(members) > 1 else base
 
 
 class Together:

@@ -50,8 +50,10 @@ class Conditioning(NamedTuple):
         return type(self)({name: part[chosen] for name, part in self.parts.items()})
 
     def to(self, dtype: torch.dtype) -> Self:
-        """All parts in one precision."""
-        return type(self)({name: part.to(dtype) for name, part in self.parts.items()})
+        """All parts in one precision, but whole numbers."""
+        return type(self)(
+            {name: part.to(dtype) if part.is_floating_point() else part for name, part in self.parts.items()}
+        )
 
     @property
     def samples(self) -> int:

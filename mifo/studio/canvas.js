@@ -1,4 +1,5 @@
 // A canvas with a chip for each instance: masks are painted on a photo, boxes are dragged on a square.
+// A click on the photo asks the server's function `click` for a mask.
 // Its value: {picture, names, fixed, masks, boxes}; pictures are data URLs, boxes [x0, y0, x1, y1] in [0, 1].
 const painting = props.mode === 'paint', colours = props.palette;
 const make = (tag, traits, ...inside) => {
@@ -8,9 +9,11 @@ const make = (tag, traits, ...inside) => {
 };
 const canvas = make('canvas', {width: 640, height: painting ? 400 : 640});
 const chips = make('div', {className: 'chips'}), tools = make('div', {className: 'tools'});
+const told = make('div', {className: 'told'});
 const context = canvas.getContext('2d');
 let state = {picture: null, names: [], fixed: 0, masks: [], boxes: []};
 let photo = null, layers = [], current = 0, tool = 'brush', size = 28, before = [], drag = null, stamp = null;
+let clicks = [], asking = false;  // clicks of each instance: [x, y, 1 on it or 0 beside it]
 
 const colour = (i) => colours[i % colours.length];
 const layer = () => make('canvas', {width: canvas.width, height: canvas.height});
@@ -50,6 +53,8 @@ function draw() {
     context.globalAlpha = 1;
   });
   if (!painting) state.boxes.forEach(drawBox);
+  for (const [x, y, on] of clicks[current] || [])
+    dot(x * width, y * height, on ? colour(current) : '#18181b', 'white', width / 90);
   if (drag && drag.outline) {
     context.strokeStyle = colour(current);
     context.lineWidth = 3;
@@ -94,13 +99,15 @@ function drawBox(box, i) {
   context.fillStyle = props.inks[i % props.inks.length];
   context.fillText(text, x0 + 8, y0 + 19);
   if (i === current) {
-    context.fillStyle = 'white';
-    context.strokeStyle = colour(i);
-    context.lineWidth = 2;
-    for (const [x, y] of [[x0, y0], [x1, y0], [x0, y1], [x1, y1]]) {
-      context.beginPath(); context.arc(x, y, 6, 0, 7); context.fill(); context.stroke();
-    }
+    for (const [x, y] of [[x0, y0], [x1, y0], [x0, y1], [x1, y1]]) dot(x, y, 'white', colour(i), 6);
   }
+}
+
+function dot(x, y, inside, rim, radius) {
+  context.fillStyle = inside;
+  context.strokeStyle = rim;
+  context.lineWidth = radius / 3;
+  context.beginPath(); context.arc(x, y, radius, 0, 7); context.fill(); context.stroke();
 }
 
 function trace(where, points) {
@@ -109,14 +116,14 @@ function trace(where, points) {
 }
 
 function add(name = '') {
-  state.names.push(name); state.masks.push(null); state.boxes.push(null);
+  state.names.push(name); state.masks.push(null); state.boxes.push(null); clicks.push([]);
   if (painting) layers.push(layer());
   current = state.names.length - 1;
 }
 
 function remove(i) {
   if (i < state.fixed) state.boxes[i] = null;
-  else for (const list of [state.names, state.masks, state.boxes, layers]) list.splice(i, 1);
+  else for (const list of [state.names, state.masks, state.boxes, layers, clicks]) list.splice(i, 1);
   current = Math.max(0, Math.min(current, state.names.length - 1));
   before = [];
   changed();
@@ -155,7 +162,8 @@ function mark() {
 
 function build() {
   if (painting) {
-    const about = {brush: 'paint over the instance', outline: 'draw around the instance; the inside is filled', eraser: 'take paint away'};
+    const about = {brush: 'paint over the instance', outline: 'draw around the instance; the inside is filled', eraser: 'take paint away',
+      click: 'click on the instance; Segment Anything 2 finds its mask', 'click beside': 'click on what does not belong to it'};
     for (const name of Object.keys(about)) {
       const button = make('button', {textContent: name, title: about[name], onclick: () => { tool = name; mark(); }});
       button.dataset.tool = name;
@@ -165,12 +173,11 @@ function build() {
       oninput: (event) => { size = +event.target.value; }}));
     tools.append(make('button', {textContent: 'undo', onclick: undo}));
   }
-  element.querySelector('.studio-canvas').replaceChildren(chips, tools, canvas);
+  element.querySelector('.studio-canvas').replaceChildren(chips, tools, told, canvas);
 }
 
-function remember() {
-  const own = pen(layers[current]);
-  before.push([current, own.getImageData(0, 0, canvas.width, canvas.height)]);
+function remember(i) {
+  before.push([i, pen(layers[i]).getImageData(0, 0, canvas.width, canvas.height), clicks[i]]);
   if (before.length > 20) before.shift();
 }
 
@@ -179,7 +186,35 @@ function undo() {
   if (!last) return;
   current = last[0];
   pen(layers[current]).putImageData(last[1], 0, 0);
+  clicks[current] = last[2];
   exported(current);
+  changed();
+}
+
+function fill(i, mask) {  // black is empty
+  const own = pen(layers[i]);
+  own.globalCompositeOperation = 'copy';
+  own.drawImage(mask, 0, 0, canvas.width, canvas.height);
+  const pixels = own.getImageData(0, 0, canvas.width, canvas.height);
+  for (let k = 0; k < pixels.data.length; k += 4) pixels.data[k + 3] = pixels.data[k];
+  own.putImageData(pixels, 0, 0);
+  exported(i);
+}
+
+async function ask(points) {
+  if (asking) return;
+  const own = layers[current];
+  asking = true;
+  told.textContent = 'Looking at the photo … the first click takes longest.';
+  const failed = (error) => ({told: String(error)});
+  const found = await server.click({picture: state.picture, points}).catch(failed);
+  const mask = found.mask && await loaded(found.mask), i = layers.indexOf(own);
+  asking = false;
+  told.textContent = found.told || '';
+  if (!mask || i < 0) return;  // nothing was found, or the instance is gone
+  remember(i);
+  fill(i, mask);
+  clicks[i] = points;
   changed();
 }
 
@@ -228,8 +263,9 @@ canvas.onpointerdown = (event) => {
     drag = grip(here);
     current = drag.i;
     mark();
-  } else {
-    remember();
+  } else if (tool.startsWith('click')) ask([...clicks[current], [...here, tool === 'click' ? 1 : 0]]);
+  else {
+    remember(current);
     drag = {last: here, outline: tool === 'outline' ? [here] : null};
     if (!drag.outline) stroke(here, here);
   }
@@ -273,17 +309,12 @@ async function load(value) {
   photo = shown;
   if (photo) { canvas.width = photo.width; canvas.height = photo.height; }
   state = {picture: value.picture || null, names: [], fixed: value.fixed || 0, masks: [], boxes: []};
-  layers = []; before = [];
+  layers = []; before = []; clicks = [];
+  told.textContent = '';
   (value.names || []).forEach((name, i) => {
     add(name);
     state.boxes[i] = (value.boxes || [])[i] || null;
-    if (!painting || !masks[i]) return;
-    const own = pen(layers[i]);
-    own.drawImage(masks[i], 0, 0, canvas.width, canvas.height);
-    const pixels = own.getImageData(0, 0, canvas.width, canvas.height);
-    for (let k = 0; k < pixels.data.length; k += 4) pixels.data[k + 3] = pixels.data[k];  // black is empty
-    own.putImageData(pixels, 0, 0);
-    exported(i);
+    if (painting && masks[i]) fill(i, masks[i]);
   });
   if (painting && photo && !state.names.length) add();
   current = 0;

@@ -32,8 +32,6 @@ from mifo.files import as_record, read_yaml, whole_folder, write_whole
 
 SHOWN = 1024  # pixels of the longer side of a picture in the browser
 
-_PNG = "data:image/png;base64,"
-
 
 def options(folder: Path, group: str) -> list[str]:
     """The names of the options that are kept in a group, the newest first."""
@@ -60,7 +58,7 @@ def keep_photo(
     read_picture(photo)  # refuses what is no picture
     suffix = photo.suffix.lower()
     files = {f"img{suffix if suffix in ENDINGS else '.png'}": photo.read_bytes()}
-    files |= {f"mask{i}.png": _bytes(mask) for i, mask in enumerate(masks) if mask is not None}
+    files |= {f"mask{i}.png": content(mask) for i, mask in enumerate(masks) if mask is not None}
     for taken in _names(name):
         place = folder / "photos" / taken
         option: dict[str, Any] = {"name": taken, "folder": str(place.absolute())}
@@ -69,10 +67,10 @@ def keep_photo(
         if free and not place.exists():
             _text(option)  # refuses names before anything is written
             with whole_folder(place) as unfinished:
-                for file, content in files.items():
-                    (unfinished / file).write_bytes(content)
+                for file, written in files.items():
+                    (unfinished / file).write_bytes(written)
                 read_instances(InstancesSettings(folder=str(unfinished)))
-        elif not free or _content(place) != files:
+        elif not free or _files(place) != files:
             continue
         return _keep(folder, "instances", taken, option)
     raise AssertionError  # names have no end
@@ -107,6 +105,14 @@ def as_url(picture: Image.Image, form: str = "JPEG") -> str:
     small.thumbnail((SHOWN, SHOWN))
     small.save(stream, form, quality=90)
     return f"data:image/{form.lower()};base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def content(url: str) -> bytes:
+    """The file in a data URL of the browser."""
+    try:
+        return base64.b64decode(url.partition(",")[2], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise MifoError("a picture from the browser is damaged; reload the page and begin again.") from error
 
 
 def canvas_of(found: InstanceSet) -> dict[str, Any]:
@@ -175,12 +181,5 @@ def _keep(folder: Path, group: str, name: str, option: Mapping[str, Any]) -> str
     return name
 
 
-def _content(place: Path) -> dict[str, bytes]:
+def _files(place: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in place.iterdir()} if place.is_dir() else {}
-
-
-def _bytes(url: str) -> bytes:
-    try:
-        return base64.b64decode(url.removeprefix(_PNG), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise MifoError("a mask from the browser is no PNG; reload the page and paint it again.") from error

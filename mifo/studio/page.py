@@ -25,6 +25,7 @@ from mifo.errors import MifoError
 from mifo.files import CONFIG
 from mifo.report.palette import PALETTE, hexadecimal, text_colour
 from mifo.studio import jobs, kept
+from mifo.studio.clicks import Clicks
 from mifo.tracking.index import read_facts
 
 HERE = Path(__file__).parent
@@ -39,8 +40,11 @@ THEME = gr.themes.Base(
 STATES = {"running": "●", "ok": "✓", "failed": "✕", "interrupted": "❙❙", "died": "✕"}
 
 
-def canvas(mode: str) -> gr.HTML:
-    """Masks that are painted on a photo (`paint`), or boxes that are dragged on a square; see canvas.js."""
+def canvas(mode: str, *functions: Callable[..., Any]) -> gr.HTML:
+    """Masks that are painted on a photo (`paint`), or boxes that are dragged on a square; see canvas.js.
+
+    `functions` are those that it calls by their names.
+    """
     return gr.HTML(
         EMPTY,
         html_template="<div class='studio-canvas'></div>",
@@ -49,6 +53,7 @@ def canvas(mode: str) -> gr.HTML:
         mode=mode,
         palette=[hexadecimal(each) for each in PALETTE],
         inks=[hexadecimal(text_colour(each)) for each in PALETTE],
+        server_functions=list(functions),
     )
 
 
@@ -60,16 +65,23 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*values)
         except (MifoError, OSError) as error:
-            raise gr.Error(str(error), duration=None, print_exception=False) from error
+            raise gr.Error(str(error), duration=20, print_exception=False) from error
 
     return called
 
 
-class Studio:
-    """What the page does; `folder` is where photos and layouts are kept."""
+class ShownWarnings(logging.Handler):
+    """Shows what is logged while the page is answered as a message in the browser."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.jobs = folder, jobs.Jobs()
+    def emit(self, record: logging.LogRecord) -> None:
+        gr.Warning(re.sub(r"\S*\.unfinished/", "", record.getMessage()), duration=20)
+
+
+class Studio:
+    """What the page does; `folder` is where photos and layouts are kept, `segmenter` see `Clicks`."""
+
+    def __init__(self, folder: Path, segmenter: str) -> None:
+        self.folder, self.jobs, self.clicks = folder, jobs.Jobs(), Clicks(segmenter)
 
     def lists(self) -> tuple[gr.Dropdown, ...]:
         """What can be chosen when the page is opened: photos, twice, layouts and runs."""
@@ -80,7 +92,7 @@ class Studio:
     def open_photo(self, file: str) -> tuple[Any, ...]:
         """Canvas, photo, name and a note for a photo that was dropped."""
         shown = kept.as_url(read_picture(Path(file)))
-        note = "Name the first instance and paint over it; **+ instance** adds the next."
+        note = "Name the first instance and paint over it or click on it; **+ instance** adds the next."
         return EMPTY | {"picture": shown}, file, Path(file).stem, note
 
     def open_folder(self, given: str) -> tuple[Any, ...]:
@@ -95,6 +107,13 @@ class Studio:
     def _opened(self, settings: InstancesSettings, name: str) -> tuple[Any, ...]:
         found = read_instances(settings)
         return kept.canvas_of(found), str(image_file(Path(settings.folder or ""))), name, f"Opened {name}."
+
+    def click(self, given: dict[str, Any]) -> dict[str, str]:
+        """The `mask` of what is clicked, or what is `told` instead: canvas.js calls it."""
+        try:
+            return {"mask": self.clicks.mask(given["picture"], given["points"])}
+        except MifoError as error:
+            return {"told": str(error)}
 
     def keep_photo(self, canvas: dict[str, Any], photo: str | None, name: str) -> tuple[Any, ...]:
         """A note and both lists of kept photos, with the new one chosen."""
@@ -193,11 +212,15 @@ class Studio:
 def build(studio: Studio) -> gr.Blocks:
     """The page, whose parts call the methods of `studio`."""
     models = sorted(file.stem for file in (conf_folder() / "model").glob("*.yaml") if file.stem != "local")
+
+    def click(given: dict[str, Any]) -> dict[str, str]:  # gradio takes no method here
+        return studio.click(given)
+
     with gr.Blocks(title="MIFO studio") as page:
         gr.HTML("<h1>MIFO <span>studio</span></h1>", elem_id="title")
         with gr.Tab("1 · Photo"), gr.Row():
             with gr.Column(scale=3):
-                painted = canvas("paint")
+                painted = canvas("paint", click)
             with gr.Column(scale=1, min_width=300):
                 dropped = gr.File(label="Drop a photo", file_types=["image"], height=130, elem_id="drop")
                 given = gr.Textbox(label="or a folder of photo and masks", placeholder="my_photo, then Enter")
@@ -276,10 +299,10 @@ def build(studio: Studio) -> gr.Blocks:
     return page
 
 
-def serve(folder: Path, host: str, port: int, browser: bool) -> None:
+def serve(studio: Studio, host: str, port: int, browser: bool) -> None:
     """Serve the page until the process is asked to end; what learns then is stopped, and can go on later."""
     logging.getLogger("httpx").setLevel(logging.WARNING)  # with which gradio calls its own server
-    studio = Studio(folder)
+    logging.getLogger("mifo.data").addHandler(ShownWarnings(logging.WARNING))  # of pictures and masks
     page = build(studio)
     try:
         page.launch(
@@ -295,7 +318,7 @@ def serve(folder: Path, host: str, port: int, browser: bool) -> None:
             theme=THEME,
             css_paths=HERE / "studio.css",
         )
-        print(f"studio: {page.local_url}  (Ctrl-C ends it; what is kept lies in {folder})", flush=True)
+        print(f"studio: {page.local_url}  (Ctrl-C ends it; what is kept lies in {studio.folder})", flush=True)
         threading.Event().wait()
     except KeyboardInterrupt:
         print("studio: ended")

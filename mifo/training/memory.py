@@ -117,7 +117,8 @@ class _FusedAttention(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if function is F.scaled_dot_product_attention:
-            return _Attend.apply(*args[:3])
+            named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+            return _Attend.apply(named["query"], named["key"], named["value"])
         return function(*args, **(kwargs or {}))
 
 

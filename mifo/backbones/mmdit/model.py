@@ -16,29 +16,47 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import T5EncoderModel, T5Tokenizer
 
-from mifo.backbones.attention import AttentiveNetwork, Keep
-from mifo.backbones.latent import LatentModel
-from mifo.backbones.mmdit.attention import JointAttention, JointRules
-from mifo.backbones.mmdit.sites import choose_sites, network_sites
+from mifo.backbones.joint.attention import JointAttention, joint_heads
+from mifo.backbones.joint.model import JointModel
+from mifo.backbones.joint.network import JointNetwork
+from mifo.backbones.joint.sites import JOINT, PIXELS, joint_sites
 from mifo.backbones.settings import ModelSettings
-from mifo.errors import MifoError
-from mifo.method.backbone import Conditioning, Read, Rules, Site
-from mifo.method.diffusion.flow import Flow, Timesteps
+from mifo.method.backbone import Conditioning
 from mifo.method.prompts.instances import PromptWords
 
 T5_TOKENS = 256  # diffusers' `max_sequence_length`
 
 
-class AttentiveTransformer(AttentiveNetwork):
-    """A multimodal transformer whose attention can be read and bounded.
+class SD3Attention(JointAttention):
+    """Over pixels and words, or over pixels alone where the layer is given no words."""
 
-    With `whole_row` maps hold shares of the whole row, see `JointAttention`.
-    """
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        attended = self.joined(attn, *joint_heads(attn, hidden_states, encoder_hidden_states))
+        projection, dropout = attn.to_out
+        out = dropout(projection(attended[:, : self.pixels]))
+        if encoder_hidden_states is None:
+            return out
+        words = attended[:, self.pixels :]
+        return out, words if attn.context_pre_only else attn.to_add_out(words)
+
+
+class AttentiveTransformer(JointNetwork):
+    """Stable Diffusion 3.5's first blocks attend a second time, among pixels alone."""
 
     def __init__(self, transformer: SD3Transformer2DModel, whole_row: bool = False) -> None:
-        sites = network_sites(transformer)
-        super().__init__(transformer, sites, choose_sites(sites, len(transformer.transformer_blocks)))
-        self.whole_row = whole_row
+        layers = []
+        for number, block in enumerate(transformer.transformer_blocks):
+            layers.append((f"transformer_blocks.{number}.attn", JOINT))
+            if block.attn2 is not None:
+                layers.append((f"transformer_blocks.{number}.attn2", PIXELS))
+        side = transformer.config.sample_size // transformer.config.patch_size
+        super().__init__(transformer, joint_sites(layers, side), whole_row)
 
     def forward(self, noisy: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         states = conditioning.parts["states"]
@@ -50,42 +68,22 @@ class AttentiveTransformer(AttentiveNetwork):
             return_dict=False,
         )[0]
 
-    def processors(self, reads: Mapping[Site, Read], keep: Keep, rules: Rules | None) -> list[Any]:
-        masks = JointRules(rules)
-        return [
-            JointAttention(
-                {site: reads[site] for site in sites if site in reads},
-                keep,
-                masks.joint(sites[0].size) if len(sites) > 1 else masks.of(sites[0]),
-                masks,
-                self.whole_row,
-            )
-            for sites in self.layers
-        ]
-
-    def keys(self, site: Site) -> slice:
-        pixels = site.size[0] * site.size[1]
-        return slice(pixels, None) if site.kind == "words" else slice(pixels)
+    def processor_of(self, module: Any) -> type[JointAttention]:
+        return SD3Attention
 
 
 @dataclass(kw_only=True)
-class MMDiTModel(LatentModel):
+class MMDiTModel(JointModel):
     """A latent diffusion model with a multimodal transformer and two CLIP text encoders with projections.
 
     Without T5, the third text encoder of Stable Diffusion 3, `zeros` tokens stand for its states, as in
     diffusers. A model whose transformer reads no wider states than CLIP's never had T5, and gets none. With
     T5 an instance has a word for it too, whose row learns with CLIP's; maps are read at CLIP's word.
-    `whole_row`: see `JointAttention`. `timesteps`: see `Flow`.
     """
 
-    part = "transformer"
     keys_and_values = re.compile(r"\.attn\.add_[kv]_proj\.(weight|bias)$")
-    adapted = (*LatentModel.adapted, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-    sampled = ("shift", "num_train_timesteps")
+    adapted = (*JointModel.adapted, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
-    transformer: SD3Transformer2DModel
-    timesteps: Timesteps = Timesteps.logit_normal
-    whole_row: bool = False
     zeros: int = T5_TOKENS
     tokenizer_3: T5Tokenizer | None = None
     text_encoder_3: T5EncoderModel | None = None
@@ -94,25 +92,14 @@ class MMDiTModel(LatentModel):
     def options(
         cls, settings: ModelSettings, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]
     ) -> dict[str, Any]:
-        known = {"timesteps": list(Timesteps), "maps": ["own", "row"]}
-        for key, values in known.items():
-            if (value := getattr(settings, key)) not in values:
-                raise MifoError(f"model.{key}={value} is not known; take {' or '.join(values)}.")
         read = configs["transformer"].get("joint_attention_dim", 4096)
         widths = [configs[part].get("hidden_size", 512) for part in ("text_encoder", "text_encoder_2")]
-        return {
-            "timesteps": Timesteps(settings.timesteps),
-            "whole_row": settings.maps == "row",
-            "zeros": T5_TOKENS if read > sum(widths) else 0,
-        }
+        zeros = {"zeros": T5_TOKENS if read > sum(widths) else 0}
+        return super().options(settings, index, configs) | zeros
 
     @cached_property
     def attentive(self) -> AttentiveTransformer:
         return AttentiveTransformer(self.transformer, self.whole_row)
-
-    @cached_property
-    def process(self) -> Flow:
-        return Flow.from_scheduler(self.noise_scheduler, self.timesteps)
 
     @property
     def tokenizers(self) -> list[Any]:

@@ -1,6 +1,7 @@
 """Rectified flow (arXiv 2209.03003, as Stable Diffusion 3 has it, 2403.03206): straight lines to noise."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Self
@@ -20,9 +21,10 @@ class Timesteps(StrEnum):
 
 # options of the scheduler that change its times in another way than by `shift`
 _OTHER = (
-    "use_dynamic_shifting invert_sigmas shift_terminal use_karras_sigmas use_exponential_sigmas "
-    "use_beta_sigmas stochastic_sampling"
+    "invert_sigmas shift_terminal use_karras_sigmas use_exponential_sigmas use_beta_sigmas "
+    "stochastic_sampling"
 ).split()
+MANY = 200  # sampling steps, from which on more of them change no shift
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,26 @@ class Flow:
     shift: float = 1.0  # moves times towards noise, as larger pictures need it (arXiv 2403.03206, eq. 23)
     length: int = 1000  # the time of pure noise
     timesteps: Timesteps = Timesteps.logit_normal  # how times are drawn in learning
+    even: bool = False  # sampling shifts the shares 1, 1 − 1/steps, …, 1/steps; Stable Diffusion 3 others
+    shift_of: Callable[[int], float] | None = None  # the shift of a picture of so many steps; None: `shift`
 
     prediction_type = "velocity"
 
     @classmethod
-    def from_scheduler(cls, scheduler: Any, timesteps: Timesteps = Timesteps.logit_normal) -> Self:
-        """Take over diffusers' `FlowMatchEulerDiscreteScheduler`, unless it places its times otherwise."""
+    def from_scheduler(
+        cls,
+        scheduler: Any,
+        timesteps: Timesteps = Timesteps.logit_normal,
+        even: bool = False,
+        level: Callable[[int], float] | None = None,
+    ) -> Self:
+        """Take over diffusers' `FlowMatchEulerDiscreteScheduler`, unless it places its times otherwise.
+
+        Args:
+            even: whether the family's pipeline gives the scheduler its times.
+            level: by a number of steps, the logarithm of the shift that the family's pipeline gives a
+                scheduler that has none of its own. Times of learning are shifted as in `MANY` steps.
+        """
         config = scheduler.config
         for key in _OTHER:
             if config.get(key):
@@ -48,13 +64,24 @@ class Flow:
                     f"The scheduler's {key} is {config[key]}, which MIFO does not know; use a model whose "
                     "scheduler has a fixed shift alone."
                 )
-        return cls(config.shift, config.num_train_timesteps, timesteps)
+        if not config.get("use_dynamic_shifting"):
+            return cls(config.shift, config.num_train_timesteps, timesteps, even)
+        if level is None or config.get("time_shift_type", "exponential") != "exponential":
+            raise MifoError(
+                "The scheduler's use_dynamic_shifting is True, in a way that MIFO does not know; use a model "
+                "whose scheduler has a fixed shift."
+            )
+
+        def shift_of(steps: int) -> float:
+            return math.exp(level(steps))
+
+        return cls(shift_of(MANY), config.num_train_timesteps, timesteps, even, shift_of)
 
     def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
         """The times (count,) of a learning step."""
         if self.timesteps is Timesteps.uniform:
-            return self._shifted(torch.rand(count, generator=generator)) * self.length
-        return self._shifted(torch.randn(count, generator=generator).sigmoid()) * self.length
+            return _shifted(torch.rand(count, generator=generator), self.shift) * self.length
+        return _shifted(torch.randn(count, generator=generator).sigmoid(), self.shift) * self.length
 
     def add_noise(self, clean: Tensor, noise: Tensor, time: Tensor | float) -> Tensor:
         """x_σ of (B, …) clean latents and noise at the times (B,), or at one for all."""
@@ -70,7 +97,7 @@ class Flow:
         return time / self.length
 
     def times(self, steps: int) -> list[float]:
-        """Those of diffusers' scheduler, whose last time is shifted twice.
+        """Those of diffusers' pipelines; Stable Diffusion 3's last time is shifted twice.
 
         Raises:
             MifoError: fewer than one step or more than the flow has timesteps.
@@ -80,19 +107,22 @@ class Flow:
                 f"{steps} sampling steps asked for, but the model's scheduler has {self.length} timesteps; "
                 f"choose 1 to {self.length}."
             )
-        last = self._shifted(torch.tensor(1 / self.length, dtype=torch.float64))
+        shift = self.shift_of(steps) if self.shift_of else self.shift
+        last = torch.tensor(1 / (steps if self.even else self.length), dtype=torch.float64)
+        last = last if self.even else _shifted(last, shift)
         between = torch.linspace(1, last.item(), steps, dtype=torch.float64)
-        return (self._shifted(between) * self.length).tolist()
+        return (_shifted(between, shift) * self.length).tolist()
 
     def step(self, noisy: Tensor, prediction: Tensor, times: Sequence[float], step: int) -> Tensor:
         """The latents (B, C, h, w) at the next of the `times`, or at 0 after the last."""
         further = times[step + 1] if step + 1 < len(times) else 0.0
         return noisy + (further - times[step]) / self.length * prediction
 
-    def _shifted(self, sigma: Tensor) -> Tensor:
-        return self.shift * sigma / (1 + (self.shift - 1) * sigma)
-
     def _sigma(self, time: Tensor | float, like: Tensor) -> Tensor:
         """σ shaped to multiply latents."""
         sigma = torch.as_tensor(time, device=like.device) / self.length
         return sigma.to(like.dtype).view(-1, *(1,) * (like.dim() - 1))
+
+
+def _shifted(sigma: Tensor, shift: float) -> Tensor:
+    return shift * sigma / (1 + (shift - 1) * sigma)

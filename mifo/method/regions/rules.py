@@ -104,17 +104,20 @@ def region_rules(
     sizes: Collection[tuple[int, int]],
     words: SubjectWords,
     guidance: bool,
+    halves: bool = True,
 ) -> Rules:
-    """The rules of a guidance pass, or of a denoising pass, whose batch has an unconditional half first.
+    """The rules of a guidance pass, of the conditional half alone, or of a denoising pass.
 
-    The unconditional half sees every word; pixels are bounded in both halves. `shapes_at` gives for a size
-    bool shapes (B, S, h, w).
+    Args:
+        shapes_at: gives for a size bool shapes (B, S, h, w).
+        halves: whether a denoising pass has an unconditional half first, which sees every word; pixels are
+            bounded in both.
     """
     of_words, of_pixels, of_texts = {}, {}, {}
     for size in sizes:
         shapes = shapes_at(size).flatten(2)
         word, pixel, text = word_rule(shapes, words, guidance), pixel_rule(shapes), text_rule(shapes, words)
-        if not guidance:
+        if halves and not guidance:
             word = Rule(torch.cat([torch.full_like(word.queries, _ALL), word.queries]), word.keys)
             pixel = Rule(*(torch.cat([bits, bits]) for bits in pixel))
             queries = text.queries.expand(len(shapes), -1)

@@ -53,6 +53,9 @@ class Sampler:
         self.backbone, self.settings, self.guidance = backbone, settings, guidance
         self.times = backbone.process.times(settings.steps)  # from noise to clean
         self._times = torch.tensor(self.times)
+        self.free = (
+            settings.guidance_scale == 1
+        )  # unconditional predictions would not count, and are not made
         self.gradient = accelerate(self._loss_and_gradient)
         self.prediction = accelerate(self._prediction_and_maps)
 
@@ -124,12 +127,14 @@ class Sampler:
         rules = regions.rules(guidance=False) if regions else None
         leading = regions.words.leading if regions and regions.records else None
         time = self.time(step, latents.device)
-        prediction, maps = self.prediction(latents, time, conditioning, rules, leading)
+        if self.free:
+            conditioning = conditioning.rows(slice(len(latents), None))
+        guided, maps = self.prediction(latents, time, conditioning, rules, leading)
         if regions:
             regions.add(maps)
-        # classifier-free guidance (arXiv 2207.12598)
-        unconditional, conditional = prediction.chunk(2)
-        guided = unconditional + self.settings.guidance_scale * (conditional - unconditional)
+        if not self.free:  # classifier-free guidance (arXiv 2207.12598)
+            unconditional, conditional = guided.chunk(2)
+            guided = unconditional + self.settings.guidance_scale * (conditional - unconditional)
         return self.backbone.process.step(latents, guided, self.times, step)
 
     def time(self, step: int, device: torch.device) -> Tensor:
@@ -145,20 +150,20 @@ class Sampler:
         rules: Rules | None,
         leading: Tensor | None,
     ) -> tuple[Tensor, dict[Kind, Tensor]]:
-        """Both halves of a prediction, (2B, C, h, w) in the latents' precision, and mean maps of each kind.
+        """A prediction for each row of conditioning, in the latents' precision, and mean maps of each kind.
 
         Maps are read if `leading`, the position (S,) of each subject's leading token, is given: pixels
         (B, n, n) and words (B, n, S), means over heads and sites, conditional half.
         """
 
         def mean_map(probabilities: Tensor, kind: Kind) -> Tensor:
-            mean = probabilities.chunk(2)[1].mean(dim=1)
+            mean = probabilities[-len(latents) :].mean(dim=1)
             return mean[..., leading] if kind == "words" else mean
 
         shaping = () if leading is None else self.sites[1]
         reads = {site: partial(mean_map, kind=site.kind) for site in shaping}
-        both = torch.cat([latents, latents])
-        prediction, maps = self.backbone.predict(both, time, conditioning, reads or None, rules)
+        rows = torch.cat([latents] * (conditioning.samples // len(latents)))
+        prediction, maps = self.backbone.predict(rows, time, conditioning, reads or None, rules)
         kinds: tuple[Kind, ...] = ("pixels", "words") if maps else ()
         return prediction.to(latents.dtype), {k: torch.stack(_of_kind(maps, k)).mean(0) for k in kinds}
 
@@ -234,7 +239,8 @@ class Regions:
             return None
         if guidance not in self._rules:
             sizes = {site.size for site in self._sampler.backbone.sites}
-            self._rules[guidance] = region_rules(self._shapes_at, sizes, self.words, guidance)
+            halves = not self._sampler.free
+            self._rules[guidance] = region_rules(self._shapes_at, sizes, self.words, guidance, halves)
         return self._rules[guidance]
 
     def guide(self, latents: Tensor, conditioning: Conditioning, step: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Joint attention of a diffusers multimodal transformer: bounded by a rule, and read.
+"""Joint attention over pixels and words in one row: bounded by a rule, and read.
 
 B samples, n pixels (patches), L words, d width of a head. Pixels come before words in the joint sequence.
 """
@@ -28,6 +28,7 @@ class JointRules:
         self._bias = Biases()
         self._blocks: dict[int, Any] = {}
         self._joint: dict[tuple[int, int], Rule] = {}
+        self._fitted: dict[int, Rule] = {}
 
     def of(self, site: Site) -> Rule | None:
         """What bounds pixels as they attend to the keys of a site."""
@@ -44,6 +45,20 @@ class JointRules:
     def bias(self, rule: Rule | None, dtype: torch.dtype) -> Tensor | None:
         return None if rule is None else self._bias(rule, dtype)
 
+    def fitted(self, rule: Rule, length: int, padding: Tensor | None) -> Rule:
+        """A rule of one prompt's joint sequence, for a pass with a longer prompt beside it.
+
+        Args:
+            padding: −∞ where a sequence has no words, (B, 1, 1, length); other words beyond the rule's are
+                open.
+        """
+        if padding is None:
+            return rule
+        if id(rule) not in self._fitted:
+            queries, keys = (F.pad(bits, (0, length - bits.shape[1]), value=-1) for bits in rule)
+            self._fitted[id(rule)] = Rule(queries, torch.where(padding.flatten(1) == 0, keys, 0))
+        return self._fitted[id(rule)]
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, rule: Rule, scale: float) -> Tensor:
         """Attention (B, heads, n, d) bounded by a rule, on a GPU without a mask in memory."""
         if not runs_in_blocks(query):
@@ -55,63 +70,78 @@ class JointRules:
 
 
 class JointAttention:
-    """Attention over pixels and words in one row, or over pixels alone where a layer is given no words.
+    """Attention over pixels and words in one row, or over pixels alone; a family's class calls `joined`.
 
     Maps are computed beside the fused attention, those of words without n² numbers. With `whole_row` a map
     holds shares of the whole row, exp(q·k − lse); without, shares of the attention to keys of the site's own
     kind.
+
+    Args:
+        pixels: n.
     """
 
     def __init__(
-        self, reads: Mapping[Site, Read], keep: Keep, rule: Rule | None, rules: JointRules, whole_row: bool
-    ) -> None:
-        self.reads, self.keep, self.rule, self.rules, self.whole_row = reads, keep, rule, rules, whole_row
-
-    def __call__(
         self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        query, key, value = joint_heads(attn, hidden_states, encoder_hidden_states)
-        pixels = hidden_states.shape[1]
+        reads: Mapping[Site, Read],
+        keep: Keep,
+        rule: Rule | None,
+        rules: JointRules,
+        pixels: int,
+        whole_row: bool,
+    ) -> None:
+        self.reads, self.keep, self.rule, self.rules = reads, keep, rule, rules
+        self.pixels, self.whole_row = pixels, whole_row
+
+    def joined(
+        self, attn: Any, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None = None
+    ) -> Tensor:
+        """(B, n + L, heads · d) of queries, keys and values (B, heads, n + L, d); keeps what is read.
+
+        Args:
+            padding: (B, 1, 1, n + L), −∞ at words that are none.
+        """
         for site in self.reads:
-            read = partial(self.read, site, pixels, attn.scale)
+            read = partial(self.read, site, padding)
             if site.kind == "pixels":  # n² numbers, which are computed again for the gradient and not kept
                 read = partial(checkpoint, read, use_reentrant=False, preserve_rng_state=False)
             self.keep(site, read(query, key))
         query, key = query.to(value.dtype), key.to(value.dtype)
-        attended = self.attend(attn, query, key, value, None).transpose(1, 2).flatten(2)
-        projection, dropout = attn.to_out
-        out = dropout(projection(attended[:, :pixels]))
-        if encoder_hidden_states is None:
-            return out
-        words = attended[:, pixels:]
-        return out, words if attn.context_pre_only else attn.to_add_out(words)
+        return self.attend(attn, query, key, value, padding).transpose(1, 2).flatten(2)
 
     def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        """(B, heads, n + L, d) of queries, keys and values of that shape; a transformer has no own `bias`."""
+        """(B, heads, n + L, d) of queries, keys and values of that shape; `bias` is that of padding."""
+        scale = scale_of(query)
         with quick_to_start(query.shape[2]):
             if self.rule is not None:
-                return self.rules.attend(query, key, value, self.rule, attn.scale)
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=attn.scale)
+                rule = self.rules.fitted(self.rule, key.shape[2], bias)
+                return self.rules.attend(query, key, value, rule, scale)
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
 
-    def read(self, site: Site, pixels: int, scale: float, query: Tensor, key: Tensor) -> Tensor:
+    def read(self, site: Site, padding: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
         """What a site's read keeps of the attention of pixels to the site's keys, (B, heads, n, n or L)."""
-        return self.reads[site](self.probabilities(site, pixels, scale, query, key))
+        return self.reads[site](self.probabilities(site, padding, query, key))
 
-    def probabilities(self, site: Site, pixels: int, scale: float, query: Tensor, key: Tensor) -> Tensor:
+    def probabilities(self, site: Site, padding: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
         """In 32 bits, of queries and keys (B, heads, n + L, d)."""
-        asked = query[:, :, :pixels]
-        keys = key[:, :, pixels:] if site.kind == "words" else key[:, :, :pixels]
+        asked, scale = query[:, :, : self.pixels], scale_of(query)
+        own = slice(self.pixels, None) if site.kind == "words" else slice(self.pixels)
+        keys = key[:, :, own]
         bias = self.rules.bias(self.rules.of(site), torch.float32)
+        if padding is not None and site.kind == "words":
+            closed = padding[..., own].float()
+            bias = closed if bias is None else closed + F.pad(bias, (0, closed.shape[-1] - bias.shape[-1]))
         if not self.whole_row:
             return attention_probabilities(asked, keys, scale, bias)
+        rule = self.rule and self.rules.fitted(self.rule, key.shape[2], padding)
         with torch.autocast(query.device.type, enabled=False):
             scores = scale * asked.float() @ keys.float().transpose(-1, -2)
-            level = row_levels(asked, key, scale, self.rule)
+            level = row_levels(asked, key, scale, rule, padding)
             return ((scores if bias is None else scores + bias) - level).exp()
+
+
+def scale_of(query: Tensor) -> float:
+    """Of the scores of queries (B, heads, n, d): 1/√d, as all families have it."""
+    return query.shape[-1] ** -0.5
 
 
 def joint_rule(rules: Rules, size: tuple[int, int]) -> Rule:
@@ -132,17 +162,21 @@ def joint_rule(rules: Rules, size: tuple[int, int]) -> Rule:
     return Rule(_joined(queries), _joined(keys))
 
 
-def row_levels(query: Tensor, key: Tensor, scale: float, rule: Rule | None) -> Tensor:
+def row_levels(
+    query: Tensor, key: Tensor, scale: float, rule: Rule | None, padding: Tensor | None = None
+) -> Tensor:
     """log Σ exp(scale · q·k) of whole rows, (B, heads, n, 1) in 32 bits, a few queries at a time.
 
     Args:
         query: (B, heads, n, d), the first queries of the sequence. key: (B, heads, n + L, d).
-        rule: closes keys.
+        rule: closes keys. padding: see `JointAttention.joined`.
     """
 
     def level(part: Tensor, bits: Tensor | None) -> Tensor:
         with torch.autocast(part.device.type, enabled=False):
             scores = scale * part.float() @ key.float().transpose(-1, -2)
+            if padding is not None:
+                scores = scores + padding
             if rule is not None and bits is not None:
                 closed = ~Rule(bits, rule.keys).allowed()[:, None]
                 scores = scores.masked_fill(closed, -torch.inf)

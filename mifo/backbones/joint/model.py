@@ -1,0 +1,42 @@
+"""A latent diffusion model whose denoising network is a transformer of joint attention, on a flow."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from mifo.backbones.joint.network import JointNetwork
+from mifo.backbones.latent import LatentModel
+from mifo.backbones.settings import ModelSettings
+from mifo.errors import MifoError
+from mifo.method.diffusion.flow import Flow, Timesteps
+
+
+@dataclass(kw_only=True)
+class JointModel(LatentModel):
+    """`whole_row`: see `JointAttention`. `timesteps`: see `Flow`."""
+
+    part = "transformer"
+    sampled = ("shift", "num_train_timesteps")
+
+    transformer: Any  # of diffusers
+    timesteps: Timesteps = Timesteps.logit_normal
+    whole_row: bool = False
+
+    @classmethod
+    def options(
+        cls, settings: ModelSettings, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        known = {"timesteps": list(Timesteps), "maps": ["own", "row"]}
+        for key, values in known.items():
+            if (value := getattr(settings, key)) not in values:
+                raise MifoError(f"model.{key}={value} is not known; take {' or '.join(values)}.")
+        return {"timesteps": Timesteps(settings.timesteps), "whole_row": settings.maps == "row"}
+
+    @cached_property
+    def attentive(self) -> JointNetwork:
+        raise NotImplementedError
+
+    @cached_property
+    def process(self) -> Flow:
+        return Flow.from_scheduler(self.noise_scheduler, self.timesteps)

@@ -1,0 +1,1 @@
+"""Z-Image: a transformer of one stream, in which words and pixels have the same weights."""
