@@ -107,10 +107,11 @@ def report_correlations(table: pd.DataFrame) -> str:
         found = []
         for fault in FAULTS:
             # within scenes, so that a scene that is easy for a measure does not count as agreement
-            ranks = table[table.fault == fault].groupby("scene")[["right", name]].rank(pct=True)
-            constant = ranks[name].nunique() < 2 or ranks["right"].nunique() < 2
-            value = 0.0 if constant else sign * ranks["right"].corr(ranks[name])
-            found.append(f"{value:.2f}")
+            part = table[table.fault == fault]
+            ranks = part.groupby("scene")[["right", name]].rank(pct=True)
+            ranks -= ranks.groupby(part.scene).transform("mean")
+            constant = ranks[name].abs().max() < 1e-9
+            found.append(f"{0.0 if constant else sign * ranks['right'].corr(ranks[name]):.2f}")
         rows.append([name, *found])
     lines = [
         "",
