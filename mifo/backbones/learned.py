@@ -20,7 +20,7 @@ import torch
 from mifo.backbones.base import check_base
 from mifo.backbones.model import DiffusionModel, Trainable
 from mifo.errors import MifoError
-from mifo.files import as_record, read_json, whole_folder
+from mifo.files import as_record, read_json, refuse_existing, whole_folder
 from mifo.tensors import read_tensors, write_tensors
 
 FORMAT = 1
@@ -96,14 +96,6 @@ def save_learned(
         )
         (unfinished / "config.yaml").write_text(config, encoding="utf-8")
     return learned
-
-
-def refuse_existing(folder: Path | str) -> None:
-    """Raise `MifoError` if `folder` exists: a result never replaces another."""
-    if Path(folder).exists():
-        raise MifoError(
-            f"{folder} exists already and is not replaced; choose another folder or move it away."
-        )
 
 
 def read_learned(folder: Path | str) -> Learned:

@@ -20,13 +20,13 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from mifo.acceleration.profile import PRECISIONS, available, ready_for_learning
 from mifo.acceleration.settings import PerformanceSettings
-from mifo.backbones.learned import refuse_existing, save_learned
+from mifo.backbones.learned import save_learned
 from mifo.backbones.model import DiffusionModel, Trainable
 from mifo.data.class_pictures import class_prompts, own_picture_files
 from mifo.data.instances import InstanceSet
 from mifo.data.learning_data import LearningData
 from mifo.errors import MifoError, check_least
-from mifo.files import check_room, reason, remove
+from mifo.files import check_room, reason, refuse_existing, remove
 from mifo.making.class_pictures import check_cache, class_pictures
 from mifo.method.backbone import Stage
 from mifo.method.losses.settings import PenaltySettings
