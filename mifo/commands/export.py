@@ -102,6 +102,7 @@ def _write_pipeline(
     parts = {name: getattr(outline if name.startswith("tokenizer") else model, name) for name in names}
     parts["scheduler"] = outline.noise_scheduler
     parts["force_zeros_for_empty_prompt"] = getattr(outline, "zero_empty_prompt", False)
+    parts["is_distilled"] = outline.distilled
     for name in {*model.networks, "vae"}:
         parts[name] = torch.nn.Module.to(parts[name], dtype)
     save_pipeline(folder, kind, model.networks, parts, words)

@@ -29,7 +29,7 @@ from mifo.config.renamed import renamed
 from mifo.config.schema import SCHEMAS
 from mifo.errors import MifoError, nearest
 from mifo.files import read_text
-from mifo.world.drawn import drawn_settings
+from mifo.world.drawn import drawn_option
 
 register_resolvers()
 
@@ -46,8 +46,8 @@ class FileConfigSource(file_config_source.FileConfigSource):
 
     def _drawn(self, config_path: str) -> DictConfig | None:
         group, _, name = config_path.rpartition("/")
-        scene = drawn_settings(name) if group == "instances" else None
-        return scene and OmegaConf.create({"name": name, "scene": scene})
+        option = drawn_option(name) if group == "instances" else None
+        return option and OmegaConf.create(option)
 
     def load_config(self, config_path: str) -> ConfigResult:
         path = Path(self.path) / self._normalize_file_name(config_path)
