@@ -45,7 +45,8 @@ def prepare(settings: TaskSettings) -> torch.device:
     lightning_log = logging.getLogger("lightning.pytorch")
     lightning_log.setLevel(logging.WARNING)
     lightning_log.handlers.clear()
-    warnings.filterwarnings("ignore", message=".*LeafSpec")
+    for hint in (".*LeafSpec", "The `srun` command"):
+        warnings.filterwarnings("ignore", message=hint)
     disable_progress_bar()
     seed_everything(settings.seed, verbose=False)
     if isinstance(settings, ModelTaskSettings):
