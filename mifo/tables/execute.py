@@ -48,7 +48,10 @@ class Done:
 
     def entry(self) -> Entry:
         """What a record says of it. Raises MifoError when the scores of a finished run cannot be read."""
-        return self.kept or _entry(self.folder)
+        if self.kept is not None:
+            return self.kept
+        assert self.folder is not None  # it is finished
+        return _entry(self.folder)
 
 
 def finished(runs: Sequence[Run], pool: Path, any_code: bool, record: Mapping[str, Entry]) -> list[Done]:
@@ -194,6 +197,7 @@ def _folder(run: Run, pool: Path) -> Path:
 
 
 def _place(run: Run) -> dict[str, str | None]:
+    assert run.settings is not None  # it was launched
     origin = run.settings.origin
     return {"table": origin.table, "row": origin.row, "set": origin.set}
 

@@ -63,8 +63,11 @@ def _page(
             {metric: values[metric] for metric in columns if metric in values},
         )
         for done, values in chosen
+        if done.folder is not None
     ]
     prompts = [picture.prompt for picture in rows[0].pictures]
     rows = [row for row in rows if [picture.prompt for picture in row.pictures] == prompts]
-    learned = read_instances(chosen[0][0].run.settings.instances)
+    settings = chosen[0][0].run.settings
+    assert settings is not None  # its pictures are there
+    learned = read_instances(settings.instances)
     return draw_comparison(title, learned.image, learned.masks, learned.tokens, rows)

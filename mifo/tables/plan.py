@@ -54,6 +54,7 @@ class Run:
         return fingerprint(self._identity(), _AFTER_LEARNING)
 
     def _identity(self) -> dict[str, Any]:
+        assert self.settings is not None  # a run with an error is not asked
         files = folder_digest(self.settings.instances)
         return asdict(self.settings) | ({} if files is None else {"files": files})
 
