@@ -38,10 +38,12 @@ TASKS = {
     "layout": "draw the boxes of a layout, without loading a model",
     "studio": "masks, learning, boxes and pictures in the browser",
     "table": "make the runs of a table in experiments/ that are missing, and the table",
+    "tune": "the same budget of trials for every method (extra optuna)",
     "results": "list, filter and compare the runs on disk by any setting or score",
     "dashboard": "write the workspace that compares ablations on Weights & Biases",
     "pretrain": "make the miniature's weights again, on one GPU",
     "benchmark": "time and memory of learning and synthesis on this machine, row by row",
+    "speedrun": "seconds until the demo's image is learned, on a leaderboard",
     "calibrate": "score drawn pictures whose leakage is known",
     "quality": "measure the miniature's models on scenes they never saw",
 }
@@ -112,11 +114,11 @@ def _run(arguments: Sequence[str]) -> None:
     from mifo.config.jobs import report_sweep
 
     try:
-        if task == "table":  # composes many runs, so that it is no Hydra application itself
+        if task in ("table", "tune"):  # compose many runs, so that they are no Hydra applications
             if not others or {"-h", "--help"} & {*others}:
-                print(import_module("mifo.tables.settings").HELP)
+                print(import_module(f"mifo.tables.{'settings' if task == 'table' else 'tuning'}").HELP)
                 return
-            sys.exit(min(1, import_module("mifo.commands.table").table(others)))
+            sys.exit(min(1, getattr(import_module(f"mifo.commands.{task}"), task)(others)))
         _run_with_hydra(task, others)
     except Exception as error:
         if code := _signalled(error):  # a library took the signal for a fault of its own

@@ -17,6 +17,7 @@ from mifo.backbones.settings import ModelSettings
 from mifo.callbacks.announce import Announce, ranges
 from mifo.callbacks.attention_maps import AttentionMaps, attention_in_mask
 from mifo.callbacks.evaluation import EvaluatePictures
+from mifo.callbacks.mechanism import Mechanism
 from mifo.callbacks.progress import StageProgress
 from mifo.callbacks.samples import SamplePictures
 from mifo.callbacks.statistics import LearningStatistics
@@ -49,7 +50,7 @@ def run(source, tmp_path):
         prior=PriorSettings(weight=0),
     )
 
-    def start(name, *callbacks, loggers=()):
+    def start(name, *callbacks, loggers=(), losses=None):
         model = load_model(ModelSettings("tiny", source))
         trainer = {
             "accelerator": "cpu",
@@ -60,7 +61,7 @@ def run(source, tmp_path):
             model,
             instances,
             settings,
-            penalty(reward_steps=2),
+            penalty(reward_steps=2) if losses is None else losses,
             tmp_path / name,
             trainer=trainer,
             callbacks=callbacks,
@@ -80,6 +81,49 @@ def read_csv(folder):
         for key in rows[0]
         if key not in ("step", "epoch")
     }
+
+
+def test_the_mechanism_is_measured_on_the_same_draws_and_changes_nothing(run, tmp_path):
+    class Beside(Mechanism):
+        """Adds up what the losses say by themselves."""
+
+        seen = ()
+
+        def _losses(self, trainer, module):
+            for batch, parts in super()._losses(trainer, module):
+                learning = [each for each in module.parameters() if each.requires_grad]
+                gradients = torch.autograd.grad(parts.total, learning, retain_graph=True, allow_unused=True)
+                total = sum(each.square().sum() for each in gradients if each is not None).sqrt()
+                self.seen += ((trainer.global_step, batch.inputs.noise.sum().item(), total.item()),)
+                yield batch, parts
+
+    logger = CSVLogger(tmp_path, name="csv", version="")
+    beside = Beside(every=2, draws=3)
+    _, rows = run("with", beside, loggers=[logger])
+    _, plain = run("without")
+    assert torch.equal(rows, plain)
+    found = read_csv(tmp_path)
+    for stage, steps in (("semantic", [2, 4]), ("finetuning", [2])):
+        shares = [found[f"{stage}/mechanism/{name}"] for name in ("own", "others", "elsewhere")]
+        assert [step for step, _ in shares[0]] == steps
+        for each in zip(*shares, strict=True):
+            assert sum(value for _, value in each) == pytest.approx(1, abs=1e-5)
+            assert all(0 <= value <= 1 for _, value in each)
+        assert all(value == 0 for _, value in found[f"{stage}/mechanism/prior"])  # there is none here
+        assert all(value > 0 for _, value in found[f"{stage}/mechanism/denoising"])
+    noises = [noise for _, noise, _ in beside.seen]
+    assert noises[:3] == noises[3:6] and len(set(noises[:3])) == 3
+    # where no term reads attention, it is read nevertheless, and nothing pulls at it
+    logger = CSVLogger(tmp_path, name="none", version="")
+    run("none", Mechanism(every=2, draws=1), loggers=[logger], losses=penalty("none"))
+    with open(tmp_path / "none" / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("semantic/mechanism/own")]
+    assert [float(row["semantic/mechanism/attention"]) for row in rows] == [0, 0]
+    assert all(0 < float(row["semantic/mechanism/own"]) < 1 for row in rows)
+    # no part pulls harder than all of them do, and they together not harder than their sum
+    total = sum(norm for *_, norm in beside.seen[:3]) / 3
+    parts = [found[f"semantic/mechanism/{name}"][0][1] for name in ("denoising", "attention")]
+    assert abs(parts[0] - parts[1]) - 1e-6 <= total <= sum(parts) + 1e-6
 
 
 class Watch(Callback):

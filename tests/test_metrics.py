@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import sys
+from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ from mifo.metrics.crops import crop_box, mask_box, pad_square, reference_crops
 from mifo.metrics.evaluation import Evaluation, PictureEvaluator
 from mifo.metrics.evaluators import load_image_encoder, load_image_text_encoder
 from mifo.metrics.instance import Identification, InstanceConsistency, Leakage, leakage_matrix
+from mifo.metrics.presence import match
 from mifo.metrics.prompt_similarity import PromptSimilarity, name_classes
 from mifo.metrics.scores import Evaluator, Score, score_table
 from mifo.metrics.settings import ClassWords, Fit, ImageSettings, ImageTextSettings, MetricsSettings
@@ -96,6 +98,9 @@ def test_a_perfect_picture_and_a_swapped_one_score_as_such():
             "leakage": 0,
             "class_accuracy": 1,
             "box_adherence": 1,
+            "missing": 0,
+            "twice": 0,
+            "picture_similarity": 3**-0.5,  # as the mean colour has a third of each
         },
         abs=1e-6,
     )
@@ -122,6 +127,25 @@ def test_an_instance_without_a_class_has_no_class_accuracy():
     assert values(some)["class_accuracy"] == 0.5  # of two: red is red, blue is drawn red
     assert {score.metric: score.count for score in some.scores}["class_accuracy"] == 2
     assert "class_accuracy" not in values(evaluate(draw(RED, GREEN, BLUE), class_names=(None,) * 3))
+
+
+def test_an_instance_is_missing_or_twice_by_pictures_and_a_swap_is_neither():
+    whole, swap = draw(RED, GREEN, BLUE), draw(GREEN, BLUE, RED)
+    lost, copied = draw(RED, GREEN), draw(RED, RED, BLUE)
+    found = evaluate(whole, swap, lost, copied)
+    assert [row["missing"] for row in found.pictures] == [0, 0, 1, 1]
+    assert [row["twice"] for row in found.pictures] == [0, 0, 0, 1]
+    assert values(found)["missing"] == 0.5 and values(found)["twice"] == 0.25
+    assert {score.metric: score.count for score in found.scores}["missing"] == 4
+    assert "missing" not in values(evaluate(whole, boxes=False))
+
+
+def test_crops_are_matched_to_instances_one_to_one_as_no_other_way_is_better():
+    torch.manual_seed(0)
+    for _ in range(20):
+        cosines = torch.rand(4, 4)
+        best = max(permutations(range(4)), key=lambda order: sum(cosines[i, j] for i, j in enumerate(order)))
+        assert match(cosines).tolist() == list(best)
 
 
 def test_leakage_does_not_blame_references_that_resemble_each_other():

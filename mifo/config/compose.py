@@ -1,7 +1,7 @@
 """From Hydra's untyped composition to typed, checked settings."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from io import StringIO
@@ -29,7 +29,7 @@ from mifo.config.renamed import renamed
 from mifo.config.schema import SCHEMAS
 from mifo.errors import MifoError, nearest
 from mifo.files import read_text
-from mifo.world.drawn import drawn_settings
+from mifo.world.drawn import drawn_option
 
 register_resolvers()
 
@@ -46,8 +46,8 @@ class FileConfigSource(file_config_source.FileConfigSource):
 
     def _drawn(self, config_path: str) -> DictConfig | None:
         group, _, name = config_path.rpartition("/")
-        scene = drawn_settings(name) if group == "instances" else None
-        return scene and OmegaConf.create({"name": name, "scene": scene})
+        option = drawn_option(name) if group == "instances" else None
+        return option and OmegaConf.create(option)
 
     def load_config(self, config_path: str) -> ConfigResult:
         path = Path(self.path) / self._normalize_file_name(config_path)
@@ -185,6 +185,20 @@ def _check_elements(node: Container) -> None:
             raise MifoError(f"{node._get_full_key(key)}={value} is no {wanted.__name__}; take one value")
         if not value._is_none():
             _check_elements(value)
+
+
+def written(value: Any) -> str:
+    """A value as Hydra's command line reads it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return "{}"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(written, value))}]"
+    text = str(value).replace("'", "\\'")
+    return f"'{text}'"
 
 
 def as_plain(settings: Any) -> dict[str, Any]:

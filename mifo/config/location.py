@@ -3,7 +3,7 @@
 from fnmatch import fnmatch
 from pathlib import Path
 
-from mifo.world.drawn import BENCHMARK, drawn_settings
+from mifo.world.drawn import BENCHMARK, STRESS, drawn_settings
 
 
 def conf_folder() -> Path:
@@ -16,8 +16,11 @@ def conf_folder() -> Path:
 def scenes_called(pattern: str) -> list[str]:
     """The options of `instances` that fit a pattern in which * is any text; [] where none does.
 
-    They are the files of conf/instances, the drawn scenes of the benchmark, and any drawn scene by its name.
+    They are the files of conf/instances and the drawn scenes of the benchmark. A pattern that fits none of
+    them may fit scenes of the stress test, or be the name of any drawn scene.
     """
-    known = [*sorted(path.stem for path in (conf_folder() / "instances").glob("*.yaml")), *BENCHMARK]
-    found = [name for name in known if fnmatch(name, pattern)]
-    return found or [pattern] * (drawn_settings(pattern) is not None)
+    files = sorted(path.stem for path in (conf_folder() / "instances").glob("*.yaml"))
+    for known in ((*files, *BENCHMARK), STRESS):
+        if found := [name for name in known if fnmatch(name, pattern)]:
+            return found
+    return [pattern] if drawn_settings(pattern) else []

@@ -140,6 +140,16 @@ class RunSettings(LearnSettings):
 
 
 @dataclass
+class SpeedrunSettings(RunSettings):
+    """`mifo speedrun`: what `mifo run` would be given, and the target."""
+
+    every: int = 40  # steps of each stage between two looks at pictures; the last step is looked at too
+    identification: float = 0.95  # at least, in [0, 1]
+    leakage: float = 0.10  # at most, in [0, 1]
+    leaderboard: str = "experiments/speedrun/leaderboard.csv"  # gets a row
+
+
+@dataclass
 class DoctorSettings(RunSettings):
     """`mifo doctor`: what `mifo run` would be given."""
 
@@ -230,6 +240,7 @@ SCHEMAS: dict[str, type[TaskSettings]] = {
     "masks": MasksSettings,
     "evaluate": EvaluateSettings,
     "run": RunSettings,
+    "speedrun": SpeedrunSettings,
     "doctor": DoctorSettings,
     "dashboard": DashboardSettings,
     "layout": LayoutTaskSettings,

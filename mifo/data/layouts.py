@@ -1,8 +1,9 @@
 """Layouts: a prompt and a box for each thing in it, from the configuration to checked boxes."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -25,7 +26,7 @@ class LayoutSettings:
     prompt: str = "a photo of {instances} {ending}"
     endings: list[str] = field(default_factory=lambda: [""])
     boxes: dict[str, Any] = field(default_factory=dict)
-    arrange: str | None = None  # boxes for all instances when `boxes` is empty: row | spread
+    arrange: str | None = None  # boxes for all instances when `boxes` is empty: see ARRANGEMENTS
 
 
 @dataclass(frozen=True)
@@ -113,4 +114,25 @@ def _spread(tokens: Sequence[str], margin: float = 0.04) -> dict[str, tuple[floa
     return boxes
 
 
-ARRANGEMENTS = {"row": _row, "spread": _spread}
+def _grid(tokens: Sequence[str], fill: float) -> dict[str, tuple[float, float, float, float]]:
+    """Squares in rows, from the upper left; a side is `fill` times the distance of their middles."""
+    rows = round(len(tokens) ** 0.5)
+    columns = -(-len(tokens) // rows)
+    pitch = 0.92 / (columns - 1 + fill)
+    side, boxes = pitch * fill, {}
+    for i, token in enumerate(tokens):
+        row, column = divmod(i, columns)
+        in_row = min(columns, len(tokens) - row * columns)
+        x = 0.5 + (column - (in_row - 1) / 2) * pitch
+        y = 0.5 + (row - (rows - 1) / 2) * pitch
+        boxes[token] = (x - side / 2, y - side / 2, x + side / 2, y + side / 2)
+    return boxes
+
+
+ARRANGEMENTS: dict[str, Callable[[Sequence[str]], dict[str, tuple[float, float, float, float]]]] = {
+    "row": _row,
+    "spread": _spread,
+    "apart": partial(_grid, fill=0.85),
+    "touching": partial(_grid, fill=1.0),
+    "overlapping": partial(_grid, fill=1.3),
+}

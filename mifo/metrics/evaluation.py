@@ -30,6 +30,8 @@ from mifo.metrics.instance import (
     leakage_matrix,
 )
 from mifo.metrics.metric import Features, Metric
+from mifo.metrics.picture_similarity import PictureSimilarity
+from mifo.metrics.presence import Missing, Twice
 from mifo.metrics.prompt_similarity import PromptSimilarity, name_classes
 from mifo.metrics.scores import Evaluator, Score
 from mifo.metrics.settings import MetricsSettings
@@ -46,6 +48,9 @@ METRICS: dict[str, type[Metric]] = {
     "leakage": Leakage,
     "class_accuracy": ClassAccuracy,
     "box_adherence": BoxAdherence,
+    "missing": Missing,
+    "twice": Twice,
+    "picture_similarity": PictureSimilarity,
 }
 
 

@@ -39,3 +39,35 @@ def calibration_picture(
     places = list(layout.boxes.values())
     images = [redraw_scene(spec, slots, places, background, seed, colours).image for colours in worn]
     return Picture(torch.stack(images).mean(0), layout.prompt, layout.boxes, seed)
+
+
+FAULTS = {
+    "copies": "another thing of the scene stands in the box, and stands in its own box too",
+    "swaps": "things stand in each other's boxes; every thing is there once",
+    "missing": "nothing stands in the box",
+}
+"""What is wrong in a part of the boxes of `faulty_picture`."""
+
+
+def faulty_picture(
+    spec: SceneSpec, fault: str, wrong: int, layout: Layout, background: str, seed: int = 0
+) -> tuple[Picture, float]:
+    """A picture in which `wrong` of the N boxes have a fault, and the share of boxes that have none.
+
+    The boxes are drawn from `seed`. A single box cannot be swapped, so that it stays right; copies of the
+    last right thing need one that is left, so that at most N − 1 boxes hold copies.
+    """
+    number = len(spec.things)
+    order = torch.randperm(number, generator=torch.Generator().manual_seed(seed)).tolist()
+    wrong = {"copies": min(wrong, number - 1), "swaps": 0 if wrong == 1 else wrong}.get(fault, wrong)
+    chosen, shown = order[:wrong], {slot: slot for slot in range(number)}
+    if fault == "copies":
+        shown |= dict.fromkeys(chosen, order[-1])
+    elif fault == "swaps":
+        shown |= dict(zip(chosen, [*chosen[1:], *chosen[:1]], strict=True))
+    places = list(layout.boxes.values())
+    kept = [box for box in shown if fault != "missing" or box not in chosen]
+    image = redraw_scene(
+        spec, [shown[box] for box in kept], [places[box] for box in kept], background, seed
+    ).image
+    return Picture(image, layout.prompt, layout.boxes, seed), 1 - wrong / number

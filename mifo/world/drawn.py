@@ -59,6 +59,14 @@ BENCHMARK = (
 )
 """24 scenes of each kind, for tables."""
 
+STRESS = tuple(
+    f"{kind}-{count}{likeness}-apart-{seed}"
+    for kind, likeness in (("alike", "-hue36-other"), ("mixed", ""))
+    for count in (2, 4, 6, 8, 10)
+    for seed in (200, 201, 202, 203)
+)
+"""Scenes with up to ten things."""
+
 TUNING = (
     "alike-2-hue12-same-overlapping-100",
     "alike-3-hue0-other-touching-101",
@@ -79,6 +87,12 @@ def drawn_settings(name: str) -> dict[str, Any] | None:
         return None
     said = {key: value for key, value in found.groupdict().items() if value is not None}
     return {key: int(value) if value.isdecimal() else value for key, value in said.items()}
+
+
+def drawn_option(name: str) -> dict[str, Any] | None:
+    """What `instances=NAME` stands for; None where the name is none of a drawn scene."""
+    scene = drawn_settings(name)
+    return scene and {"name": name, "scene": scene}
 
 
 def check_drawn(drawn: DrawnSettings) -> None:

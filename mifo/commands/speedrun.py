@@ -1,0 +1,83 @@
+"""`mifo speedrun`: seconds of learning until pictures of held-out prompts are good, on a leaderboard."""
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+
+from mifo.backbones.loading import load_model
+from mifo.benchmark.records import Circumstances
+from mifo.callbacks.speedrun import Reached, Stopwatch
+from mifo.commands.readiness import LEARNING, Setup, check_ready, layout
+from mifo.commands.setup import prepare
+from mifo.config.jobs import claim_folder
+from mifo.config.schema import SpeedrunSettings
+from mifo.errors import MifoError
+from mifo.making.pictures import make_pictures
+from mifo.metrics.evaluation import PictureEvaluator
+from mifo.report.tables import write_csv
+from mifo.training.fit import learn
+
+
+def speedrun(settings: SpeedrunSettings) -> Path:
+    """Learn until the target is reached, and add a row to the leaderboard; returns the leaderboard.
+
+    The clock includes the class pictures, which are made anew, and leaves out loading the model and judging.
+
+    Raises:
+        MifoError: no step to look at, one instance alone, no evaluator, or learning ends before the target
+            is reached.
+    """
+    if settings.every < 1:
+        raise MifoError(f"every={settings.every} leaves no step to look at pictures; take at least 1")
+    setup = Setup(settings)
+    check_ready(setup, (*LEARNING, layout))
+    if settings.metrics is None or len(setup.instances.tokens) < 2:
+        raise MifoError(
+            "a speedrun needs metrics, and two instances or more that can be taken for each other"
+        )
+    device, folder = prepare(settings), claim_folder(settings)
+    evaluator = PictureEvaluator.from_settings(settings.metrics, device)
+    model = load_model(settings.model, device)
+    make = partial(make_pictures, settings=settings.synthesis, guidance=settings.guidance, seed=settings.seed)
+    watch = Stopwatch(
+        make, settings.layout, evaluator, settings.every, settings.identification, settings.leakage
+    )
+    try:
+        learn(
+            model,
+            setup.instances,
+            settings.learning,
+            settings.penalty,
+            folder,
+            seed=settings.seed,
+            trainer=settings.trainer,
+            callbacks=[watch],
+            performance=settings.performance,
+        )
+    except Reached:
+        pass
+    else:
+        best = max(watch.looks, key=lambda look: (look.identification, -look.leakage))
+        raise MifoError(
+            f"the target was not reached; the best was identification {best.identification:.3f} and leakage "
+            f"{best.leakage:.3f} at {best.stage} {best.step}; take more steps or other settings"
+        )
+    here = Circumstances.now(device, settings.performance.name, settings.model.name)
+    row = {
+        "seconds": round(watch.looks[-1].seconds, 1),
+        **{key: value for key, value in asdict(watch.looks[-1]).items() if key != "seconds"},
+        "date": here.date,
+        "commit": here.commit,
+        "device": here.device,
+        "torch": here.versions["torch"],
+        "seed": settings.seed,
+        "overrides": " ".join(settings.origin.overrides),
+    }
+    board = Path(settings.leaderboard)
+    rows = [*(pd.read_csv(board).to_dict("records") if board.exists() else []), row]
+    board.parent.mkdir(parents=True, exist_ok=True)
+    write_csv(board, pd.DataFrame(rows), digits=4)
+    print(f"{row['seconds']} s on {here.device}: {board}")
+    return board

@@ -1,0 +1,40 @@
+"""`mifo tune experiments/NAME`: the same budget of trials for every method of a folder's tune.yaml."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mifo.config.launch import launcher
+from mifo.tables.record import read_record
+from mifo.tables.settings import key_of
+from mifo.tables.tuning import Trial, best_trials, read_tuning, write_tuning
+from mifo.tables.tuning import tune as search
+
+
+def tune(arguments: list[str]) -> int:
+    """Run the command; returns how many methods have no finished trial.
+
+    Raises:
+        MifoError: the folder's tune.yaml cannot be read, or its runs cannot be compared.
+    """
+    given, *others = arguments
+    hydra = [text for text in others if key_of(text).startswith(("hydra/", "hydra."))]
+    changes = [text.removeprefix("tune.") for text in others if text.startswith("tune.")]
+    overrides = [text for text in others if text not in hydra and not text.startswith("tune.")]
+    folder = Path(given)
+    settings = read_tuning(folder, changes)
+    name = folder.resolve().name
+    target = Path(settings.results or f"outputs/tuning/{name}")
+    launch = launcher("mifo.tables.execute.make_runs", hydra, target, "exclusive_gpu=true" in overrides)
+    record = read_record(Path(settings.record)) if settings.record else {}
+    trials: list[Trial] = []
+    for trials, made in search(name, settings, overrides, launch, record):
+        _tell(trials[-len(settings.methods) :])
+        write_tuning(target, settings, trials, made)
+    print(f"tuned: {target / 'chosen.yaml'}")
+    return len(settings.methods) - len(best_trials(trials))
+
+
+def _tell(trials: Sequence[Trial]) -> None:
+    for trial in trials:
+        told = "failed" if trial.objective is None else f"{trial.objective:.3f}"
+        print(f"{trial.method}, trial {trial.number}: {told} ({', '.join(trial.overrides)})", flush=True)

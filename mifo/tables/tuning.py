@@ -1,0 +1,236 @@
+"""Tuning: every method gets the same number of trials by Optuna on the same scenes, all of them recorded."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mifo.config.launch import Launch
+from mifo.errors import MifoError
+from mifo.files import read_yaml, write_whole
+from mifo.metrics.evaluation import METRICS
+from mifo.report.tables import write_csv
+from mifo.tables.collect import measured
+from mifo.tables.execute import execute
+from mifo.tables.plan import Run, plan
+from mifo.tables.record import Entry, write_record
+from mifo.tables.settings import TableSettings
+
+FILE = "tune.yaml"
+
+
+@dataclass
+class MethodSettings:
+    """What a method always has, and what is searched: each key with its least, first and largest value."""
+
+    overrides: list[str] = field(default_factory=list)
+    search: dict[str, list[Any]] = field(default_factory=dict)  # of numbers above 0
+
+
+@dataclass
+class TuningSettings:
+    """What is tuned: `tune.yaml` in a folder of `experiments/`. Overrides are those of `mifo run`."""
+
+    title: str = MISSING
+    methods: dict[str, MethodSettings] = field(default_factory=dict)
+    objective: dict[str, float] = field(default_factory=dict)  # metric → factor in the sum that is made large
+    trials: int = 8  # of each method; the first has the first values of its search
+    scenes: list[str] = field(default_factory=list)  # options of `instances`, which no table should use
+    seeds: list[int] = field(default_factory=lambda: [0])
+    seed: int = 0  # of the sampler of values
+    overrides: list[str] = field(default_factory=list)  # of every run
+    only: list[str] = field(default_factory=list)  # labels of the methods that are tuned; []: all
+    runs: str = "outputs/runs"  # shared with tables
+    record: str | None = None  # the results of an earlier tuning, whose runs count as they are
+    results: str | None = None  # where the results go; None: outputs/tuning/NAME
+
+
+HELP = """usage: mifo tune FOLDER [tune.KEY=VALUE ...] [override of every run ...]
+
+  mifo tune experiments/tuning                                                  here, one by one
+  mifo tune experiments/tuning hydra/launcher=joblib hydra.launcher.n_jobs=8    eight processes (extra joblib)
+  mifo tune experiments/tuning tune.trials=2 debug=default                      a smoke test
+  mifo tune experiments/tuning 'tune.only=[MIFO]'                               one method
+  mifo tune experiments/tuning tune.record=FOLDER                               with runs of earlier results
+
+FOLDER/tune.yaml says what is searched. Every method has one trial in each round (extra optuna). After each
+round trials.csv, chosen.yaml with the rows of a table, and the record of all runs are written; the command
+given again goes on."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial of a method: its values, what they scored, and the objective; None where a run failed."""
+
+    method: str
+    number: int
+    values: dict[str, float]
+    scores: dict[str, float]
+    objective: float | None
+
+    @property
+    def overrides(self) -> list[str]:
+        return [f"{key}={value:g}" for key, value in self.values.items()]
+
+
+def read_tuning(folder: Path, changes: Sequence[str]) -> TuningSettings:
+    """Read `folder/tune.yaml` with `changes` (KEY=VALUE) on top of it.
+
+    Raises:
+        MifoError: no such file, an unknown key or metric, or a search without three rising positive numbers.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        raise MifoError(f"{folder} holds no {FILE}; name a folder, such as mifo tune experiments/tuning")
+    if find_spec("optuna") is None:
+        raise MifoError("tuning needs optuna; pip install 'mifo[optuna]' brings it")
+    try:
+        merged = OmegaConf.merge(
+            OmegaConf.structured(TuningSettings), read_yaml(file), OmegaConf.from_dotlist([*changes])
+        )
+        plain = OmegaConf.to_container(merged, throw_on_missing=True)
+        methods = {label: MethodSettings(**each) for label, each in plain.pop("methods").items()}
+        settings = TuningSettings(**plain, methods=methods)
+    except OmegaConfBaseException as error:
+        raise MifoError(f"{file}: {error.full_key}: {str(error).splitlines()[0]}") from error
+    if not settings.methods or not settings.scenes or not settings.objective or settings.trials < 1:
+        raise MifoError(f"{file}: tuning needs methods, scenes, an objective and at least one trial")
+    if unknown := settings.objective.keys() - METRICS.keys():
+        raise MifoError(f"{file}: objective.{min(unknown)} is no score; take some of {', '.join(METRICS)}")
+    for label, method in settings.methods.items():
+        for key, values in method.search.items():
+            if len(values) != 3 or not 0 < values[0] <= values[1] <= values[2]:
+                raise MifoError(f"{file}: {label}: {key} needs its least, first and largest value, above 0")
+    wanted = settings.only or ["*"]
+    settings.methods = {
+        label: each
+        for label, each in settings.methods.items()
+        if any(fnmatch(label, pattern) for pattern in wanted)
+    }
+    if not settings.methods:
+        raise MifoError(f"tune.only={settings.only} names no method of {file}")
+    return settings
+
+
+def tune(
+    name: str,
+    settings: TuningSettings,
+    overrides: Sequence[str],
+    launch: Launch,
+    record: Mapping[str, Entry],
+) -> Iterator[tuple[list[Trial], list[tuple[Run, Entry]]]]:
+    """All trials so far and the runs behind them, after each round of one trial of each method.
+
+    Args:
+        launch, record: as of `mifo.tables.execute.execute`; runs that are there are not made again, and the
+            sampler chooses the same values again, so that an interrupted tuning goes on.
+    """
+    optuna = import_module("optuna")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    searches = {
+        label: optuna.create_study(
+            direction="maximize",
+            sampler=optuna.samplers.TPESampler(seed=settings.seed, n_startup_trials=min(4, settings.trials)),
+        )
+        for label in settings.methods
+    }
+    for label, method in settings.methods.items():
+        searches[label].enqueue_trial({key: first for key, (_, first, _) in method.search.items()})
+    trials: list[Trial] = []
+    made: list[tuple[Run, Entry]] = []
+    for number in range(settings.trials):
+        asked = {label: searches[label].ask() for label in settings.methods}
+        values = {
+            label: {
+                # three digits, so that a value is what its override says
+                key: float(f"{asked[label].suggest_float(key, low, high, log=True):.3g}")
+                for key, (low, _, high) in method.search.items()
+            }
+            for label, method in settings.methods.items()
+        }
+        rows = {
+            f"{label}, trial {number}": [
+                *method.overrides,
+                *(f"{key}={value:g}" for key, value in values[label].items()),
+            ]
+            for label, method in settings.methods.items()
+        }
+        table = TableSettings(
+            settings.title,
+            rows=rows,
+            scenes={"tuning": settings.scenes},
+            seeds=settings.seeds,
+            overrides=settings.overrides,
+        )
+        runs = plan(name, table, [*settings.overrides, *overrides])
+        ended = execute(runs, Path(settings.runs), launch, 1, any_code=False, record=record)
+        done = [(each.run, each.entry()) for each in ended if each.is_finished]
+        made += done
+        found = measured(done)
+        for label in settings.methods:
+            own = [each.values for each in found if each.row == f"{label}, trial {number}"]
+            complete = len(own) == len(settings.scenes) * len(settings.seeds)
+            scores = {key: _mean([each[key] for each in own]) for key in own[0]} if complete else {}
+            objective = (
+                sum(factor * scores[key] for key, factor in settings.objective.items()) if complete else None
+            )
+            if objective is None:
+                searches[label].tell(asked[label], state=optuna.trial.TrialState.FAIL)
+            else:
+                searches[label].tell(asked[label], objective)
+            trials.append(Trial(label, number, values[label], scores, objective))
+        yield trials, made
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def best_trials(trials: Sequence[Trial]) -> dict[str, Trial]:
+    """The trial of the largest objective of each method, the earliest of equals."""
+    best: dict[str, Trial] = {}
+    for trial in trials:
+        known = best.get(trial.method)
+        if trial.objective is not None and (
+            known is None or trial.objective > (known.objective or -math.inf)
+        ):
+            best[trial.method] = trial
+    return best
+
+
+def write_tuning(
+    folder: Path,
+    settings: TuningSettings,
+    trials: Sequence[Trial],
+    made: Sequence[tuple[Run, Entry]],
+) -> None:
+    """Write `trials.csv`, `chosen.yaml` and the record of the runs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "method": trial.method,
+            "trial": trial.number,
+            "objective": trial.objective,
+            "values": " ".join(trial.overrides),
+            **trial.scores,
+        }
+        for trial in trials
+    ]
+    write_csv(folder / "trials.csv", pd.DataFrame(rows), digits=5)
+    chosen: dict[str, Any] = {
+        label: [*settings.methods[label].overrides, *trial.overrides]
+        for label, trial in best_trials(trials).items()
+    }
+    head = f"# {settings.title}: the best of {settings.trials} trials of each method, as rows of a table\n"
+    # interpolations are for the runs to resolve
+    text = OmegaConf.to_yaml(OmegaConf.create({"rows": chosen}))
+    write_whole(folder / "chosen.yaml", head + text)
+    write_record(folder, made)

@@ -1,0 +1,90 @@
+"""The speedrun: its clock stands while pictures are judged, it stops at the target, and its rows add up."""
+
+import pandas as pd
+import pytest
+
+from mifo.callbacks import speedrun as stopwatch
+from mifo.commands.speedrun import speedrun
+from mifo.config import compose, settings_of
+from mifo.errors import MifoError
+from mifo.metrics.evaluation import Evaluation, PictureEvaluator
+from mifo.metrics.scores import Evaluator, Score
+
+SMALL = [
+    "debug=default",
+    "device=cpu",
+    "learning.semantic.steps=2",
+    "every=1",
+    "layout.endings=[in the snow]",
+]
+
+
+class Judge:
+    """Finds the k-th pictures better than those before, after 100 seconds of its own."""
+
+    def __init__(self, clock):
+        self.clock, self.seen = clock, 0
+
+    def evaluate(self, pictures, instances):
+        self.seen += 1
+        self.clock.now += 100
+        by = Evaluator("judge", "0" * 12)
+        good = 0.3 * self.seen
+        scores = (
+            Score("identification", good, True, by, "test"),
+            Score("leakage", 1 - good, False, by, "test"),
+        )
+        return Evaluation(scores, ())
+
+
+class Clock:
+    """Each reading takes a second."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        self.now += 1
+        return self.now
+
+
+@pytest.fixture
+def judged(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    clock = Clock()
+    monkeypatch.setattr(stopwatch, "time", clock)
+    monkeypatch.setattr(PictureEvaluator, "from_settings", lambda *_: Judge(clock))
+
+    def run(name, *overrides):
+        return speedrun(
+            settings_of(compose("speedrun", [*SMALL, *overrides, f"paths.output={tmp_path / name}"]))
+        )
+
+    return run
+
+
+def test_learning_stops_at_the_target_and_a_row_is_added(judged):
+    board = judged("one", "identification=0.5", "leakage=0.5", "leaderboard=board.csv")
+    judged("two", "identification=0.85", "leakage=0.2", "leaderboard=board.csv", "seed=3")
+    rows = pd.read_csv(board)
+    assert rows["stage"].tolist() == ["semantic", "finetuning"] and rows["step"].tolist() == [2, 1]
+    assert rows["identification"].tolist() == pytest.approx([0.6, 0.9])
+    # one second to each look, without the judge's 100, and one from the end of the last
+    assert rows["seconds"].tolist() == [2, 3] and rows["seed"].tolist() == [0, 3]
+    assert {"date", "commit", "device", "overrides"} <= {*rows} and "seed=3" in rows["overrides"][1]
+
+
+def test_a_target_that_is_not_reached_leaves_no_row(judged, tmp_path):
+    with pytest.raises(MifoError, match=r"not reached; the best was identification 1\.200"):
+        judged("run", "identification=1.3", "leaderboard=board.csv")
+    assert not (tmp_path / "board.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [("every=0", "at least 1"), ("metrics=none", "needs metrics"), ("instances=one_car", "two")],
+)
+def test_what_cannot_be_judged_is_refused(judged, override, told):
+    layout = ["layout=benchmark_one"] if "one_car" in override else []
+    with pytest.raises(MifoError, match=told):
+        judged("run", override, *layout)

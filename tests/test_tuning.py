@@ -1,0 +1,117 @@
+"""Tuning: the same budget for all, the best is chosen, nothing is made twice, and failures count as such."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mifo.commands.tune import tune
+from mifo.config.location import scenes_called
+from mifo.errors import MifoError
+from mifo.metrics.evaluation import Evaluation
+from mifo.metrics.scores import Evaluator, Score
+from mifo.tables import execute
+from mifo.tables.tuning import Trial, best_trials, read_tuning
+from mifo.world.drawn import TUNING
+
+TUNE = """
+# A small tuning
+title: Small
+objective: {editability: 1, leakage: -1}
+trials: 6
+methods:
+  MIFO:
+    overrides: [method=mifo]
+    search: {penalty.reward_weight: [0.01, 1, 100]}
+  none:
+    overrides: [method=no_attention_loss]
+    search: {learning.finetuning.learning_rate: [1e-6, 1e-5, 1e-4]}
+scenes: [three_cars, one_car]
+"""
+ROOT = Path(__file__).parents[1]
+pytest.importorskip("optuna")
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """An empty working folder with a tuning, whose best reward weight is 3; the list of the values tried."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "tune.yaml").write_text(TUNE)
+    seen = []
+
+    def run(settings):
+        weight = settings.penalty.reward_weight
+        seen.append((settings.method, settings.instances.name, weight))
+        if settings.method == "no_attention_loss" and settings.learning.finetuning.learning_rate > 2e-5:
+            raise RuntimeError("diverged")
+        by = Evaluator("colour", "0" * 12)
+        far = abs(weight - 3)
+        scores = (Score("editability", 1.0, True, by, "test"), Score("leakage", far / 100, False, by, "test"))
+        Evaluation(scores, ()).save(Path(settings.paths.output) / "scores.json")
+
+    monkeypatch.setattr(execute, "perform", run)
+    return seen
+
+
+def trials():
+    with open("outputs/tuning/small/trials.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_method_has_the_same_trials_and_its_best_is_chosen(small):
+    assert tune(["small"]) == 0
+    rows = trials()
+    for method in ("MIFO", "none"):
+        own = [row for row in rows if row["method"] == method]
+        assert [row["trial"] for row in own] == [str(number) for number in range(6)]
+    own = [row for row in rows if row["method"] == "MIFO"]
+    assert own[0]["values"] == "penalty.reward_weight=1" and len({row["values"] for row in own}) == 6
+    best = max(own, key=lambda row: float(row["objective"]))
+    chosen = yaml.safe_load(Path("outputs/tuning/small/chosen.yaml").read_text())["rows"]
+    assert chosen["MIFO"] == ["method=mifo", best["values"]]
+    assert float(best["objective"]) == pytest.approx(1 - float(best["leakage"]))
+    lost = [row for row in rows if row["method"] == "none" and not row["objective"]]
+    assert lost and all(float(row["values"].partition("=")[2]) > 2e-5 for row in lost)
+
+
+def test_a_tuning_goes_on_where_it_was_and_makes_no_run_twice(small):
+    tune(["small", "tune.trials=3", "tune.only=[MIFO]"])
+    first, before = trials(), list(small)
+    assert len(before) == 3 * 2
+    tune(["small", "tune.trials=6", "tune.only=[MIFO]"])
+    assert trials()[:3] == first and len(small) == 6 * 2
+    # with the record alone, where the folders of the runs are gone
+    small.clear()
+    tune(["small", "tune.only=[MIFO]", "tune.runs=elsewhere", "tune.record=outputs/tuning/small"])
+    assert not small and len(trials()) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("tune.trials=0", "at least one trial"),
+        ("tune.only=[Dice]", "names no method"),
+        ("tune.objective={beauty: 1}", r"objective\.beauty is no score"),
+        ("tune.trails=3", "trails"),
+        ("tune.methods.MIFO.search={penalty.reward_weight: [0, 1, 2]}", "least, first and largest"),
+    ],
+)
+def test_an_impossible_tuning_is_refused(small, change, told):
+    with pytest.raises(MifoError, match=told):
+        tune(["small", change])
+
+
+def test_the_first_of_equal_trials_is_the_best_and_failed_ones_are_none():
+    found = [Trial("a", 0, {}, {}, None), Trial("a", 1, {}, {}, -2.0), Trial("a", 2, {}, {}, -2.0)]
+    assert best_trials([*found, Trial("b", 0, {}, {}, None)]) == {"a": found[1]}
+
+
+def test_the_tuning_of_the_repository_uses_scenes_for_tuning_alone():
+    settings = read_tuning(ROOT / "experiments/tuning", [])
+    assert {*settings.scenes} <= {*TUNING} and not {*settings.scenes} & {*scenes_called("*-*")}
+    firsts = {
+        label: [values[1] for values in each.search.values()] for label, each in settings.methods.items()
+    }
+    assert all(firsts.values())
