@@ -1,6 +1,7 @@
 """Reading what an offline Weights & Biases run would send: records in LevelDB's log format."""
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,14 @@ class OfflineRun:
 
 
 def read_offline_run(folder: Path) -> OfflineRun:
-    """Read `offline-run-…/run-….wandb`."""
+    """Read `offline-run-…/run-….wandb`, whose end wandb's service may write a moment after `finish`."""
+    until = time.monotonic() + 20
+    while (run := _read(folder)).exit_code is None and time.monotonic() < until:
+        time.sleep(0.1)
+    return run
+
+
+def _read(folder: Path) -> OfflineRun:
     (path,) = folder.glob("*.wandb")
     run = OfflineRun(files=folder / "files")
     for record in _records(path.read_bytes()):
