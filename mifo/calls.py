@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mifo.config.compose import REFUSALS, compose, explain, settings_of
+from mifo.config.compose import REFUSALS, compose, explain, settings_of, written
 from mifo.config.jobs import Job, unlock_folder
 from mifo.config.launch import perform
 from mifo.errors import MifoError
@@ -26,9 +26,9 @@ def call(task: str, overrides: tuple[str, ...], keys: Mapping[str, Any]) -> Any:
     own = dict(keys)
     now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")
     folder = Path(os.path.abspath(own.pop("folder", None) or Path("outputs") / task / now))
-    given = [*overrides, *(f"{key}={_written(value)}" for key, value in _flat(own))]
+    given = [*overrides, *(f"{key}={written(value)}" for key, value in _flat(own))]
     try:
-        config = compose(task, [*given, f"paths.output={_written(folder)}"])
+        config = compose(task, [*given, f"paths.output={written(folder)}"])
     except REFUSALS as error:
         raise MifoError(explain(error, task)) from error
     job = Job(folder, given, alone=True)
@@ -51,17 +51,3 @@ def _flat(keys: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
-
-
-def _written(value: Any) -> str:
-    """A value as Hydra's command line reads it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, Mapping):
-        return "{}"
-    if isinstance(value, list | tuple):
-        return f"[{','.join(map(_written, value))}]"
-    text = str(value).replace("'", "\\'")
-    return f"'{text}'"

@@ -106,6 +106,14 @@ def existing_folder(key: str, given: Path | str, content: str) -> Path:
     raise MifoError(f"{key}={folder} {found}; name the folder that holds {content}")
 
 
+def refuse_existing(folder: Path | str) -> None:
+    """Raise `MifoError` if `folder` exists already."""
+    if Path(folder).exists():
+        raise MifoError(
+            f"{folder} exists already and is not replaced; choose another folder or move it away."
+        )
+
+
 @contextmanager
 def regular_file(path: Path, limit: int | None = None) -> Iterator[BufferedReader]:
     """Open a regular file, or a link to one, to read its bytes, of which there may be at most `limit`.

@@ -548,9 +548,10 @@ def test_what_learned_is_saved_and_loaded_on_the_same_base_alone(source, tmp_pat
 
 
 @pytest.mark.gpu
-def test_block_masks_bound_on_a_gpu_and_pass_gradients():
-    """At the lengths of Stable Diffusion 3.5: 64² patches and 77 + 256 words."""
-    size, length = (64, 64), 333
+@pytest.mark.parametrize(("width", "length"), [(64, 333), (128, 512), (128, 64)])
+def test_block_masks_bound_on_a_gpu_and_pass_gradients(width, length):
+    """At the lengths of Stable Diffusion 3.5, FLUX.2 and Z-Image: 64² patches and words."""
+    size = (64, 64)
     tokens = PromptTokens({"a": (5,), "b": (7, 8)}, (4, 6), 9, length)
     words = SubjectWords.of(list(tokens.subjects.values()), tokens, torch.device("cuda"))
     boxes = [(0.0, 0.0, 0.5, 0.75), (0.5, 0.25, 1.0, 1.0)]
@@ -562,11 +563,11 @@ def test_block_masks_bound_on_a_gpu_and_pass_gradients():
     )
     joint = joint_rule(rules, size)
     for dtype, off in ((torch.float32, 1e-2), (torch.bfloat16, 2e-2)):
-        inputs = torch.randn(3, 2, 4, 4096 + length, 64, device="cuda", dtype=dtype).requires_grad_()
-        grad = torch.randn(2, 4, 4096 + length, 64, device="cuda", dtype=dtype)
-        found = block_attention(*inputs, block_mask(*joint), 0.125)
+        inputs = torch.randn(3, 2, 4, 4096 + length, width, device="cuda", dtype=dtype).requires_grad_()
+        grad = torch.randn(2, 4, 4096 + length, width, device="cuda", dtype=dtype)
+        found = block_attention(*inputs, block_mask(*joint), width**-0.5)
         expected = torch.nn.functional.scaled_dot_product_attention(
-            *inputs, attn_mask=joint.allowed()[:, None], scale=0.125
+            *inputs, attn_mask=joint.allowed()[:, None], scale=width**-0.5
         )
         torch.testing.assert_close(found, expected, rtol=off, atol=off)
         ours, theirs = (torch.autograd.grad(each, inputs, grad)[0] for each in (found, expected))

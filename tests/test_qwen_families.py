@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ from diffusers.models.transformers import transformer_flux2, transformer_z_image
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from terms import penalty
+from test_export import export, save
 from test_learning import TRAINER
 from tiny import small_road, tiny_flux2_pipeline, tiny_z_image_pipeline, two_instances
 from transformers import Qwen3Config, Qwen3Model
 
+from mifo.acceleration.graphs import GraphedFunction
+from mifo.acceleration.profile import ready_for_synthesis
 from mifo.acceleration.settings import PerformanceSettings
 from mifo.backbones.joint.attention import joint_rule
 from mifo.backbones.learned import load_learned
@@ -27,6 +31,7 @@ from mifo.benchmark.settings import BenchmarkSettings
 from mifo.benchmark.shapes import SHAPES, SIDES
 from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
+from mifo.making.together import Together
 from mifo.method.guidance.settings import GuidanceSettings
 from mifo.method.losses.settings import PenaltySettings
 from mifo.method.objective import word_maps
@@ -361,7 +366,7 @@ def test_a_bounded_pass_is_diffusers_own_pass_with_the_rules_as_masks(family, sh
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_boxes_guide_bound_and_renew(shared, scale):
+def test_boxes_guide_bound_and_renew(shared, source, scale):
     changes = {"threshold": 0.0, "step_size_start": 0.1, "step_size_end": 0.1}
     guidance = GuidanceSettings(guided_steps=2, iterations=2, shapes_from=2, shapes_every=1, **changes)
     sampler = Sampler(shared, SynthesisSettings(3, scale), guidance)
@@ -373,6 +378,61 @@ def test_boxes_guide_bound_and_renew(shared, scale):
     assert [len(report.losses) for report in reports] == [2, 2, 0]
     assert all(report.losses[1] < report.losses[0] for report in reports[:2])
     assert reports[0].shapes.shape == (1, 2, 8, 8)
+    twice = load_model(ModelSettings("tiny", source))
+    low = PerformanceSettings(synthesis_precision="float32", gradient_checkpointing=True)
+    ready_for_synthesis(twice, low)  # with activations computed twice, in less memory
+    again = Sampler(twice, SynthesisSettings(3, scale), guidance)(conditioning, noise, BOXES, tokens)
+    torch.testing.assert_close(again, guided, rtol=1e-4, atol=1e-4)
+
+
+def test_passes_replayed_from_graphs_are_the_same_or_refused(family, shared, recordings, monkeypatch):
+    """Nothing in a pass of FLUX.2 waits for the device; Z-Image's sequences are as long as prompts."""
+    guidance = GuidanceSettings(guided_steps=1, iterations=2, step_size_start=0.1, shapes_from=1)
+    conditioning, noise = shared.encode_prompts(["", TOGETHER]), noise_for(shared)
+    if family is ZImage:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        for call in (
+            lambda: shared.predict(noise, torch.tensor(500.0), conditioning.rows(slice(1))),
+            lambda: shared.encode_prompts(PROMPTS),
+        ):
+            with pytest.raises(RuntimeError, match="lengths of their own"):
+                call()
+        return
+    tokens = find_instances(TOGETHER, BOXES, shared.words)
+    plain, graphed = (
+        Sampler(shared, SynthesisSettings(2, 2.0), guidance, partial(GraphedFunction, wanted=wanted))(
+            conditioning, noise, BOXES, tokens
+        )
+        for wanted in (False, True)
+    )
+    assert recordings.count == 2
+    torch.testing.assert_close(graphed, plain, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_instances_learned_apart_act_in_their_boxes(source):
+    """Where the rules know fewer words than the prompt is padded to, too."""
+    base, other = (load_model(ModelSettings("tiny", source)) for _ in range(2))
+    for model in (base, other):
+        model.add_words(["<asset0>", "<asset1>"])
+    for each in other.transformer.parameters():
+        each.mul_(1.1)
+    prompt, boxes = (
+        "a photo of <asset0> and <asset1>",
+        dict(zip(["<asset0>", "<asset1>"], BOXES.values(), strict=True)),
+    )
+    noise, time = noise_for(base), torch.tensor(500.0)
+    both = Together([base, other], {"<asset1>": 1})
+    rules = rules_of(base, prompt, boxes, halves=False)
+    found = both.predict(noise, time, both.encode_prompts([prompt]), None, rules)[0]
+    ours, theirs = (
+        each.predict(noise, time, each.encode_prompts([prompt]), None, rules)[0] for each in (base, other)
+    )
+    inside = torch.nn.functional.interpolate(
+        rasterise_boxes([boxes["<asset1>"]], 8)[None].float(), noise.shape[-2:]
+    ).bool()
+    torch.testing.assert_close(found, torch.where(inside, theirs, ours))
 
 
 # loading
@@ -527,16 +587,44 @@ def test_a_distilled_model_is_sampled_without_guidance(mifo, photo, tmp_path, ca
     load_outline(ModelSettings("tiny", str(free))).check_scale("synthesis.guidance_scale", 7.5)
 
 
+def test_weights_in_8_bits_teach_words_and_adapters(source, tmp_path):
+    """The transformer's and the language model's; what learned fits the plain base model."""
+    finetuning = StageSettings(steps=1, trainable="lora", learning_rate=1e-2, lr_scheduler=constant())
+    prior = PriorSettings(pictures=1, steps=1, guidance_scale=1, cache=str(tmp_path / "prior"))
+    settings = LearningSettings(semantic=StageSettings(steps=1), finetuning=finetuning, prior=prior)
+    performance = PerformanceSettings(learning_precision="bfloat16", gradient_checkpointing=True, float8=True)
+    model, base = (load_model(ModelSettings("tiny", source, dtype="bfloat16")) for _ in range(2))
+    options = {"trainer": {**TRAINER, "precision": "bf16-mixed"}, "performance": performance}
+    learned = learn(model, two_instances(), settings, penalty(), tmp_path, **options)
+    load_learned(learned, base)
+    for network, other in zip(model.networks.values(), base.networks.values(), strict=True):
+        stored = [each for each in network.parameters() if each.dtype == torch.float8_e4m3fn]
+        weights = [each for each in other.parameters() if each.dim() > 1]
+        assert len(stored) > len(weights) / 3 and not any(each.requires_grad for each in stored)
+    assert any(each.any() for name, each in base.trainable("lora")["transformer"].items() if "B" in name)
+    with torch.no_grad():
+        states, noise = base.encode_prompts(["a photo of <asset0>"]), noise_for(base)
+        ours, theirs = (each.predict(noise, torch.tensor(500.0), states)[0] for each in (model, base))
+        assert 0 < (ours - theirs).norm() < 0.1 * theirs.norm()
+    settings.finetuning.trainable = "denoiser"
+    with pytest.raises(MifoError, match=r"trainable=denoiser learns weights that performance\.float8 keeps"):
+        learn(base, two_instances(), settings, penalty(), tmp_path / "other", **options)
+
+
 def test_memory_is_counted_without_weights(source):
     shapes = load_shapes(ModelSettings("tiny", source, dtype="bfloat16"))
     shapes.add_words(["<asset0>"])
     shapes.add_lora(4)
     settings = copy.deepcopy(SHORT)
     settings.finetuning.trainable = "lora"
-    found = learning_memory(shapes, settings, PerformanceSettings(learning_precision="bfloat16"))
-    assert found.activations > 0 and found.weights > 0
+    plain, half = (
+        learning_memory(shapes, settings, PerformanceSettings(learning_precision="bfloat16", float8=float8))
+        for float8 in (False, True)
+    )
+    assert plain.activations == half.activations > 0 and plain.weights / 2 < half.weights < plain.weights
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_its_shapes(family, source, monkeypatch):
     """Steps of both stages, the second of adapters, and a picture in two boxes, in bfloat16."""
     shapes = "flux2_klein" if family is Flux2 else "z_image"
@@ -577,3 +665,28 @@ def test_half_precision_is_the_pipelines(family, source):
         model.encode_prompts(PROMPTS).parts["states"], family.states(pipeline, PROMPTS), strict=True
     ):
         assert torch.equal(ours[: len(theirs)], theirs)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["lora", "tokens"])
+def test_a_result_is_exported_as_a_pipeline_that_predicts_the_same(family, mifo, source, tmp_path, what):
+    save(tmp_path, source, what)
+    assert export(mifo, source, "weights=pipeline", folder="P") == 0
+    exported = tmp_path / "P" / "exported" / "pipeline"
+    pipeline = family.pipeline.from_pretrained(exported)
+    pipeline.set_progress_bar_config(disable=True)
+    model = load_model(ModelSettings("tiny", source))
+    load_learned(tmp_path / "learned", model)
+    prompt, noise = "a photo of <asset1> and <asset0>", noise_for(model)
+    states = model.encode_prompts([prompt]).parts["states"][0]
+    theirs = family.states(pipeline, [prompt])[0]
+    torch.testing.assert_close(states[: len(theirs)], theirs, atol=1e-4, rtol=1e-3)
+    sampler = Sampler(model, SynthesisSettings(2, 1.0), GuidanceSettings())
+    pictures = model.decode_latents(sampler(model.encode_prompts(["", prompt]), noise))
+    codes = family.sample(pipeline, [prompt], noise, 2, 1.0)
+    codes = codes if family is Flux2 else codes / 1.5 + 0.06
+    found = pipeline.vae.decode(codes).sample.div(2).add(0.5).clamp(0, 1)
+    torch.testing.assert_close(found, pictures, atol=1e-3, rtol=1e-3)
+    if family is Flux2:
+        assert json.loads((exported / "model_index.json").read_text())["is_distilled"] is True

@@ -505,7 +505,7 @@ def test_finished_runs_are_sent_once_with_their_row_and_set(folder, drawn, capsy
     told = sent(folder / "outputs" / "runs")
     found = {(run.config["row"], run.config["set"], run.config["table"], run.config["seed"]) for run in told}
     assert found == {(row, "cars", "small", seed) for row in ("MIFO", "none") for seed in (0, 1)}
-    assert {run.name for run in told} >= {"MIFO, three_cars, seed 0", "none, three_cars, seed 1"}
+    assert {run.name for run in told} >= {"MIFO, seed 0, three_cars", "none, seed 1, three_cars"}
     for run in told:
         assert run.job_type == "run" and run.exit_code == 0 and run.tags == ("small",)
         assert run.history["evaluation/leakage"] == run.config["seed"] / 10
@@ -540,7 +540,7 @@ def test_runs_of_a_table_are_logged_where_a_logger_is_chosen(folder, made, monke
         ("small", "none", "cars"),
     ]
     names = [(each.logger["wandb"]["name"], each.logger["wandb"]["group"]) for each in seen]
-    assert names[1] == ("none, three_cars, seed 1", "small-none-three_cars")
+    assert names[1] == ("none, seed 1, three_cars", "small-none-three_cars")
 
 
 def test_an_interval_is_that_of_students_t():

@@ -45,7 +45,7 @@ def test_a_run_is_told_completely(mifo, model, tmp_path):
     assert told.config["learning"]["finetuning"]["steps"] == 2
     assert told.config["paths"]["output"].endswith("made")
     assert "${" not in json.dumps(told.config)
-    assert told.name == "debug=default, method=break_a_scene, model=local, three_cars, seed 3"
+    assert told.name == "debug=default, method=break_a_scene, model=local, seed 3, three_cars"
     assert told.config["choices"]["penalty"] == "break_a_scene" and told.config["choices"]["layout"] == "row"
     assert "seed=3" in told.config["overrides"] and {"code", "dirty", "sweep", "row"} <= told.config.keys()
 
@@ -94,7 +94,7 @@ def test_each_run_of_a_sweep_is_its_own_also_after_a_failure(mifo, model, tmp_pa
     assert [run.exit_code for run in told] == [0, 1, 0]
     (group,) = {run.group for run in told}
     assert group.startswith("debug=fast_dev_run, model=local, three_cars ")
-    assert [run.name[-6:] for run in told] == ["seed 1", "seed 2", "seed 3"]
+    assert [run.name[:6] for run in told] == ["seed 1", "seed 2", "seed 3"]
     assert {run.config["sweep"] for run in told} == {str(tmp_path / "sweep")}
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from mifo.acceleration.channels_last import keep_channels_last
+from mifo.acceleration.float8 import keep_in_float8
 from mifo.acceleration.settings import PerformanceSettings
 from mifo.errors import MifoError
 
@@ -58,6 +59,10 @@ def check_performance(settings: PerformanceSettings) -> None:
     if settings.gradient_checkpointing and settings.cuda_graphs:
         raise MifoError(
             "performance.gradient_checkpointing excludes performance.cuda_graphs; switch one of them off."
+        )
+    if settings.float8 and not settings.gradient_checkpointing:
+        raise MifoError(
+            "performance.float8 saves memory only with performance.gradient_checkpointing=true; set that too."
         )
     if settings.gradient_checkpointing and not settings.autocast:
         raise MifoError(
@@ -121,7 +126,13 @@ def _tell_automatic() -> None:
 
 
 def ready_for_learning(model: Accelerated, settings: PerformanceSettings) -> None:
-    """Lay out, compile and checkpoint the model as the profile says, in place."""
+    """Lay out, compile and checkpoint the model as the profile says, in place.
+
+    With `float8` nothing of the networks may learn but what is added to them.
+    """
+    if settings.float8:
+        for network in model.networks.values():
+            keep_in_float8(network)
     _lay_out(model, settings)
     if settings.gradient_checkpointing:
         model.enable_checkpointing()
@@ -137,6 +148,8 @@ def ready_for_synthesis(model: Accelerated, settings: PerformanceSettings) -> No
     for part in (model.denoiser,) if dtype is torch.float16 else (model.denoiser, model.autoencoder):
         nn.Module.to(part, dtype)  # diffusers' own `to` warns about modules that it does not have
     _lay_out(model, settings)
+    if settings.gradient_checkpointing:  # guidance has gradients too
+        model.enable_checkpointing()
 
 
 def _lay_out(model: Accelerated, settings: PerformanceSettings) -> None:

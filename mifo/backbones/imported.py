@@ -74,7 +74,7 @@ def with_imports(model: LatentModel, family: Family, settings: ModelSettings) ->
     return replace(model, name=" + ".join(told), fingerprint=digest.hexdigest())
 
 
-def _rows(word: str, given: Any, encoders: Sequence[nn.Module]) -> list[Tensor]:
+def _rows(word: str, given: Any, encoders: Sequence[Any]) -> list[Tensor]:
     """The row (width,) of a word for each text encoder."""
     files = [Path(each).expanduser() for each in ([given] if isinstance(given, str) else given)]
     found: list[Tensor] = []
@@ -141,7 +141,7 @@ def _merge_lora(
         )
 
 
-def merge_adapters(networks: Mapping[str, nn.Module]) -> None:
+def merge_adapters(networks: Mapping[str, Any]) -> None:
     """Add low-rank adapters to the weights beside which they stand, in place, and take them out."""
     for network in networks.values():
         for path, layer in list(network.named_modules()):

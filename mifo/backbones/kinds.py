@@ -56,7 +56,7 @@ class Family:
 
     pipeline: str
     model: type[LatentModel]
-    parts: dict[str, type]
+    parts: dict[str, Any]
     values: Configs
     sizes: Callable[[Configs], Sizes]
     scheduler: Callable[[Path], SchedulerMixin]
@@ -138,9 +138,9 @@ def _z_image_sizes(configs: Configs) -> Sizes:
     yield "transformer", "dim", transformer["dim"], width
 
 
-def _whole(configs: Configs, part: str, kind: type) -> dict[str, Any]:
+def _whole(configs: Configs, part: str, kind: Any) -> dict[str, Any]:
     """A part's configuration, with the defaults of its class for keys that it lacks."""
-    taken = inspect.signature(kind.__init__).parameters.items()
+    taken = inspect.signature(kind).parameters.items()
     return {key: each.default for key, each in taken if each.default is not each.empty} | configs[part]
 
 

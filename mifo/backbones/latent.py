@@ -88,21 +88,20 @@ class LatentModel(DiffusionModel):
         return [each for each in (self.tokenizer, self.tokenizer_2) if each is not None]
 
     @property
-    def text_encoders(self) -> dict[str, nn.Module]:
+    def text_encoders(self) -> dict[str, Any]:
         named = {"text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
         return {name: each for name, each in named.items() if each is not None}
 
     @property
-    def denoiser(self) -> nn.Module:
-        network: nn.Module = getattr(self, self.part)
-        return network
+    def denoiser(self) -> Any:
+        return getattr(self, self.part)
 
     @property
-    def autoencoder(self) -> nn.Module:
+    def autoencoder(self) -> Any:
         return self.vae
 
     @property
-    def networks(self) -> dict[str, nn.Module]:
+    def networks(self) -> dict[str, Any]:
         return {self.part: self.denoiser, **self.text_encoders}
 
     @property
@@ -223,7 +222,7 @@ class LatentModel(DiffusionModel):
             "source": self.source,
             "revision": self.revision,
             "fingerprint": self.fingerprint,
-            "prediction_type": self.process.prediction_type,
+            "prediction_type": self.prediction_type,
             "noise": self._scheduler_values(self.noise),
             "vae_scaling_factor": str(self.vae.config.get("scaling_factor")),
             "vocabulary": self.vocabulary,
@@ -233,6 +232,11 @@ class LatentModel(DiffusionModel):
     def sampling(self) -> str:
         conditions = {key: value for key, value in self.identity().items() if key not in ORIGIN}
         return f"{conditions} {self._scheduler_values(self.sampled)}"
+
+    @property
+    @abstractmethod
+    def prediction_type(self) -> str:
+        """What the network predicts."""
 
     def _scheduler_values(self, keys: tuple[str, ...]) -> str:
         return ", ".join(f"{key} {self.noise_scheduler.config[key]}" for key in keys)

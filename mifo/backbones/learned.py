@@ -13,14 +13,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 
 from mifo.backbones.base import check_base
 from mifo.backbones.model import DiffusionModel, Trainable
 from mifo.errors import MifoError
-from mifo.files import as_record, read_json, whole_folder
+from mifo.files import as_record, read_json, refuse_existing, whole_folder
 from mifo.tensors import read_tensors, write_tensors
 
 FORMAT = 1
@@ -98,14 +98,6 @@ def save_learned(
     return learned
 
 
-def refuse_existing(folder: Path | str) -> None:
-    """Raise `MifoError` if `folder` exists: a result never replaces another."""
-    if Path(folder).exists():
-        raise MifoError(
-            f"{folder} exists already and is not replaced; choose another folder or move it away."
-        )
-
-
 def read_learned(folder: Path | str) -> Learned:
     """Read `learned.json` alone, before any model is loaded.
 
@@ -161,7 +153,7 @@ def load_learned(folder: Path | str, model: DiffusionModel, first: int | None = 
     if learned.trainable == "lora":
         model.add_lora(learned.lora_rank)
     own = slice(first or 0, (first or 0) + len(learned.tokens))
-    for file, found in _files(model, learned.trainable).items():
+    for file, found in _files(model, cast(Trainable, learned.trainable)).items():
         parameters = {name: each[own] if file == ROWS else each for name, each in found.items()}
         shapes = {name: each.shape for name, each in parameters.items()}
         tensors = read_tensors(Path(folder) / file, shapes, learned.checksums.get(file))
@@ -175,8 +167,10 @@ def load_learned(folder: Path | str, model: DiffusionModel, first: int | None = 
 def _files(model: DiffusionModel, trainable: Trainable) -> dict[str, dict[str, torch.Tensor]]:
     """What each file of tensors holds, by name."""
     parts = model.trainable(trainable)
-    files = {f"{part}.safetensors": parameters for part, parameters in parts.items() if parameters}
-    rows = {
+    files: dict[str, dict[str, torch.Tensor]] = {
+        f"{part}.safetensors": {**parameters} for part, parameters in parts.items() if parameters
+    }
+    rows: dict[str, torch.Tensor] = {
         "rows" if place == 0 else f"rows.{network}": each
         for place, (network, each) in enumerate(model.new_rows.items())
     }

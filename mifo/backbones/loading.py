@@ -152,7 +152,7 @@ def load_model(settings: ModelSettings, device: torch.device | str = "cpu") -> L
 
 def _of_folder(
     settings: ModelSettings, folder: Path, family: Family
-) -> tuple[dict[str, nn.Module], dict[str, Mapping[str, Tensor]]]:
+) -> tuple[dict[str, Any], dict[str, Mapping[str, Tensor]]]:
     """The networks of a pipeline folder, and the first rows of their weights."""
     weights = {part: weight_files(folder, part, settings.variant) for part in family.networks}
     networks = {}
@@ -174,7 +174,7 @@ def _of_folder(
 
 def _of_file(
     file: Path, folder: Path, family: Family
-) -> tuple[dict[str, nn.Module], dict[str, Mapping[str, Tensor]]]:
+) -> tuple[dict[str, Any], dict[str, Mapping[str, Tensor]]]:
     """The networks of a single file under the original key names, and the first rows of their weights.
 
     The rows have the names of a folder on the hub, so that the same weights there have the same fingerprint.
@@ -192,7 +192,7 @@ def _of_file(
         str(file), config=str(folder), torch_dtype=dtype, local_files_only=True
     )
     networks = {part: getattr(pipeline, part) for part in family.networks}
-    rows = {
+    rows: dict[str, Mapping[str, Tensor]] = {
         part: {name: each[:1].clone() for name, each in network.state_dict().items()}
         for part, network in networks.items()
     }

@@ -5,7 +5,7 @@ Letters: B samples, L tokens, N new words.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,26 +30,34 @@ class DiffusionModel(Backbone, ABC):
         name, source, revision: where it came from.
         fingerprint: tells base weights apart; it does not depend on where they lie, how they are sharded, or
             the dtype they are loaded in.
-        networks: the networks that can learn, by the name under which their weights are saved.
     """
 
     name: str
     source: str
     revision: str | None
     fingerprint: str
-    networks: Mapping[str, nn.Module]
     checkpointing = False  # whether activations are computed twice instead of kept
     distilled = False  # whether it was made to do without guidance, in few steps
 
     @property
     @abstractmethod
-    def denoiser(self) -> nn.Module:
+    def networks(self) -> Mapping[str, Any]:
+        """The networks that can learn, by the name under which their weights are saved."""
+
+    @property
+    @abstractmethod
+    def denoiser(self) -> Any:
         """The network that predicts the noise."""
 
     @property
     @abstractmethod
-    def autoencoder(self) -> nn.Module:
+    def autoencoder(self) -> Any:
         """The network between pictures and latents."""
+
+    @property
+    def kept_of_twice(self) -> float:
+        """The share of activations that is in memory at once, a block's, where they are computed twice."""
+        return 0.33
 
     @abstractmethod
     def enable_checkpointing(self) -> None:

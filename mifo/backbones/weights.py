@@ -61,7 +61,7 @@ def weight_files(folder: Path, part: str, variant: str | None = None) -> list[Pa
 
 def first_rows(files: Iterable[Path]) -> dict[str, Tensor]:
     """The first row of every tensor in the weight files of a part, by name; counters of batches have none."""
-    rows = {}
+    rows: dict[str, Tensor] = {}
     for file in files:
         with safe_open(file, "pt") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118

@@ -5,8 +5,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import wandb
-
 from mifo.commands.setup import has_wandb_key
 from mifo.config.compose import reason
 from mifo.config.location import conf_folder
@@ -47,7 +45,7 @@ def dashboard(settings: DashboardSettings) -> None:
         ):
             made.save()
             print(f"{name}: {made.url}")
-    except (wandb.errors.Error, OSError) as error:  # those of requests are of the latter kind
+    except Exception as error:  # of wandb, of its service and of requests, which share no class
         raise MifoError(
             f"Weights & Biases did not take the dashboard ({reason(error)}); check entity, login and network"
         ) from error

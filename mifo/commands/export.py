@@ -25,7 +25,7 @@ from mifo.exporting.formats import holds, lora_name, lora_tensors, word_files
 from mifo.exporting.low_rank import LowRank, low_rank
 from mifo.exporting.pipeline import absent_parts, check_words, save_pipeline
 from mifo.exporting.settings import exported_words
-from mifo.files import whole_folder, write_whole
+from mifo.files import refuse_existing, whole_folder, write_whole
 from mifo.metrics.evaluation import SCORES, Evaluation, has_scores
 from mifo.tensors import write_tensors
 
@@ -48,8 +48,7 @@ def export(settings: ExportTaskSettings) -> Path:
         check_words(kind)
     device = prepare(settings)
     folder = claim_folder(settings) / "exported"
-    if folder.exists():
-        raise MifoError(f"{folder} holds an export already; choose another folder by hydra.run.dir=FOLDER")
+    refuse_existing(folder)
     model = load_model(full, device)
     load_learned(source, model)
     merge_adapters(model.networks)
@@ -103,6 +102,7 @@ def _write_pipeline(
     parts = {name: getattr(outline if name.startswith("tokenizer") else model, name) for name in names}
     parts["scheduler"] = outline.noise_scheduler
     parts["force_zeros_for_empty_prompt"] = getattr(outline, "zero_empty_prompt", False)
+    parts["is_distilled"] = outline.distilled
     for name in {*model.networks, "vae"}:
         parts[name] = torch.nn.Module.to(parts[name], dtype)
     save_pipeline(folder, kind, model.networks, parts, words)

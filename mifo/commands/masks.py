@@ -14,7 +14,7 @@ from mifo.data.photo_folder import named_boxes
 from mifo.data.pictures import read_picture
 from mifo.data.saved_pictures import as_image
 from mifo.errors import MifoError
-from mifo.files import whole_file, whole_folder
+from mifo.files import refuse_existing, whole_file, whole_folder
 from mifo.making.segmenting import Segmenter, Thing
 from mifo.report.masked_picture import draw_masks
 
@@ -63,8 +63,7 @@ def masks(settings: MasksSettings) -> Path:
 
 
 def _write(folder: Path, picture: Image.Image, found: torch.Tensor, names: tuple[str, ...]) -> None:
-    if folder.exists():
-        raise MifoError(f"{folder} exists already; choose another folder by hydra.run.dir=FOLDER")
+    refuse_existing(folder)
     for name, mask in zip(names, found, strict=True):
         if not mask.any():
             raise MifoError(f"the segmenter found nothing for {name}; point at it by other boxes or points.")

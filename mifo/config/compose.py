@@ -1,7 +1,7 @@
 """From Hydra's untyped composition to typed, checked settings."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from io import StringIO
@@ -185,6 +185,20 @@ def _check_elements(node: Container) -> None:
             raise MifoError(f"{node._get_full_key(key)}={value} is no {wanted.__name__}; take one value")
         if not value._is_none():
             _check_elements(value)
+
+
+def written(value: Any) -> str:
+    """A value as Hydra's command line reads it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return "{}"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(written, value))}]"
+    text = str(value).replace("'", "\\'")
+    return f"'{text}'"
 
 
 def as_plain(settings: Any) -> dict[str, Any]:

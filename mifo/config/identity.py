@@ -95,11 +95,12 @@ def _defaults(task: str) -> dict[str, str]:
     return {group: option for each in listed if isinstance(each, dict) for group, option in each.items()}
 
 
-def _called(*, _root_: DictConfig) -> str:
+def _called(seed: int | None = None, *, _root_: DictConfig) -> str:
     """`${called:}`: what a person would call a run and those that differ from it by their seed alone.
 
-    Its row in a table, or else the choices that were typed and are no defaults, and the scene. What a sweep
-    varies comes first, since lists in dashboards are narrow, then groups before single keys.
+    What tells it from others comes first, since lists in dashboards are narrow: its row in a table, or else
+    the choices that a sweep varies; then the seed, with `${called:${seed}}`, and the scene; then the other
+    choices that were typed and are no defaults, groups before single keys.
     """
     origin = _root_.get("origin") or {}
     # the last of the same key wins, and a place is no choice
@@ -115,15 +116,20 @@ def _called(*, _root_: DictConfig) -> str:
         if (key in swept or _defaults(_root_.task).get(key) != value)
         and re.split("[.@]", key.lstrip("~"), maxsplit=1)[0] not in _UNSAID
     ]
-    said = [text for *_, text in sorted(chosen)]
-    while len(", ".join(said)) > _LONGEST and len(said) > 1:
+    said = [text[:_LONGEST] for *_, text in sorted(chosen)]
+    while len(", ".join(said)) > _LONGEST:
         said.pop()
-    said = [origin["row"]] if origin.get("row") else said or [_root_.get("method") or _root_.task]
+    if origin.get("row") or not said:
+        said = [(origin.get("row") or _root_.get("method") or _root_.task)[:_LONGEST]]
+    first = len(said)
+    if seed is not None and swept and not origin.get("row"):
+        first = sum(not late for late, *_ in chosen)
     instances = _root_.get("instances") or {}
     scene = instances.get("name")
     if scene == "local" and instances.get("folder"):
         scene = Path(instances["folder"]).name
-    return ", ".join([", ".join(said)[:_LONGEST], *([scene] if scene else [])])
+    same = [*([] if seed is None else [f"seed {seed}"]), *([scene] if scene else [])]
+    return ", ".join([*said[:first], *same, *said[first:]])
 
 
 def _short(key: str) -> str:

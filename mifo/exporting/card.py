@@ -71,9 +71,15 @@ def card(
         )
         lines += ["```python", *script, "```"]
     else:
-        lines += ["Put the files of the words into `embeddings`; a file's name is its word."]
+        lines += [
+            "Put the files of the words into `embeddings`; a file's name is its word, which ComfyUI's prompt "
+            f"calls `embedding:{words[0]}`."
+        ]
         if weights is not None:
-            lines += ["Put `mifo.safetensors` into `models/Lora`, and write `<lora:mifo:1>` in the prompt."]
+            lines += [
+                "Put `mifo.safetensors` into `models/Lora`, and write `<lora:mifo:1>` in the prompt; for "
+                "ComfyUI, put it into `models/loras` and add the node that loads a LoRA."
+            ]
     if scores:
         lines += ["", "| metric | better | mean | measured by |", "| --- | --- | --- | --- |"]
         lines += [

@@ -50,7 +50,9 @@ def save_pipeline(
         encoder.config.eos_token_id = tokenizer.eos_token_id
         table = encoder.get_input_embeddings()
         if isinstance(table, NewTokenRows):
-            weights = torch.cat([table.table.weight, table.rows.to(table.table.weight.dtype)])
+            known, end = table.table.weight, table.first_id + len(table.rows)
+            # a table may have rows that its tokenizer does not use: the new words take these
+            weights = torch.cat([known[: table.first_id], table.rows.to(known.dtype), known[end:]])
             encoder.set_input_embeddings(nn.Embedding.from_pretrained(weights))
             encoder.config.vocab_size = len(weights)
     made = getattr(diffusers, kind)

@@ -174,6 +174,8 @@ class Together:
         places = torch.arange(MOST_SUBJECTS, device=words.device)
         bits = (words[:, None] >> places) & 1  # (L, subjects)
         owners = conditioning.parts[_OWNERS][-1]  # the prompt's; an unconditional half comes first
+        told = min(len(bits), len(owners))  # one may be padded beyond the other, with words of nobody
+        bits, owners = bits[:told], owners[:told]
         inside = []
         for number in range(1, len(self.members)):
             own = (bits * (owners == number)[:, None]).amax(0)

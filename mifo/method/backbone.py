@@ -116,10 +116,19 @@ class NoiseProcess(Protocol):
 class Backbone(Protocol):
     """A text-to-image model as the method sees it."""
 
-    latent_shape: tuple[int, int, int]  # (C, h, w)
-    process: NoiseProcess
-    sites: tuple[Site, ...]  # in order of execution
-    default_sites: DefaultSites
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w)."""
+
+    @property
+    def process(self) -> NoiseProcess: ...
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """In order of execution."""
+
+    @property
+    def default_sites(self) -> DefaultSites: ...
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Token ids of prompts, (B, …)."""

@@ -1,7 +1,6 @@
 """The page of the studio: photo, learning, pictures and runs."""
 
 import functools
-import json
 import logging
 import os
 import re
@@ -14,6 +13,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr
 
+from mifo.config.compose import written
 from mifo.config.location import conf_folder
 from mifo.data.instance_names import instances_in
 from mifo.data.instances import InstanceSet, read_instances
@@ -189,10 +189,10 @@ class Studio:
     def make(self, run: str | None, layout: str, number: str, seed: str, steps: str) -> tuple[str, str]:
         """Start to make pictures of a layout that was just kept; their folder."""
         facts = read_facts(self._run(run))
-        given = [f"learned={_quoted(run)}", f"model={facts['choices.model']}", f"layout={layout}"]
+        given = [f"learned={written(run)}", f"model={facts['choices.model']}", f"layout={layout}"]
         given += [f"synthesis.samples={_whole(number)}", f"seed={_whole(seed)}"]
         if facts["choices.model"] == "local":
-            given.append(f"model.source={_quoted(facts['model.source'])}")
+            given.append(f"model.source={written(facts['model.source'])}")
         given += [f"synthesis.steps={_whole(steps)}"] if steps else []
         return str(self.jobs.start("synthesize", [*given, "--config-dir", str(self.folder)])), ""
 
@@ -331,8 +331,3 @@ def _whole(text: str) -> int:
     if not re.fullmatch(r"\d{1,7}", text.strip()):
         raise MifoError(f"'{text}' is no whole number; write one such as 4.")
     return int(text)
-
-
-def _quoted(text: Any) -> str:
-    """A text as Hydra's command line reads it."""
-    return json.dumps(str(text), ensure_ascii=False)

@@ -20,13 +20,13 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from mifo.acceleration.profile import PRECISIONS, available, ready_for_learning
 from mifo.acceleration.settings import PerformanceSettings
-from mifo.backbones.learned import refuse_existing, save_learned
+from mifo.backbones.learned import save_learned
 from mifo.backbones.model import DiffusionModel, Trainable
 from mifo.data.class_pictures import class_prompts, own_picture_files
 from mifo.data.instances import InstanceSet
 from mifo.data.learning_data import LearningData
 from mifo.errors import MifoError, check_least
-from mifo.files import check_room, reason, remove
+from mifo.files import check_room, reason, refuse_existing, remove
 from mifo.making.class_pictures import check_cache, class_pictures
 from mifo.method.backbone import Stage
 from mifo.method.losses.settings import PenaltySettings
@@ -146,6 +146,7 @@ def learn(
     check_learning(settings)
     trainer, graphs, passes_in = dict(trainer or {}), False, None
     if performance is not None:
+        _check_float8(settings, performance)
         performance = available(performance, model.device, model.dtype)
         graphs = performance.cuda_graphs
         if not performance.autocast and performance.learning_precision == "bfloat16":
@@ -261,6 +262,15 @@ def _check_precision(model: DiffusionModel, settings: LearningSettings, trainer:
         raise MifoError(
             "model.dtype in half precision needs performance.learning_precision=bfloat16 (or float16) to "
             "learn."
+        )
+
+
+def _check_float8(settings: LearningSettings, performance: PerformanceSettings) -> None:
+    finetuning = settings.finetuning
+    if performance.float8 and finetuning.steps and finetuning.trainable not in ("tokens", "lora"):
+        raise MifoError(
+            f"learning.finetuning.trainable={finetuning.trainable} learns weights that performance.float8 "
+            "keeps in 8 bits; take trainable=lora, or performance.float8=false."
         )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -21,8 +21,7 @@ from mifo.backbones.model import DiffusionModel, Trainable
 from mifo.training.settings import LearningSettings, StageSettings
 
 RESERVE = 2.0**30
-# Shares of activations of 32 bits: under autocast some have 16; of those computed twice a block's remain
-_AUTOCAST, _TWICE = 0.75, 0.33
+_AUTOCAST = 0.75  # share of activations of 32 bits: under autocast some have 16
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,10 @@ def synthesis_memory(model: DiffusionModel, samples: int, performance: Performan
     narrow = (
         0 if wide else sum(each.numel() * (each.element_size() - 2) for each in model.denoiser.parameters())
     )
-    return Memory(_bytes(model) - narrow, activations=samples * _activations(model) * (1 if wide else 0.5))
+    activations = samples * _activations(model) * (1 if wide else 0.5)
+    if performance.gradient_checkpointing:
+        activations *= model.kept_of_twice
+    return Memory(_bytes(model) - narrow, activations=activations)
 
 
 def _stage(
@@ -81,12 +83,19 @@ def _stage(
         weights += sum(
             2 * each.numel() for network in model.networks.values() for each in network.parameters()
         )
+    if performance.float8:
+        weights -= sum(
+            each.weight.numel() * (each.weight.element_size() - 1)
+            for network in model.networks.values()
+            for each in network.modules()
+            if isinstance(each, nn.Linear) and not each.weight.requires_grad
+        )
     states = 2 + 8 / 256 if "8bit" in stage.optimizer["_target_"] else 8
     activations = stage.batch_size * (2 if prior_weight else 1) * _activations(model)
     if rounded:
         activations *= _AUTOCAST if performance.autocast else 0.5
     if performance.gradient_checkpointing:
-        activations *= _TWICE
+        activations *= model.kept_of_twice
     gradients = learning * (4 if performance.autocast else 2)
     return Memory(weights, gradients, states * learning, activations)
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ class Flux2Model(QwenModel):
         r".*\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|to_qkv_mlp_proj)"
         r"|single_transformer_blocks\.\d+\.attn\.to_out"
     )
-    sampled = (*QwenModel.sampled, "use_dynamic_shifting")
+    sampled: ClassVar[tuple[str, ...]] = (*QwenModel.sampled, "use_dynamic_shifting")
     thinking = False
 
     distilled: bool = False

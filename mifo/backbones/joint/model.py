@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from mifo.backbones.joint.network import JointNetwork
 from mifo.backbones.latent import LatentModel
@@ -17,7 +17,8 @@ class JointModel(LatentModel):
     """`whole_row`: see `JointAttention`. `timesteps`: see `Flow`."""
 
     part = "transformer"
-    sampled = ("shift", "num_train_timesteps")
+    sampled: ClassVar[tuple[str, ...]] = ("shift", "num_train_timesteps")
+    prediction_type = Flow.prediction_type
 
     transformer: Any  # of diffusers
     timesteps: Timesteps = Timesteps.logit_normal
@@ -27,7 +28,7 @@ class JointModel(LatentModel):
     def options(
         cls, settings: ModelSettings, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]
     ) -> dict[str, Any]:
-        known = {"timesteps": list(Timesteps), "maps": ["own", "row"]}
+        known: dict[str, list[Any]] = {"timesteps": list(Timesteps), "maps": ["own", "row"]}
         for key, values in known.items():
             if (value := getattr(settings, key)) not in values:
                 raise MifoError(f"model.{key}={value} is not known; take {' or '.join(values)}.")
@@ -36,6 +37,11 @@ class JointModel(LatentModel):
     @cached_property
     def attentive(self) -> JointNetwork:
         raise NotImplementedError
+
+    @property
+    def kept_of_twice(self) -> float:
+        """That of one block, and as much again for the inputs of all."""
+        return 2 / sum(site.kind == "words" for site in self.sites)
 
     @cached_property
     def process(self) -> Flow:

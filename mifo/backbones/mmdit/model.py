@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import T5EncoderModel, T5Tokenizer
 
@@ -106,7 +106,7 @@ class MMDiTModel(JointModel):
         return super().tokenizers + ([] if self.tokenizer_3 is None else [self.tokenizer_3])
 
     @property
-    def text_encoders(self) -> dict[str, nn.Module]:
+    def text_encoders(self) -> dict[str, Any]:
         third = {} if self.text_encoder_3 is None else {"text_encoder_3": self.text_encoder_3}
         return super().text_encoders | third
 
@@ -115,7 +115,8 @@ class MMDiTModel(JointModel):
 
         The states are (B, L + T5's tokens, width).
         """
-        *both, third = [*self.encoded(ids, output_hidden_states=True), *[None] * (self.tokenizer_3 is None)]
+        found = self.encoded(ids, output_hidden_states=True)
+        both, third = found[:2], found[2] if self.tokenizer_3 is not None else None
         states = torch.cat([each.hidden_states[-2] for each in both], -1)
         wider = self.transformer.config.joint_attention_dim - states.shape[-1]
         states = F.pad(states, (0, wider, 0, self.zeros if third is None else 0))

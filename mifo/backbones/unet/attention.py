@@ -3,7 +3,9 @@
 B samples, n pixels, m keys (pixels or words), d width of a head.
 """
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import Tensor
 from torch.nn import functional as F
 
 from mifo.acceleration.bounded_attention import bounded_attention, runs_as_kernels
@@ -19,7 +21,7 @@ class FusedAttention:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -28,9 +30,7 @@ class FusedAttention:
         bias = _own_mask(attn, attention_mask, key)
         return _merged(attn, self.attend(attn, query, key, value, bias))
 
-    def attend(
-        self, attn: nn.Module, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
-    ) -> Tensor:
+    def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         """(B, heads, n, d) of queries (B, heads, n, d), keys and values (B, heads, m, d)."""
         with quick_to_start(min(query.shape[2], key.shape[2])):
             return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=attn.scale)
@@ -39,12 +39,12 @@ class FusedAttention:
 class BoundedAttention(FusedAttention):
     """Attention bounded by a rule, on a GPU without a mask in memory."""
 
+    rule: Rule
+
     def __init__(self, rule: Rule, bias: Biases) -> None:
         self.rule, self.bias = rule, bias
 
-    def attend(
-        self, attn: nn.Module, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
-    ) -> Tensor:
+    def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         if runs_as_kernels(query, key, value, attn.scale):
             return bounded_attention(query, key, value, *self.rule, attn.scale)
         with quick_to_start(query.shape[2]):
@@ -58,9 +58,7 @@ class ReadAttention(FusedAttention):
     def __init__(self, site: Site, read: Read, keep: Keep, rule: Rule | None, bias: Biases) -> None:
         self.site, self.read, self.keep, self.rule, self.bias = site, read, keep, rule, bias
 
-    def attend(
-        self, attn: nn.Module, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
-    ) -> Tensor:
+    def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         if self.rule is not None:
             bias = self.bias(self.rule, query.dtype)
         probabilities = attention_probabilities(query, key, attn.scale, bias)
@@ -68,7 +66,7 @@ class ReadAttention(FusedAttention):
         return probabilities.to(value.dtype) @ value
 
 
-def _heads(attn: nn.Module, hidden_states: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _heads(attn: Any, hidden_states: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (B, heads, n, d), keys and values (B, heads, m, d); adapters on the projections take part."""
     if context is None:
         context = hidden_states
@@ -85,13 +83,13 @@ def _heads(attn: nn.Module, hidden_states: Tensor, context: Tensor | None) -> tu
     )
 
 
-def _merged(attn: nn.Module, attended: Tensor) -> Tensor:
+def _merged(attn: Any, attended: Tensor) -> Tensor:
     """(B, heads, n, d) to (B, n, width) through the layer's output projection."""
     projection, dropout = attn.to_out
     return dropout(projection(attended.transpose(1, 2).flatten(2))) / attn.rescale_output_factor
 
 
-def _own_mask(attn: nn.Module, attention_mask: Tensor | None, key: Tensor) -> Tensor | None:
+def _own_mask(attn: Any, attention_mask: Tensor | None, key: Tensor) -> Tensor | None:
     """The U-Net's own attention mask (B, 1, L), if it was given one, as a bias (B, heads, 1, L)."""
     if attention_mask is None:
         return None

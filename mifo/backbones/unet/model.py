@@ -38,7 +38,8 @@ class AttentiveUNet(AttentiveNetwork):
         )[0]
 
     def processors(self, reads: Mapping[Site, Read], keep: Keep, rules: Rules | None) -> list[Any]:
-        biases, found = Biases(), []
+        biases = Biases()
+        found: list[Any] = []
         for (site,) in self.layers:
             rule = rules.of(site) if rules else None
             if site in reads:
@@ -82,11 +83,15 @@ class UNetModel(LatentModel):
         return AttentiveUNet(self.unet)
 
     @property
-    def process(self) -> DDIM:
+    def process(self) -> DDIM:  # type: ignore[override]  # whose times are whole numbers
         schedule = self._process.get(self.device)
         if schedule is None:
             schedule = self._process[self.device] = DDIM.from_scheduler(self.noise_scheduler, self.device)
         return schedule
+
+    @property
+    def prediction_type(self) -> str:
+        return self.process.prediction_type
 
     @cached_property
     def _process(self) -> dict[torch.device, DDIM]:

@@ -8,9 +8,7 @@ blocks.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
-
-from torch import nn
+from typing import Any, Literal
 
 from mifo.errors import MifoError
 from mifo.method.backbone import DefaultSites, Site
@@ -35,7 +33,7 @@ class PlacedSite:
     last: bool
 
 
-def network_sites(unet: nn.Module) -> tuple[PlacedSite, ...]:
+def network_sites(unet: Any) -> tuple[PlacedSite, ...]:
     """The attention layers of a diffusers `UNet2DConditionModel` in order of execution.
 
     Raises:
@@ -100,7 +98,7 @@ def choose_sites(placed: tuple[PlacedSite, ...]) -> DefaultSites:
     )
 
 
-def _blocks(unet: nn.Module) -> Iterator[tuple[Place, int, int, str, nn.Module]]:
+def _blocks(unet: Any) -> Iterator[tuple[Place, int, int, str, Any]]:
     """Yield (place, number, divisor, path, block) in order of execution; blocks resample after attention."""
     divisor = 1
     for number, block in enumerate(unet.down_blocks):

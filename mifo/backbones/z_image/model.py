@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class ZImageModel(QwenModel):
     """The latents' pixels are the autoencoder's; the transformer cuts patches itself."""
 
     keys_and_values = re.compile(r"^layers\.\d+\.attention\.to_[kv]\.weight$")
-    sampled = (*QwenModel.sampled, "use_dynamic_shifting")
+    sampled: ClassVar[tuple[str, ...]] = (*QwenModel.sampled, "use_dynamic_shifting")
     thinking = True
     multiple = 8  # patches are a multiple of `WHOLE`, so that none is padding
 
