@@ -1,6 +1,7 @@
 """Draw what `callbacks=mechanism logger=csv` logged in several runs: where words attend, and gradient shares.
 
-    python scripts/draw_mechanism.py mechanism.png LABEL=RUN_FOLDER LABEL=RUN_FOLDER …
+    mifo run method=mifo callbacks=mechanism logger=csv hydra.run.dir=A
+    python scripts/draw_mechanism.py mechanism.png MIFO=A LABEL=RUN_FOLDER …
 
 A row for each stage. Curves of runs with one label are averaged.
 """
@@ -19,7 +20,7 @@ SHARES = ("own", "others", "attention / all")
 TITLES = {
     "own": "attention inside the own instance",
     "others": "attention inside other instances",
-    "attention / all": "gradient of the attention loss, share of all norms",
+    "attention / all": "the attention loss's share of gradients",
 }
 
 
@@ -44,7 +45,7 @@ def draw(runs: pd.DataFrame, path: str) -> None:
                 index="step", columns="label", values=name, sort=False
             )
             for label in part:
-                axis.plot(part.index, part[label], label=label)
+                axis.plot(part.index, part[label], label=label, marker=".")
             axis.set(title=f"{stage}: {TITLES[name]}", xlabel="step", ylim=(0, None))
             axis.title.set_size(9)
     axes[0, 0].legend(fontsize=8)

@@ -95,6 +95,7 @@ def test_a_tuning_goes_on_where_it_was_and_makes_no_run_twice(small):
         ("tune.only=[Dice]", "names no method"),
         ("tune.objective={beauty: 1}", r"objective\.beauty is no score"),
         ("tune.trails=3", "trails"),
+        ("penalty.reward_steps=-1", "refused.*to_step"),
         ("tune.methods.MIFO.search={penalty.reward_weight: [0, 1, 2]}", "least, first and largest"),
     ],
 )

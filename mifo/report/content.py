@@ -17,6 +17,9 @@ LABELS = {
     "leakage": "Leakage",
     "class_accuracy": "Class accuracy",
     "box_adherence": "Box adherence",
+    "missing": "Missing",
+    "twice": "Twice",
+    "picture_similarity": "Picture similarity (CLIP-I)",
 }
 EXPLANATIONS = {
     "editability": "the picture says what its prompt says",
@@ -26,6 +29,9 @@ EXPLANATIONS = {
     "leakage": "share of other instances in a box",
     "class_accuracy": "boxes still show their instance's class",
     "box_adherence": "instances found where their boxes are",
+    "missing": "pictures in which an instance is in no box",
+    "twice": "pictures in which an instance is in two boxes",
+    "picture_similarity": "the whole picture resembles the instances",
 }
 
 

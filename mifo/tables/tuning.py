@@ -138,7 +138,7 @@ def tune(
     searches = {
         label: optuna.create_study(
             direction="maximize",
-            sampler=optuna.samplers.TPESampler(seed=settings.seed, n_startup_trials=min(4, settings.trials)),
+            sampler=optuna.samplers.TPESampler(seed=settings.seed, n_startup_trials=4),
         )
         for label in settings.methods
     }
@@ -171,27 +171,35 @@ def tune(
             overrides=settings.overrides,
         )
         runs = plan(name, table, [*settings.overrides, *overrides])
+        if refused := next((run.error for run in runs if run.error), None):
+            raise MifoError(f"a run of the tuning is refused: {refused}")
         ended = execute(runs, Path(settings.runs), launch, 1, any_code=False, record=record)
         done = [(each.run, each.entry()) for each in ended if each.is_finished]
         made += done
         found = measured(done)
         for label in settings.methods:
             own = [each.values for each in found if each.row == f"{label}, trial {number}"]
-            complete = len(own) == len(settings.scenes) * len(settings.seeds)
-            scores = {key: _mean([each[key] for each in own]) for key in own[0]} if complete else {}
-            objective = (
-                sum(factor * scores[key] for key, factor in settings.objective.items()) if complete else None
-            )
-            if objective is None:
+            trials.append(_trial(label, number, values[label], own, settings))
+            if (objective := trials[-1].objective) is None:
                 searches[label].tell(asked[label], state=optuna.trial.TrialState.FAIL)
             else:
                 searches[label].tell(asked[label], objective)
-            trials.append(Trial(label, number, values[label], scores, objective))
         yield trials, made
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+def _trial(
+    label: str,
+    number: int,
+    values: dict[str, float],
+    scores: Sequence[Mapping[str, float]],
+    settings: TuningSettings,
+) -> Trial:
+    """The trial with the mean of the `scores` of its runs; without an objective if one of them has none."""
+    if len(scores) < len(settings.scenes) * len(settings.seeds):
+        return Trial(label, number, values, {}, None)
+    means = {key: math.fsum(each[key] for each in scores) / len(scores) for key in scores[0]}
+    objective = sum(factor * means[key] for key, factor in settings.objective.items())
+    return Trial(label, number, values, means, objective)
 
 
 def best_trials(trials: Sequence[Trial]) -> dict[str, Trial]:
