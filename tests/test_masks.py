@@ -101,6 +101,18 @@ def test_polygons_and_run_lengths_of_coco(folder):
     check(read(folder), ("car", "cat"))
 
 
+@pytest.mark.parametrize("value", [[0], {"a": 1}])
+def test_categories_of_coco_that_are_no_names_are_told(folder, value):
+    left, top, right, bottom = box_of(CAR)
+    coco(folder, [[[left, top, right, top, right, bottom, left, bottom]]], category_id=value)
+    assert read(folder).class_names is None
+    content = json.loads((folder / "instances_default.json").read_text())
+    content["categories"][0]["name"] = value
+    (folder / "instances_default.json").write_text(json.dumps(content))
+    with pytest.raises(MifoError, match="a category is named"):
+        read(folder)
+
+
 def test_boxes_alone(folder):
     boxes = {name: [edge / 32 for edge in box_of(part)] for name, part in (("car", CAR), ("cat", CAT))}
     (folder / "boxes.yaml").write_text(yaml.safe_dump(boxes))

@@ -56,13 +56,17 @@ def read_annotations(file: Path, content: dict[str, Any], picture: str) -> list[
             f"{file} has {len(images)} images, of which {len(named)} are named {picture}; keep the "
             "annotated one."
         )
-    names = {row.get("id"): row.get("name") for row in lists["categories"]}
+    names = {str(row.get("id")): row.get("name") for row in lists["categories"]}
+    if bad := [name for name in names.values() if not isinstance(name, str | type(None))]:
+        raise MifoError(f"{file} is damaged: a category is named {bad[0]!r}, which is no text.")
     own = [row for row in lists["annotations"] if row.get("image_id", chosen[0].id) == chosen[0].id]
     if crowds := sum(bool(row.get("iscrowd")) for row in own):
         log.warning("%s: left out %d annotations of crowds, which are no single instance", file, crowds)
     size = (chosen[0].height, chosen[0].width)
     found = [
-        Annotation(names.get(row.get("category_id")), size, row.get("segmentation") or None, row.get("bbox"))
+        Annotation(
+            names.get(str(row.get("category_id"))), size, row.get("segmentation") or None, row.get("bbox")
+        )
         for row in own
         if not row.get("iscrowd")
     ]
