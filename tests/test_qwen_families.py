@@ -32,6 +32,7 @@ from mifo.benchmark.shapes import SHAPES, SIDES
 from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
 from mifo.making.together import Together
+from mifo.method.backbone import Conditioning
 from mifo.method.guidance.settings import GuidanceSettings
 from mifo.method.losses.settings import PenaltySettings
 from mifo.method.objective import word_maps
@@ -423,11 +424,12 @@ def test_instances_learned_apart_act_in_their_boxes(source):
         dict(zip(["<asset0>", "<asset1>"], BOXES.values(), strict=True)),
     )
     noise, time = noise_for(base), torch.tensor(500.0)
-    both = Together([base, other], {"<asset1>": 1})
+    both = Together([base, other], {"<asset0>": 0, "<asset1>": 1})
     rules = rules_of(base, prompt, boxes, halves=False)
     found = both.predict(noise, time, both.encode_prompts([prompt]), None, rules)[0]
-    ours, theirs = (
-        each.predict(noise, time, each.encode_prompts([prompt]), None, rules)[0] for each in (base, other)
+    ours, theirs = (  # of a prompt in which the member's own words come first
+        each.predict(noise, time, Conditioning(both._encoded(i, each, [prompt])), None, rules)[0]
+        for i, each in enumerate((base, other))
     )
     inside = torch.nn.functional.interpolate(
         rasterise_boxes([boxes["<asset1>"]], 8)[None].float(), noise.shape[-2:]
