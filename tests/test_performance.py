@@ -247,13 +247,15 @@ def test_graphs_go_on_from_one_prompt_to_the_next(vectors, vector_unet, recordin
         "subject0_token_indices": v["subject0_token_indices"] + 3,
     }
     states = v["encoder_hidden_states"].clone()
-    wanted, guidance = [(v, first), (other, moved)], replace(QUICK, guided_steps=2)
+    # processors round last bits differently: k-means may decide otherwise, and guidance multiplies them
+    wanted, guidance = [(v, first), (other, moved)], replace(QUICK, guided_steps=2, shapes_every=0)
     apart = [run(vector_unet, *each, guidance) for each in wanted]
-    assert not torch.allclose(apart[0], apart[1], atol=1e-2)
+    near = 1e-2 if first else 1e-4
+    assert (apart[0] - apart[1]).abs().max() > 20 * near
     kept = sampler_of(vector_unet, guidance, accelerate=GRAPHS)
     for each, alone in zip(wanted, apart, strict=True):
         together = run(vector_unet, *each, sampler=kept)
-        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(together, alone, rtol=0, atol=near)
     assert recordings.count == (2 if first else 1)
     assert torch.equal(v["encoder_hidden_states"], states)
     # one sample after two is another form
