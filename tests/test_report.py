@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -86,6 +87,16 @@ def test_both_forms_are_written_once(tmp_path, count):
     assert html.read_text().startswith("<!doctype html>")
     with pytest.raises(MifoError, match="already exists"):
         write_sheet(tmp_path / "run", make_sheet(count))
+
+
+def test_a_picture_has_room_for_all_scores(tmp_path):
+    many = {f"score {number}": 0.5 for number in range(40)}
+    plain = make_sheet()
+    sheet = replace(plain, evaluation=Evaluation(plain.scores, (many, many)))
+    with Image.open(write_sheet(tmp_path, sheet)[0]) as image:
+        below = image.crop((0, image.height - 40, 2400, image.height)).convert("L")
+        scores = image.crop((0, image.height - 400, 2400, image.height - 120)).convert("L")
+    assert below.getextrema() == (255, 255) and scores.getextrema()[0] < 150
 
 
 def test_a_sheet_without_scores_is_a_sheet(tmp_path):

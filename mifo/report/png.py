@@ -21,9 +21,19 @@ RULE: Colour = (228, 228, 231)
 class _Page:
     """An image that grows downwards, addressed in nominal pixels."""
 
-    def __init__(self, height: int):
-        self.image = Image.new("RGB", (WIDTH * SCALE, height * SCALE), PAPER)
-        self.draw = ImageDraw.Draw(self.image)
+    def __init__(self) -> None:
+        self.image = Image.new("RGB", (WIDTH * SCALE, 0), PAPER)
+
+    def cut(self, height: float) -> None:
+        """Make the page so high; below what was drawn is paper."""
+        page = Image.new("RGB", (WIDTH * SCALE, round(height * SCALE)), PAPER)
+        page.paste(self.image)
+        self.image, self.draw = page, ImageDraw.Draw(page)
+
+    def _reach(self, y: float) -> None:
+        """Grow, so that what ends above `y` has room."""
+        if y * SCALE > self.image.height:
+            self.cut(max(y, 2 * self.image.height / SCALE))
 
     def text(
         self,
@@ -35,15 +45,18 @@ class _Page:
         bold: bool = False,
         anchor: str = "ls",
     ):
+        self._reach(y + size)
         font = font_for(text, size * SCALE)
         stroke = size * SCALE / 55 if bold else 0
         self.draw.text((x * SCALE, y * SCALE), text, colour, font, anchor, stroke_width=stroke)
 
     def rule(self, x0: float, x1: float, y: float):
+        self._reach(y + 1)
         self.draw.line((x0 * SCALE, y * SCALE, x1 * SCALE, y * SCALE), fill=RULE, width=SCALE)
 
     def chip(self, x: float, y: float, text: str, size: float, colour: Colour) -> float:
         """Write `text` on its colour, baseline at `y`; returns the width."""
+        self._reach(y + size)
         width = length(text, size) + size * 0.7
         box = (x * SCALE, (y - size * 1.02) * SCALE, (x + width) * SCALE, (y + size * 0.34) * SCALE)
         self.draw.rounded_rectangle(box, radius=size * 0.28 * SCALE, fill=colour)
@@ -52,6 +65,7 @@ class _Page:
 
     def picture(self, x: float, y: float, image: Image.Image):
         """Paste `image`, which is already in device pixels."""
+        self._reach(y + image.height / SCALE + 1)
         self.image.paste(image, (round(x * SCALE), round(y * SCALE)))
 
 
@@ -86,8 +100,7 @@ def _token(word: str) -> re.Match | None:
 def draw_sheet(sheet: Sheet) -> Image.Image:
     """Draw title, source, masks, instances, the table of scores, and every picture with boxes and scores."""
     columns = 2 if sheet.few else 3
-    rows = -(-len(sheet.pictures) // columns)
-    page = _Page(height=600 + rows * (round(_column(columns)) + 320) + 40 * len(sheet.tokens))
+    page = _Page()
     y = _header(page, sheet)
     y = _source(page, sheet, y, _column(3))
     y = _pictures(page, sheet, y, columns)
@@ -95,7 +108,8 @@ def draw_sheet(sheet: Sheet) -> Image.Image:
         page.rule(MARGIN, WIDTH - MARGIN, y)
         page.text(MARGIN, y + 28, sheet.footer, 12.5, MUTED)
         y += 36
-    return page.image.crop((0, 0, page.image.width, round((y + MARGIN - 16) * SCALE)))
+    page.cut(y + MARGIN - 16)
+    return page.image
 
 
 def _column(columns: int) -> float:
