@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -24,7 +25,7 @@ from mifo.backbones.loading import load_model, load_outline
 from mifo.backbones.settings import ModelSettings
 from mifo.benchmark.rows import Bench, stage2_step
 from mifo.benchmark.settings import BenchmarkSettings
-from mifo.benchmark.shapes import SHAPES, SIDES, random_model
+from mifo.benchmark.shapes import SHAPES, random_model
 from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
 from mifo.method.diffusion.flow import Flow, Timesteps
@@ -576,11 +577,11 @@ def test_block_masks_bound_on_a_gpu_and_pass_gradients(width, length):
 
 def test_the_benchmark_measures_its_shapes_with_adapters(monkeypatch, model):
     parts = {"transformer": model.transformer, "vae": model.vae, **model.text_encoders}
-    monkeypatch.setitem(SHAPES, "sd35", lambda: copy.deepcopy(parts))
+    tiny = replace(SHAPES["sd35"], parts=lambda: copy.deepcopy(parts), side=32)
+    monkeypatch.setitem(SHAPES, "sd35", tiny)
     words = len(random_model("miniature", torch.device("cpu"), "float32").tokenizer)
     for part in model.text_encoders.values():
         part.resize_token_embeddings(words, mean_resizing=False)
-    monkeypatch.setitem(SIDES, "sd35", 32)
     settings = BenchmarkSettings("sd35", steps=1, warmup=1, instances=2, operations=False)
     learning = LearningSettings(prior=PriorSettings(pictures=1, steps=1))
     bench = Bench(

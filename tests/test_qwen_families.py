@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -28,7 +29,7 @@ from mifo.backbones.settings import ModelSettings
 from mifo.backbones.shapes import load_shapes
 from mifo.benchmark.rows import Bench, picture, stage1_step, stage2_step
 from mifo.benchmark.settings import BenchmarkSettings
-from mifo.benchmark.shapes import SHAPES, SIDES
+from mifo.benchmark.shapes import SHAPES
 from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
 from mifo.making.together import Together
@@ -640,8 +641,7 @@ def test_the_benchmark_measures_its_shapes(family, source, monkeypatch):
         transformer = type(model.transformer).from_config(model.transformer.config)
         return {"transformer": transformer, "vae": model.vae, "text_encoder": text_encoder}
 
-    monkeypatch.setitem(SHAPES, shapes, parts)
-    monkeypatch.setitem(SIDES, shapes, 32)
+    monkeypatch.setitem(SHAPES, shapes, replace(SHAPES[shapes], parts=parts, side=32))
     learning = LearningSettings(prior=PriorSettings(pictures=1, steps=1))
     settings = BenchmarkSettings(shapes, steps=1, warmup=1, repeats=1, instances=2, operations=False)
     performance = PerformanceSettings(

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from mifo.backbones.loading import load_model, load_outline
 from mifo.backbones.settings import ModelSettings
 from mifo.benchmark.rows import Bench, stage2_step
 from mifo.benchmark.settings import BenchmarkSettings
-from mifo.benchmark.shapes import SHAPES, SIDES, random_model
+from mifo.benchmark.shapes import SHAPES, random_model
 from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
 from mifo.method.guidance.settings import GuidanceSettings
@@ -194,11 +195,11 @@ def test_the_whole_road_of_a_run(mifo, photo, tmp_path):
 def test_the_benchmark_measures_its_shapes_with_adapters(monkeypatch, tmp_path):
     tiny = load_model(ModelSettings("tiny", str(tiny_sdxl_pipeline(tmp_path / "sdxl", depths=(1, 1)))))
     parts = {"unet": tiny.unet, "vae": tiny.vae, **tiny.text_encoders}
-    monkeypatch.setitem(SHAPES, "sdxl", lambda: copy.deepcopy(parts))
+    small = replace(SHAPES["sdxl"], parts=lambda: copy.deepcopy(parts), side=64)
+    monkeypatch.setitem(SHAPES, "sdxl", small)
     words = len(random_model("miniature", CPU, "float32").tokenizer)
     for part in tiny.text_encoders.values():
         part.resize_token_embeddings(words, mean_resizing=False)
-    monkeypatch.setitem(SIDES, "sdxl", 64)
     settings = BenchmarkSettings("sdxl", steps=1, warmup=1, instances=2, operations=False)
     learning = LearningSettings(prior=PriorSettings(pictures=1))
     bench = Bench(settings, PerformanceSettings(), CPU, "float32", learning, PenaltySettings())

@@ -17,7 +17,6 @@ class PerformanceSettings:
     cuda_graphs: bool = False  # the learning step and the passes of synthesis, replayed without Python
     compile: bool = False  # residual, feed-forward and text blocks; worth its minutes on long runs
     gradient_checkpointing: bool = False  # activations computed twice instead of kept
-    float8: bool = (
-        False  # in learning, weights that do not learn are kept in 8 bits; needs gradient_checkpointing
-    )
+    # in learning, weights that do not learn are kept in 8 bits; needs gradient_checkpointing
+    float8: bool = False
     deterministic: bool = False  # the same result bit for bit on a GPU too, for slower attention there

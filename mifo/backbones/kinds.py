@@ -279,12 +279,8 @@ def check_kind(folder: Path, source: str, family: Family) -> Configs:
         }
         for file, value in named.items():
             name = value[-1] if isinstance(value, list) and value else value
-            known = (
-                None,
-                kind.__name__,
-                f"{kind.__name__}Fast",
-                _ALSO.get(kind.__name__),
-            )  # tokenizers have two
+            # tokenizers have two classes
+            known = (None, kind.__name__, f"{kind.__name__}Fast", _ALSO.get(kind.__name__))
             if name not in known:
                 raise _other(source, file, part, name, kind.__name__)
     for part, values in family.values.items():
@@ -297,9 +293,8 @@ def check_kind(folder: Path, source: str, family: Family) -> Configs:
     part, what = (family.sized, "pictures") if family.sized else (family.model.part, "latents")
     side = configs[part].get("sample_size")
     if type(side) is not int or side < 1:
-        raise _other(
-            source, f"{part}/config.json", "sample_size", side, f"a side of square {what}, such as 64"
-        )
+        needed = f"a side of square {what}, such as 64"
+        raise _other(source, f"{part}/config.json", "sample_size", side, needed)
     return configs
 
 

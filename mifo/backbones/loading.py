@@ -138,9 +138,7 @@ def load_model(settings: ModelSettings, device: torch.device | str = "cpu") -> L
         networks, rows = _of_file(file, folder, family) if single else _of_folder(settings, folder, family)
         for part, network in networks.items():
             dtype = torch.float32 if part == "vae" else getattr(torch, settings.dtype)
-            if any(each.dtype != dtype for each in network.parameters()):
-                nn.Module.to(network, dtype)  # also buffers, of which some must keep 32 bits
-            network.requires_grad_(False).eval()
+            freeze_in(dtype, network)
         model = replace(
             outline,
             **networks,
@@ -148,6 +146,13 @@ def load_model(settings: ModelSettings, device: torch.device | str = "cpu") -> L
             vocabulary=hashlib.sha256(vocabulary.encode()).hexdigest()[:12],
         )
     return with_imports(model, family, settings).to(device)
+
+
+def freeze_in(dtype: torch.dtype, network: nn.Module) -> None:
+    """Bring a network to a precision, in place, unless it has it already; nothing of it learns."""
+    if any(each.dtype != dtype for each in network.parameters()):
+        nn.Module.to(network, dtype)  # also buffers, of which some must keep 32 bits
+    network.requires_grad_(False).eval()
 
 
 def _of_folder(

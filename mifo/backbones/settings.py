@@ -24,9 +24,8 @@ class ModelSettings:
     variant: str | None = None  # "fp16" loads model.fp16.safetensors and its like; None: model.safetensors
     t5: bool = False  # of Stable Diffusion 3: load its third text encoder too, of 9.5 GB in half precision
     timesteps: str = "logit_normal"  # of transformers, as learning draws them: logit_normal | uniform
-    side: int | None = (
-        None  # of FLUX.2 and Z-Image: of pictures, in pixels; None: as the VAE's configuration says
-    )
+    # of FLUX.2 and Z-Image: of pictures, in pixels; None: as the VAE's configuration says
+    side: int | None = None
     guidance: float = 4.0  # what a FLUX.2 model reads that embeds the strength of guidance; others have none
     # of transformers: maps are shares of the attention to words alone or to pixels alone (own), or of a
     # pixel's whole attention (row)

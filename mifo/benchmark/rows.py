@@ -30,7 +30,7 @@ from mifo.benchmark.measuring import (
     tera_operations,
 )
 from mifo.benchmark.settings import BenchmarkSettings
-from mifo.benchmark.shapes import ADAPTED, SAMPLING, SIDES, random_instances, random_model, row_of_boxes
+from mifo.benchmark.shapes import find_shapes, random_instances, random_model, row_of_boxes
 from mifo.data.layouts import Layout
 from mifo.errors import MifoError
 from mifo.making.pictures import make_pictures, picture_sampler
@@ -115,7 +115,8 @@ class Bench:
             f"a photo of {' and '.join(tokens)}", dict(zip(tokens, row_of_boxes(boxes), strict=True))
         )
         usual = SynthesisSettings()
-        steps, scale = SAMPLING.get(self.settings.shapes, (usual.steps, usual.guidance_scale))
+        distilled = find_shapes(self.settings.shapes).sampling
+        steps, scale = distilled or (usual.steps, usual.guidance_scale)
         settings = SynthesisSettings(steps=steps, guidance_scale=scale, samples=samples)
         guidance = GuidanceSettings()
         if steps < usual.steps:  # the same share of the steps is guided
@@ -205,7 +206,7 @@ def stage1_step(bench: Bench) -> Measurement:
 
 def stage2_step(bench: Bench) -> Measurement:
     """One step of fine-tuning, one class picture and one instance picture; on large models of adapters."""
-    if bench.settings.shapes not in ADAPTED:
+    if not find_shapes(bench.settings.shapes).adapted:
         return _step(bench, 2)
     finetuning = replace(bench.learning.finetuning, trainable="lora")
     row = _step(replace(bench, learning=replace(bench.learning, finetuning=finetuning)), 2)
@@ -307,7 +308,7 @@ def by_instances(bench: Bench) -> Measurement:
 
 def by_resolution(bench: Bench) -> Measurement:
     """Seconds of a stage-1 step and of a picture with two boxes, half to twice as wide as usual."""
-    usual = SIDES[bench.settings.shapes]
+    usual = find_shapes(bench.settings.shapes).side
     notes: dict[str, Any] = {}
     for side in (usual // 2, usual, usual * 2):
         notes[f"step, {side}²"] = _step(bench, 1, operations=False, side=side).seconds

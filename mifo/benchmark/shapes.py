@@ -1,7 +1,8 @@
 """Models of real shapes with random weights, and drawn instances to learn."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,8 +29,9 @@ from transformers import (
 )
 
 from mifo.backbones.flux2.model import Flux2Model
+from mifo.backbones.joint.qwen_model import QwenModel
 from mifo.backbones.latent import LatentModel
-from mifo.backbones.loading import model_folder
+from mifo.backbones.loading import freeze_in, model_folder
 from mifo.backbones.mmdit.model import MMDiTModel
 from mifo.backbones.settings import ModelSettings
 from mifo.backbones.unet.model import UNetModel
@@ -38,35 +40,54 @@ from mifo.data.instances import InstanceSet
 from mifo.errors import MifoError
 
 
+@dataclass(frozen=True)
+class Shapes:
+    """A model of real shapes.
+
+    Attributes:
+        parts: makes the networks, by their names in a pipeline. side: of pictures, in pixels.
+        adapted: whether stage 2 learns adapters. sampling: steps and scale of guidance of a distilled model.
+        fields: of the model's own.
+    """
+
+    parts: Callable[[], dict[str, nn.Module]]
+    model: type[LatentModel]
+    side: int
+    adapted: bool = False
+    sampling: tuple[int, float] | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+def find_shapes(name: str) -> Shapes:
+    """One of the `SHAPES`. Raises MifoError for another name."""
+    if name not in SHAPES:
+        raise MifoError(f"benchmark.shapes={name} is not known; take {' or '.join(SHAPES)}.")
+    return SHAPES[name]
+
+
 def random_model(shapes: str, device: torch.device, dtype: str, side: int | None = None) -> LatentModel:
     """A model of one of the `SHAPES` with random weights.
 
     The words are the miniature's, padded to the length of the shapes' prompts; a language model's are bytes.
 
     Args:
-        side: of its pictures, in pixels; None: as in `SIDES`.
+        side: of its pictures, in pixels; None: that of the shapes.
 
     Raises:
         MifoError: other shapes.
     """
-    if shapes not in SHAPES:
-        raise MifoError(f"benchmark.shapes={shapes} is not known; take {' or '.join(SHAPES)}.")
-    folder = model_folder(ModelSettings())
+    known, folder = find_shapes(shapes), model_folder(ModelSettings())
     torch.manual_seed(0)
     with torch.device(device), _made_in(getattr(torch, dtype)):
-        parts: dict[str, Any] = SHAPES[shapes]()
-    vae, side = parts["vae"], side or SIDES[shapes]
+        parts: dict[str, Any] = known.parts()
+    vae, side, kind, fields = parts["vae"], side or known.side, known.model, {**known.fields}
     for part in parts.values():
-        wanted = torch.float32 if part is vae else getattr(torch, dtype)
-        if any(each.dtype != wanted for each in part.parameters()):
-            nn.Module.to(part, wanted)
-        part.requires_grad_(False).eval()
+        freeze_in(torch.float32 if part is vae else getattr(torch, dtype), part)
     pixels = 2 ** (len(vae.config.block_out_channels) - 1)
-    kind, others = FAMILIES[type(parts.get("transformer"))]
     tokenizers: dict[str, Any] = {}
-    if isinstance(parts["text_encoder"], Qwen3Model):
+    if issubclass(kind, QwenModel):
         tokenizers["tokenizer"] = byte_tokenizer()
-        others = {**others, "side": side, "patches": side // (2 * pixels)}
+        fields |= {"side": side, "patches": side // (pixels * kind.patch)}
     else:
         for name in parts.keys() & {"text_encoder", "text_encoder_2"}:
             tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
@@ -80,7 +101,7 @@ def random_model(shapes: str, device: torch.device, dtype: str, side: int | None
     return kind(
         **tokenizers,
         **parts,
-        **others,
+        **fields,
         noise_scheduler=scheduler,
         name=shapes,
         source="random",
@@ -189,30 +210,15 @@ def _qwen3_4b() -> Qwen3Model:
     )
 
 
-SHAPES: dict[str, Callable[[], dict[str, nn.Module]]] = {
-    "sd21": _stable_diffusion_21,
-    "sdxl": _stable_diffusion_xl,
-    "sd35": _stable_diffusion_35,
-    "flux2_klein": _flux2_klein,
-    "z_image": _z_image,
-    "miniature": _miniature,
-}
-SIDES = {  # of pictures, in pixels
-    "sd21": 512,
-    "sdxl": 1024,
-    "sd35": 1024,
-    "flux2_klein": 1024,
-    "z_image": 1024,
-    "miniature": 128,
-}
-ADAPTED = ("sdxl", "sd35", "flux2_klein", "z_image")  # of which stage 2 learns adapters
-SAMPLING = {"flux2_klein": (4, 1.0), "z_image": (8, 1.0)}  # steps and scale of guidance, as distilled
-# by the class of the transformer: the family, and fields of its model
-FAMILIES: dict[type, tuple[type[LatentModel], dict[str, Any]]] = {
-    type(None): (UNetModel, {}),
-    SD3Transformer2DModel: (MMDiTModel, {}),
-    Flux2Transformer2DModel: (Flux2Model, {"distilled": True}),
-    ZImageTransformer2DModel: (ZImageModel, {}),
+SHAPES = {
+    "sd21": Shapes(_stable_diffusion_21, UNetModel, 512),
+    "sdxl": Shapes(_stable_diffusion_xl, UNetModel, 1024, adapted=True),
+    "sd35": Shapes(_stable_diffusion_35, MMDiTModel, 1024, adapted=True),
+    "flux2_klein": Shapes(
+        _flux2_klein, Flux2Model, 1024, adapted=True, sampling=(4, 1.0), fields={"distilled": True}
+    ),
+    "z_image": Shapes(_z_image, ZImageModel, 1024, adapted=True, sampling=(8, 1.0)),
+    "miniature": Shapes(_miniature, UNetModel, 128),
 }
 # as Qwen3's for a message of a user, with the empty thoughts of an answer that has none
 TEMPLATE = (

@@ -21,9 +21,8 @@ PLACES = ("apart", "touching", "overlapping")
 class DrawnSettings:
     """A scene whose seed draws what its kind and its degrees leave open."""
 
-    kind: (
-        str  # alike: one category | mixed: a category and a colour each | rare: two categories, unnamed hues
-    )
+    # alike: one category | mixed: a category and a colour each | rare: two categories, unnamed hues
+    kind: str
     count: int  # of things, 2 to 10
     seed: int
     places: str = "apart"  # apart | touching | overlapping: their outlines in the source picture

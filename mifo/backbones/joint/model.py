@@ -1,5 +1,6 @@
 """A latent diffusion model whose denoising network is a transformer of joint attention, on a flow."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,8 +36,8 @@ class JointModel(LatentModel):
         return {"timesteps": Timesteps(settings.timesteps), "whole_row": settings.maps == "row"}
 
     @cached_property
-    def attentive(self) -> JointNetwork:
-        raise NotImplementedError
+    @abstractmethod
+    def attentive(self) -> JointNetwork: ...
 
     @property
     def kept_of_twice(self) -> float:

@@ -1,5 +1,6 @@
 """A transformer of joint attention, whose attention can be read and bounded."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,9 +20,9 @@ class JointNetwork(AttentiveNetwork):
         super().__init__(network, sites, choose_sites(sites))
         self.whole_row = whole_row
 
+    @abstractmethod
     def processor_of(self, module: Any) -> type[JointAttention]:
         """The class of the processor of an attention layer."""
-        raise NotImplementedError
 
     def processors(self, reads: Mapping[Site, Read], keep: Keep, rules: Rules | None) -> list[Any]:
         masks = JointRules(rules)

@@ -18,11 +18,17 @@ Masks = Mapping[tuple[int, int], Tensor]
 
 
 class AttentionLoss(ABC):
-    """One loss on word maps. A subclass in a file of its own is found by that file's name."""
+    """One loss on word maps. A subclass in a file of its own is found by that file's name.
+
+    Class attributes:
+        one_size: whether all maps must have one size, as the default sites of fine-tuning have.
+    """
+
+    one_size = False
 
     def sites(self, stage: Stage, defaults: DefaultSites) -> tuple[Site, ...]:
         """The sites that it reads unless the settings name others."""
-        return defaults.semantic if stage == "semantic" else defaults.finetuning
+        return defaults.semantic if stage == "semantic" and not self.one_size else defaults.finetuning
 
     @abstractmethod
     def __call__(self, maps: Maps, masks: Masks) -> Tensor:

@@ -2,7 +2,6 @@
 
 from torch import Tensor
 
-from mifo.method.backbone import DefaultSites, Site, Stage
 from mifo.method.losses.attention_loss import AttentionLoss, Maps, Masks
 from mifo.method.losses.maps import filled, mean_map
 
@@ -14,9 +13,7 @@ class BreakAScene(AttentionLoss):
     probability shared among all words of a prompt never reaches the mask's 1 by itself.
     """
 
-    def sites(self, stage: Stage, defaults: DefaultSites) -> tuple[Site, ...]:
-        """The default sites of fine-tuning in both stages, since they have one size."""
-        return defaults.finetuning
+    one_size = True
 
     def __call__(self, maps: Maps, masks: Masks) -> Tensor:
         """(B, K)."""

@@ -2,7 +2,6 @@
 
 from torch import Tensor
 
-from mifo.method.backbone import DefaultSites, Site, Stage
 from mifo.method.losses.attention_loss import AttentionLoss, Maps, Masks
 from mifo.method.losses.maps import filled, mean_map
 
@@ -16,9 +15,7 @@ class Dice(AttentionLoss):
     mean, in a way that we could not read; here the map is the word's, and Break-a-Scene's way is taken.
     """
 
-    def sites(self, stage: Stage, defaults: DefaultSites) -> tuple[Site, ...]:
-        """The default sites of fine-tuning in both stages, since they have one size."""
-        return defaults.finetuning
+    one_size = True
 
     def __call__(self, maps: Maps, masks: Masks) -> Tensor:
         """(B, K), in [0, 1]."""

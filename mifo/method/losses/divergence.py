@@ -2,7 +2,6 @@
 
 from torch import Tensor
 
-from mifo.method.backbone import DefaultSites, Site, Stage
 from mifo.method.losses.attention_loss import AttentionLoss, Maps, Masks
 from mifo.method.losses.maps import mean_map
 
@@ -18,9 +17,7 @@ class Divergence(AttentionLoss):
     reference and target, has no counterpart without references.
     """
 
-    def sites(self, stage: Stage, defaults: DefaultSites) -> tuple[Site, ...]:
-        """The default sites of fine-tuning in both stages, since they have one size."""
-        return defaults.finetuning
+    one_size = True
 
     def __call__(self, maps: Maps, masks: Masks) -> Tensor:
         """(B, K), at most 0, at least −18.5 / K."""

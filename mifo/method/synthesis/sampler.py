@@ -53,9 +53,8 @@ class Sampler:
         self.backbone, self.settings, self.guidance = backbone, settings, guidance
         self.times = backbone.process.times(settings.steps)  # from noise to clean
         self._times = torch.tensor(self.times)
-        self.free = (
-            settings.guidance_scale == 1
-        )  # unconditional predictions would not count, and are not made
+        # unconditional predictions would not count, and are not made
+        self.free = settings.guidance_scale == 1
         self.gradient = accelerate(self._loss_and_gradient)
         self.prediction = accelerate(self._prediction_and_maps)
 
