@@ -12,6 +12,9 @@ from safetensors.torch import load_file
 from tiny import MeanColour, tiny_pipeline
 
 from mifo import cli
+from mifo.backbones.latent import LatentModel
+from mifo.backbones.loading import load_model
+from mifo.backbones.settings import ModelSettings
 from mifo.metrics.evaluation import PictureEvaluator
 
 VECTORS = Path(__file__).parent / "vectors"
@@ -35,6 +38,18 @@ def vectors() -> Vectors:
 def source(tmp_path_factory) -> str:
     """A pipeline folder of tiny models with random weights."""
     return str(tiny_pipeline(tmp_path_factory.mktemp("pipeline")))
+
+
+@pytest.fixture
+def model(source) -> LatentModel:
+    """The tiny model of `source`, which a module may have of its own."""
+    return load_model(ModelSettings("tiny", source))
+
+
+@pytest.fixture(scope="module")
+def shared(source) -> LatentModel:
+    """The same for tests that leave it as it is."""
+    return load_model(ModelSettings("tiny", source))
 
 
 @pytest.fixture

@@ -29,11 +29,6 @@ TRAINER = {"accelerator": "cpu", "enable_progress_bar": False}
 
 
 @pytest.fixture
-def model(source):
-    return load_model(ModelSettings("tiny", source))
-
-
-@pytest.fixture
 def instances():
     return two_instances()
 

@@ -52,17 +52,6 @@ def source(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def shared(source):
-    """A model that tests leave as it is."""
-    return load_model(ModelSettings("tiny", source))
-
-
-@pytest.fixture
-def model(source):
-    return load_model(ModelSettings("tiny", source))
-
-
-@pytest.fixture(scope="module")
 def pipeline(source):
     pipeline = StableDiffusion3Pipeline.from_pretrained(source, **WITHOUT_T5)
     pipeline.set_progress_bar_config(disable=True)

@@ -19,11 +19,6 @@ from mifo.making.class_pictures import class_pictures
 from mifo.method.diffusion.ddim import DDIM
 
 
-@pytest.fixture
-def model(source):
-    return load_model(ModelSettings("tiny", source))
-
-
 def test_sizes_dtypes_and_frozen_weights(source):
     model = load_model(ModelSettings("tiny", source, dtype="bfloat16"))
     assert (model.image_size, model.latent_shape) == (32, (4, 16, 16))

@@ -40,11 +40,6 @@ TRAINER = {"accelerator": "cpu", "enable_progress_bar": False}
 
 
 @pytest.fixture
-def model(source):
-    return load_model(ModelSettings("tiny", source))
-
-
-@pytest.fixture
 def settings(tmp_path_factory):
     return LearningSettings(
         semantic=StageSettings(steps=4, checkpoint_every=1, lr_warmup_steps=0),

@@ -30,6 +30,8 @@ from mifo.acceleration.settings import PerformanceSettings
 from mifo.backbones.loading import load_model
 from mifo.backbones.settings import ModelSettings
 from mifo.config import compose, settings_of
+from mifo.config.checks import check
+from mifo.config.compose import compose, settings_of
 from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
 from mifo.making.class_pictures import class_pictures
@@ -399,6 +401,14 @@ def test_synthesis_in_half_precision_stays_near_full_precision(source, vectors, 
 def test_impossible_profiles_are_refused(change, sentence):
     with pytest.raises(MifoError, match=sentence):
         check_performance(PerformanceSettings(**change))
+
+
+def test_weights_that_learn_are_not_kept_in_8_bits():
+    """Refused with the configuration, before a model is loaded."""
+    given = ["performance=low_vram", "performance.float8=true", "paths.output=out"]
+    check(settings_of(compose("learn", given)))
+    with pytest.raises(MifoError, match=r"trainable=full learns weights that performance\.float8 keeps"):
+        check(settings_of(compose("learn", [*given, "learning.finetuning.trainable=full"])))
 
 
 @pytest.mark.parametrize("task", ["learn", "run", "synthesize"])

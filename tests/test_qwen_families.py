@@ -120,17 +120,6 @@ def source(family, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def shared(source):
-    """A model that tests leave as it is."""
-    return load_model(ModelSettings("tiny", source))
-
-
-@pytest.fixture
-def model(source):
-    return load_model(ModelSettings("tiny", source))
-
-
-@pytest.fixture(scope="module")
 def pipeline(family, source):
     pipeline = family.pipeline.from_pretrained(source)
     pipeline.set_progress_bar_config(disable=True)

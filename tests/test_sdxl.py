@@ -36,11 +36,6 @@ def source(tmp_path_factory) -> str:
     return str(tiny_sdxl_pipeline(tmp_path_factory.mktemp("sdxl")))
 
 
-@pytest.fixture
-def model(source):
-    return load_model(ModelSettings("tiny", source))
-
-
 @pytest.fixture(scope="module")
 def pipeline(source):
     pipeline = StableDiffusionXLPipeline.from_pretrained(source)

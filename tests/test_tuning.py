@@ -110,7 +110,7 @@ def test_the_first_of_equal_trials_is_the_best_and_failed_ones_are_none():
 
 
 def test_the_tuning_of_the_repository_uses_scenes_for_tuning_alone():
-    settings = read_tuning(ROOT / "experiments/tuning", [])
+    settings, _ = read_tuning(ROOT / "experiments/tuning", [])
     assert {*settings.scenes} <= {*TUNING} and not {*settings.scenes} & {*scenes_called("*-*")}
     firsts = {
         label: [values[1] for values in each.search.values()] for label, each in settings.methods.items()

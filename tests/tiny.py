@@ -1,6 +1,7 @@
 """A random diffusers pipeline, saved the way Stable Diffusion is, and an evaluator: small for every test."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -236,15 +237,7 @@ def tiny_flux2_pipeline(folder: Path | str, distilled: bool = True, embedded: bo
         axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=embedded,
     )
-    vae = AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_size=32,
-    )
+    vae = _vae(AutoencoderKLFlux2)
     torch.nn.init.normal_(vae.bn.running_mean, 0, 0.3)
     torch.nn.init.uniform_(vae.bn.running_var, 0.5, 2)
     pipeline = Flux2KleinPipeline(
@@ -317,8 +310,8 @@ def _text_config(tokenizer: CLIPTokenizer, width: int, **others: int) -> CLIPTex
     )
 
 
-def _vae() -> AutoencoderKL:
-    return AutoencoderKL(
+def _vae(kind: Any = AutoencoderKL) -> Any:
+    return kind(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 8),

@@ -12,10 +12,11 @@ from rich.markdown import Markdown
 
 from mifo.config.launch import launcher
 from mifo.errors import MifoError
+from mifo.tables.asked import key_of, of_hydra
 from mifo.tables.execute import Done, execute, finished
 from mifo.tables.plan import Run, plan
 from mifo.tables.record import EVALUATORS, Entry, read_record
-from mifo.tables.settings import key_of, read_table
+from mifo.tables.settings import read_table
 from mifo.tables.write import QUESTION, claim_results, write_table
 
 
@@ -26,8 +27,7 @@ def table(arguments: list[str]) -> int:
         MifoError: the table cannot be read, all its runs are refused, or they cannot be compared.
     """
     given, *others = arguments
-    hydra = [text for text in others if key_of(text).startswith(("hydra/", "hydra."))]
-    changes = [text for text in others if text not in hydra]
+    hydra, changes = of_hydra(others)
     folder = Path(given)
     name = folder.resolve().name
     settings, overrides = read_table(folder, changes)

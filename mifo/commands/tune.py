@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mifo.config.launch import launcher
+from mifo.tables.asked import of_hydra
 from mifo.tables.record import read_record
-from mifo.tables.settings import key_of
 from mifo.tables.tuning import Trial, best_trials, read_tuning, write_tuning
 from mifo.tables.tuning import tune as search
 
@@ -17,11 +17,9 @@ def tune(arguments: list[str]) -> int:
         MifoError: the folder's tune.yaml cannot be read, or its runs cannot be compared.
     """
     given, *others = arguments
-    hydra = [text for text in others if key_of(text).startswith(("hydra/", "hydra."))]
-    changes = [text.removeprefix("tune.") for text in others if text.startswith("tune.")]
-    overrides = [text for text in others if text not in hydra and not text.startswith("tune.")]
+    hydra, changes = of_hydra(others)
     folder = Path(given)
-    settings = read_tuning(folder, changes)
+    settings, overrides = read_tuning(folder, changes)
     name = folder.resolve().name
     target = Path(settings.results or f"outputs/tuning/{name}")
     launch = launcher("mifo.tables.execute.make_runs", hydra, target, "exclusive_gpu=true" in overrides)

@@ -60,9 +60,10 @@ def check(settings: TaskSettings) -> None:
         check_export(settings)
     if isinstance(settings, LearnSettings):
         from mifo.method.losses.timeline import check_penalty
-        from mifo.training.fit import check_learning
+        from mifo.training.fit import check_float8, check_learning
 
         check_learning(settings.learning)
+        check_float8(settings.learning, settings.performance)
         check_penalty(settings.penalty)
         _check_trainer(settings.trainer)
         if "" in [text.strip() for text in settings.instances.class_names or []]:

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from fnmatch import fnmatch
 from functools import cache, cached_property
 from itertools import product
 from typing import Any
@@ -21,7 +20,8 @@ from mifo.config.sections import section as typed_section
 from mifo.data.photo_folder import folder_digest
 from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
-from mifo.tables.settings import TableSettings, key_of
+from mifo.tables.asked import is_wanted, key_of
+from mifo.tables.settings import TableSettings
 
 Composed = tuple[RunSettings | None, str | None]  # settings, or why they are refused
 
@@ -196,8 +196,7 @@ def compose_cell(overrides: list[str]) -> Composed:
 
 
 def _rows(settings: TableSettings) -> list[tuple[str, list[str]]]:
-    wanted = settings.only or ["*"]
-    rows = [each for each in settings.rows.items() if any(fnmatch(each[0], label) for label in wanted)]
+    rows = [each for each in settings.rows.items() if is_wanted(each[0], settings.only)]
     for values in product(*settings.grid.values()) if settings.grid else ():
         deltas = [f"{key}={value}" for key, value in zip(settings.grid, values, strict=True)]
         rows.append((", ".join(delta.removeprefix("penalty.") for delta in deltas), deltas))

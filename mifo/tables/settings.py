@@ -1,17 +1,14 @@
 """What a table asks: `table.yaml` in a folder of `experiments/`."""
 
 from dataclasses import dataclass, field, fields
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 from unicodedata import category
 
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-from yaml import YAMLError
+from omegaconf import MISSING
 
-from mifo.errors import MifoError, nearest
-from mifo.files import read_yaml
+from mifo.errors import MifoError
+from mifo.tables.asked import is_wanted, key_of, read_asked
 
 FILE = "table.yaml"
 LABELLED = ("rows", "grid", "scenes")  # their keys are the user's
@@ -29,9 +26,7 @@ class TableSettings:
 
     title: str = MISSING
     rows: dict[str, list[str]] = field(default_factory=dict)  # label → overrides
-    only: list[str] = field(
-        default_factory=list
-    )  # labels of the rows that are asked, * for any text; []: all
+    only: list[str] = field(default_factory=list)  # labels of the rows that are asked, * is any text; []: all
     # key → values; every combination is one more row
     grid: dict[str, list[Any]] = field(default_factory=dict)
     # set → names in conf/instances, * for any text
@@ -87,47 +82,13 @@ def read_table(folder: Path, arguments: list[str]) -> tuple[TableSettings, list[
         MifoError: no such table, an unknown key, a value that it does not take, or an override of every run
             under which rows, scenes or seeds would not be what the table calls them.
     """
-    file = folder / FILE
-    if not file.is_file():
-        raise MifoError(f"{folder} holds no {FILE}; name a table, such as mifo table experiments/methods")
-    own = [text.removeprefix("table.") for text in arguments if text.startswith("table.")]
-    others = [text for text in arguments if not text.startswith("table.")]
-    content = read_yaml(file)
-    if not isinstance(content, dict):
-        raise MifoError(f"{file} is no table: it holds no keys with values")
-    try:
-        changed = OmegaConf.from_dotlist(own)
-    except YAMLError as error:
-        raise MifoError(f"a table.KEY=VALUE cannot be read: {' '.join(str(error).split())}") from error
-    try:
-        given = OmegaConf.create(content)
-        for key in LABELLED:  # replaced as a whole: a subset of them is what one wants
-            if key in changed:
-                given.pop(key, None)
-        merged = OmegaConf.merge(OmegaConf.structured(TableSettings), given, changed)
-        # interpolations in overrides are for the runs to resolve
-        settings = TableSettings(**OmegaConf.to_container(merged, throw_on_missing=True))
-    except OmegaConfBaseException as error:
-        raise MifoError(_explain(error, file, changed)) from error
-    _check(settings, file)
+    settings, changed, others = read_asked(
+        folder, "table", "experiments/methods", TableSettings, arguments, LABELLED
+    )
+    _check(settings, folder / FILE)
     # those of the file are its author's, who named the rows too
     _check_labels(settings, [*(settings.overrides if "overrides" in changed else []), *others])
     return settings, [*settings.overrides, *others]
-
-
-def _explain(error: OmegaConfBaseException, file: Path, changed: DictConfig) -> str:
-    """One sentence for what OmegaConf refused, in `file` or `changed` by the command line."""
-    reason = (error.msg or str(error)).splitlines()[0]
-    if not error.full_key:
-        return f"{file}: {reason}"
-    first, _, label = error.full_key.partition(".")
-    prefix, place = ("table.", "") if first in changed else ("", f"{file}: ")
-    key = prefix + error.full_key
-    if isinstance(error, ConfigKeyError):
-        near = nearest(key, [prefix + each.name for each in fields(TableSettings)])
-        return f"{place}{key} is no key of a table; {near}see mifo table --help"
-    hint = f'; quote a label that holds a comma: {{"{label}, …": […]}}' if first in LABELLED and label else ""
-    return f"{place}{key}: {reason}{hint}"
 
 
 def _check(settings: TableSettings, file: Path) -> None:
@@ -138,7 +99,9 @@ def _check(settings: TableSettings, file: Path) -> None:
     for label in (settings.title, *settings.rows, *settings.grid, *settings.scenes):
         if not label.strip() or any(category(letter).startswith(("Cc", "Zl", "Zp")) for letter in label):
             raise MifoError(f"{file}: the title and every label must be one line of text, unlike {label!r}")
-    if lost := [label for label in settings.only if not any(fnmatch(row, label) for row in settings.rows)]:
+    if lost := [
+        label for label in settings.only if not any(is_wanted(row, [label]) for row in settings.rows)
+    ]:
         raise MifoError(f"table.only: no row is called {lost[0]}; take some of {', '.join(settings.rows)}")
     if settings.workers < 0 or settings.per_job < 1:
         raise MifoError("table.workers must be at least 0, table.per_job at least 1")
@@ -170,8 +133,3 @@ def _check_labels(settings: TableSettings, overrides: list[str]) -> None:
                 f"{key} is set by the table's {fixed[key]}, which {override} would falsify; "
                 f"give '{instead}' instead"
             )
-
-
-def key_of(override: str) -> str:
-    """The key of an override of Hydra, which may add or delete it or name a package."""
-    return override.partition("=")[0].lstrip("+~").partition("@")[0]

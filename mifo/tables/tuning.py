@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,20 +10,18 @@ from typing import Any
 
 import pandas as pd
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from mifo.config.launch import Launch
 from mifo.errors import MifoError
-from mifo.files import read_yaml, write_whole
+from mifo.files import write_whole
 from mifo.metrics.evaluation import METRICS
 from mifo.report.tables import write_csv
+from mifo.tables.asked import is_wanted, read_asked
 from mifo.tables.collect import measured
 from mifo.tables.execute import execute
 from mifo.tables.plan import Run, plan
 from mifo.tables.record import Entry, write_record
 from mifo.tables.settings import TableSettings
-
-FILE = "tune.yaml"
 
 
 @dataclass
@@ -78,29 +75,24 @@ class Trial:
 
     @property
     def overrides(self) -> list[str]:
-        return [f"{key}={value:g}" for key, value in self.values.items()]
+        return _overrides(self.values)
 
 
-def read_tuning(folder: Path, changes: Sequence[str]) -> TuningSettings:
-    """Read `folder/tune.yaml` with `changes` (KEY=VALUE) on top of it.
+def read_tuning(folder: Path, arguments: Sequence[str]) -> tuple[TuningSettings, list[str]]:
+    """Read `folder/tune.yaml` with the command line on top of it, see `read_asked`.
+
+    Returns:
+        What is tuned, and the overrides of every run on the command line.
 
     Raises:
-        MifoError: no such file, an unknown key or metric, or a search without three rising positive numbers.
+        MifoError: optuna is missing, or there is no such file, an unknown key or metric, or a search without
+            three rising positive numbers.
     """
-    file = folder / FILE
-    if not file.is_file():
-        raise MifoError(f"{folder} holds no {FILE}; name a folder, such as mifo tune experiments/tuning")
+    settings, _, overrides = read_asked(folder, "tune", "experiments/tuning", TuningSettings, arguments)
+    settings.methods = {label: MethodSettings(**each) for label, each in settings.methods.items()}
+    file = folder / "tune.yaml"
     if find_spec("optuna") is None:
         raise MifoError("tuning needs optuna; pip install 'mifo[optuna]' brings it")
-    try:
-        merged = OmegaConf.merge(
-            OmegaConf.structured(TuningSettings), read_yaml(file), OmegaConf.from_dotlist([*changes])
-        )
-        plain = OmegaConf.to_container(merged, throw_on_missing=True)
-        methods = {label: MethodSettings(**each) for label, each in plain.pop("methods").items()}
-        settings = TuningSettings(**plain, methods=methods)
-    except OmegaConfBaseException as error:
-        raise MifoError(f"{file}: {error.full_key}: {str(error).splitlines()[0]}") from error
     if not settings.methods or not settings.scenes or not settings.objective or settings.trials < 1:
         raise MifoError(f"{file}: tuning needs methods, scenes, an objective and at least one trial")
     if unknown := settings.objective.keys() - METRICS.keys():
@@ -109,15 +101,12 @@ def read_tuning(folder: Path, changes: Sequence[str]) -> TuningSettings:
         for key, values in method.search.items():
             if len(values) != 3 or not 0 < values[0] <= values[1] <= values[2]:
                 raise MifoError(f"{file}: {label}: {key} needs its least, first and largest value, above 0")
-    wanted = settings.only or ["*"]
     settings.methods = {
-        label: each
-        for label, each in settings.methods.items()
-        if any(fnmatch(label, pattern) for pattern in wanted)
+        label: each for label, each in settings.methods.items() if is_wanted(label, settings.only)
     }
     if not settings.methods:
         raise MifoError(f"tune.only={settings.only} names no method of {file}")
-    return settings
+    return settings, overrides
 
 
 def tune(
@@ -157,10 +146,7 @@ def tune(
             for label, method in settings.methods.items()
         }
         rows = {
-            f"{label}, trial {number}": [
-                *method.overrides,
-                *(f"{key}={value:g}" for key, value in values[label].items()),
-            ]
+            _row(label, number): [*method.overrides, *_overrides(values[label])]
             for label, method in settings.methods.items()
         }
         table = TableSettings(
@@ -178,13 +164,22 @@ def tune(
         made += done
         found = measured(done)
         for label in settings.methods:
-            own = [each.values for each in found if each.row == f"{label}, trial {number}"]
+            own = [each.values for each in found if each.row == _row(label, number)]
             trials.append(_trial(label, number, values[label], own, settings))
             if (objective := trials[-1].objective) is None:
                 searches[label].tell(asked[label], state=optuna.trial.TrialState.FAIL)
             else:
                 searches[label].tell(asked[label], objective)
         yield trials, made
+
+
+def _row(method: str, number: int) -> str:
+    """What a trial is called among the rows of a table."""
+    return f"{method}, trial {number}"
+
+
+def _overrides(values: Mapping[str, float]) -> list[str]:
+    return [f"{key}={value:g}" for key, value in values.items()]
 
 
 def _trial(

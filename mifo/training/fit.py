@@ -146,7 +146,7 @@ def learn(
     check_learning(settings)
     trainer, graphs, passes_in = dict(trainer or {}), False, None
     if performance is not None:
-        _check_float8(settings, performance)
+        check_float8(settings, performance)
         performance = available(performance, model.device, model.dtype)
         graphs = performance.cuda_graphs
         if not performance.autocast and performance.learning_precision == "bfloat16":
@@ -265,7 +265,8 @@ def _check_precision(model: DiffusionModel, settings: LearningSettings, trainer:
         )
 
 
-def _check_float8(settings: LearningSettings, performance: PerformanceSettings) -> None:
+def check_float8(settings: LearningSettings, performance: PerformanceSettings) -> None:
+    """Refuse to learn weights that `performance.float8` would keep in 8 bits."""
     finetuning = settings.finetuning
     if performance.float8 and finetuning.steps and finetuning.trainable not in ("tokens", "lora"):
         raise MifoError(

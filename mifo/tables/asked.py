@@ -1,0 +1,100 @@
+"""What commands that make many runs are asked: a file in a folder of experiments/, and the command line."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
+
+from mifo.errors import MifoError, nearest
+from mifo.files import read_yaml
+
+
+def read_asked(
+    folder: Path,
+    task: str,
+    example: str,
+    schema: type,
+    arguments: Sequence[str],
+    labelled: Sequence[str] = (),
+) -> tuple[Any, set[str], list[str]]:
+    """Read `folder/TASK.yaml` with the command line on top of it.
+
+    Args:
+        task: table | tune. example: a folder that has one. schema: the dataclass of what is asked.
+        arguments: `TASK.KEY=VALUE` changes what is asked.
+        labelled: keys whose own keys are the user's; the command line replaces them as a whole.
+
+    Returns:
+        What is asked, with plain dicts for what its dataclass nests, which of its keys the command line
+        changed, and the other arguments.
+
+    Raises:
+        MifoError: no such file, an unknown key, or a value that it does not take.
+    """
+    file = folder / f"{task}.yaml"
+    if not file.is_file():
+        raise MifoError(f"{folder} holds no {file.name}; name a folder, such as mifo {task} {example}")
+    prefix = f"{task}."
+    own = [text.removeprefix(prefix) for text in arguments if text.startswith(prefix)]
+    others = [text for text in arguments if not text.startswith(prefix)]
+    content = read_yaml(file)
+    if not isinstance(content, dict):
+        raise MifoError(f"{file} holds no keys with values")
+    try:
+        changed = OmegaConf.from_dotlist(own)
+    except YAMLError as error:
+        raise MifoError(f"a {prefix}KEY=VALUE cannot be read: {' '.join(str(error).split())}") from error
+    try:
+        given = OmegaConf.create(content)
+        for key in labelled:  # a subset of them is what one wants
+            if key in changed:
+                given.pop(key, None)
+        merged = OmegaConf.merge(OmegaConf.structured(schema), given, changed)
+        # interpolations in overrides are for the runs to resolve
+        asked = schema(**OmegaConf.to_container(merged, throw_on_missing=True))
+    except OmegaConfBaseException as error:
+        raise MifoError(_explain(error, file, task, schema, changed, labelled)) from error
+    return asked, {str(key) for key in changed}, others
+
+
+def _explain(
+    error: OmegaConfBaseException,
+    file: Path,
+    task: str,
+    schema: type,
+    changed: DictConfig,
+    labelled: Sequence[str],
+) -> str:
+    """One sentence for what OmegaConf refused, in `file` or `changed` by the command line."""
+    reason = (error.msg or str(error)).splitlines()[0]
+    if not error.full_key:
+        return f"{file}: {reason}"
+    first, _, label = error.full_key.partition(".")
+    prefix, place = (f"{task}.", "") if first in changed else ("", f"{file}: ")
+    key = prefix + error.full_key
+    if isinstance(error, ConfigKeyError):
+        near = nearest(key, [prefix + each.name for each in fields(schema)])
+        return f"{place}{key} is no key of a {file.stem}; {near}see mifo {task} --help"
+    hint = f'; quote a label that holds a comma: {{"{label}, …": […]}}' if first in labelled and label else ""
+    return f"{place}{key}: {reason}{hint}"
+
+
+def of_hydra(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments that choose how Hydra launches, and the others."""
+    own = [text for text in arguments if key_of(text).startswith(("hydra/", "hydra."))]
+    return own, [text for text in arguments if text not in own]
+
+
+def key_of(override: str) -> str:
+    """The key of an override of Hydra, which may add or delete it or name a package."""
+    return override.partition("=")[0].lstrip("+~").partition("@")[0]
+
+
+def is_wanted(label: str, only: Sequence[str]) -> bool:
+    """Whether a label fits one of the patterns, in which * is any text; without patterns each does."""
+    return not only or any(fnmatch(label, pattern) for pattern in only)
