@@ -31,7 +31,6 @@ from mifo.backbones.loading import load_model
 from mifo.backbones.settings import ModelSettings
 from mifo.config import compose, settings_of
 from mifo.config.checks import check
-from mifo.config.compose import compose, settings_of
 from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
 from mifo.making.class_pictures import class_pictures
