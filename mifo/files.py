@@ -19,7 +19,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from io import BufferedReader, StringIO
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from yaml import AliasEvent, SafeLoader, YAMLError
 
@@ -248,14 +248,17 @@ def as_record(content: Any, form: type[T], path: Path) -> T:
     kinds, values = get_type_hints(form), {}
     for name, value in content.items():
         try:
-            values[name] = _typed(value, kinds[name], path)
+            values[name] = typed(value, kinds[name], path)
         except TypeError as error:
             raise MifoError(f"{path} is damaged: {name} holds {str(value)[:40]!r}") from error
     return form(**values)
 
 
-def _typed(value: Any, kind: Any, path: Path) -> Any:
-    """A value of JSON as the type `kind`: a plain one, a dataclass, a union, or a container of such.
+def typed(value: Any, kind: Any, path: Path) -> Any:
+    """A value of JSON, read from `path`, as the type `kind`.
+
+    Args:
+        kind: a plain type, a dataclass, a literal, a union, or a container of such.
 
     Raises:
         TypeError: the value is of another type.
@@ -267,13 +270,15 @@ def _typed(value: Any, kind: Any, path: Path) -> Any:
     if origin in (Union, UnionType):
         for each in inner:
             with suppress(TypeError):
-                return _typed(value, each, path)
+                return typed(value, each, path)
     if isinstance(kind, type) and is_dataclass(kind):
         return as_record(value, kind, path)
     if origin in (list, tuple) and isinstance(value, list):
-        return origin(_typed(each, inner[0], path) for each in value)
+        return origin(typed(each, inner[0], path) for each in value)
     if origin is dict and isinstance(value, dict):
-        return {key: _typed(each, inner[1], path) for key, each in value.items()}
+        return {key: typed(each, inner[1], path) for key, each in value.items()}
+    if origin is Literal and type(value) is str and value in inner:
+        return value
     plain = (int, float) if kind is float else kind
     if origin or not isinstance(value, plain) or (isinstance(value, bool) and kind is not bool):
         raise TypeError
