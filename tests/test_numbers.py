@@ -226,7 +226,7 @@ def test_a_damaged_learned_json_is_refused_and_an_old_one_is_read(source, model,
     folder, base = tmp_path / "learned", load_model(ModelSettings("tiny", source))
     file = folder / "learned.json"
     content = json.loads(file.read_text())
-    assert set(content["checksums"]) == {"tokens.safetensors"}
+    assert set(content["checksums"]) == {"tokens.safetensors", "config.yaml"}
     for change in (
         {"tokens": []},
         {"tokens": ["<asset0>", "<asset0>"]},
@@ -241,6 +241,13 @@ def test_a_damaged_learned_json_is_refused_and_an_old_one_is_read(source, model,
         file.write_text(json.dumps(content | change))
         with pytest.raises(MifoError, match=r"learned\.json is damaged"):
             read_learned(folder)
+    file.write_text(json.dumps(content))
+    config = folder / "config.yaml"
+    whole = config.read_text()
+    config.write_text(whole + "seed: 7\n")
+    with pytest.raises(MifoError, match=r"learned/config\.yaml is damaged: its checksum"):
+        read_learned(folder)
+    config.write_text(whole)
     del content["checksums"]
     file.write_text(json.dumps(content))
     load_learned(folder, base)

@@ -445,7 +445,13 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(family, source, tm
         ("text_encoder", {"architectures": ["Qwen2Model"]}, "is Qwen2Model, where MIFO needs Qwen3Model"),
     ]
     if flux2:
-        wrong.append(("text_encoder", {"num_hidden_layers": 27, "layer_types": None}, "is 27, where MIFO needs at least 28"))
+        wrong.append(
+            (
+                "text_encoder",
+                {"num_hidden_layers": 27, "layer_types": None},
+                "is 27, where MIFO needs at least 28",
+            )
+        )
     else:
         wrong.append(("transformer", {"axes_dims": [4, 4, 4]}, "dim .* is 32, where MIFO needs 24"))
     for number, (part, changes, reason) in enumerate(wrong):
