@@ -90,7 +90,7 @@ def test_a_target_that_is_not_reached_leaves_no_row(judged, tmp_path):
         ),
         (
             lambda text: text.replace("0.6000,", "nan,"),
-            r"board.csv is damaged: line 2, identification: 'nan'",
+            "board.csv is damaged: line 2, identification",
         ),
         (lambda text: "", "board.csv is damaged: it is no table"),
     ],
