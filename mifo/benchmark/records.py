@@ -162,7 +162,7 @@ def _ideas(records: Sequence[Record]) -> list[str]:
                 record.profile,
                 " / ".join(_seconds(each.seconds) for each in usual) or "–",
                 str(row.notes.get("failed", _seconds(row.seconds))),
-                _gain(row.seconds, [each.seconds for each in usual], _seconds),
+                _gain(row.seconds, [each.seconds for each in usual], _seconds, share=True),
                 # on a processor the peak is that of the whole process, with all that came before
                 _gain(row.peak_gib, [each.peak_gib for each in usual], "{:.1f} GiB".format)
                 if "cuda" in record.versions
@@ -178,13 +178,19 @@ def _ideas(records: Sequence[Record]) -> list[str]:
     return lines
 
 
-def _gain(without: float | None, usual: Sequence[float | None], told: Callable[[float], str]) -> str:
+def _gain(
+    without: float | None, usual: Sequence[float | None], told: Callable[[float], str], share: bool = False
+) -> str:
+    """What an idea gains; with `share`, also as a share of the time with all ideas."""
     known = [each for each in usual if each is not None]
     if without is None or not known:
         return "–"
-    gain = without - sum(known) / len(known)
+    mean = sum(known) / len(known)
+    gain, sign = without - mean, "−" if without < mean else "+"
     size = told(abs(gain))
-    return size if size == told(0.0) else ("−" if gain < 0 else "+") + size
+    if size == told(0.0):
+        return size
+    return f"{sign}{size}" + (f" ({sign}{abs(gain) / mean:.0%})" if share else "")
 
 
 def _seconds(value: float | None) -> str:
