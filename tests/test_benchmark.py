@@ -18,6 +18,7 @@ from mifo.benchmark.settings import BenchmarkSettings
 from mifo.benchmark.shapes import SHAPES, random_instances, random_model, row_of_boxes
 from mifo.commands.benchmark import benchmark
 from mifo.config import compose, settings_of
+from mifo.config.identity import told_code
 from mifo.errors import MifoError
 from mifo.method.regions.boxes import check_boxes
 from mifo.training.settings import adamw_8bit
@@ -55,6 +56,7 @@ def test_steps_are_timed_and_a_row_that_fails_stops_nothing(tmp_path, monkeypatc
     assert 0 < step["fastest"] <= step["seconds"] <= step["slowest"] and step["samples"] == 2
     assert step["tflop"] > 0 and step["peak_gib"] > 0 and step["share_of_peak"] > 0
     assert record["rows"]["picture"]["notes"] == {"failed": "out of memory"}
+    assert record["commit"] == told_code()
     assert record["profile"] == "default" and record["versions"]["torch"] == torch.__version__
     assert "| stage2_step | default |" in (tmp_path / "benchmark" / "README.md").read_text()
 

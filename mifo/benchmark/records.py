@@ -7,7 +7,6 @@ from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from platform import processor, python_version
-from subprocess import run
 
 import pandas as pd
 import torch
@@ -44,7 +43,7 @@ IDEA_HEADS = [
 
 @dataclass(frozen=True)
 class Circumstances:
-    """Where, when and of what a record was taken."""
+    """Where, when and of what a record was taken; `commit` names the code, also where no git knows it."""
 
     device: str
     profile: str
@@ -54,20 +53,14 @@ class Circumstances:
     versions: dict[str, str]
 
     @classmethod
-    def now(cls, device: torch.device, profile: str, shapes: str) -> "Circumstances":
+    def now(cls, device: torch.device, profile: str, shapes: str, code: str) -> "Circumstances":
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
-        described = run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
         versions = {"python": python_version(), "torch": torch.__version__}
         versions |= {package: version(package) for package in PACKAGES}
         if device.type == "cuda":
             versions["cuda"] = str(torch.version.cuda)
         date = datetime.now().astimezone().isoformat(timespec="seconds")
-        return cls(name, profile, shapes, date, described.stdout.strip() or "unknown", versions)
+        return cls(name, profile, shapes, date, code, versions)
 
 
 @dataclass(frozen=True)

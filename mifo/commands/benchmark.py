@@ -11,6 +11,7 @@ from mifo.benchmark.measuring import Measurement
 from mifo.benchmark.records import Circumstances, write_record, write_table
 from mifo.benchmark.rows import ROWS, Bench
 from mifo.commands.setup import prepare
+from mifo.config.identity import told_code
 from mifo.config.schema import BenchmarkTaskSettings
 from mifo.errors import MifoError
 
@@ -38,7 +39,7 @@ def benchmark(settings: BenchmarkTaskSettings) -> Path:
         settings.learning,
         settings.penalty,
     )
-    taken = Circumstances.now(device, settings.performance.name, settings.benchmark.shapes)
+    taken = Circumstances.now(device, settings.performance.name, settings.benchmark.shapes, told_code())
     slug = re.sub(r"[^a-z0-9]+", "-", f"{taken.device} {taken.shapes} {taken.profile}".lower()).strip("-")
     folder = Path(settings.benchmark.folder)
     file = folder / f"{re.sub(r'[^0-9]', '', taken.date[:19])}-{slug}.json"
