@@ -32,6 +32,7 @@ from mifo.metrics.scores import Evaluator, Score
 from mifo.report.comparison import SIDE
 from mifo.tables import execute, plan
 from mifo.tables.collect import (
+    Estimate,
     Measured,
     cells,
     differences,
@@ -613,6 +614,23 @@ def test_intervals_end_where_the_range_does(kind):
     ends = np.concatenate([bar for lines in axes.collections for bar in lines.get_segments()])
     along = ends[:, 0 if kind == "dots" else 1]
     assert estimate([0.2, 0.9], 2).half > 1 and (along.min(), along.max()) == pytest.approx((0, 1))
+
+
+def test_a_legend_of_many_sets_stays_on_the_page_and_tells_them_apart() -> None:
+    sets = [f"a set of scenes, number {index}" for index in range(12)]
+    figure = draw_table(
+        {("MIFO", each): {"leakage": Estimate(0.2, 0.1, 8, 8)} for each in sets}, ["leakage"], "dots", ""
+    )
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    page, place = figure.bbox, legend.get_window_extent()
+    assert page.x0 <= place.x0 and place.x1 <= page.x1
+    looks = {
+        (line.get_color(), line.get_marker())
+        for line in figure.axes[0].get_lines()
+        if line.get_marker() in "osD"
+    }
+    assert len(looks) == 12
 
 
 @pytest.mark.parametrize("kind", ["dots", "lines", "pareto"])
