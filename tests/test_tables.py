@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from mifo.metrics.scores import Evaluator, Score
 from mifo.report.comparison import SIDE
 from mifo.tables import execute, plan
 from mifo.tables.collect import (
+    Estimate,
     Measured,
     cells,
     differences,
@@ -214,17 +216,47 @@ def test_other_code_makes_runs_again_unless_any_counts(folder, made, monkeypatch
     assert "cccccccc (dirty) × 4" in Path("new/table.md").read_text()
 
 
+def test_the_repository_around_an_installed_or_copied_package_is_not_its_own(tmp_path):
+    def git(folder, *arguments):
+        me = ("-c", "user.name=me", "-c", "user.email=me@example.org")
+        done = subprocess.run(
+            ["git", "-C", folder, *me, *arguments], check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    def version(root):
+        return identity.version_of(root / "mifo", root / "conf")
+
+    own, other = tmp_path / "own", tmp_path / "other"
+    for folder in ("mifo", "conf"):
+        (own / folder).mkdir(parents=True)
+        (own / folder / "__init__.py").touch()
+    copied, installed = other / "third_party", other / "venv"
+    shutil.copytree(own, copied)
+    for root in (own, other):
+        git(root, "init", "--quiet")
+        git(root, "add", ".")
+        git(root, "commit", "--quiet", "--message", "all")
+    shutil.copytree(own / "mifo", installed / "mifo")
+    assert version(own).name == git(own, "rev-parse", "HEAD") and version(own).dirty is False
+    (own / "conf" / "__init__.py").write_text("changed")
+    assert version(own).dirty
+    for root in (copied, installed):
+        found = version(root)
+        assert (found.commit, found.dirty, found.digest) == (None, None, version(own).digest)
+        assert found.name == f"{metadata.version('mifo')}+{found.digest}"
+
+
 def test_code_without_git_is_not_recorded_as_clean(folder, made, monkeypatch):
     def version(git):
         monkeypatch.setattr(identity, "_git", git)
         return identity.code_version.__wrapped__()  # not cached
 
-    clean = version(lambda _, command, *given: {"rev-parse": "c" * 40}.get(command, ""))
+    own = {"ls-files": "mifo/__init__.py", "rev-parse": "c" * 40, "status": ""}
+    clean = version(lambda _, command, *given: own[command])
     assert (clean.commit, clean.dirty, str(clean)) == ("c" * 40, False, "cccccccc")
-    # another project's repository, in which MIFO is installed without belonging to it
-    inside = version(lambda _, command, *given: {"rev-parse": "c" * 40, "status": ""}.get(command))
     without = version(lambda *given: None)
-    assert inside == without and (without.commit, without.dirty) == (None, None)
+    assert (without.commit, without.dirty) == (None, None)
     assert str(without) == f"{without.digest[:8]} (no git)"
 
     monkeypatch.setattr(execute, "code_version", lambda: without)
@@ -580,6 +612,23 @@ def test_intervals_end_where_the_range_does(kind):
     ends = np.concatenate([bar for lines in axes.collections for bar in lines.get_segments()])
     along = ends[:, 0 if kind == "dots" else 1]
     assert estimate([0.2, 0.9], 2).half > 1 and (along.min(), along.max()) == pytest.approx((0, 1))
+
+
+def test_a_legend_of_many_sets_stays_on_the_page_and_tells_them_apart() -> None:
+    sets = [f"a set of scenes, number {index}" for index in range(12)]
+    figure = draw_table(
+        {("MIFO", each): {"leakage": Estimate(0.2, 0.1, 8, 8)} for each in sets}, ["leakage"], "dots", ""
+    )
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    page, place = figure.bbox, legend.get_window_extent()
+    assert page.x0 <= place.x0 and place.x1 <= page.x1
+    looks = {
+        (line.get_color(), line.get_marker())
+        for line in figure.axes[0].get_lines()
+        if line.get_marker() in "osD"
+    }
+    assert len(looks) == 12
 
 
 @pytest.mark.parametrize("kind", ["dots", "lines", "pareto"])

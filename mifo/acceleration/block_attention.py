@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+SHORT = 1024  # the mask of a shorter sequence takes less than 2 MiB a sample, and no kernel to be compiled
+
 
 def runs_in_blocks(query: Tensor) -> bool:
-    """Whether the blocks' kernel takes queries (B, heads, n, d)."""
-    width = query.shape[-1]
+    """Whether queries (B, heads, n, d) are worth the blocks' kernel, and it takes them."""
+    length, width = query.shape[-2:]
     fits = width >= 16 and width & (width - 1) == 0 and query.dtype != torch.float64
-    return query.is_cuda and fits
+    return query.is_cuda and length >= SHORT and fits
 
 
 def block_mask(query_bits: Tensor, key_bits: Tensor) -> BlockMask:
