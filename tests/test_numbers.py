@@ -327,7 +327,7 @@ def test_scores_that_are_not_finite_are_refused(tmp_path):
     path = tmp_path / "scores.json"
     with pytest.raises(MifoError, match="a score is not finite"):
         Evaluation((score,), ()).save(path)
-    for value in ("NaN", "1e999", '"1"', "true", "1.5"):
+    for value in ("NaN", "1e999", '"1"', "true", "1.5", "0.51"):
         Evaluation((Score("leakage", 0.5, False, Evaluator("colour", "0" * 12), "test"),), ()).save(path)
         path.write_text(path.read_text().replace("0.5", value))
         with pytest.raises(MifoError, match=r"scores\.json is damaged"):

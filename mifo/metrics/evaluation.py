@@ -1,18 +1,20 @@
 """All measures of a set of pictures that were made from one source image."""
 
+import hashlib
 import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mifo.data.instances import InstanceSet
 from mifo.data.saved_pictures import Picture
 from mifo.errors import MifoError
-from mifo.files import read_record, write_whole
+from mifo.files import as_record, read_json, write_whole
 from mifo.metrics.box_adherence import BoxAdherence, find_instance
 from mifo.metrics.class_accuracy import ClassAccuracy, class_texts
 from mifo.metrics.crops import Box, crop_box, reference_crops
@@ -88,15 +90,18 @@ class Evaluation:
         if has_scores(path):
             raise MifoError(f"{path} already exists: choose another output folder.")
         try:
-            text = json.dumps(asdict(self), indent=2, allow_nan=False)
+            content = asdict(self) | {"checksum": _checksum(asdict(self))}
         except ValueError as error:
             raise MifoError(f"a score is not finite, so that {path} is not written") from error
-        write_whole(Path(path), text)
+        write_whole(Path(path), json.dumps(content, indent=2))
 
     @classmethod
     def read(cls, path: Path | str) -> "Evaluation":
         """The evaluation in a file of `save`; refuses damage, unknown metrics and values out of range."""
-        found = read_record(Path(path), cls)
+        content = read_json(Path(path))
+        # files of before December 2026 have no checksum
+        checksum = content.pop("checksum", None) if isinstance(content, dict) else None
+        found = as_record(content, cls, Path(path))
         if unknown := {score.metric for score in found.scores}.union(*found.pictures) - METRICS.keys():
             raise MifoError(f"{path} is damaged: {min(unknown)[:40]!r} is no metric")
         if any(len(row) != len(found.leakage_matrix) for row in found.leakage_matrix):
@@ -107,7 +112,14 @@ class Evaluation:
                 check_value(metric, value)
             except ValueError as error:
                 raise MifoError(f"{path} is damaged: {metric}={error}") from error
+        if checksum not in (None, _checksum(content)):
+            raise MifoError(f"{path} is damaged: its checksum is another")
         return found
+
+
+def _checksum(content: Any) -> str:
+    """The first hexadecimals of the SHA-256 of JSON; a ValueError where it holds NaN or infinity."""
+    return hashlib.sha256(json.dumps(content, allow_nan=False).encode()).hexdigest()[:12]
 
 
 def has_scores(path: Path | str) -> bool:
