@@ -118,7 +118,11 @@ def _run(arguments: Sequence[str]) -> None:
             if not others or {"-h", "--help"} & {*others}:
                 print(import_module(f"mifo.tables.{'settings' if task == 'table' else 'tuning'}").HELP)
                 return
-            sys.exit(min(1, getattr(import_module(f"mifo.commands.{task}"), task)(others)))
+            if lost := getattr(import_module(f"mifo.commands.{task}"), task)(others):
+                what = "runs" if task == "table" else "methods"
+                print(f"mifo: error: {lost} {what} have no result; why stands above", file=sys.stderr)
+                sys.exit(1)
+            return
         _run_with_hydra(task, others)
     except Exception as error:
         if code := _signalled(error):  # a library took the signal for a fault of its own

@@ -5,19 +5,21 @@ content in plain Python types or raises `MifoError`: one sentence with the file'
 anything, waits for a pipe, or reads more than its limit.
 """
 
+import csv
+import hashlib
 import json
 import math
 import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields, is_dataclass
-from io import BufferedReader
+from io import BufferedReader, StringIO
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from yaml import AliasEvent, SafeLoader, YAMLError
 
@@ -158,7 +160,7 @@ def read_json(path: Path) -> Any:
     """
     text = read_text(path)
     try:
-        return json.loads(text, parse_constant=_number, parse_float=_number)
+        return json.loads(text, parse_constant=finite_number, parse_float=finite_number)
     except (ValueError, RecursionError) as error:
         raise MifoError(f"{path} is damaged: it is not JSON ({error})") from error
 
@@ -192,6 +194,36 @@ def read_yaml(path: Path, from_outside: bool = False) -> Any:
     return content
 
 
+def read_csv(path: Path, columns: Mapping[str, Callable[[str], Any]]) -> list[dict[str, Any]]:
+    """The rows of a CSV file, of which other columns than `columns` stay texts.
+
+    Args:
+        columns: those that must be there, and what makes a value of a cell's text. It raises ValueError with
+            a few words where it cannot.
+
+    Raises:
+        MifoError: as `read_text`, or the file is no such table; it names the line and the column.
+    """
+    text = read_text(path)
+    try:
+        # pandas fills up rows that were cut off, and takes a quote that nobody closes
+        heads, *rows = csv.reader(StringIO(text, newline=""), strict=True)
+    except (csv.Error, ValueError) as error:
+        raise MifoError(f"{path} is damaged: it is no table ({error})") from error
+    if missing := [column for column in columns if column not in heads]:
+        raise MifoError(f"{path} is damaged: it lacks the column {missing[0]}")
+    if not text.endswith("\n") or any(len(row) != len(heads) for row in rows):
+        raise MifoError(f"{path} is damaged: a row has more or fewer fields than the first line")
+    found: list[dict[str, Any]] = [dict(zip(heads, row, strict=True)) for row in rows]
+    for line, cells in enumerate(found, start=2):
+        for column, value_of in columns.items():
+            try:
+                cells[column] = value_of(cells[column])
+            except ValueError as error:
+                raise MifoError(f"{path} is damaged: line {line}, {column}: {error}") from error
+    return found
+
+
 def read_record(path: Path, form: type[T]) -> T:
     """A JSON object as the dataclass `form`: its keys must be the fields, its values of their types.
 
@@ -216,14 +248,17 @@ def as_record(content: Any, form: type[T], path: Path) -> T:
     kinds, values = get_type_hints(form), {}
     for name, value in content.items():
         try:
-            values[name] = _typed(value, kinds[name], path)
+            values[name] = typed(value, kinds[name], path)
         except TypeError as error:
             raise MifoError(f"{path} is damaged: {name} holds {str(value)[:40]!r}") from error
     return form(**values)
 
 
-def _typed(value: Any, kind: Any, path: Path) -> Any:
-    """A value of JSON as the type `kind`: a plain one, a dataclass, a union, or a container of such.
+def typed(value: Any, kind: Any, path: Path) -> Any:
+    """A value of JSON, read from `path`, as the type `kind`.
+
+    Args:
+        kind: a plain type, a dataclass, a literal, a union, or a container of such.
 
     Raises:
         TypeError: the value is of another type.
@@ -235,24 +270,33 @@ def _typed(value: Any, kind: Any, path: Path) -> Any:
     if origin in (Union, UnionType):
         for each in inner:
             with suppress(TypeError):
-                return _typed(value, each, path)
+                return typed(value, each, path)
     if isinstance(kind, type) and is_dataclass(kind):
         return as_record(value, kind, path)
     if origin in (list, tuple) and isinstance(value, list):
-        return origin(_typed(each, inner[0], path) for each in value)
+        return origin(typed(each, inner[0], path) for each in value)
     if origin is dict and isinstance(value, dict):
-        return {key: _typed(each, inner[1], path) for key, each in value.items()}
+        return {key: typed(each, inner[1], path) for key, each in value.items()}
+    if origin is Literal and type(value) is str and value in inner:
+        return value
     plain = (int, float) if kind is float else kind
     if origin or not isinstance(value, plain) or (isinstance(value, bool) and kind is not bool):
         raise TypeError
     return value
 
 
-def _number(text: str) -> float:
-    """Read a number of JSON; refuse infinity, also where a number such as 1e400 becomes infinite."""
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text} is no finite number")
-    return number
+def finite_number(text: str) -> float:
+    """The number that a text is; a ValueError for others, also where 1e400 would become infinite."""
+    with suppress(ValueError):
+        if math.isfinite(number := float(text)):
+            return number
+    raise ValueError(f"{text[:40]!r} is no finite number")
+
+
+def checksum(path: Path) -> str:
+    """The SHA-256 of a regular file in hexadecimals."""
+    with regular_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def user_cache() -> Path:

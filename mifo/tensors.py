@@ -1,6 +1,5 @@
 """Tensors in files: written, read and refused when they are not the expected ones."""
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mifo.errors import MifoError
-from mifo.files import reason, regular_file
+from mifo.files import checksum, reason, regular_file
 
 FLOATS = ("F16", "BF16", "F32")  # as safetensors names them
 
@@ -31,21 +30,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         save_file({name: each.cpu().contiguous() for name, each in tensors.items()}, path)
     except SafetensorError as error:  # which hides the error of the system
         raise OSError(str(error)) from error
-    return _checksum(path)
+    return checksum(path)
 
 
-def read_tensors(path: Path, expected: Form | None, checksum: str | None = None) -> dict[str, Tensor]:
+def read_tensors(path: Path, expected: Form | None, sha256: str | None = None) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU in the precision of the file.
 
     Args:
         expected: the shape of every tensor of the file; None: not known.
-        checksum: SHA-256 of the file; None: not known.
+        sha256: checksum of the file; None: not known.
 
     Raises:
         MifoError: the file is missing or damaged, a tensor is missing, unknown, of another shape, of no
             floating-point type or not finite.
     """
-    if checksum is not None and _checksum(path) != checksum:
+    if sha256 is not None and checksum(path) != sha256:
         raise MifoError(f"{path} is damaged: its checksum is another")
     with regular_file(path):
         pass  # safetensors itself would wait for a pipe
@@ -102,8 +101,3 @@ def _tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(tree, Mapping | list | tuple):
         for key, each in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
             yield from _tensors(each, f"{name}.{key}" if name else str(key))
-
-
-def _checksum(path: Path) -> str:
-    with regular_file(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

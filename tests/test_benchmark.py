@@ -5,12 +5,20 @@ import json
 import pytest
 import torch
 
+from mifo.acceleration.gated_gelu import gated_gelu
+from mifo.acceleration.group_norm import group_norm_silu
+from mifo.acceleration.kernels import computed_by, own
+from mifo.acceleration.settings import PerformanceSettings
+from mifo.acceleration.weight_gradients import WeightGradientsBeside
+from mifo.benchmark.instead import plan
 from mifo.benchmark.measuring import Measurement, measured, tera_operations
 from mifo.benchmark.records import Circumstances, write_record, write_table
-from mifo.benchmark.rows import ROWS
+from mifo.benchmark.rows import ROWS, Bench, processes
+from mifo.benchmark.settings import BenchmarkSettings
 from mifo.benchmark.shapes import SHAPES, random_instances, random_model, row_of_boxes
 from mifo.commands.benchmark import benchmark
 from mifo.config import compose, settings_of
+from mifo.config.identity import told_code
 from mifo.errors import MifoError
 from mifo.method.regions.boxes import check_boxes
 from mifo.training.settings import adamw_8bit
@@ -48,6 +56,7 @@ def test_steps_are_timed_and_a_row_that_fails_stops_nothing(tmp_path, monkeypatc
     assert 0 < step["fastest"] <= step["seconds"] <= step["slowest"] and step["samples"] == 2
     assert step["tflop"] > 0 and step["peak_gib"] > 0 and step["share_of_peak"] > 0
     assert record["rows"]["picture"]["notes"] == {"failed": "out of memory"}
+    assert record["commit"] == told_code()
     assert record["profile"] == "default" and record["versions"]["torch"] == torch.__version__
     assert "| stage2_step | default |" in (tmp_path / "benchmark" / "README.md").read_text()
 
@@ -99,6 +108,75 @@ def test_fine_tuning_with_8_bit_states_checkpoints_and_captures_nothing(tmp_path
         with pytest.raises(MifoError, match="no row could be measured"):
             benchmark(bench)
     assert seen == [(torch.float32, "full", adamw_8bit(), True)] * 2
+
+
+def test_a_row_is_measured_before_and_after_those_with_something_in_an_accelerations_place():
+    planned = plan(["stage2_step", "picture", "demo"], ["gated_gelu:torch", "adamw_8bit:adamw"])
+    assert list(planned) == [
+        "stage2_step with all ideas",
+        "stage2_step without gated_gelu:torch",
+        "stage2_step without adamw_8bit:adamw",
+        "stage2_step with all ideas, again",
+        "picture with all ideas",
+        "picture without gated_gelu:torch",
+        "picture with all ideas, again",
+        "demo",
+    ]
+
+
+def test_what_takes_an_accelerations_place_is_in_force_for_its_row_alone(tmp_path, monkeypatch):
+    seen = []
+
+    def row(bench):
+        stage = bench.learning.finetuning
+        seen.append((own("group_norm"), bench.performance.channels_last, stage.optimizer == adamw_8bit()))
+        return measured([2.0 if own("group_norm") else 3.0], 1.0)
+
+    monkeypatch.setitem(ROWS, "stage2_step", row)
+    wanted = settings(tmp_path, "stage2_step", profile="max_speed")
+    wanted.benchmark.instead = ["group_norm:torch", "channels_last:no", "adamw_8bit:adamw"]
+    file = benchmark(wanted)
+    usual = (True, True, True)
+    assert seen == [usual, (False, True, True), (True, False, True), (True, True, False), usual]
+    table = (file.parent / "README.md").read_text()
+    assert (
+        "| group_norm:torch | stage2_step | max_speed | 2.00 s / 2.00 s | 3.00 s | +1.00 s (+50%) |" in table
+    )
+    wanted.benchmark.instead = ["group_norm"]
+    with pytest.raises(MifoError, match=r"benchmark\.instead names group_norm,"):
+        benchmark(wanted)
+
+
+def test_what_computes_in_a_kernels_place_computes_the_same():
+    x = torch.randn(2, 16, 4, 4, requires_grad=True)
+    weight, bias = torch.randn(16), torch.randn(16)
+
+    def passed():
+        y = group_norm_silu(x, weight, bias, 4, 1e-5, True)
+        y = gated_gelu(y.permute(0, 2, 3, 1))
+        return y, *torch.autograd.grad(y.sum(), x)
+
+    usual = passed()
+    with computed_by({"group_norm": "compiler", "gated_gelu": "compiler"}), WeightGradientsBeside(CPU):
+        compiled = passed()
+    for one, other in zip(usual, compiled, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_the_second_process_finds_what_the_first_compiled(tmp_path, monkeypatch):
+    """With a program in Python's place, which is slow where it compiled nothing yet."""
+    program = tmp_path / "python"
+    program.write_text(
+        '#!/bin/sh\n[ "$3" = benchmark ] || { echo "not $3"; exit 1; }\n'
+        '[ -d "$TRITON_CACHE_DIR" ] || { sleep 0.5; mkdir "$TRITON_CACHE_DIR"; }\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(program))
+    row = processes(Bench(BenchmarkSettings(), PerformanceSettings(), CPU, "float32", None, None))
+    first = row.notes["first process, no kernel compiled before"]
+    assert row.seconds < 0.5 <= first
+    with pytest.raises(MifoError, match="a run failed in the benchmark: not run"):
+        ROWS["demo"](Bench(BenchmarkSettings(), PerformanceSettings(), CPU, "float32", None, None))
 
 
 def test_median_spread_and_operations():

@@ -182,6 +182,25 @@ def test_models_of_another_kind_are_refused_before_weights_are_read(source, tmp_
         load_model(settings)
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("unet", "norm_eps", "../.."),
+        ("unet", "norm_eps", None),
+        ("unet", "freq_shift", True),
+        ("unet", "down_block_types", "DownBlock2D"),
+        ("vae", "scaling_factor", []),
+        ("text_encoder", "layer_norm_eps", "1"),
+        ("scheduler", "beta_start", "0.1"),
+        ("scheduler", "prediction_type", 3),
+    ],
+)
+def test_values_of_another_type_are_refused_with_file_and_key(source, tmp_path, part, key, value):
+    settings = copy_of(source, tmp_path / "copy", **{part: {key: value}})
+    with pytest.raises(MifoError, match=f"/{part}/.*json is damaged: .*{key}"):
+        load_outline(settings)
+
+
 def half_weights(folder):
     file = folder / "text_encoder" / "model.safetensors"
     save_file(dict(list(load_file(file).items())[1:]), file, {"format": "pt"})
@@ -192,7 +211,7 @@ def half_weights(folder):
     [
         (lambda folder: (folder / "unet/config.json").unlink(), r"unet/config\.json cannot be read"),
         (lambda folder: (folder / "vae/config.json").write_text("[]"), r"vae/config\.json is damaged"),
-        (lambda folder: (folder / FILES["scheduler"]).write_text("[]"), "could not be loaded"),
+        (lambda folder: (folder / FILES["scheduler"]).write_text("[]"), "scheduler_config.json is damaged"),
         (
             lambda folder: [file.unlink() for file in (folder / "tokenizer").glob("t*r.json")],
             "lacks tokenizer.json",

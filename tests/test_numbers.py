@@ -226,7 +226,7 @@ def test_a_damaged_learned_json_is_refused_and_an_old_one_is_read(source, model,
     folder, base = tmp_path / "learned", load_model(ModelSettings("tiny", source))
     file = folder / "learned.json"
     content = json.loads(file.read_text())
-    assert set(content["checksums"]) == {"tokens.safetensors"}
+    assert set(content["checksums"]) == {"tokens.safetensors", "config.yaml"}
     for change in (
         {"tokens": []},
         {"tokens": ["<asset0>", "<asset0>"]},
@@ -241,6 +241,13 @@ def test_a_damaged_learned_json_is_refused_and_an_old_one_is_read(source, model,
         file.write_text(json.dumps(content | change))
         with pytest.raises(MifoError, match=r"learned\.json is damaged"):
             read_learned(folder)
+    file.write_text(json.dumps(content))
+    config = folder / "config.yaml"
+    whole = config.read_text()
+    config.write_text(whole + "seed: 7\n")
+    with pytest.raises(MifoError, match=r"learned/config\.yaml is damaged: its checksum"):
+        read_learned(folder)
+    config.write_text(whole)
     del content["checksums"]
     file.write_text(json.dumps(content))
     load_learned(folder, base)
@@ -314,13 +321,13 @@ def test_scores_that_are_not_finite_are_refused(tmp_path):
         ((Spoiled(), MeanColour()), "editability"),
         ((MeanColour(), Spoiled()), "instance"),
     ):
-        with pytest.raises(MifoError, match=f"{metric}.* of picture 1 is not finite"):
+        with pytest.raises(MifoError, match=f"{metric}.* of picture 1.*: nan is not in"):
             PictureEvaluator(*encoders).evaluate(pictures, instances)
     score = Score("leakage", float("nan"), False, Evaluator("colour", "0" * 12), "test")
     path = tmp_path / "scores.json"
     with pytest.raises(MifoError, match="a score is not finite"):
         Evaluation((score,), ()).save(path)
-    for value in ("NaN", "1e999", '"1"', "true"):
+    for value in ("NaN", "1e999", '"1"', "true", "1.5"):
         Evaluation((Score("leakage", 0.5, False, Evaluator("colour", "0" * 12), "test"),), ()).save(path)
         path.write_text(path.read_text().replace("0.5", value))
         with pytest.raises(MifoError, match=r"scores\.json is damaged"):

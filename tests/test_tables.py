@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,12 +31,12 @@ from mifo.metrics.scores import Evaluator, Score
 from mifo.report.comparison import SIDE
 from mifo.tables import execute, plan
 from mifo.tables.collect import (
+    Estimate,
     Measured,
     cells,
     differences,
     estimate,
     estimate_runs,
-    measured,
     pareto_front,
 )
 from mifo.tables.plan import Run
@@ -216,17 +216,47 @@ def test_other_code_makes_runs_again_unless_any_counts(folder, made, monkeypatch
     assert "cccccccc (dirty) × 4" in Path("new/table.md").read_text()
 
 
+def test_the_repository_around_an_installed_or_copied_package_is_not_its_own(tmp_path):
+    def git(folder, *arguments):
+        me = ("-c", "user.name=me", "-c", "user.email=me@example.org")
+        done = subprocess.run(
+            ["git", "-C", folder, *me, *arguments], check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    def version(root):
+        return identity.version_of(root / "mifo", root / "conf")
+
+    own, other = tmp_path / "own", tmp_path / "other"
+    for folder in ("mifo", "conf"):
+        (own / folder).mkdir(parents=True)
+        (own / folder / "__init__.py").touch()
+    copied, installed = other / "third_party", other / "venv"
+    shutil.copytree(own, copied)
+    for root in (own, other):
+        git(root, "init", "--quiet")
+        git(root, "add", ".")
+        git(root, "commit", "--quiet", "--message", "all")
+    shutil.copytree(own / "mifo", installed / "mifo")
+    assert version(own).name == git(own, "rev-parse", "HEAD") and version(own).dirty is False
+    (own / "conf" / "__init__.py").write_text("changed")
+    assert version(own).dirty
+    for root in (copied, installed):
+        found = version(root)
+        assert (found.commit, found.dirty, found.digest) == (None, None, version(own).digest)
+        assert found.name == f"{metadata.version('mifo')}+{found.digest}"
+
+
 def test_code_without_git_is_not_recorded_as_clean(folder, made, monkeypatch):
     def version(git):
         monkeypatch.setattr(identity, "_git", git)
         return identity.code_version.__wrapped__()  # not cached
 
-    clean = version(lambda _, command, *given: {"rev-parse": "c" * 40}.get(command, ""))
+    own = {"ls-files": "mifo/__init__.py", "rev-parse": "c" * 40, "status": ""}
+    clean = version(lambda _, command, *given: own[command])
     assert (clean.commit, clean.dirty, str(clean)) == ("c" * 40, False, "cccccccc")
-    # another project's repository, in which MIFO is installed without belonging to it
-    inside = version(lambda _, command, *given: {"rev-parse": "c" * 40, "status": ""}.get(command))
     without = version(lambda *given: None)
-    assert inside == without and (without.commit, without.dirty) == (None, None)
+    assert (without.commit, without.dirty) == (None, None)
     assert str(without) == f"{without.digest[:8]} (no git)"
 
     monkeypatch.setattr(execute, "code_version", lambda: without)
@@ -584,6 +614,23 @@ def test_intervals_end_where_the_range_does(kind):
     assert estimate([0.2, 0.9], 2).half > 1 and (along.min(), along.max()) == pytest.approx((0, 1))
 
 
+def test_a_legend_of_many_sets_stays_on_the_page_and_tells_them_apart() -> None:
+    sets = [f"a set of scenes, number {index}" for index in range(12)]
+    figure = draw_table(
+        {("MIFO", each): {"leakage": Estimate(0.2, 0.1, 8, 8)} for each in sets}, ["leakage"], "dots", ""
+    )
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    page, place = figure.bbox, legend.get_window_extent()
+    assert page.x0 <= place.x0 and place.x1 <= page.x1
+    looks = {
+        (line.get_color(), line.get_marker())
+        for line in figure.axes[0].get_lines()
+        if line.get_marker() in "osD"
+    }
+    assert len(looks) == 12
+
+
 @pytest.mark.parametrize("kind", ["dots", "lines", "pareto"])
 def test_a_plot_shows_every_mean(kind):
     found = {
@@ -666,22 +713,31 @@ def test_a_record_does_not_shrink(folder, made):
     assert (folder / "first" / "runs.csv").read_text() == before
 
 
+def write_unchecked(path):
+    """Leave out the checksums of a record, as earlier versions did, so that it can be changed."""
+    with path.open(newline="") as file:
+        rows = [row[:-1] for row in csv.reader(file)]
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
 def test_a_record_of_other_evaluators_is_refused(folder, made):
     table(["small", "table.results=first", "table.workers=0"])
     shutil.rmtree(folder / "outputs")
     path = folder / "first" / "evaluators.json"
     path.write_text(path.read_text().replace("0" * 12, "1" * 12))
+    write_unchecked(folder / "first" / "runs.csv")
     with pytest.raises(MifoError, match="evaluate both with the same"):
         table(
             ["small", "table.record=first", "table.results=second", "table.workers=0", "table.seeds=[0,1,2]"]
         )
 
 
-def test_a_score_that_would_overflow_is_refused():
-    score = Score("editability", 1e308, True, Evaluator("colour", "0" * 12), "test")
-    run = SimpleNamespace(row="MIFO", scenes="cars", instances="three_cars", seed=0)
-    with pytest.raises(MifoError, match=r"the run a-b is damaged: editability=1e\+308 is no score"):
-        measured([(run, Entry("a-b", (score,), None))])
+def test_a_table_with_missing_runs_ends_with_a_sentence(folder, made, mifo, capsys):
+    asked = ["table", "small", "table.workers=0", "table.results=here"]
+    assert mifo(*asked) == 0 and "mifo: error" not in capsys.readouterr().err
+    assert mifo(*asked, "table.seeds=[0,1,7]", "table.missing=leave", "table.results=more") == 1
+    assert "mifo: error: 2 runs have no result; why stands above" in capsys.readouterr().err
 
 
 def test_records_that_do_not_serve_are_refused(folder, made):
@@ -691,12 +747,13 @@ def test_records_that_do_not_serve_are_refused(folder, made):
         table(["small", "table.record=small"])
     with pytest.raises(MifoError, match=r"none of the 4 runs of table\.record=first .* question\.json"):
         table(["small", "table.record=first", "synthesis.samples=3"])
+    write_unchecked(folder / "first" / "runs.csv")
     rows = (folder / "first" / "runs.csv").read_text()
     (folder / "first" / "runs.csv").write_text(rows.replace("editability", "beauty"))
     with pytest.raises(MifoError, match=r"first/runs\.csv is damaged: it lacks the column editability"):
         table(["small", "table.record=first"])
     (folder / "first" / "runs.csv").write_text(rows.rpartition(",")[0] + ",0\n")
-    with pytest.raises(MifoError, match=r"first/runs\.csv is damaged: '0' is no name of a run's folder"):
+    with pytest.raises(MifoError, match=r"first/runs\.csv is damaged: line \d, folder: '0' is no name of"):
         table(["small", "table.record=first"])
     assert not made
 
@@ -754,6 +811,8 @@ def test_the_tables_of_the_repository_follow_from_their_records(path, tmp_path, 
             run = Run(row["row"], row["scenes"], row["instances"], int(row["seed"]), (), None)
             ended.append(execute.Done(run, None, kept=kept[row["folder"].partition("-")[0]]))
     write_table(tmp_path, "mifo table", settings, ended)
+    if "checksum" not in path.open().readline():  # it is an older record
+        write_unchecked(tmp_path / "runs.csv")
     for name in ("runs.csv", "evaluators.json"):
         # older records say that nothing was changed where nobody knows
         recorded = (path.parent / name).read_bytes().replace(b",False,", b",,")
@@ -847,20 +906,56 @@ def test_a_run_with_a_damaged_file_is_made_again(folder, made, monkeypatch, name
         ("evaluators.json", lambda content: content.replace(b"leakage", b"beauty")),
         ("evaluators.json", lambda content: content.replace(b'"test"', b"1")),
         ("evaluators.json", lambda content: b"[" * 100_000),
+        ("evaluators.json", lambda content: content.replace(b'"colour"', b'"colous"')),
     ],
 )
 def test_a_damaged_record_is_one_sentence_that_names_the_file(tmp_path, name, damage):
+    write_two_runs(tmp_path)
+    assert len(read_record(tmp_path)) == 2
+    path = tmp_path / name
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(MifoError, match=f"/({name}|runs.csv) (is damaged|cannot be read)"):
+        read_record(tmp_path)
+
+
+def write_two_runs(folder):
     evaluator = Evaluator("colour", "0" * 12)
     scores = tuple(Score(metric, 0.0, True, evaluator, "test") for metric in ("editability", "leakage"))
     runs = [Run(row, "cars", "three_cars", 0, (), None) for row in ("MIFO", "none")]
     names = [f"{number:012x}-{0:012x}" for number in range(2)]
     entries = [(run, Entry(name, scores, About("0"))) for run, name in zip(runs, names, strict=True)]
-    write_record(tmp_path, entries)
+    write_record(folder, entries)
+
+
+def test_another_digit_in_a_record_is_noticed(tmp_path):
+    write_two_runs(tmp_path)
+    path = tmp_path / "runs.csv"
+    whole = path.read_text()
+    places = range(whole.rindex("three_cars") + len("three_cars,0,"), len(whole))
+    for place in (place for place in places if whole[place].isdigit()):
+        path.write_text(whole[:place] + str(9 - int(whole[place])) + whole[place + 1 :])
+        with pytest.raises(MifoError, match=r"runs\.csv is damaged: line 3"):
+            read_record(tmp_path)
+
+
+def test_values_of_older_records_are_checked_with_line_and_column(tmp_path):
+    write_two_runs(tmp_path)
+    path = tmp_path / "runs.csv"
+    write_unchecked(path)
+    whole = path.read_text()
     assert len(read_record(tmp_path)) == 2
-    path = tmp_path / name
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(MifoError, match=f"/{name} (is damaged|cannot be read)"):
-        read_record(tmp_path)
+    for column, old, new in (
+        ("editability", "0.000000,0.000000", "1e5,0.000000"),
+        ("leakage", "0.000000,0.0,0", "-0.3,0.0,0"),
+        ("leakage", "0.000000,0.0,0", "inf,0.0,0"),
+        ("minutes", "0.0,0", "-1,0"),
+        ("code", "0.0,0,", "0.0,NaN,"),
+        ("dirty", "0.0,0,,", "0.0,0,maybe,"),
+    ):
+        before, _, after = whole.rpartition(old)
+        path.write_text(before + new + after)
+        with pytest.raises(MifoError, match=rf"runs\.csv is damaged: line 3, {column}: "):
+            read_record(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"\xff", b"- a", b"a:\t- b", b"a: &x [1]\nb: *x", b"", b"title: ['${'"])

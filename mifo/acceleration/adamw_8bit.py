@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mifo.acceleration.kernels import BLOCK, has_kernels
+from mifo.acceleration.kernels import BLOCK, has_kernels, own
 
 SMALLEST = 4096  # numbers of a parameter below which its moments stay in 32 bits, as in bitsandbytes
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -52,7 +52,7 @@ class AdamW8bit(torch.optim.Optimizer):
             for parameter in with_gradients:
                 state = self.state[parameter]
                 state["step"] = state.get("step", 0) + 1
-            if with_gradients and has_kernels(with_gradients[0].device):
+            if with_gradients and own("adamw_8bit") and has_kernels(with_gradients[0].device):
                 self._update_at_once(with_gradients, group)
             else:
                 for parameter in with_gradients:

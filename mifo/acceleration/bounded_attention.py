@@ -60,7 +60,7 @@ def runs_as_kernels(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
     """Whether they can run; they look for the highest score before they scale, which must keep the order."""
     batch, heads, _, width = query.shape
     return (
-        kernels_take(query)
+        kernels_take("bounded_attention", query)
         and query.dtype == key.dtype == value.dtype
         and query.dtype in DTYPES
         and key.shape == value.shape == (batch, heads, key.shape[2], width)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from mifo.acceleration.kernels import kernels_take
+from mifo.acceleration.kernels import kernels_take, plain
 
 
 def gated_gelu(projected: Tensor) -> Tensor:
@@ -28,12 +28,16 @@ def gated_gelu(projected: Tensor) -> Tensor:
     """
     if _has_kernels(projected):
         return _GatedGELU.apply(projected)
+    return plain("gated_gelu", _plain)(projected)
+
+
+def _plain(projected: Tensor) -> Tensor:
     hidden, gate = projected.chunk(2, -1)
     return hidden * F.gelu(gate)
 
 
 def _has_kernels(projected: Tensor) -> bool:
-    return kernels_take(projected) and projected.shape[-1] % 16 == 0
+    return kernels_take("gated_gelu", projected) and projected.shape[-1] % 16 == 0
 
 
 class _GatedGELU(torch.autograd.Function):

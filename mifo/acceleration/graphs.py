@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from mifo.acceleration.kernels import own
 from mifo.acceleration.weight_gradients import WeightGradientsBeside
 
 log = logging.getLogger(__name__)
@@ -75,7 +77,9 @@ class GraphedStep:
         copies = copies or {}
         self._leaves = [copies.get(each, each) for each in parameters]
         self._wanted = wanted
-        self._beside = WeightGradientsBeside(self._leaves[0].device)
+        self._beside: AbstractContextManager[Any] = (
+            WeightGradientsBeside(self._leaves[0].device) if own("weight_gradients") else nullcontext()
+        )
         self._replay: Callable[..., Any] | None = None
         self._gradients: Sequence[Tensor | None] | None = None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from mifo.acceleration.kernels import kernels_take
+from mifo.acceleration.kernels import kernels_take, plain
 
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
@@ -36,12 +36,16 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
         raise ValueError(f"{x.shape[1]} channels do not make {groups} groups.")
     if _has_kernels(x):
         return _GroupNormSiLU.apply(x, weight, bias, groups, eps, silu)
+    return plain("group_norm", _plain)(x, weight, bias, groups, eps, silu)
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
     y = F.group_norm(x, groups, weight, bias, eps)
     return F.silu(y) if silu else y
 
 
 def _has_kernels(x: Tensor) -> bool:
-    return kernels_take(x) and x.dim() == 4
+    return kernels_take("group_norm", x) and x.dim() == 4
 
 
 class _GroupNormSiLU(torch.autograd.Function):

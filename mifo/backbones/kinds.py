@@ -1,6 +1,5 @@
 """Which pipelines MIFO works on, told by small files alone: one `Family` for each layout of parts."""
 
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from mifo.backbones.configs import read_config, with_defaults
 from mifo.backbones.flux2.model import READ, Flux2Model
 from mifo.backbones.latent import LatentModel
 from mifo.backbones.mmdit.model import MMDiTModel
@@ -32,7 +32,6 @@ from mifo.backbones.schedulers import read_ddim, read_flow
 from mifo.backbones.unet.model import UNetModel
 from mifo.backbones.z_image.model import ZImageModel
 from mifo.errors import MifoError
-from mifo.files import read_json
 
 Configs = dict[str, dict[str, Any]]
 """Configurations of a pipeline's networks, by part."""
@@ -115,7 +114,8 @@ def _mmdit_sizes(configs: Configs) -> Sizes:
 
 
 def _flux2_sizes(configs: Configs) -> Sizes:
-    transformer, text = _whole(configs, "transformer", Flux2Transformer2DModel), configs["text_encoder"]
+    transformer = with_defaults(configs["transformer"], Flux2Transformer2DModel)
+    text = configs["text_encoder"]
     layers = text.get("num_hidden_layers", 32)
     if layers <= READ[-1]:
         yield "text_encoder", "num_hidden_layers", layers, f"at least {READ[-1] + 1}"
@@ -129,19 +129,13 @@ def _flux2_sizes(configs: Configs) -> Sizes:
 
 
 def _z_image_sizes(configs: Configs) -> Sizes:
-    transformer = _whole(configs, "transformer", ZImageTransformer2DModel)
+    transformer = with_defaults(configs["transformer"], ZImageTransformer2DModel)
     states = configs["text_encoder"].get("hidden_size", 4096)
     yield "transformer", "cap_feat_dim", transformer["cap_feat_dim"], states
     channels = configs["vae"].get("latent_channels", 4)
     yield "transformer", "in_channels", transformer["in_channels"], channels
     width = transformer["n_heads"] * sum(transformer["axes_dims"])
     yield "transformer", "dim", transformer["dim"], width
-
-
-def _whole(configs: Configs, part: str, kind: Any) -> dict[str, Any]:
-    """A part's configuration, with the defaults of its class for keys that it lacks."""
-    taken = inspect.signature(kind).parameters.items()
-    return {key: each.default for key, each in taken if each.default is not each.empty} | configs[part]
 
 
 _VAE = {"latent_channels": 4, "in_channels": 3, "shift_factor": None, "latents_mean": None}
@@ -258,7 +252,8 @@ def family_of(folder: Path, t5: bool = False) -> Family:
 
 def pipeline_index(folder: Path) -> dict[str, Any]:
     """What model_index.json holds; nothing where there is none."""
-    return _read(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
+    file = folder / "model_index.json"
+    return read_config(file) if file.exists() else {}
 
 
 def check_kind(folder: Path, source: str, family: Family) -> Configs:
@@ -268,7 +263,9 @@ def check_kind(folder: Path, source: str, family: Family) -> Configs:
         MifoError: a configuration is missing, damaged or of a model of another kind; it names `source`.
     """
     index = pipeline_index(folder)
-    configs = {part: _read(folder / part / "config.json") for part in family.networks}
+    configs = {
+        part: read_config(folder / part / "config.json", family.parts[part]) for part in family.networks
+    }
     if index.get("text_encoder_2") and "text_encoder_2" not in family.parts:
         raise _other(source, "model_index.json", "text_encoder_2", "present", "absent")
     for part, kind in family.parts.items():
@@ -296,13 +293,6 @@ def check_kind(folder: Path, source: str, family: Family) -> Configs:
         needed = f"a side of square {what}, such as 64"
         raise _other(source, f"{part}/config.json", "sample_size", side, needed)
     return configs
-
-
-def _read(file: Path) -> dict[str, Any]:
-    content = read_json(file)
-    if not isinstance(content, dict):
-        raise MifoError(f"{file} is damaged: it holds no object with keys")
-    return content
 
 
 def _other(source: str, file: str, key: str, value: Any, needed: Any) -> MifoError:

@@ -2,7 +2,7 @@
 
 A folder `learned/` holds
 
-    learned.json                what it is: base model, tokens, class names, stages, checksums of the weights
+    learned.json                what it is: base model, tokens, class names, stages, checksums of all others
     tokens.safetensors          the new token rows
     unet.safetensors            the denoiser's weights that learned, if any; transformer.safetensors of others
     text_encoder.safetensors    the text encoder's weights that learned, if any
@@ -20,7 +20,7 @@ import torch
 from mifo.backbones.base import check_base
 from mifo.backbones.model import DiffusionModel, Trainable
 from mifo.errors import MifoError
-from mifo.files import as_record, read_json, refuse_existing, whole_folder
+from mifo.files import CONFIG, as_record, checksum, read_json, refuse_existing, whole_folder
 from mifo.tensors import read_tensors, write_tensors
 
 FORMAT = 1
@@ -34,7 +34,7 @@ class Learned:
 
     Attributes:
         stages: the steps that each stage took, by its name.
-        checksums: SHA-256 of each file of tensors, by its name; results of before December 2026 have none.
+        checksums: SHA-256 of each other file, by its name; results of before December 2026 lack some.
     """
 
     tokens: list[str]
@@ -81,6 +81,8 @@ def save_learned(
             dtype = torch.float16 if half and file != ROWS else None
             tensors = {name: each.detach().to("cpu", dtype) for name, each in parameters.items()}
             checksums[file] = write_tensors(unfinished / file, tensors)
+        (unfinished / CONFIG).write_text(config, encoding="utf-8")
+        checksums[CONFIG] = checksum(unfinished / CONFIG)
         learned = Learned(
             tokens=list(model.new_words),
             class_names=None if class_names is None else list(class_names),
@@ -94,12 +96,11 @@ def save_learned(
         (unfinished / "learned.json").write_text(
             json.dumps(asdict(learned), indent=2) + "\n", encoding="utf-8"
         )
-        (unfinished / "config.yaml").write_text(config, encoding="utf-8")
     return learned
 
 
 def read_learned(folder: Path | str) -> Learned:
-    """Read `learned.json` alone, before any model is loaded.
+    """Read `learned.json`, before any model is loaded, and check that `config.yaml` is what was saved.
 
     Raises:
         MifoError: `folder` holds no learned result, a damaged one, or one of another format.
@@ -133,6 +134,9 @@ def read_learned(folder: Path | str) -> Learned:
     for key in wrong:
         if wrong[key]:
             raise MifoError(f"{file} is damaged: {key} holds {str(getattr(learned, key))[:40]}")
+    config = file.with_name(CONFIG)
+    if CONFIG in learned.checksums and checksum(config) != learned.checksums[CONFIG]:
+        raise MifoError(f"{config} is damaged: its checksum is another")
     return learned
 
 

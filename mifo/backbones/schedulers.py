@@ -6,27 +6,26 @@ from pathlib import Path
 import diffusers
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
+from mifo.backbones.configs import read_config, with_defaults
 from mifo.errors import MifoError
-from mifo.files import read_json
 
 
 def read_ddim(folder: Path) -> DDIMScheduler:
     """The model's scheduler as DDIM, whichever class it has itself; keys that DDIM lacks have no effect.
 
     Raises:
-        MifoError: a class without betas.
+        MifoError: a class without betas, or a value of another type than its class takes.
     """
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
-    name = config.get("_class_name", "DDIMScheduler")
-    own = inspect.signature(getattr(diffusers, name)).parameters if name in DDIMScheduler._compatibles else {}
-    # a missing key takes the default of its own class; only DDIM and DDPM clip, and only where they say so
-    known = {"clip_sample": False, "set_alpha_to_one": False}
-    known |= {key: each.default for key, each in own.items() if each.default is not each.empty} | config
-    if "beta_start" not in own:
+    file = folder / "scheduler" / "scheduler_config.json"
+    name = read_config(file).get("_class_name", "DDIMScheduler")
+    own = getattr(diffusers, name) if name in DDIMScheduler._compatibles else None
+    if own is None or "beta_start" not in inspect.signature(own).parameters:
         raise MifoError(
             f"scheduler/scheduler_config.json in {folder} is of the class {name}, which has no betas for "
             "DDIM; name a text-to-image model of Stable Diffusion 1.x, 2.x or XL's kind."
         )
+    # a missing key takes the default of its own class; only DDIM and DDPM clip, and only where they say so
+    known = {"clip_sample": False, "set_alpha_to_one": False} | with_defaults(read_config(file, own), own)
     wanted = inspect.signature(DDIMScheduler).parameters
     return DDIMScheduler(**{key: value for key, value in known.items() if key in wanted})
 
@@ -35,9 +34,10 @@ def read_flow(folder: Path) -> FlowMatchEulerDiscreteScheduler:
     """The model's scheduler of a rectified flow.
 
     Raises:
-        MifoError: another class.
+        MifoError: another class, or a value of another type than it takes.
     """
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = read_config(file, FlowMatchEulerDiscreteScheduler)
     name = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
     if name != "FlowMatchEulerDiscreteScheduler":
         raise MifoError(

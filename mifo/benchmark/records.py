@@ -7,7 +7,6 @@ from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from platform import processor, python_version
-from subprocess import run
 
 import pandas as pd
 import torch
@@ -44,7 +43,7 @@ IDEA_HEADS = [
 
 @dataclass(frozen=True)
 class Circumstances:
-    """Where, when and of what a record was taken."""
+    """Where, when and of what a record was taken; `commit` names the code, also where no git knows it."""
 
     device: str
     profile: str
@@ -54,20 +53,14 @@ class Circumstances:
     versions: dict[str, str]
 
     @classmethod
-    def now(cls, device: torch.device, profile: str, shapes: str) -> "Circumstances":
+    def now(cls, device: torch.device, profile: str, shapes: str, code: str) -> "Circumstances":
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
-        described = run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
         versions = {"python": python_version(), "torch": torch.__version__}
         versions |= {package: version(package) for package in PACKAGES}
         if device.type == "cuda":
             versions["cuda"] = str(torch.version.cuda)
         date = datetime.now().astimezone().isoformat(timespec="seconds")
-        return cls(name, profile, shapes, date, described.stdout.strip() or "unknown", versions)
+        return cls(name, profile, shapes, date, code, versions)
 
 
 @dataclass(frozen=True)
@@ -162,7 +155,7 @@ def _ideas(records: Sequence[Record]) -> list[str]:
                 record.profile,
                 " / ".join(_seconds(each.seconds) for each in usual) or "–",
                 str(row.notes.get("failed", _seconds(row.seconds))),
-                _gain(row.seconds, [each.seconds for each in usual], _seconds),
+                _gain(row.seconds, [each.seconds for each in usual], _seconds, share=True),
                 # on a processor the peak is that of the whole process, with all that came before
                 _gain(row.peak_gib, [each.peak_gib for each in usual], "{:.1f} GiB".format)
                 if "cuda" in record.versions
@@ -178,13 +171,19 @@ def _ideas(records: Sequence[Record]) -> list[str]:
     return lines
 
 
-def _gain(without: float | None, usual: Sequence[float | None], told: Callable[[float], str]) -> str:
+def _gain(
+    without: float | None, usual: Sequence[float | None], told: Callable[[float], str], share: bool = False
+) -> str:
+    """What an idea gains; with `share`, also as a share of the time with all ideas."""
     known = [each for each in usual if each is not None]
     if without is None or not known:
         return "–"
-    gain = without - sum(known) / len(known)
+    mean = sum(known) / len(known)
+    gain, sign = without - mean, "−" if without < mean else "+"
     size = told(abs(gain))
-    return size if size == told(0.0) else ("−" if gain < 0 else "+") + size
+    if size == told(0.0):
+        return size
+    return f"{sign}{size}" + (f" ({sign}{abs(gain) / mean:.0%})" if share else "")
 
 
 def _seconds(value: float | None) -> str:

@@ -1,10 +1,11 @@
 """The rows of the benchmark: each measures one thing and needs nothing of the others."""
 
 import math
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -262,6 +263,24 @@ def both_stages(bench: Bench) -> Measurement:
     return row
 
 
+def processes(bench: Bench) -> Measurement:
+    """Both stages, saving included, in a process of its own, where another one has compiled its kernels.
+
+    From the process's start to its end, weights and class pictures made too; the first is noted beside.
+    """
+    wanted = ("benchmark.rows=[both_stages]", f"benchmark.shapes={bench.settings.shapes}")
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {name: f"{folder}/{name}" for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
+        command = _command(bench, "benchmark", f"{folder}/run", f"benchmark.folder={folder}", *wanted)
+        first, second = (
+            stopwatch(bench.device, lambda: _Process(command, Path(folder) / "log", caches).wait())
+            for _ in range(2)
+        )
+    row = measured([second], Memory(bench.device).peak_gib())
+    row.notes["first process, no kernel compiled before"] = first
+    return row
+
+
 def picture(bench: Bench) -> Measurement:
     """One picture, two boxes; 50 steps, or as many as a distilled model takes."""
     return bench.pictures(1, 2, bench.settings.repeats)
@@ -270,6 +289,25 @@ def picture(bench: Bench) -> Measurement:
 def three_pictures(bench: Bench) -> Measurement:
     """Three pictures at once, two boxes; steps as for one."""
     return bench.pictures(3, 2, bench.settings.repeats)
+
+
+def network(bench: Bench) -> Measurement:
+    """The bare network on two samples, without a loss or masks, as often as steps are timed."""
+    performance = available(bench.performance, bench.device)
+    model = random_model(bench.settings.shapes, bench.device, bench.dtype)
+    ready_for_synthesis(model, performance)
+    sampler = picture_sampler(model, SynthesisSettings(), GuidanceSettings(), performance.cuda_graphs)
+    conditioning = model.encode_prompts(["", "a photo"]).to(model.dtype)
+    latents = torch.randn(1, *model.latent_shape, device=model.device, dtype=model.dtype)
+
+    @torch.no_grad()
+    def forward() -> None:
+        sampler.prediction(latents, sampler.time(0, model.device), conditioning, None, None)
+
+    first, memory = stopwatch(bench.device, forward), Memory(bench.device)
+    row = measured([stopwatch(bench.device, forward) for _ in range(bench.settings.steps)], memory.peak_gib())
+    row.notes["first call, kernels compiled or loaded"] = first
+    return row
 
 
 def equivalence(bench: Bench) -> Measurement:
@@ -333,21 +371,40 @@ def throughput(bench: Bench) -> Measurement:
 def _demos(bench: Bench, count: int, *overrides: str) -> float:
     """Seconds until `count` demo runs of different seeds, started at once, have ended."""
     with tempfile.TemporaryDirectory() as folder:
-        start, running = perf_counter(), []
-        for i in range(count):
-            command = [
-                *(sys.executable, "-m", "mifo", "run", "experiment=demo", "logger=none", f"seed={i}"),
-                *(f"device={bench.device.type}", f"performance={bench.performance.name}"),
-                *(f"hydra.run.dir={folder}/{i}", f"learning.prior.cache={folder}/prior", *overrides),
-            ]
-            told = Path(folder) / f"{i}.log"
-            with told.open("w") as log:
-                running.append((subprocess.Popen(command, stdout=log, stderr=log), told))
-        for process, told in running:
-            if process.wait():
-                reason = (told.read_text().strip().splitlines() or ["nothing was said"])[-1]
-                raise MifoError(f"a demo run failed in the benchmark: {reason}")
+        start = perf_counter()
+        shared = ("experiment=demo", "logger=none", f"learning.prior.cache={folder}/prior", *overrides)
+        running = [
+            _Process(_command(bench, "run", f"{folder}/{i}", f"seed={i}", *shared), Path(folder) / f"{i}.log")
+            for i in range(count)
+        ]
+        for process in running:
+            process.wait()
         return perf_counter() - start
+
+
+def _command(bench: Bench, task: str, folder: str, *overrides: str) -> list[str]:
+    """A task of MIFO on this device with this profile, in a folder of its own."""
+    usual = (f"device={bench.device.type}", f"performance={bench.performance.name}")
+    return [sys.executable, "-m", "mifo", task, *usual, f"hydra.run.dir={folder}", *overrides]
+
+
+class _Process:
+    """A command in a process of its own."""
+
+    def __init__(
+        self, command: Sequence[str], told: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """`told` takes what it prints; `environment` comes on top of this process's."""
+        self._told = told
+        with told.open("w") as log:
+            env = {**os.environ, **(environment or {})}
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
+
+    def wait(self) -> None:
+        """Raises MifoError with the last line that it printed, if it failed."""
+        if self._process.wait():
+            reason = (self._told.read_text().strip().splitlines() or ["nothing was said"])[-1]
+            raise MifoError(f"a run failed in the benchmark: {reason}")
 
 
 def by_name(*rows: Callable[[Bench], Measurement]) -> dict[str, Callable[[Bench], Measurement]]:
@@ -364,6 +421,8 @@ ROWS = by_name(
     both_stages,
     picture,
     three_pictures,
+    network,
+    processes,
     equivalence,
     demo,
     throughput,

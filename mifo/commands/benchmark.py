@@ -6,10 +6,12 @@ from pathlib import Path
 
 from rich.progress import track
 
+from mifo.benchmark.instead import check_instead, plan
 from mifo.benchmark.measuring import Measurement
 from mifo.benchmark.records import Circumstances, write_record, write_table
-from mifo.benchmark.rows import ROWS, Bench, tried
+from mifo.benchmark.rows import ROWS, Bench
 from mifo.commands.setup import prepare
+from mifo.config.identity import told_code
 from mifo.config.schema import BenchmarkTaskSettings
 from mifo.errors import MifoError
 
@@ -27,6 +29,7 @@ def benchmark(settings: BenchmarkTaskSettings) -> Path:
         raise MifoError(
             f"benchmark.rows names {unknown[0]}, which is no row; take some of {', '.join(ROWS)}."
         )
+    check_instead(settings.benchmark.instead)
     device = prepare(settings)
     bench = Bench(
         settings.benchmark,
@@ -36,13 +39,14 @@ def benchmark(settings: BenchmarkTaskSettings) -> Path:
         settings.learning,
         settings.penalty,
     )
-    taken = Circumstances.now(device, settings.performance.name, settings.benchmark.shapes)
+    taken = Circumstances.now(device, settings.performance.name, settings.benchmark.shapes, told_code())
     slug = re.sub(r"[^a-z0-9]+", "-", f"{taken.device} {taken.shapes} {taken.profile}".lower()).strip("-")
     folder = Path(settings.benchmark.folder)
     file = folder / f"{re.sub(r'[^0-9]', '', taken.date[:19])}-{slug}.json"
     rows: dict[str, Measurement] = {}
-    for name in track(wanted, "benchmark"):
-        rows[name] = tried(ROWS[name], bench)
+    planned = plan(wanted, settings.benchmark.instead)
+    for name, (row, instead) in track(planned.items(), "benchmark", total=len(planned)):
+        rows[name] = instead.measure(row, bench)
         if reason := rows[name].notes.get("failed"):
             log.warning("%s: %s", name, reason)
         write_record(file, taken, rows)

@@ -86,7 +86,10 @@ def recorded_instances(pictures: Path) -> InstancesSettings:
     recorded = pictures / "instances.yaml"
     if not recorded.exists():
         raise MifoError(f"{recorded} is missing, so the instances are not known; name them by instances=…")
-    return instances_in(recorded)
+    try:
+        return instances_in(recorded)
+    except MifoError as error:
+        raise MifoError(f"{error}; name the instances by instances=…") from error
 
 
 def other_instances(pictures: Path, given: InstancesSettings | None) -> str | None:

@@ -18,7 +18,7 @@ from mifo.backbones.loading import load_model
 from mifo.backbones.settings import ModelSettings
 from mifo.benchmark.records import processor_name
 from mifo.commands.setup import prepare
-from mifo.config.identity import code_version
+from mifo.config.identity import told_code
 from mifo.config.jobs import claim_folder
 from mifo.config.schema import QualitySettings
 from mifo.data.layouts import Layout
@@ -103,7 +103,7 @@ def about(device: torch.device) -> dict[str, str]:
     named = [f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers")]
     return {
         "date": date.today().isoformat(),
-        "code": str(code_version()),
+        "code": told_code(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         "libraries": ", ".join([f"Python {platform.python_version()}", *named]),
     }

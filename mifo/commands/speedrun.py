@@ -11,6 +11,7 @@ from mifo.benchmark.records import Circumstances
 from mifo.callbacks.speedrun import Reached, Stopwatch
 from mifo.commands.readiness import LEARNING, Setup, check_ready, layout
 from mifo.commands.setup import prepare
+from mifo.config.identity import told_code
 from mifo.config.jobs import claim_folder
 from mifo.config.schema import SpeedrunSettings
 from mifo.errors import MifoError
@@ -64,7 +65,7 @@ def speedrun(settings: SpeedrunSettings) -> Path:
             f"the target was not reached; the best was identification {best.identification:.3f} and leakage "
             f"{best.leakage:.3f} at {best.stage} {best.step}; take more steps or other settings"
         )
-    here = Circumstances.now(device, settings.performance.name, settings.model.name)
+    here = Circumstances.now(device, settings.performance.name, settings.model.name, told_code())
     row = {
         "seconds": round(watch.looks[-1].seconds, 1),
         **{key: value for key, value in asdict(watch.looks[-1]).items() if key != "seconds"},

@@ -1,6 +1,7 @@
 """`mifo synthesize`: pictures with the learned instances in their boxes."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mifo.data.instances import read_instances, save_side_by_side
 from mifo.data.layouts import Layout, layouts
 from mifo.data.saved_pictures import save_pictures
 from mifo.errors import MifoError
-from mifo.files import existing_folder, read_yaml, whole_folder, write_whole
+from mifo.files import existing_folder, whole_folder, write_whole
 from mifo.making.pictures import make_pictures
 from mifo.making.together import joined_tokens, put_together
 from mifo.method.prompts.instances import INSTANCE, check_placeholders, find_instances
@@ -101,14 +102,9 @@ def record_instances(learned: Path, pictures: Path) -> None:
     """
     record = pictures / "instances.yaml"
     if not record.is_file():
+        instances = instances_in(learned / CONFIG, "instances")
         pictures.mkdir(parents=True, exist_ok=True)
-        try:
-            instances = read_yaml(learned / CONFIG)["instances"]
-        except (KeyError, TypeError) as error:
-            raise MifoError(
-                f"{learned / CONFIG} is damaged: it does not say which instances it had"
-            ) from error
-        write_whole(record, OmegaConf.to_yaml(OmegaConf.create(instances)))
+        write_whole(record, OmegaConf.to_yaml(OmegaConf.create(asdict(instances))))
 
 
 def check_apart(settings: SynthesizeSettings, wanted: Sequence[Layout]) -> None:

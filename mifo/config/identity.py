@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,20 @@ _LONGEST = 80  # letters beside scene and seed; Weights & Biases takes names of 
 
 @dataclass(frozen=True)
 class CodeVersion:
-    """`digest` of the package's files; `commit` and `dirty` (changes not committed) where git knows them.
+    """`digest` of the package's files; `commit` of its own repository and `dirty` (changes not committed).
 
-    Both are None where no git keeps the package: whether it was changed is not known there.
+    Both are None outside a checkout of MIFO, whatever repository surrounds the package: whether it was
+    changed is not known there.
     """
 
     digest: str
     commit: str | None
     dirty: bool | None
+
+    @property
+    def name(self) -> str:
+        """The commit; without one, the version of the package and the digest, as 0.1.0+1f2e3d4c5b6a."""
+        return self.commit or f"{_installed_version()}+{self.digest}"
 
     def __str__(self) -> str:
         return f"{(self.commit or self.digest)[:8]}{_STATES[self.dirty]}"
@@ -157,19 +164,36 @@ def register_resolvers() -> None:
 @cache
 def code_version() -> CodeVersion:
     """The version of the package, but for `mifo/tables`, which computes nothing that is measured."""
-    package = Path(__file__).parents[1]
+    return version_of(Path(__file__).parents[1], conf_folder())
+
+
+def version_of(package: Path, conf: Path) -> CodeVersion:
+    """The version of a package MIFO with the configuration that belongs to it."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*")):
         inside = path.relative_to(package)
         if path.is_file() and "__pycache__" not in inside.parts and inside.parts[0] != "tables":
             digest.update(str(inside).encode())
             digest.update(hashlib.sha256(path.read_bytes()).digest())
-    # an installed package may lie in a repository that is not its own
-    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
+    # the package may lie in a repository that is not its own: installed there, or copied into it
+    if _git(package, "ls-files", "--full-name", "__init__.py") != "mifo/__init__.py":
         return CodeVersion(digest.hexdigest()[:12], None, None)
     commit = _git(package, "rev-parse", "HEAD")
-    changed = _git(package, "status", "--porcelain", "--", str(package), str(conf_folder()))
+    changed = _git(package, "status", "--porcelain", "--", str(package), str(conf))
     return CodeVersion(digest.hexdigest()[:12], commit, None if changed is None else bool(changed))
+
+
+def told_code() -> str:
+    """The code of a record that a person reads: commit, or version and digest."""
+    code = code_version()
+    return str(code) if code.commit else code.name
+
+
+def _installed_version() -> str:
+    try:
+        return version("mifo")
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

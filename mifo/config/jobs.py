@@ -261,7 +261,7 @@ def claim_folder(settings: TaskSettings) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CONFIG
     code = code_version()
-    settings.origin.code, settings.origin.dirty = code.commit or code.digest, code.dirty
+    settings.origin.code, settings.origin.dirty = code.name, code.dirty
     mine = as_plain(settings)
     if path.is_file():
         before = read_settings(folder, settings.task)

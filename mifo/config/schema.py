@@ -42,7 +42,7 @@ class Origin:
     table: str | None = None  # that made the run, with the run's row and set of scenes
     row: str | None = None
     set: str | None = None
-    code: str | None = None  # commit, or digest of the package's files
+    code: str | None = None  # commit, or version and digest of the package; see `CodeVersion.name`
     dirty: bool | None = None  # changes were not committed; None: no git knows
 
 

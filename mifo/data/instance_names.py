@@ -56,13 +56,10 @@ def instances_in(recorded: Path, key: str | None = None) -> InstancesSettings:
     Raises:
         MifoError: the file is missing or damaged.
     """
-    try:
-        content = read_yaml(recorded, from_outside=True)
-        if key is not None:
-            content = content.get(key) if isinstance(content, dict) else None
-        return as_record(content, InstancesSettings, recorded)
-    except MifoError as error:
-        raise MifoError(f"{error}; name the instances by instances=…") from error
+    content = read_yaml(recorded, from_outside=True)
+    if key is not None:
+        content = content.get(key) if isinstance(content, dict) else None
+    return as_record(content, InstancesSettings, recorded)
 
 
 def name_instances(settings: InstancesSettings) -> InstanceNames:

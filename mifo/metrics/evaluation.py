@@ -59,6 +59,13 @@ def best_of(metric: str) -> str:
     return "max" if METRICS[metric].higher_is_better else "min"
 
 
+def check_value(metric: str, value: float) -> None:
+    """Raise ValueError for a value outside of the range that a metric declares, but for rounding."""
+    low, high = METRICS[metric].plot_lower_bound, METRICS[metric].plot_upper_bound
+    if not low - 1e-3 <= value <= high + 1e-3:  # NaN is not
+        raise ValueError(f"{value} is not in [{low:g}, {high:g}]")
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Mean `scores`, the scores of each picture by metric, and the mean leakage matrix.
@@ -88,12 +95,18 @@ class Evaluation:
 
     @classmethod
     def read(cls, path: Path | str) -> "Evaluation":
-        """The evaluation in a file of `save`; refuses damage, unknown metrics and infinite numbers."""
+        """The evaluation in a file of `save`; refuses damage, unknown metrics and values out of range."""
         found = read_record(Path(path), cls)
         if unknown := {score.metric for score in found.scores}.union(*found.pictures) - METRICS.keys():
             raise MifoError(f"{path} is damaged: {min(unknown)[:40]!r} is no metric")
         if any(len(row) != len(found.leakage_matrix) for row in found.leakage_matrix):
             raise MifoError(f"{path} is damaged: its leakage matrix is not square")
+        means = {score.metric: score.value for score in found.scores}
+        for metric, value in (each for row in (means, *found.pictures) for each in row.items()):
+            try:
+                check_value(metric, value)
+            except ValueError as error:
+                raise MifoError(f"{path} is damaged: {metric}={error}") from error
         return found
 
 
@@ -222,11 +235,13 @@ class PictureEvaluator:
             # NaN is looked for first, since an argmax would hide it
             finite = all(value.isfinite().all() for value in values)
             row[name] = metric(*values).item() if finite else math.nan
-            if not math.isfinite(row[name]):
+            try:
+                check_value(name, row[name])
+            except ValueError as error:
                 raise MifoError(
-                    f"{name} of picture {index} is not finite, as {self._evaluator(name)} measures it; "
+                    f"{name} of picture {index}, as {self._evaluator(name)} measures it: {error}; "
                     "take another evaluator in metrics"
-                )
+                ) from error
         return row
 
     def _evaluator(self, metric: str) -> Evaluator:

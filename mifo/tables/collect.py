@@ -6,12 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t as student
 
-from mifo.errors import MifoError
 from mifo.metrics.scores import score_table
 from mifo.tables.plan import Run
 from mifo.tables.record import Entry
-
-LARGEST = 1e9  # of any score; squares of larger ones would overflow in deviations
 
 
 @dataclass(frozen=True)
@@ -45,15 +42,9 @@ def measured(entries: Sequence[tuple[Run, Entry]]) -> list[Measured]:
     """The scores of every finished run.
 
     Raises:
-        MifoError: runs were measured by different evaluators or protocols, or a score has overflowed.
+        MifoError: runs were measured by different evaluators or protocols.
     """
     values = score_table({entry.name: entry.scores for _, entry in entries})
-    for name, scores in values.items():
-        for metric, value in scores.items():
-            if abs(value) > LARGEST:
-                raise MifoError(
-                    f"the run {name[:40]} is damaged: {metric}={value} is no score; make it again"
-                )
     return [
         Measured(run.row, run.scenes, run.instances, run.seed, values[entry.name]) for run, entry in entries
     ]

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mifo.metrics.evaluation import METRICS
-from mifo.report.palette import hexadecimal, instance_colour
+from mifo.report.palette import PALETTE, hexadecimal, instance_colour
 from mifo.tables.collect import Estimate, pareto_front
 
 Cells = Mapping[tuple[str, str], Mapping[str, Estimate]]
@@ -122,7 +122,9 @@ def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=7, frameon=False)
+    inches = 0.6 + 0.06 * max(map(len, labels))
+    columns = min(len(labels), max(1, int(figure.get_figwidth() / inches)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
 
 
 def _half_widths(each: Estimate, metric: str) -> tuple[float, float]:
@@ -151,8 +153,9 @@ def _errorbars(
     }
     style = {"color": hexadecimal(instance_colour(colour)), "linestyle": line, "label": label}
     width = {"elinewidth": 1.2, "capsize": 2}
+    marker = "osD"[colour // len(PALETTE) % 3]  # colours repeat
     drawn = axes.errorbar(
-        across, up, fmt="o", markersize=9 if faint else 4, linewidth=1, **width, **style, **errors
+        across, up, fmt=marker, markersize=9 if faint else 4, linewidth=1, **width, **style, **errors
     )
     if faint:
         _, caps, bars = drawn

@@ -1,20 +1,20 @@
 """The record of a table: what every run scored, kept beside the table when the runs' own folders are gone."""
 
-import csv
+import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from io import StringIO
-from math import isfinite
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from mifo.config.identity import CodeVersion
 from mifo.errors import MifoError
-from mifo.files import as_record, read_json, read_text, write_whole
-from mifo.metrics.evaluation import METRICS
+from mifo.files import as_record, finite_number, read_csv, read_json, write_whole
+from mifo.metrics.evaluation import METRICS, check_value
 from mifo.metrics.scores import Evaluator, Score
 from mifo.report.tables import write_csv
 from mifo.tables.plan import Run
@@ -71,7 +71,10 @@ class Measure:
 
 
 def write_record(folder: Path, entries: Sequence[tuple[Run, Entry]]) -> None:
-    """Write `runs.csv`, a row for each run, and `evaluators.json`, who measured each metric in them all."""
+    """Write `runs.csv`, a row for each run, and `evaluators.json`, who measured each metric in them all.
+
+    Each row has a checksum of what is read of it again, with who measured it.
+    """
     found = {score.metric: score for _, entry in entries for score in entry.scores}
     metrics = [metric for metric in METRICS if metric in found]
     rows = []
@@ -80,8 +83,9 @@ def write_record(folder: Path, entries: Sequence[tuple[Run, Entry]]) -> None:
         code = entry.code
         about = [str(round(entry.minutes, 2)), code and (code.commit or code.digest), code and code.dirty]
         own = [values.get(metric) for metric in metrics]
-        rows.append([run.row, run.scenes, run.instances, run.seed, *own, *about, entry.name])
-    heads = ["row", "scenes", "instances", "seed", *metrics, "minutes", "code", "dirty", "folder"]
+        place = [run.row, run.scenes, run.instances, run.seed]
+        rows.append([*place, *own, *about, entry.name, _checksum(entry)])
+    heads = ["row", "scenes", "instances", "seed", *metrics, "minutes", "code", "dirty", "folder", "checksum"]
     write_csv(folder / RUNS, pd.DataFrame(rows, columns=heads), digits=6)
     measured = {
         metric: asdict(Measure(found[metric].evaluator, found[metric].protocol)) for metric in metrics
@@ -103,10 +107,14 @@ def read_record(folder: Path) -> dict[str, Entry]:
             )
     path = folder / RUNS
     measures = _measures(folder / EVALUATORS)
-    rows = _rows(path, [*measures, "minutes", "code", "dirty", "folder"])
+    columns: dict[str, Callable[[str], Any]] = {metric: partial(_score, metric) for metric in measures}
+    columns |= {"minutes": _minutes, "code": _code, "dirty": _dirty, "folder": _name}
     entries: dict[str, Entry] = {}
-    for row in rows:
-        entry = _entry(row, measures, path)
+    for line, row in enumerate(read_csv(path, columns), start=2):
+        entry = _entry(row, measures)
+        # records of before December 2026 have no checksums
+        if row.get("checksum", own := _checksum(entry)) != own:
+            raise MifoError(f"{path} is damaged: line {line} or {EVALUATORS} is not what was written")
         # two rows of a table may be one run
         if entries.setdefault(entry.name.partition("-")[0], entry) != entry:
             raise MifoError(f"{path} is damaged: it says two things of the run {entry.name[:40]}")
@@ -120,46 +128,58 @@ def _measures(path: Path) -> dict[str, Measure]:
     return {metric: as_record(by, Measure, path) for metric, by in content.items()}
 
 
-def _rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a CSV file as texts, which must have the columns `needed`."""
-    text = read_text(path)
-    try:
-        # pandas fills up rows that were cut off, and takes a quote that nobody closes
-        heads, *rows = csv.reader(StringIO(text, newline=""), strict=True)
-    except (csv.Error, ValueError) as error:
-        raise MifoError(f"{path} is damaged: it is no table ({error})") from error
-    if missing := [column for column in needed if column not in heads]:
-        raise MifoError(f"{path} is damaged: it lacks the column {missing[0]}")
-    if not text.endswith("\n") or any(len(row) != len(heads) for row in rows):
-        raise MifoError(f"{path} is damaged: a row has more or fewer fields than the first line")
-    return [dict(zip(heads, row, strict=True)) for row in rows]
-
-
-def _entry(row: dict[str, str], measures: dict[str, Measure], path: Path) -> Entry:
+def _entry(row: dict[str, Any], measures: dict[str, Measure]) -> Entry:
     scores = tuple(
-        Score(
-            *(metric, _number(row[metric], path), METRICS[metric].higher_is_better),
-            *(by.evaluator, by.protocol),
-        )
+        Score(metric, row[metric], METRICS[metric].higher_is_better, by.evaluator, by.protocol)
         for metric, by in measures.items()
-        if row[metric]
+        if row[metric] is not None
     )
-    if not re.fullmatch(r"[0-9a-f]{12}-[0-9a-f]{12}", row["folder"]):
-        raise MifoError(f"{path} is damaged: {row['folder'][:40]!r} is no name of a run's folder")
     digest = row["folder"].partition("-")[2]
     about = None
     if row["code"]:
         commit = None if row["code"] == digest else row["code"]
-        dirty = row["dirty"] == "True" if commit else None
-        about = About(digest, commit, dirty, 60 * _number(row["minutes"], path))
+        about = About(digest, commit, row["dirty"] if commit else None, 60 * row["minutes"])
     return Entry(row["folder"], scores, about)
 
 
-def _number(text: str, path: Path) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = float("nan")
-    if not isfinite(number):
-        raise MifoError(f"{path} is damaged: {text[:40]!r} is no number")
+def _checksum(entry: Entry) -> str:
+    """The first hexadecimals of the SHA-256 of what a row says of a run, as far as it is written out."""
+    scores = sorted(
+        (each.metric, f"{each.value:.6f}", str(each.evaluator), each.protocol) for each in entry.scores
+    )
+    code = entry.code and (entry.code.commit or entry.code.digest, bool(entry.code.dirty))
+    return hashlib.sha256(repr((entry.name, scores, code, round(entry.minutes, 2))).encode()).hexdigest()[:12]
+
+
+# what makes values of the texts in a row
+
+
+def _score(metric: str, text: str) -> float | None:
+    if not text:
+        return None
+    check_value(metric, value := finite_number(text))
+    return value
+
+
+def _minutes(text: str) -> float:
+    if (number := finite_number(text)) < 0:
+        raise ValueError(f"{text[:40]!r} is no duration")
     return number
+
+
+def _code(text: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]*", text):
+        raise ValueError(f"{text[:40]!r} is no version of the code")
+    return text
+
+
+def _dirty(text: str) -> bool:
+    if text not in ("", "True", "False"):
+        raise ValueError(f"{text[:40]!r} is neither True nor False")
+    return text == "True"
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{12}-[0-9a-f]{12}", text):
+        raise ValueError(f"{text[:40]!r} is no name of a run's folder")
+    return text
