@@ -16,7 +16,7 @@ from mifo.acceleration.settings import PerformanceSettings
 from mifo.backbones.learned import load_learned
 from mifo.backbones.loading import load_model, load_outline
 from mifo.backbones.settings import ModelSettings
-from mifo.benchmark.rows import Bench, stage2_step
+from mifo.benchmark.rows import Bench, diffusers_step, stage2_step
 from mifo.benchmark.settings import BenchmarkSettings
 from mifo.benchmark.shapes import SHAPES, random_model
 from mifo.data.settings import PriorSettings
@@ -233,3 +233,4 @@ def test_the_benchmark_measures_its_shapes_with_adapters(monkeypatch, tmp_path):
     bench = Bench(settings, PerformanceSettings(), CPU, "float32", learning, PenaltySettings())
     row = stage2_step(bench)
     assert row.seconds > 0 and row.notes["trainable"] == "adapters alone (lora, rank 16)"
+    assert diffusers_step(bench).seconds > 0
