@@ -39,11 +39,6 @@ class JointModel(LatentModel):
     @abstractmethod
     def attentive(self) -> JointNetwork: ...
 
-    @property
-    def kept_of_twice(self) -> float:
-        """That of one block, and as much again for the inputs of all."""
-        return 2 / sum(site.kind == "words" for site in self.sites)
-
     @cached_property
     def process(self) -> Flow:
         return Flow.from_scheduler(self.noise_scheduler, self.timesteps)

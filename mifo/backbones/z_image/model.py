@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from mifo.backbones.attention import unrounded
 from mifo.backbones.joint.attention import JointAttention, joint_heads
 from mifo.backbones.joint.network import JointNetwork
 from mifo.backbones.joint.qwen_model import QwenModel
@@ -47,7 +48,7 @@ class StreamAttention(JointAttention):
 
 def _turned(states: Tensor, angles: Tensor) -> Tensor:
     """Queries or keys (B, heads, n + L, d) turned by their places, complex numbers (B, n + L, d / 2)."""
-    with torch.autocast(states.device.type, enabled=False):
+    with unrounded(states):
         pairs = torch.view_as_complex(states.float().unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * angles[:, None]).flatten(3).to(states.dtype)
 
