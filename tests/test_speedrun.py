@@ -81,6 +81,31 @@ def test_a_target_that_is_not_reached_leaves_no_row(judged, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda text: text[: len(text) // 2], "board.csv is damaged: a row has more or fewer fields"),
+        (
+            lambda text: text.replace("seconds", "minutes"),
+            "board.csv is damaged: it lacks the column seconds",
+        ),
+        (
+            lambda text: text.replace("0.6000,", "nan,"),
+            "board.csv is damaged: line 2, identification",
+        ),
+        (lambda text: "", "board.csv is damaged: it is no table"),
+    ],
+)
+def test_a_damaged_leaderboard_is_refused_before_anything_is_learned(judged, monkeypatch, damage, told):
+    board = judged("one", "identification=0.5", "leakage=0.5", "leaderboard=board.csv")
+    board.write_text(damage(board.read_text()))
+    before = board.read_text()
+    monkeypatch.setattr("mifo.commands.speedrun.learn", lambda *_, **__: pytest.fail("it has learned"))
+    with pytest.raises(MifoError, match=told):
+        judged("two", "leaderboard=board.csv")
+    assert board.read_text() == before
+
+
+@pytest.mark.parametrize(
     ("override", "told"),
     [("every=0", "at least 1"), ("metrics=none", "needs metrics"), ("instances=one_car", "two")],
 )

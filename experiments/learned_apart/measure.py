@@ -47,9 +47,13 @@ def read_scene(name: str) -> SceneSpec:
     return SceneSpec(**scene | {"things": [ThingSpec(**thing) for thing in scene["things"]]})
 
 
+def photo(name: str, number: int) -> Path:
+    return OUTPUT / "photos" / f"{name}-{number}"
+
+
 def draw_alone(name: str, number: int) -> Path:
-    """A folder with the picture and the mask of one thing of a scene."""
-    folder, spec = OUTPUT / "photos" / f"{name}-{number}", read_scene(name)
+    """Draw the picture and the mask of one thing of a scene, unless they are there; returns their folder."""
+    folder, spec = photo(name, number), read_scene(name)
     if not folder.is_dir():
         box = render_scene(spec).boxes[number].tolist()
         alone = redraw_scene(spec, [number], [box], spec.background, seed=number)
@@ -66,7 +70,7 @@ def learn(name: str, seed: int, number: int | None, given: list[str]) -> Path:
         thing = read_scene(name).things[number or 0].thing
         alone = [
             "instances=local",
-            f"instances.folder={draw_alone(name, number or 0)}",
+            f"instances.folder={photo(name, number or 0)}",
             f"instances.class_names=[{thing}]",
             f"instances.initializers=[{thing}]",
         ]
@@ -102,9 +106,9 @@ def table(runs: pd.DataFrame) -> str:
     for metric in METRICS:
         both = means[metric]
         difference = both["apart"] - both["together"]
-        half = stats.t.ppf(0.975, len(both) - 1) * difference.sem() if len(both) > 1 else float("nan")
+        half = f" ± {stats.t.ppf(0.975, len(both) - 1) * difference.sem():.3f}" if len(both) > 1 else ""
         cells = [f"{both[how].mean():.3f}" for how in ("together", "apart")]
-        lines.append(f"| {metric} | {' | '.join(cells)} | {difference.mean():+.3f} ± {half:.3f} |")
+        lines.append(f"| {metric} | {' | '.join(cells)} | {difference.mean():+.3f}{half} |")
     return "\n".join(lines) + "\n"
 
 
@@ -123,6 +127,10 @@ def main(arguments: list[str]) -> None:
         for name, seed in pairs
         for number in (None, *range(len(read_scene(name).things)))
     ]
+    # before the processes begin, of which several would draw the same photo
+    for name in scenes:
+        for number in range(len(read_scene(name).things)):
+            draw_alone(name, number)
     with ProcessPoolExecutor(int(own["workers"]), get_context("spawn")) as pool:
         list(pool.map(learn, *zip(*learning, strict=True)))
         scoring = [(*pair, how, given) for pair in pairs for how in ("together", "apart")]

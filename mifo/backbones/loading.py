@@ -124,11 +124,9 @@ def load_model(settings: ModelSettings, device: torch.device | str = "cpu") -> L
     """Load the pipeline of `settings` for inference, all weights frozen, the VAE in float32.
 
     Raises:
-        MifoError: see `load_outline`, which comes before weights are downloaded or read; or an unknown dtype;
-            or weights that are missing or damaged.
+        MifoError: see `load_outline`, which comes before weights are downloaded or read; or weights that are
+            missing or damaged.
     """
-    if settings.dtype not in DTYPES:
-        raise MifoError(f"model.dtype={settings.dtype} is not known; take float32, float16 or bfloat16.")
     outline = load_outline(settings)
     folder, file = model_folder(settings), Path(settings.source).expanduser()
     family = family_of(folder, settings.t5)
@@ -212,9 +210,12 @@ def load_outline(settings: ModelSettings) -> LatentModel:
     """The model of `settings` without its weights, read in a moment, to check prompts, boxes and sites on.
 
     Raises:
-        MifoError: see `model_folder` and `check_kind`; files are damaged; the scheduler is not supported, see
-            the model's `process`; or the tokenizer has a word for which the text encoder has no row.
+        MifoError: an unknown dtype; see `model_folder` and `check_kind`; files are damaged; the scheduler is
+            not supported, see the model's `process`; or the tokenizer has a word for which the text encoder
+            has no row.
     """
+    if settings.dtype not in DTYPES:
+        raise MifoError(f"model.dtype={settings.dtype} is not known; take float32, float16 or bfloat16.")
     folder = model_folder(settings, weights=False)
     check_entries(folder)
     with _refusing_damage(settings, folder):

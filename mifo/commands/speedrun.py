@@ -1,6 +1,5 @@
 """`mifo speedrun`: seconds of learning until pictures of held-out prompts are good, on a leaderboard."""
 
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -15,10 +14,14 @@ from mifo.config.identity import told_code
 from mifo.config.jobs import claim_folder
 from mifo.config.schema import SpeedrunSettings
 from mifo.errors import MifoError
+from mifo.files import check_room, finite_number, read_csv
 from mifo.making.pictures import make_pictures
 from mifo.metrics.evaluation import PictureEvaluator
 from mifo.report.tables import write_csv
 from mifo.training.fit import learn
+
+NUMBERS = ("seconds", "step", "identification", "leakage", "seed")
+TEXTS = ("stage", "date", "commit", "device", "torch", "overrides")
 
 
 def speedrun(settings: SpeedrunSettings) -> Path:
@@ -27,8 +30,8 @@ def speedrun(settings: SpeedrunSettings) -> Path:
     The clock includes the class pictures, which are made anew, and leaves out loading the model and judging.
 
     Raises:
-        MifoError: no step to look at, one instance alone, no evaluator, or learning ends before the target
-            is reached.
+        MifoError: no step to look at, one instance alone, no evaluator, a leaderboard that is damaged or
+            cannot be written, or learning ends before the target is reached.
     """
     if settings.every < 1:
         raise MifoError(f"every={settings.every} leaves no step to look at pictures; take at least 1")
@@ -38,6 +41,9 @@ def speedrun(settings: SpeedrunSettings) -> Path:
         raise MifoError(
             "a speedrun needs metrics, and two instances or more that can be taken for each other"
         )
+    board = Path(settings.leaderboard)
+    check_room(board.parent, 2**20)
+    rows = _read_board(board) if board.exists() else []
     device, folder = prepare(settings), claim_folder(settings)
     evaluator = PictureEvaluator.from_settings(settings.metrics, device)
     model = load_model(settings.model, device)
@@ -66,9 +72,13 @@ def speedrun(settings: SpeedrunSettings) -> Path:
             f"{best.leakage:.3f} at {best.stage} {best.step}; take more steps or other settings"
         )
     here = Circumstances.now(device, settings.performance.name, settings.model.name, told_code())
+    look = watch.looks[-1]
     row = {
-        "seconds": round(watch.looks[-1].seconds, 1),
-        **{key: value for key, value in asdict(watch.looks[-1]).items() if key != "seconds"},
+        "seconds": round(look.seconds, 1),
+        "stage": look.stage,
+        "step": look.step,
+        "identification": round(look.identification, 4),
+        "leakage": round(look.leakage, 4),
         "date": here.date,
         "commit": here.commit,
         "device": here.device,
@@ -76,9 +86,16 @@ def speedrun(settings: SpeedrunSettings) -> Path:
         "seed": settings.seed,
         "overrides": " ".join(settings.origin.overrides),
     }
-    board = Path(settings.leaderboard)
-    rows = [*(pd.read_csv(board).to_dict("records") if board.exists() else []), row]
-    board.parent.mkdir(parents=True, exist_ok=True)
-    write_csv(board, pd.DataFrame(rows), digits=4)
+    write_csv(board, pd.DataFrame([*rows, row]), digits=4)
     print(f"{row['seconds']} s on {here.device}: {board}")
     return board
+
+
+def _read_board(board: Path) -> list[dict[str, str]]:
+    """The rows of a leaderboard as they stand there; refuses damage and what is no number."""
+
+    def number(text: str) -> str:
+        finite_number(text)
+        return text
+
+    return read_csv(board, dict.fromkeys(NUMBERS, number) | dict.fromkeys(TEXTS, str))
