@@ -147,6 +147,7 @@ def _stage(
         _cast(model, dtype)
     gradients = learning * (4 if performance.autocast else 2)
     return [
+        Memory(_bytes(model)),  # before weights are kept in 8 bits
         Memory(weights, encoding=encoding),
         Memory(weights + copies, gradients, states * learning, activations),
     ]
