@@ -20,8 +20,9 @@ from mifo.commands.benchmark import benchmark
 from mifo.config import compose, settings_of
 from mifo.config.identity import told_code
 from mifo.errors import MifoError
+from mifo.method.losses.settings import PenaltySettings, TermSettings
 from mifo.method.regions.boxes import check_boxes
-from mifo.training.settings import adamw_8bit
+from mifo.training.settings import LearningSettings, adamw_8bit
 
 CPU = torch.device("cpu")
 
@@ -108,6 +109,22 @@ def test_fine_tuning_with_8_bit_states_checkpoints_and_captures_nothing(tmp_path
         with pytest.raises(MifoError, match="no row could be measured"):
             benchmark(bench)
     assert seen == [(torch.float32, "full", adamw_8bit(), True)] * 2
+
+
+def test_word_maps_cost_what_steps_take_longer_with_them(monkeypatch):
+    seen = []
+
+    def step(bench):
+        seen.append(len(bench.penalty.terms))
+        return Measurement(seconds=1.2 if bench.penalty.terms else 1.0)
+
+    for name in ("stage1_step", "stage2_step"):
+        monkeypatch.setattr(f"mifo.benchmark.rows.{name}", step)
+    penalty = PenaltySettings({"reward": TermSettings("reward", 1.0)})
+    bench = Bench(BenchmarkSettings(), PerformanceSettings(), CPU, "float32", LearningSettings(), penalty)
+    step.__name__ = "stage1_step"
+    assert ROWS["maps"](bench).notes["stage1_step, share of maps"] == pytest.approx(0.2)
+    assert seen == [1, 0, 1, 0] * 2
 
 
 def test_a_row_is_measured_before_and_after_those_with_something_in_an_accelerations_place():

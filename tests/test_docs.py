@@ -51,6 +51,18 @@ def test_links_lead_somewhere(page):
             assert label.strip("`") in found, f"{page.name} names {label} of {path}"
 
 
+def test_ticks_of_the_table_of_models_name_tests_that_exist():
+    told = [
+        line for line in (ROOT / "docs/usage.md").read_text().splitlines() if re.match(r"\d+\. `test_", line)
+    ]
+    for line in told:
+        for part in line.split(";"):
+            files, names = re.findall(r"`(test_\w+\.py)`", part), re.findall(r"`(test_\w+)`", part)
+            for file in files:
+                assert all(f"def {name}(" in (ROOT / "tests" / file).read_text() for name in names), part
+    assert len(told) == 8
+
+
 def test_the_page_of_formulas_names_every_file_of_losses_guidance_and_regions():
     text = (ROOT / "docs/method.md").read_text()
     for folder in ("losses", "guidance", "regions"):

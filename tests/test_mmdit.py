@@ -23,7 +23,7 @@ from mifo.backbones.joint.attention import joint_heads, joint_rule
 from mifo.backbones.learned import load_learned
 from mifo.backbones.loading import load_model, load_outline
 from mifo.backbones.settings import ModelSettings
-from mifo.benchmark.rows import Bench, stage2_step
+from mifo.benchmark.rows import Bench, diffusers_step, stage2_step
 from mifo.benchmark.settings import BenchmarkSettings
 from mifo.benchmark.shapes import SHAPES, random_model
 from mifo.data.settings import PriorSettings
@@ -578,6 +578,7 @@ def test_the_benchmark_measures_its_shapes_with_adapters(monkeypatch, model):
     )
     row = stage2_step(bench)
     assert row.seconds > 0 and row.notes["trainable"] == "adapters alone (lora, rank 16)"
+    assert diffusers_step(bench).seconds > 0
 
 
 @pytest.mark.slow

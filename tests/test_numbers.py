@@ -81,6 +81,16 @@ def test_learning_that_diverges_ends_with_stage_step_part_and_rate(model, settin
         assert not not_finite(torch.load(file, weights_only=True)["state_dict"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(), (1,), (3, 300, 7)])
+def test_one_number_that_is_not_finite_is_found(dtype, shape):
+    tree = {"a": torch.ones(2, 3).t(), "none": torch.zeros(0), "in": [torch.full(shape, -3.0).to(dtype)]}
+    assert not_finite(tree) is None
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        tree["in"][0].view(-1)[-1] = bad
+        assert not_finite(tree) == "in.0"
+
+
 @pytest.mark.parametrize("part", ["denoising", "prior", "attention", "gradient_norm", "weight"])
 def test_on_a_gpu_numbers_are_read_later_and_told_as_they_came(model, settings, tmp_path, monkeypatch, part):
     """As on a GPU, where nothing is read before step 4; the first bad number is of step 2."""

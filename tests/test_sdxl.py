@@ -10,13 +10,13 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import small_road, tiny_sdxl_pipeline
+from tiny import small_road, tiny_sdxl_pipeline, two_instances
 
 from mifo.acceleration.settings import PerformanceSettings
 from mifo.backbones.learned import load_learned
 from mifo.backbones.loading import load_model, load_outline
 from mifo.backbones.settings import ModelSettings
-from mifo.benchmark.rows import Bench, stage2_step
+from mifo.benchmark.rows import Bench, diffusers_step, stage2_step
 from mifo.benchmark.settings import BenchmarkSettings
 from mifo.benchmark.shapes import SHAPES, random_model
 from mifo.data.settings import PriorSettings
@@ -25,7 +25,8 @@ from mifo.method.guidance.settings import GuidanceSettings
 from mifo.method.losses.settings import PenaltySettings
 from mifo.method.synthesis.sampler import Sampler
 from mifo.method.synthesis.settings import SynthesisSettings
-from mifo.training.settings import LearningSettings
+from mifo.training.fit import learn
+from mifo.training.settings import LearningSettings, StageSettings, constant
 
 CPU = torch.device("cpu")
 PROMPTS = ["a photo of a red car", "a cat in the snow"]
@@ -187,6 +188,38 @@ def test_the_whole_road_of_a_run(mifo, photo, tmp_path):
         assert all(torch.equal(parameter, weights[name][own]) for own, parameter in each.items())
 
 
+@pytest.mark.parametrize("what", ["tokens", "full"])
+def test_what_learned_is_saved_and_loaded(tmp_path, what):
+    """Words alone, or all weights of the U-Net and of both text encoders too."""
+    source = str(tiny_sdxl_pipeline(tmp_path / "sdxl", depths=(1, 1)))
+    rate = {"learning_rate": 1e-2, "lr_scheduler": constant()}
+    settings = LearningSettings(
+        semantic=StageSettings(steps=1),
+        finetuning=StageSettings(steps=0 if what == "tokens" else 1, trainable=what, **rate),
+        prior=PriorSettings(pictures=1, steps=1, cache=str(tmp_path / "prior")),
+    )
+    model, base = (load_model(ModelSettings("tiny", source)) for _ in range(2))
+    trainer = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False}
+    learned = learn(model, two_instances(), settings, PenaltySettings(), tmp_path, trainer=trainer)
+    names = {part: set(each) for part, each in base.trainable(what).items()}
+    for part, network in base.networks.items():
+        now = dict(model.networks[part].named_parameters())
+        moved = {
+            name.removeprefix("text_model.")
+            for name, weight in network.named_parameters()
+            if name in now and not torch.equal(weight, now[name])
+        }
+        # XL reads the first encoder's states before its last layer alone
+        unread = ("encoder.layers.1.", "final_layer_norm") if part == "text_encoder" else ()
+        read = [name for name in names[part] if not name.startswith(unread)]
+        assert moved <= names[part] and len(moved) >= 0.9 * len(read)
+    load_learned(learned, base)
+    ours, theirs = (each.encode_prompts(["a photo of <asset0> and <asset1>"]) for each in (model, base))
+    noise, time = torch.randn(1, *model.latent_shape), torch.tensor(500)
+    with torch.no_grad():
+        torch.testing.assert_close(model.predict(noise, time, ours)[0], base.predict(noise, time, theirs)[0])
+
+
 def test_the_benchmark_measures_its_shapes_with_adapters(monkeypatch, tmp_path):
     tiny = load_model(ModelSettings("tiny", str(tiny_sdxl_pipeline(tmp_path / "sdxl", depths=(1, 1)))))
     parts = {"unet": tiny.unet, "vae": tiny.vae, **tiny.text_encoders}
@@ -200,3 +233,4 @@ def test_the_benchmark_measures_its_shapes_with_adapters(monkeypatch, tmp_path):
     bench = Bench(settings, PerformanceSettings(), CPU, "float32", learning, PenaltySettings())
     row = stage2_step(bench)
     assert row.seconds > 0 and row.notes["trainable"] == "adapters alone (lora, rank 16)"
+    assert diffusers_step(bench).seconds > 0

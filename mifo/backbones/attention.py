@@ -6,7 +6,7 @@ B samples, n queries, m keys, d width of a head.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -142,9 +142,15 @@ def attention_probabilities(query: Tensor, key: Tensor, scale: float, bias: Tens
     Returns:
         (B, heads, n, m), float32, rows summing to one.
     """
-    with torch.autocast(query.device.type, enabled=False):
+    with unrounded(query):
         scores = scale * query.float() @ key.float().transpose(-1, -2)
         return (scores if bias is None else scores + bias).softmax(-1)
+
+
+def unrounded(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Autocast rounds no products on the tensor's device; where tensors have shapes alone it never does."""
+    device = tensor.device.type
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def bias_of(rule: Rule, dtype: torch.dtype) -> Tensor:

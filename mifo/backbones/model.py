@@ -54,11 +54,6 @@ class DiffusionModel(Backbone, ABC):
     def autoencoder(self) -> Any:
         """The network between pictures and latents."""
 
-    @property
-    def kept_of_twice(self) -> float:
-        """The share of activations that is in memory at once, a block's, where they are computed twice."""
-        return 0.33
-
     @abstractmethod
     def enable_checkpointing(self) -> None:
         """Compute activations of the networks twice instead of keeping them."""

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mifo.backbones.attention import AttentiveNetwork
+from mifo.backbones.attention import AttentiveNetwork, unrounded
 from mifo.errors import MifoError
 from mifo.method.backbone import Conditioning, Rules, Site
 
@@ -117,7 +117,7 @@ def _some(query: Tensor) -> Tensor:
 
 
 def _scores(query: Tensor, key: Tensor) -> Tensor:
-    with torch.autocast(query.device.type, enabled=False):
+    with unrounded(query):
         return query.shape[-1] ** -0.5 * query.float() @ key.float().mT
 
 

@@ -40,6 +40,7 @@ from mifo.method.losses.settings import PenaltySettings
 from mifo.method.synthesis.settings import SynthesisSettings
 from mifo.training.fit import learn
 from mifo.training.settings import LearningSettings, StageSettings, adamw, adamw_8bit
+from mifo.training.targets import make_optimizer
 
 
 @dataclass
@@ -221,6 +222,59 @@ def stage2_8bit(bench: Bench) -> Measurement:
     performance = replace(bench.performance, gradient_checkpointing=True, cuda_graphs=False, autocast=True)
     learning = replace(bench.learning, finetuning=finetuning)
     return _step(replace(bench, dtype="float32", learning=learning, performance=performance), 2)
+
+
+def diffusers_step(bench: Bench) -> Measurement:
+    """One step as diffusers' DreamBooth scripts for LoRA take it, of `stage2_step`'s batch and precision.
+
+    The denoiser's adapters learn alone, its own attention is in force, and the prompt is encoded once, by
+    text encoders that stay in memory; there are no new words, masks, maps or graphs.
+    """
+    stage, device = bench.learning.finetuning, bench.device
+    performance = available(bench.performance, device)
+    memory = Memory(device)
+    model = random_model(bench.settings.shapes, device, bench.dtype)
+    model.add_lora(stage.lora_rank)
+    model.set_trainable("lora")
+    for encoder in model.text_encoders.values():
+        encoder.requires_grad_(False)
+    if performance.gradient_checkpointing:
+        model.denoiser.enable_gradient_checkpointing()
+    learning = [each for each in model.denoiser.train().parameters() if each.requires_grad]
+    optimizer = make_optimizer("finetuning", stage, learning, fused=False)
+    process, generator = model.process, torch.Generator().manual_seed(0)
+    conditioning = model.encode_prompts(["a photo of a car"] * 2 * stage.batch_size)
+    latents = torch.randn(2 * stage.batch_size, *model.latent_shape, device=device)
+    precision = getattr(torch, performance.learning_precision)
+
+    def step() -> None:
+        noise, times = torch.randn_like(latents), process.draw_times(len(latents), generator).to(device)
+        noisy = process.add_noise(latents, noise, times)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision is not torch.float32):
+            predicted, _ = model.predict(noisy, times, conditioning)
+        errors = predicted.float() - process.target(latents, noise, times)
+        own, prior = errors.square().chunk(2)
+        (own.mean() + bench.learning.prior.weight * prior.mean()).backward()
+        nn.utils.clip_grad_norm_(learning, stage.gradient_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seconds = [stopwatch(device, step) for _ in range(bench.settings.warmup + bench.settings.steps)]
+    return measured(seconds[bench.settings.warmup :], memory.peak_gib())
+
+
+def maps(bench: Bench) -> Measurement:
+    """What word maps and their losses cost of a step of each stage, measured with, without, and so again."""
+    bench = replace(bench, settings=replace(bench.settings, operations=False))
+    plain = replace(bench, penalty=PenaltySettings())
+    notes: dict[str, Any] = {}
+    for row in (stage1_step, stage2_step):
+        own, without, again, last = (row(each).seconds for each in (bench, plain, bench, plain))
+        assert own and without and again and last
+        notes[f"{row.__name__} with maps"] = f"{own:.4f} s, {again:.4f} s"
+        notes[f"{row.__name__} without maps"] = f"{without:.4f} s, {last:.4f} s"
+        notes[f"{row.__name__}, share of maps"] = (own + again) / (without + last) - 1
+    return Measurement(samples=bench.settings.steps, notes=notes)
 
 
 OPTIMIZERS = {
@@ -417,6 +471,8 @@ ROWS = by_name(
     stage1_step,
     stage2_step,
     stage2_8bit,
+    diffusers_step,
+    maps,
     optimizers,
     both_stages,
     picture,

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from mifo.acceleration.profile import available
+from mifo.backbones.latent import LatentModel
 from mifo.backbones.loading import model_folder
-from mifo.backbones.model import DiffusionModel
 from mifo.backbones.shapes import load_shapes
 from mifo.backbones.weights import weight_files
 from mifo.commands.setup import device_of, has_wandb_key, tell_memory
@@ -28,7 +28,7 @@ from mifo.files import check_room
 from mifo.making.class_pictures import cache_folder
 from mifo.metrics.evaluators import check_evaluators
 from mifo.training.fit import CHECKPOINTS, room
-from mifo.training.memory import learning_memory
+from mifo.training.memory import learning_memory, synthesis_memory
 
 MINIATURE = (
     "The miniature was made from drawings of twelve things and draws a cartoon of a photograph at best; take "
@@ -49,7 +49,7 @@ class Setup:
         return read_instances(self.settings.instances)
 
     @cached_property
-    def model(self) -> DiffusionModel:
+    def model(self) -> LatentModel:
         """On the device "meta", with the instances' words and the adapters that will learn."""
         model = load_shapes(self.settings.model)
         model.add_words(self.instances.tokens, self.instances.initializers)
@@ -153,7 +153,13 @@ def memory(setup: Setup) -> str:
     settings, model = setup.settings, setup.model
     device = device_of(settings)
     performance = available(settings.performance, device, model.dtype)
-    return tell_memory(learning_memory(model, settings.learning, performance), device)
+    needed = learning_memory(model, settings.learning, performance)
+    if isinstance(settings, RunSettings):
+        pictures = synthesis_memory(
+            load_shapes(settings.model), settings.synthesis, settings.guidance, performance
+        )
+        needed = max(needed, pictures, key=lambda each: each.total)
+    return tell_memory(needed, device)
 
 
 def evaluators(setup: Setup) -> str:

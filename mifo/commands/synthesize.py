@@ -65,7 +65,8 @@ def synthesize(settings: SynthesizeSettings) -> Path:
     if device.type == "cuda":
         needed = synthesis_memory(
             load_shapes(settings.model),
-            settings.synthesis.samples,
+            settings.synthesis,
+            settings.guidance,
             available(settings.performance, device),
         )
         tell_memory(needed, device)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mifo.acceleration.block_attention import block_attention, block_mask, runs_in_blocks
 from mifo.acceleration.fused_attention import quick_to_start
-from mifo.backbones.attention import Biases, Keep, attention_probabilities
+from mifo.backbones.attention import Biases, Keep, attention_probabilities, unrounded
 from mifo.method.backbone import Read, Rule, Rules, Site
 
 QUERIES_AT_ONCE = 256  # whose whole rows are in memory
@@ -133,7 +133,7 @@ class JointAttention:
         if not self.whole_row:
             return attention_probabilities(asked, keys, scale, bias)
         rule = self.rule and self.rules.fitted(self.rule, key.shape[2], padding)
-        with torch.autocast(query.device.type, enabled=False):
+        with unrounded(query):
             scores = scale * asked.float() @ keys.float().transpose(-1, -2)
             level = row_levels(asked, key, scale, rule, padding)
             return ((scores if bias is None else scores + bias) - level).exp()
@@ -173,7 +173,7 @@ def row_levels(
     """
 
     def level(part: Tensor, bits: Tensor | None) -> Tensor:
-        with torch.autocast(part.device.type, enabled=False):
+        with unrounded(part):
             scores = scale * part.float() @ key.float().transpose(-1, -2)
             if padding is not None:
                 scores = scores + padding

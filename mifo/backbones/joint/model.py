@@ -39,11 +39,9 @@ class JointModel(LatentModel):
     @abstractmethod
     def attentive(self) -> JointNetwork: ...
 
-    @property
-    def kept_of_twice(self) -> float:
-        """That of one block, and as much again for the inputs of all."""
-        return 2 / sum(site.kind == "words" for site in self.sites)
-
     @cached_property
     def process(self) -> Flow:
         return Flow.from_scheduler(self.noise_scheduler, self.timesteps)
+
+    def identity(self) -> dict[str, str | None]:
+        return super().identity() | {"vae_shift_factor": str(self.vae.config.get("shift_factor") or 0)}
