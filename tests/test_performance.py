@@ -348,6 +348,7 @@ def test_what_the_machine_lacks_is_left_out_in_one_line(monkeypatch, caplog):
     wanted = PerformanceSettings(name="mine", cuda_graphs=True, compile=True, learning_precision="float16")
     with caplog.at_level(logging.WARNING):
         resolved = available(wanted, "cpu")
+        assert available(wanted, "cpu") == resolved  # and says nothing again
     assert not resolved.cuda_graphs and not resolved.compile
     assert resolved.learning_precision == resolved.synthesis_precision == "float32"
     (record,) = caplog.records

@@ -97,11 +97,7 @@ def available(
         if getattr(settings, key) and not getattr(resolved, key)
     ]
     if left_out:
-        log.warning(
-            "performance=%s goes on without %s, which this machine lacks.",
-            settings.name,
-            " and ".join(left_out),
-        )
+        _tell_missing(settings.name, " and ".join(left_out))
     return resolved
 
 
@@ -119,9 +115,13 @@ def _automatic(settings: PerformanceSettings, gpu: bool, dtype: torch.dtype) -> 
     return replace(settings, name="default")
 
 
+@cache  # said once, though a run asks for its profile before learning, in learning and in synthesis
+def _tell_missing(name: str, left_out: str) -> None:
+    log.warning("performance=%s goes on without %s, which this machine lacks.", name, left_out)
+
+
 @cache
 def _tell_automatic() -> None:
-    """Said once, though a run asks for its profile before learning, in learning and in synthesis."""
     log.info("performance=auto takes max_speed: bfloat16 passes, channels-last layout, CUDA graphs.")
 
 

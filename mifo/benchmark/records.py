@@ -100,6 +100,8 @@ def write_table(folder: Path) -> Path:
         if BASELINE not in name and WITHOUT not in name
     }
     lines = ["# Benchmark", "", "Written by `mifo benchmark`; docs/performance.md says how to read it.", ""]
+    if (folder / "tried.md").is_file():
+        lines += ["[What was tried](tried.md) says what each idea was expected to gain.", ""]
     for machine in dict.fromkeys(key[:2] for key in newest):
         rows, notes, low_vram = [], [], []
         for (*where, profile, name), (record, row) in sorted(newest.items(), key=lambda item: item[0][3]):

@@ -127,7 +127,7 @@ class Bench:
         sampler = picture_sampler(model, settings, guidance, performance.cuda_graphs)
 
         def make() -> None:
-            make_pictures(model, [layout], settings, guidance, 0, sampler=sampler)
+            make_pictures(model, [layout], settings, guidance, 0, sampler=sampler, bar=False)
 
         stopwatch(self.device, make)  # compiles kernels
         sampler = picture_sampler(model, settings, guidance, performance.cuda_graphs)
@@ -137,7 +137,9 @@ class Bench:
         if self.settings.operations and operations:
             # our own kernels, whose operations torch does not see, do not take 64 bits
             nn.Module.to(model.denoiser, torch.float64)
-            row.tflop = tera_operations(lambda: make_pictures(model, [layout], settings, guidance, 0))
+            row.tflop = tera_operations(
+                lambda: make_pictures(model, [layout], settings, guidance, 0, bar=False)
+            )
             row.share_of_peak = self.share(row, performance.synthesis_precision)
         row.notes["first of its kind in a process, graphs captured"] = first
         iterations = guidance.guided_steps * guidance.iterations

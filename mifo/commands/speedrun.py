@@ -47,7 +47,13 @@ def speedrun(settings: SpeedrunSettings) -> Path:
     device, folder = prepare(settings), claim_folder(settings)
     evaluator = PictureEvaluator.from_settings(settings.metrics, device)
     model = load_model(settings.model, device)
-    make = partial(make_pictures, settings=settings.synthesis, guidance=settings.guidance, seed=settings.seed)
+    make = partial(
+        make_pictures,
+        settings=settings.synthesis,
+        guidance=settings.guidance,
+        seed=settings.seed,
+        bar=False,
+    )
     watch = Stopwatch(
         make, settings.layout, evaluator, settings.every, settings.identification, settings.leakage
     )

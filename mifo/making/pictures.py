@@ -31,10 +31,12 @@ def make_pictures(
     seed: int,
     graphs: bool = False,
     sampler: Sampler | None = None,
+    bar: bool = True,
 ) -> list[Picture]:
     """Pictures of every layout; picture j of a prompt starts from the noise of seed + j on every device.
 
-    The `sampler` of an earlier call with the same model and settings keeps its CUDA graphs.
+    The `sampler` of an earlier call with the same model and settings keeps its CUDA graphs. Whoever calls it
+    for picture after picture shows no progress `bar`.
     """
     seeds = range(seed, seed + settings.samples)
     noise = torch.stack(
@@ -42,8 +44,8 @@ def make_pictures(
     ).to(model.device)
     sampler = sampler or picture_sampler(model, settings, guidance, graphs)
     pictures = []
-    with Progress() as progress:
-        bar = progress.add_task("synthesis", total=len(wanted) * settings.steps)
+    with Progress(disable=not bar) as progress:
+        task = progress.add_task("synthesis", total=len(wanted) * settings.steps)
         for layout in wanted:
             prompts = [settings.negative_prompt] * len(noise) + [layout.prompt] * len(noise)
             latents = sampler(
@@ -52,7 +54,7 @@ def make_pictures(
                 layout.boxes,
                 find_instances(layout.prompt, list(layout.boxes), model.words),
                 seed,
-                on_step=lambda report: progress.advance(bar),
+                on_step=lambda report: progress.advance(task),
             )
             pictures += [
                 Picture(image.cpu(), layout.prompt, layout.boxes, each)
