@@ -86,8 +86,8 @@ def not_finite(tree: Any) -> str | None:
     kinds = {(each.device, each.dtype) for _, each in found}
     for kind in kinds:
         same = [(name, each.detach()) for name, each in found if (each.device, each.dtype) == kind]
-        # the largest magnitude is NaN where one number is; one kernel for many tensors, on a processor five
-        # times as slow as both extremes
+        # the largest magnitude is NaN where one number is; one kernel for many tensors, five times as slow on
+        # a processor as both extremes
         if kind[0].type == "cpu":
             largest = torch.stack([torch.stack(each.aminmax()) for _, each in same]).abs().amax(1)
         else:

@@ -23,6 +23,7 @@ from vector_model import prompt
 
 from mifo.acceleration import libraries, rehearsal
 from mifo.acceleration.adamw_8bit import AdamW8bit, _levels
+from mifo.acceleration.float8 import Float8Linear, keep_in_float8
 from mifo.acceleration.graphs import GraphedFunction, GraphedStep
 from mifo.acceleration.profile import available, check_performance, ready_for_synthesis
 from mifo.acceleration.rounding import frozen_products
@@ -631,6 +632,20 @@ def test_what_is_computed_a_second_time_finds_the_kernels_of_the_first(source, l
 
     losses(replace(PLAIN, gradient_checkpointing=True), load=load)
     assert len(seen) >= 2 * 7 and len(set(seen)) == 1  # that of the class pictures may come first
+
+
+def test_whole_weights_go_one_by_one_as_they_are_kept_in_8_bits(monkeypatch):
+    network = nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(4, 4) for _ in range(4))})
+    whole = [weakref.ref(each.weight) for each in network["blocks"]]
+    left, made = [], Float8Linear.__init__
+
+    def counted(self, layer):
+        left.append(sum(each() is not None for each in whole))
+        made(self, layer)
+
+    monkeypatch.setattr(Float8Linear, "__init__", counted)
+    keep_in_float8(network)
+    assert left == [4, 3, 2, 1]
 
 
 def test_low_vram_learns(losses):

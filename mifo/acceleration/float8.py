@@ -1,5 +1,7 @@
 """Frozen weights kept in 8 bits, half the memory of bfloat16, and made whole for each product."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,6 +36,7 @@ class Float8Linear(nn.Linear):
 def keep_in_float8(network: nn.Module) -> None:
     """Keep the linear layers of a network's lists of blocks so, in place; they must not learn."""
     for blocks in [each for each in network.modules() if isinstance(each, nn.ModuleList)]:
-        for path, layer in list(blocks.named_modules()):
-            if type(layer) is nn.Linear:
-                blocks.set_submodule(path, Float8Linear(layer))
+        # paths alone: a list of layers would keep all whole weights in memory to its end
+        for path in [path for path, each in blocks.named_modules() if type(each) is nn.Linear]:
+            layer: Any = blocks.get_submodule(path)
+            blocks.set_submodule(path, Float8Linear(layer))

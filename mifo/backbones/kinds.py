@@ -93,22 +93,21 @@ def _unet_sizes(configs: Configs) -> Sizes:
 
 
 def _mmdit_sizes(configs: Configs) -> Sizes:
-    transformer, texts = {"patch_size": 2, "in_channels": 16} | configs["transformer"], _texts(configs)
-    width = sum(each["hidden_size"] for each in texts)
-    if (read := transformer.get("joint_attention_dim", 4096)) < width:
+    transformer, texts = with_defaults(configs["transformer"], SD3Transformer2DModel), _texts(configs)
+    width, read = sum(each["hidden_size"] for each in texts), transformer["joint_attention_dim"]
+    if read < width:
         needed = f"at least {width}, the width of the text encoders"
         yield "transformer", "joint_attention_dim", read, needed
     if third := configs.get("text_encoder_3"):
-        read = transformer.get("joint_attention_dim", 4096)
         yield "transformer", "joint_attention_dim", read, third.get("d_model", 512)
     pooled = sum(each["projection_dim"] for each in texts)
-    yield "transformer", "pooled_projection_dim", transformer.get("pooled_projection_dim", 2048), pooled
+    yield "transformer", "pooled_projection_dim", transformer["pooled_projection_dim"], pooled
     channels = configs["vae"].get("latent_channels", 4)
     yield "transformer", "in_channels", transformer["in_channels"], channels
-    yield "transformer", "out_channels", transformer.get("out_channels") or channels, channels
-    inner = transformer.get("attention_head_dim", 64) * transformer.get("num_attention_heads", 18)
-    yield "transformer", "caption_projection_dim", transformer.get("caption_projection_dim", 1152), inner
-    side, patch = transformer.get("sample_size"), transformer["patch_size"]
+    yield "transformer", "out_channels", transformer["out_channels"] or channels, channels
+    inner = transformer["attention_head_dim"] * transformer["num_attention_heads"]
+    yield "transformer", "caption_projection_dim", transformer["caption_projection_dim"], inner
+    side, patch = transformer["sample_size"], transformer["patch_size"]
     if type(side) is int and side % patch:
         yield "transformer", "sample_size", side, f"a multiple of the patches' side {patch}"
 

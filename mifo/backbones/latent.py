@@ -27,7 +27,7 @@ from mifo.backbones.settings import ModelSettings
 from mifo.backbones.tokens import NewTokenRows, add_rows, extend
 from mifo.backbones.trainable import add_adapters, trainable_parameters
 from mifo.errors import MifoError
-from mifo.method.backbone import Conditioning, DefaultSites, Read, Rules, Site
+from mifo.method.backbone import Conditioning, DefaultSites, Rules, Site
 from mifo.method.prompts.instances import PromptWords
 
 
@@ -196,25 +196,11 @@ class LatentModel(DiffusionModel):
             )
         return images.div(2).add(0.5).clamp(0, 1)
 
-    def predict(
-        self,
-        noisy: Tensor,
-        time: Tensor,
-        conditioning: Conditioning,
-        reads: Mapping[Site, Read] | None = None,
-        rules: Rules | None = None,
-    ) -> tuple[Tensor, dict[Site, Tensor]]:
-        return self.attentive.predict(noisy, time, conditioning, reads, rules)
+    def predict(self, *inputs: Any, **options: Any) -> tuple[Tensor, dict[Site, Tensor]]:
+        return self.attentive.predict(*inputs, **options)
 
-    def maps(
-        self,
-        noisy: Tensor,
-        time: Tensor,
-        conditioning: Conditioning,
-        reads: Mapping[Site, Read],
-        rules: Rules | None = None,
-    ) -> dict[Site, Tensor]:
-        return self.attentive.maps(noisy, time, conditioning, reads, rules)
+    def maps(self, *inputs: Any, **options: Any) -> dict[Site, Tensor]:
+        return self.attentive.maps(*inputs, **options)
 
     def identity(self) -> dict[str, str | None]:
         return {

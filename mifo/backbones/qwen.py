@@ -1,7 +1,7 @@
 """Qwen's tokenizers: a prompt as a message of a chat, its ids, and its words."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,10 +40,15 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], thinking: bool) -> Tensor:
     return torch.tensor(found.input_ids).masked_fill(torch.tensor(found.attention_mask) == 0, -1)
 
 
-def prompt_words(tokenizer: Any, prompt: str, thinking: bool) -> PromptWords:
+def prompt_words(
+    tokenizer: Any, prompt: str, thinking: bool, length: Callable[[int], int] = lambda used: TOKENS
+) -> PromptWords:
     """The words of a prompt, in small letters, and where their tokens stand in its padded message.
 
     A word is a new word, a run of letters and digits, or another sign; a token is its last letter's word's.
+
+    Args:
+        length: of the sequence that the network reads, by the number of the message's tokens.
 
     Raises:
         MifoError: the message has more tokens than fit.
@@ -65,7 +70,7 @@ def prompt_words(tokenizer: Any, prompt: str, thinking: bool) -> PromptWords:
                 own.append(position)
     assert end is not None  # a template closes the message
     told = tuple((word, tuple(own)) for (word, _), own in zip(words, places, strict=True) if own)
-    return PromptWords(told, end, TOKENS)
+    return PromptWords(told, end, length(sum(found.attention_mask)))
 
 
 def _check_length(prompt: str, ids: Sequence[int]) -> None:

@@ -77,6 +77,7 @@ def learning_memory(
     return max(found, key=lambda each: each.total, default=Memory(_bytes(model)))
 
 
+@torch.no_grad()
 def synthesis_memory(
     model: LatentModel,
     settings: SynthesisSettings,
@@ -96,15 +97,11 @@ def synthesis_memory(
     regions = Regions(sampler, _BOXES, tokens, samples, model.device)
     latents = torch.empty(samples, *model.latent_shape, device=model.device)
 
-    @torch.no_grad()
-    def decode() -> None:
-        codes = model.unpacked(latents.to(model.autoencoder.dtype))
-        model.autoencoder.decode(codes)
-
+    codes = model.unpacked(latents.to(model.autoencoder.dtype))
     passes: list[Callable[[], Any]] = [
         lambda: regions.guide(latents, conditioning, 0),
-        torch.no_grad()(lambda: sampler.denoise(latents, conditioning, 0, regions)),
-        decode,
+        lambda: sampler.denoise(latents, conditioning, 0, regions),
+        lambda: model.autoencoder.decode(codes),
     ]
     return Memory(_bytes(model), activations=max(_peak(model, each) for each in passes))
 
@@ -140,19 +137,24 @@ def _stage(
         copies = 2 * sum(each.numel() for each in _parameters(model))
     states = 2 + 8 / 256 if "8bit" in stage.optimizer["_target_"] else 8
     classes, dtype = stage.batch_size if prior_weight else 0, model.dtype
-    _cast(model, dtype if performance.autocast else torch.bfloat16)
-    activations = _step(model, sites, stage.batch_size, classes)
-    _cast(model, dtype)
-    if rounded and performance.autocast and dtype == torch.float32:
-        activations *= _AUTOCAST
+    if performance.autocast:
+        activations = _step(model, sites, stage.batch_size, classes)
+        if rounded and dtype == torch.float32:
+            activations *= _AUTOCAST
+    else:
+        _cast(model, torch.bfloat16)
+        activations = _step(model, sites, stage.batch_size, classes)
+        _cast(model, dtype)
     gradients = learning * (4 if performance.autocast else 2)
     return [
+        Memory(_bytes(model)),  # before weights are kept in 8 bits
         Memory(weights, encoding=encoding),
         Memory(weights + copies, gradients, states * learning, activations),
     ]
 
 
 def _cast(model: LatentModel, dtype: torch.dtype) -> None:
+    """As `performance.autocast=false` rounds the networks for a step."""
     for network in model.networks.values():
         nn.Module.to(network, dtype)
 

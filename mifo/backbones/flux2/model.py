@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from mifo.backbones.joint.qwen_model import QwenModel
 from mifo.backbones.joint.sites import JOINT, joint_sites
 from mifo.backbones.settings import ModelSettings
 from mifo.method.backbone import Conditioning
-from mifo.method.diffusion.flow import Flow
 
 READ = (9, 18, 27)  # layers of the language model, whose states after them stand side by side
 
@@ -64,7 +63,6 @@ class Flux2Model(QwenModel):
         r".*\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|to_qkv_mlp_proj)"
         r"|single_transformer_blocks\.\d+\.attn\.to_out"
     )
-    sampled: ClassVar[tuple[str, ...]] = (*QwenModel.sampled, "use_dynamic_shifting")
     thinking = False
 
     distilled: bool = False
@@ -84,10 +82,14 @@ class Flux2Model(QwenModel):
     def attentive(self) -> Flux2Network:
         return Flux2Network(self.transformer, self.patches, self.whole_row, self.guidance)
 
-    @cached_property
-    def process(self) -> Flow:
-        level = partial(shift_level, self.patches**2)
-        return Flow.from_scheduler(self.noise_scheduler, self.timesteps, even=True, level=level)
+    def shift_level(self, steps: int) -> float:
+        """Falls with the steps of small pictures, as FLUX.2's makers fit it."""
+        patches = self.patches**2
+        many = 0.00016927 * patches + 0.45666666  # 200 steps
+        if patches > 4300:
+            return many
+        few = 8.73809524e-05 * patches + 1.89833333  # 10 steps
+        return many + (many - few) / 190 * (steps - 200)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -115,12 +117,3 @@ class Flux2Model(QwenModel):
 
     def sampling(self) -> str:
         return f"{super().sampling()}, guidance {self.guidance}"
-
-
-def shift_level(patches: int, steps: int) -> float:
-    """The logarithm of FLUX.2's shift, which falls with the steps of small pictures, as its makers fit it."""
-    many = 0.00016927 * patches + 0.45666666  # 200 steps
-    if patches > 4300:
-        return many
-    few = 8.73809524e-05 * patches + 1.89833333  # 10 steps
-    return many + (many - few) / 190 * (steps - 200)

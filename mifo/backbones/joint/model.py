@@ -42,3 +42,6 @@ class JointModel(LatentModel):
     @cached_property
     def process(self) -> Flow:
         return Flow.from_scheduler(self.noise_scheduler, self.timesteps)
+
+    def identity(self) -> dict[str, str | None]:
+        return super().identity() | {"vae_shift_factor": str(self.vae.config.get("shift_factor") or 0)}

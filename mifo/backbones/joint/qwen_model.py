@@ -1,7 +1,9 @@
 """A transformer of joint attention that reads prompts by Qwen3, a language model."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +13,7 @@ from mifo.backbones.joint.model import JointModel
 from mifo.backbones.qwen import prompt_words, tokenize
 from mifo.backbones.settings import ModelSettings
 from mifo.errors import MifoError
+from mifo.method.diffusion.flow import Flow
 from mifo.method.prompts.instances import PromptWords
 
 
@@ -26,6 +29,7 @@ class QwenModel(JointModel):
         side: of pictures, in pixels; the transformer itself takes any. patches: that attend in a row.
     """
 
+    sampled: ClassVar[tuple[str, ...]] = (*JointModel.sampled, "use_dynamic_shifting")
     thinking: ClassVar[bool]
     patch: ClassVar[int] = 2
     multiple: ClassVar[int] = 1
@@ -45,6 +49,14 @@ class QwenModel(JointModel):
                 f"multiple of {patch * cls.multiple}."
             )
         return super().options(settings, index, configs) | {"side": side, "patches": side // patch}
+
+    @abstractmethod
+    def shift_level(self, steps: int) -> float:
+        """The logarithm of the shift of a scheduler that has none of its own."""
+
+    @cached_property
+    def process(self) -> Flow:
+        return Flow.from_scheduler(self.noise_scheduler, self.timesteps, even=True, level=self.shift_level)
 
     @property
     def image_size(self) -> int:

@@ -140,6 +140,3 @@ class MMDiTModel(JointModel):
             # the last place of a word is that at which its maps are read
             words.append((text, (*(self.tokenizer.model_max_length + i for i in also), *places)))
         return changed(found, words=tuple(words))
-
-    def identity(self) -> dict[str, str | None]:
-        return super().identity() | {"vae_shift_factor": str(self.vae.config.shift_factor or 0)}

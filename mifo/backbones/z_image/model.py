@@ -5,9 +5,8 @@ Letters: B samples, L tokens of the longest prompt of a batch, C × h × w laten
 
 import re
 from dataclasses import dataclass
-from dataclasses import replace as changed
-from functools import cached_property, partial
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +16,8 @@ from mifo.backbones.joint.attention import JointAttention, joint_heads
 from mifo.backbones.joint.network import JointNetwork
 from mifo.backbones.joint.qwen_model import QwenModel
 from mifo.backbones.joint.sites import JOINT, PIXELS, joint_sites
+from mifo.backbones.qwen import prompt_words
 from mifo.method.backbone import Conditioning
-from mifo.method.diffusion.flow import Flow
 from mifo.method.prompts.instances import PromptWords
 
 WHOLE = 32  # tokens: the transformer fills a prompt up with its own padding, which is attended to
@@ -82,7 +81,6 @@ class ZImageModel(QwenModel):
     """The latents' pixels are the autoencoder's; the transformer cuts patches itself."""
 
     keys_and_values = re.compile(r"^layers\.\d+\.attention\.to_[kv]\.weight$")
-    sampled: ClassVar[tuple[str, ...]] = (*QwenModel.sampled, "use_dynamic_shifting")
     thinking = True
     multiple = 8  # patches are a multiple of `WHOLE`, so that none is padding
 
@@ -94,10 +92,13 @@ class ZImageModel(QwenModel):
     def attentive(self) -> ZImageNetwork:
         return ZImageNetwork(self.transformer, self.patches, self.whole_row)
 
-    @cached_property
-    def process(self) -> Flow:
-        level = partial(shift_level, self.patches**2, self.noise_scheduler.config)
-        return Flow.from_scheduler(self.noise_scheduler, self.timesteps, even=True, level=level)
+    def shift_level(self, steps: int) -> float:
+        """On a line between two sizes of pictures."""
+        config = self.noise_scheduler.config
+        small, large = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        level: float = low + (high - low) / (large - small) * (self.patches**2 - small)
+        return level
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -115,25 +116,12 @@ class ZImageModel(QwenModel):
         return Conditioning({"states": self.hidden(ids[:, 0, :longest])[-2], "lengths": lengths})
 
     def words(self, prompt: str) -> PromptWords:
-        found = super().words(prompt)
-        used = int((self.tokenize([prompt]) >= 0).sum())
-        return changed(found, length=whole(used))
-
-    def identity(self) -> dict[str, str | None]:
-        return super().identity() | {"vae_shift_factor": str(self.vae.config.shift_factor or 0)}
+        return prompt_words(self.tokenizer, prompt, self.thinking, whole)
 
 
 def whole(tokens: int) -> int:
     """The length of a sequence of so many tokens with its padding."""
     return -(-tokens // WHOLE) * WHOLE
-
-
-def shift_level(patches: int, config: Any, steps: int) -> float:
-    """The logarithm of the shift of a scheduler that has none of its own, on a line between two sizes."""
-    small, large = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    level: float = low + (high - low) / (large - small) * (patches - small)
-    return level
 
 
 def _refuse_graphs() -> None:
