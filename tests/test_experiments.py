@@ -19,6 +19,7 @@ from mifo.config.checks import check
 from mifo.config.launch import launcher
 from mifo.metrics.evaluation import METRICS
 from mifo.tables.settings import read_table
+from mifo.tables.tuning import read_tuning
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = [
@@ -82,10 +83,13 @@ def composed(task, overrides):
 def test_what_the_pages_say_composes(command):
     need_plugins(command)
     _, task, *typed = shlex.split(command)
-    if task == "table":
+    if task in ("table", "tune"):
         own = [text for text in typed if text.startswith("hydra")]
         launcher("no.function", own, ROOT)
-        read_table(ROOT / typed[0], [text for text in typed[1:] if text not in own])
+        if task == "tune":
+            pytest.importorskip("optuna", reason="tuning needs the extra optuna")
+        read = read_table if task == "table" else read_tuning
+        read(ROOT / typed[0], [text for text in typed[1:] if text not in own])
         return
     if task == "results":  # which is no Hydra application
         assert typed[0] in ("diff", "show") or all(

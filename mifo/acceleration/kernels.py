@@ -1,6 +1,6 @@
 """Whether kernels of our own can run: they need a GPU, and Triton, which PyTorch brings along on Linux.
 
-A benchmark has PyTorch or its compiler compute in their place, and sees what each of them wins.
+A benchmark lets PyTorch or its compiler compute in a kernel's place, to measure what the kernel gains.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Small networks of Stable Diffusion's kinds, which use what learning will: loaded at their first pass."""
+"""Runs tiny networks built like Stable Diffusion's once, to load GPU kernels before the first step."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""A learned result belongs to one base model: what it counts on there is recorded and compared at loading."""
+"""A learned result belongs to one base model: what identifies that is recorded, and compared at loading."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A model whose weights have shapes and no numbers, to count on: parameters, memory, what fits its words."""
+"""A model of shapes without numbers (device "meta"), to count parameters and memory and to check prompts."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""What an acceleration wins: rows measured as they are, and with what others give in its place."""
+"""What an acceleration gains: rows measured with it, and with PyTorch's or a library's own in its place."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

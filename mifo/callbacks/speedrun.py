@@ -1,4 +1,4 @@
-"""A stopwatch that stops learning as soon as pictures of held-out prompts are good enough."""
+"""A stopwatch that ends learning as soon as pictures of held-out prompts are good enough."""
 
 import time
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""`table.send=true`: Weights & Biases is told of finished runs, each once, and of their table."""
+"""`table.send=true`: sends finished runs, each once, and their table to Weights & Biases."""
 
 import csv
 import os

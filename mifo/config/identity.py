@@ -1,4 +1,4 @@
-"""What two runs must have in common to be the same run, and what their seeds must to be averaged."""
+"""When two runs are the same run, and when they differ by their seed alone."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What commands that make many runs are asked: a file in a folder of experiments/, and the command line."""
+"""What a table or a tuning is asked: a file in a folder of experiments/, changed by the command line."""
 
 from collections.abc import Sequence
 from dataclasses import fields

@@ -1,1 +1,1 @@
-"""The synthesis loop: DDIM with masked attention, box guidance and renewed shapes."""
+"""The synthesis loop: sampling with masked attention, box guidance and renewed shapes."""
