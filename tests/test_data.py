@@ -22,7 +22,7 @@ from mifo.backbones.loading import load_model
 from mifo.backbones.settings import ModelSettings
 from mifo.data.class_pictures import class_prompts
 from mifo.data.instances import InstanceSet, read_instances
-from mifo.data.learning_data import LearningData
+from mifo.data.learning_data import LearningData, encoded_at_once
 from mifo.data.mask_pyramid import MaskPyramid
 from mifo.data.photo_folder import folder_digest
 from mifo.data.settings import DrawSettings, InstancesSettings, PriorSettings
@@ -755,3 +755,8 @@ def test_class_pictures_of_ones_own(model, folder):
     (folder / "empty").mkdir()
     with pytest.raises(MifoError, match="holds no picture"):
         class_pictures(model, ["a car"], PriorSettings(folder=str(folder / "empty")), seed=0)
+
+
+def test_large_class_pictures_are_encoded_in_the_memory_of_sixteen_of_512() -> None:
+    assert [encoded_at_once(size, None) for size in (128, 512, 768, 1024, 4096)] == [16, 16, 7, 4, 1]
+    assert encoded_at_once(128, PerformanceSettings(gradient_checkpointing=True)) == 1

@@ -24,9 +24,18 @@ from mifo.data.settings import DrawSettings
 from mifo.errors import MifoError
 from mifo.method.objective import StepInputs
 
-ENCODED_AT_ONCE = 16  # class pictures and mirror images
-
 _Turned = tuple[int, int]  # the number of a class picture, and 1 for its mirror image, else 0
+
+
+def encoded_at_once(image_size: int, performance: PerformanceSettings | None) -> int:
+    """How many class pictures and mirror images are encoded together.
+
+    16 of 512² pixels need 6 GiB. Of larger ones as many pixels are taken, and a single picture where
+    activations are computed twice to save memory.
+    """
+    if performance is not None and performance.gradient_checkpointing:
+        return 1
+    return min(16, max(1, 16 * 512**2 // image_size**2))
 
 
 class LearningBatch(NamedTuple):
@@ -156,10 +165,10 @@ class LearningData(lightning.LightningDataModule):
         if not missing:
             return
         rounded = self.performance is not None and self.performance.learning_precision == "bfloat16"
-        # with gradient checkpointing, one picture at a time: 16 need 6 GiB
-        spare = self.performance is not None and self.performance.gradient_checkpointing
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=rounded):
-            encoded = self.model.encode_images(self._turned(missing), 1 if spare else ENCODED_AT_ONCE)
+            encoded = self.model.encode_images(
+                self._turned(missing), encoded_at_once(self.model.image_size, self.performance)
+            )
         means, deviations = (each.float() for each in encoded)
         self.class_latents.update(zip(missing, zip(means, deviations, strict=True), strict=True))
 

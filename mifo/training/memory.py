@@ -22,7 +22,7 @@ from mifo.acceleration.profile import ready_for_synthesis
 from mifo.acceleration.settings import PerformanceSettings
 from mifo.backbones.latent import LatentModel
 from mifo.backbones.model import Trainable
-from mifo.data.learning_data import ENCODED_AT_ONCE
+from mifo.data.learning_data import encoded_at_once
 from mifo.method.backbone import Site
 from mifo.method.guidance.settings import GuidanceSettings
 from mifo.method.objective import word_maps
@@ -126,7 +126,7 @@ def _stage(
             if isinstance(each, nn.Linear) and not each.weight.requires_grad
         )
     # the image and its mirror image; class pictures in 16 bits
-    at_once = 1 if performance.gradient_checkpointing else ENCODED_AT_ONCE
+    at_once = encoded_at_once(model.image_size, performance)
     pictures = max(2.0, at_once * (0.5 if rounded else 1) if prior_weight else 0)
     empty = torch.empty(3, model.image_size, model.image_size, device=model.device)
     encoding = pictures * _peak(model, lambda: model.encode_images([empty]))
