@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mifo.method.prompts.instances import PromptTokens
 from mifo.method.regions.grids import rasterise_boxes
@@ -82,6 +83,30 @@ def test_the_unconditional_half_sees_all_words_and_is_bounded_among_pixels(words
         assert torch.equal(conditional, word_rule(shapes, words, False).allowed())
         for half in denoising.pixels[size].allowed().chunk(2):
             assert torch.equal(half, pixel_rule(shapes).allowed())
+
+
+def test_rules_are_made_of_the_same_bits_without_a_copy_from_the_processor(words):
+    """On a GPU each copy would wait for all that is under way, twenty times at each renewal of shapes."""
+    seen = set()
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.add(function)
+            return function(*args, **(kwargs or {}))
+
+    shapes = torch.stack([rasterise_boxes(BOXES, 4)])
+    with Seen():
+        rules = region_rules(lambda size: shapes, [(4, 4)], words, guidance=True)
+    assert not seen & {torch.ops.aten.lift_fresh.default, torch.ops.aten._local_scalar_dense.default}
+    first, second = shapes.flatten(2).int()[0]
+    own = first + 2 * second
+    background = 1 << 30
+    assert torch.equal(rules.pixels[4, 4].queries[0], torch.where(own == 0, -1, own + background))
+    assert torch.equal(rules.pixels[4, 4].keys[0], torch.where(own == 0, background, own))
+    texts = rules.texts[4, 4]
+    assert torch.equal(texts.keys, rules.pixels[4, 4].keys)
+    bits = {4: 1 + background, 6: 2 + background, 7: 2 + background}
+    assert texts.queries[0].tolist() == [bits.get(place, -1) for place in range(LENGTH)]
 
 
 def test_as_many_subjects_as_there_are_bits_are_told_apart():

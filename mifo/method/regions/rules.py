@@ -83,20 +83,20 @@ def pixel_rule(shapes: Tensor) -> Rule:
     return Rule(torch.where(own == 0, _ALL, own | _BACKGROUND), torch.where(own == 0, _BACKGROUND, own))
 
 
-def text_rule(shapes: Tensor, words: SubjectWords) -> Rule:
+def text_rule(words: SubjectWords, pixels: Tensor) -> Rule:
     """A subject's words see its pixels and the background; other words see all pixels.
 
     So words carry nothing from one subject to another where they have queries of their own, in joint
     attention.
 
     Args:
-        shapes: bool (B, S, n).
+        pixels: their bits as keys (B, n), see `pixel_rule`.
 
     Returns:
-        Bits of words as queries (1, L) and of pixels as keys (B, n).
+        Bits of words as queries (1, L), and of pixels as keys.
     """
     tokens = _memberships(words.subjects[None])
-    return Rule(torch.where(tokens == 0, _ALL, tokens | _BACKGROUND), pixel_rule(shapes).keys)
+    return Rule(torch.where(tokens == 0, _ALL, tokens | _BACKGROUND), pixels)
 
 
 def region_rules(
@@ -116,7 +116,8 @@ def region_rules(
     of_words, of_pixels, of_texts = {}, {}, {}
     for size in sizes:
         shapes = shapes_at(size).flatten(2)
-        word, pixel, text = word_rule(shapes, words, guidance), pixel_rule(shapes), text_rule(shapes, words)
+        word, pixel = word_rule(shapes, words, guidance), pixel_rule(shapes)
+        text = text_rule(words, pixel.keys)
         if halves and not guidance:
             word = Rule(torch.cat([torch.full_like(word.queries, _ALL), word.queries]), word.keys)
             pixel = Rule(*(torch.cat([bits, bits]) for bits in pixel))
@@ -128,5 +129,6 @@ def region_rules(
 
 def _memberships(rows: Tensor) -> Tensor:
     """A bit for each of the S rows that is set: bool (B, S, n) to int32 (B, n)."""
-    bits = torch.tensor([1 << row for row in range(rows.shape[1])], dtype=torch.int32, device=rows.device)
-    return (rows * bits[:, None]).sum(dim=1, dtype=torch.int32)
+    # bits made on the device: a copy from the processor would wait for it
+    places = torch.arange(rows.shape[1], dtype=torch.int32, device=rows.device)
+    return (rows.int() << places[:, None]).sum(dim=1, dtype=torch.int32)
