@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from netrc import NetrcParseError, netrc
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import wandb
@@ -34,7 +34,9 @@ from mifo.errors import MifoError
 from mifo.files import read_text, write_whole
 from mifo.tracking.results import define_metrics
 from mifo.tracking.trackio_logger import TrackioLogger
-from mifo.training.memory import Memory
+
+if TYPE_CHECKING:  # what imports diffusers
+    from mifo.training.memory import Memory
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +136,7 @@ def open_logger(name: str, node: dict[str, Any], folder: Path, facts: dict[str, 
         raise MifoError(f"logger.{name} does not take its arguments: {reason(error)}") from error
 
 
-def tell_memory(needed: Memory, device: torch.device) -> str:
+def tell_memory(needed: "Memory", device: torch.device) -> str:
     """A line about the memory of a GPU that is needed; a warning where more is needed than free."""
     told = f"about {needed.total / 2**30:.1f} GiB of a GPU's memory ({needed})"
     if device.type == "cpu":
