@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from terms import penalty
 from test_learning import TRAINER, Watch
-from tiny import small_road, tiny_sd3_pipeline, two_instances
+from tiny import a_step_of_each, moved_weights, small_road, tiny_sd3_pipeline, two_instances
 
 from mifo.acceleration.block_attention import block_attention, block_mask
 from mifo.acceleration.graphs import GraphedFunction
@@ -507,22 +507,11 @@ def test_the_whole_road_of_a_run(mifo, photo, tmp_path):
 @pytest.mark.parametrize("what", ["tokens", "cross_attention_kv", "denoiser", "full"])
 def test_what_learned_is_saved_and_loaded_on_the_same_base_alone(source, tmp_path, what):
     """Words alone, keys and values of the prompt, the transformer, or all with both text encoders."""
-    rate = {"learning_rate": 1e-2, "lr_scheduler": constant()}
-    settings = LearningSettings(
-        semantic=StageSettings(steps=1),
-        finetuning=StageSettings(steps=0 if what == "tokens" else 1, trainable=what, **rate),
-        prior=PriorSettings(pictures=1, steps=1, cache=str(tmp_path / "prior")),
-    )
+    settings = a_step_of_each(what, tmp_path / "prior")
     model, base = (load_model(ModelSettings("tiny", source)) for _ in range(2))
     learned = learn(model, two_instances(), settings, penalty(), tmp_path, trainer=TRAINER)
     names = {part: set(each) for part, each in base.trainable(what).items()}
-    for part, network in base.networks.items():
-        now = dict(model.networks[part].named_parameters())
-        moved = {
-            name.removeprefix("text_model.")
-            for name, weight in network.named_parameters()
-            if name in now and not torch.equal(weight, now[name])
-        }
+    for part, moved in moved_weights(base, model).items():
         assert moved <= names[part] and len(moved) >= 0.9 * len(names[part])
     load_learned(learned, base)
     prompt = ["a photo of <asset0> and <asset1>"]

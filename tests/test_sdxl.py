@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import small_road, tiny_sdxl_pipeline, two_instances
+from tiny import a_step_of_each, moved_weights, small_road, tiny_sdxl_pipeline, two_instances
 
 from mifo.acceleration.settings import PerformanceSettings
 from mifo.backbones.learned import load_learned
@@ -26,7 +26,7 @@ from mifo.method.losses.settings import PenaltySettings
 from mifo.method.synthesis.sampler import Sampler
 from mifo.method.synthesis.settings import SynthesisSettings
 from mifo.training.fit import learn
-from mifo.training.settings import LearningSettings, StageSettings, constant
+from mifo.training.settings import LearningSettings
 
 CPU = torch.device("cpu")
 PROMPTS = ["a photo of a red car", "a cat in the snow"]
@@ -192,23 +192,12 @@ def test_the_whole_road_of_a_run(mifo, photo, tmp_path):
 def test_what_learned_is_saved_and_loaded(tmp_path, what):
     """Words alone, or all weights of the U-Net and of both text encoders too."""
     source = str(tiny_sdxl_pipeline(tmp_path / "sdxl", depths=(1, 1)))
-    rate = {"learning_rate": 1e-2, "lr_scheduler": constant()}
-    settings = LearningSettings(
-        semantic=StageSettings(steps=1),
-        finetuning=StageSettings(steps=0 if what == "tokens" else 1, trainable=what, **rate),
-        prior=PriorSettings(pictures=1, steps=1, cache=str(tmp_path / "prior")),
-    )
+    settings = a_step_of_each(what, tmp_path / "prior")
     model, base = (load_model(ModelSettings("tiny", source)) for _ in range(2))
     trainer = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False}
     learned = learn(model, two_instances(), settings, PenaltySettings(), tmp_path, trainer=trainer)
     names = {part: set(each) for part, each in base.trainable(what).items()}
-    for part, network in base.networks.items():
-        now = dict(model.networks[part].named_parameters())
-        moved = {
-            name.removeprefix("text_model.")
-            for name, weight in network.named_parameters()
-            if name in now and not torch.equal(weight, now[name])
-        }
+    for part, moved in moved_weights(base, model).items():
         # XL reads the first encoder's states before its last layer alone
         unread = ("encoder.layers.1.", "final_layer_norm") if part == "text_encoder" else ()
         read = [name for name in names[part] if not name.startswith(unread)]

@@ -41,9 +41,12 @@ from transformers import (
     T5Tokenizer,
 )
 
+from mifo.backbones.latent import LatentModel
 from mifo.benchmark.shapes import TEMPLATE
 from mifo.data.instances import InstanceSet
+from mifo.data.settings import PriorSettings
 from mifo.metrics.scores import Evaluator
+from mifo.training.settings import LearningSettings, StageSettings, constant
 
 WORDS = """
     a an the photo picture of and or in on at with to left right top bottom red green blue striped car cat mug
@@ -340,6 +343,29 @@ def two_instances() -> InstanceSet:
     masks[1, 10:30, 16:30] = 1
     image = torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return InstanceSet("two", image, masks, ("car", "cat"), ("car", None), ("<asset0>", "<asset1>"))
+
+
+def a_step_of_each(what: str, prior: Path) -> LearningSettings:
+    """One step of a stage each, with a class picture; of words alone no second one."""
+    rate = {"learning_rate": 1e-2, "lr_scheduler": constant()}
+    return LearningSettings(
+        semantic=StageSettings(steps=1),
+        finetuning=StageSettings(steps=0 if what == "tokens" else 1, trainable=what, **rate),
+        prior=PriorSettings(pictures=1, steps=1, cache=str(prior)),
+    )
+
+
+def moved_weights(base: LatentModel, model: LatentModel) -> dict[str, set[str]]:
+    """By part, the weights that differ; what one of the models alone has is left out."""
+    moved = {}
+    for part, network in base.networks.items():
+        now = dict(model.networks[part].named_parameters())
+        moved[part] = {
+            name.removeprefix("text_model.")
+            for name, weight in network.named_parameters()
+            if name in now and not torch.equal(weight, now[name])
+        }
+    return moved
 
 
 class MeanColour:

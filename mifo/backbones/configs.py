@@ -23,7 +23,8 @@ def read_config(file: Path, kind: Any = None) -> dict[str, Any]:
         raise MifoError(f"{file} is damaged: it holds no object with keys")
     if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
         try:
-            kind.config_class.from_dict(content)  # type: ignore[attr-defined]  # which checks the types itself
+            # it checks the types itself; transformers does not annotate the attribute
+            kind.config_class.from_dict(content)  # type: ignore[attr-defined]
         except Exception as error:  # of the library's own class
             raise MifoError(f"{file} is damaged: {' '.join(str(error).split())}") from error
     elif kind is not None:
