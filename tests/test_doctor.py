@@ -62,11 +62,17 @@ def test_a_good_setup_is_all_right(setup, capsys):
     assert not failed and {level for level, *_ in lines} == {"ok"}
     found = {subject: text for _, subject, text in lines}
     assert "64×64" in found["picture"] and "<asset1>" in found["picture"]
-    assert "2 boxes" in found["layout"] and "GiB of a GPU's memory" in found["memory"]
+    assert found["evaluators"] == "protocol miniature: embedded"
+    assert found["layout"] == "prompts: 1, boxes: 2" and "GiB of a GPU's memory" in found["memory"]
 
 
 def no_weights(folder):
     (folder / "model" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+
+
+def half_of_the_weights(folder):
+    file = folder / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
 def other_kind(folder):
@@ -105,6 +111,7 @@ def no_mask(folder):
         (None, ["layout.endings=[" + "very " * 40 + "]"], "error", "layout", "shorten"),
         (None, ["learning.template='a " + "red " * 40 + "{}'"], "error", "words", "shorten"),
         (no_weights, [], "error", "weights", "diffusion_pytorch_model.safetensors is missing"),
+        (half_of_the_weights, [], "error", "weights", "copy or download it again"),
         (other_kind, [], "error", "sizes", "in_channels"),
         (None, ["metrics.image_text.name=ViT-X"], "error", "evaluators", "ViT-X is no model of open_clip"),
         (None, ["metrics.image.source=someone/vit"], "warning", "evaluators", "are not here yet"),

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
-from mifo.commands.evaluate import pictures_folder, recorded_instances, scored
+from mifo.commands.evaluate import pictures_folder, print_scores, recorded_instances, scored
 from mifo.commands.synthesize import learned_folder
 from mifo.config import compose, conf_folder, settings_of
 from mifo.data.saved_pictures import Picture, read_pictures, save_pictures
@@ -592,3 +592,11 @@ def test_missing_evaluators_are_named_in_one_sentence(name):
         load_image_text_encoder(ImageTextSettings(name))
     with pytest.raises(MifoError, match="cannot be loaded"):
         load_image_encoder(ImageSettings("./nowhere"))
+
+
+def test_printed_scores_are_whole_on_a_narrow_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    evaluator = Evaluator("miniature-clip-stretched", "0123456789ab")
+    print_scores((Score("instance_consistency_clip", 0.25, True, evaluator, "miniature", 3),))
+    told = capsys.readouterr().out
+    assert "instance_consistency_clip ↑" in told and "miniature-clip-stretched" in told and "…" not in told

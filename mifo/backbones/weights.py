@@ -5,11 +5,11 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mifo.errors import MifoError
-from mifo.files import read_json
+from mifo.files import read_json, reason
 
 STEMS = {
     "text_encoder": "model",
@@ -37,7 +37,7 @@ def weight_files(folder: Path, part: str, variant: str | None = None) -> list[Pa
     """The files from which transformers and diffusers load `part` of the pipeline `folder`.
 
     Raises:
-        MifoError: a file is missing, or the index of the shards is damaged.
+        MifoError: a file is missing, or not as long as its head says, or the index of the shards is damaged.
     """
     stem, ending = STEMS[part], f".{variant}" if variant else ""
     whole = folder / part / f"{stem}{ending}.safetensors"
@@ -56,6 +56,11 @@ def weight_files(folder: Path, part: str, variant: str | None = None) -> list[Pa
             others = sorted(other.name for other in (folder / part).glob(f"{stem}*.safetensors"))
             hint = f" (beside it lies {others[0]}: does model.variant name that?)" if others else ""
             raise MifoError(f"{file} is missing{hint}; complete the model's folder.")
+        try:
+            with safe_open(file, "pt"):
+                pass  # the head, which is compared with the length of the file
+        except (OSError, SafetensorError) as error:
+            raise MifoError(f"{file} is damaged ({reason(error)}); copy or download it again.") from error
     return files
 
 

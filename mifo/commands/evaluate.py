@@ -156,13 +156,13 @@ def objective_values(folder: Path, wanted: Sequence[str]) -> float | list[float]
 
 def print_scores(scores: tuple[Score, ...]) -> None:
     """Print one line per metric."""
-    table = Table("metric", "better", "mean", "over", "measured by")
+    table = Table("metric", "mean", "over")
+    table.add_column("measured by", overflow="fold")
     for score in scores:
         table.add_row(
-            score.metric,
-            score.arrow,
+            f"{score.metric} {score.arrow}",
             f"{score.value:.3f}",
             str(score.count),
-            f"{score.evaluator} ({score.protocol})",
+            f"{score.evaluator.name} ({score.protocol})",
         )
     Console().print(table)

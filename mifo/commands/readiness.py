@@ -117,7 +117,7 @@ def layout(setup: Setup) -> str:
     assert isinstance(setup.settings, RunSettings)
     check_layouts(setup.settings, setup.layouts, setup.instances.tokens)
     boxes = sum(len(each.boxes) for each in setup.layouts)
-    return f"{len(setup.layouts)} prompts with {boxes} boxes"
+    return f"prompts: {len(setup.layouts)}, boxes: {boxes}"
 
 
 def weights(setup: Setup) -> str:
@@ -164,10 +164,12 @@ def memory(setup: Setup) -> str:
 
 def evaluators(setup: Setup) -> str:
     """The models that score pictures."""
-    if setup.settings.metrics is None:
+    metrics = setup.settings.metrics
+    if metrics is None:
         return "none: metrics=none"
-    check_evaluators(setup.settings.metrics)
-    return f"{setup.settings.metrics.image_text.name} and {setup.settings.metrics.image.source}"
+    check_evaluators(metrics)
+    names = dict.fromkeys((metrics.image_text.name, metrics.image.source))
+    return f"protocol {metrics.protocol}: {' and '.join(names)}"
 
 
 def loggers(setup: Setup) -> str:

@@ -101,7 +101,7 @@ def _log_table(
             if isinstance(logger, WandbLogger)
             else as_image(picture.image),
             picture.prompt,
-            json.dumps(picture.boxes),
+            json.dumps({name: [round(edge, 4) for edge in box] for name, box in picture.boxes.items()}),
             picture.seed,
             *(row.get(metric) for metric in metrics),
         ]
