@@ -190,7 +190,15 @@ def test_the_page_of_the_server_tells_the_runs_apart(sent, server, tmp_path):
         for name in NAMES:
             page.get_by_text(name).first.wait_for(timeout=30_000)
         page.get_by_text("Select All").click()
-        page.get_by_text("box_adherence").first.wait_for(timeout=30_000)
+        chart = page.locator(".chart-box", has_text="loss/attention").last  # of stage 1; 2 comes before it
+        chart.wait_for(timeout=30_000)
+        drawn = "box => echarts.getInstanceByDom(box.querySelector('.chart-container')).getOption().series"
+        curves = {each["name"]: len(each["data"]) for each in chart.evaluate(drawn)}
+        assert len(curves) == 4 and {*curves.values()} == {24 if SHOTS else 8}
+        stays = ".container > div > div:has(> .panel) {position: sticky; top: 70px; align-self: flex-start}"
+        page.add_style_tag(content=f"html, body {{overflow: visible}} {stays}")  # the list of names
+        chart.evaluate("box => scrollTo(0, box.getBoundingClientRect().top + scrollY - 70)")
+        page.wait_for_timeout(1500)  # a chart draws itself slowly
         page.screenshot(path=Path(SHOTS or tmp_path) / "server.png")
 
 

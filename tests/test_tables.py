@@ -10,10 +10,12 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+import wandb
 from matplotlib.figure import Figure
 from offline_wandb import read_offline_run
 from PIL import Image
@@ -530,7 +532,7 @@ def sent(folder):
 
 
 @pytest.mark.slow
-def test_finished_runs_are_sent_once_with_their_row_and_set(folder, drawn, capsys):
+def test_finished_runs_are_sent_once_with_their_row_and_set(folder, drawn, capsys, monkeypatch):
     asked = ["small", "table.columns=[leakage]", "logger=none"]
     assert table(asked) == 0 and not sent(folder)
     assert table([*asked, "table.send=true"]) == 0
@@ -559,6 +561,10 @@ def test_finished_runs_are_sent_once_with_their_row_and_set(folder, drawn, capsy
     assert "sent: 1 runs, and 3 were there before" in capsys.readouterr().out
     again = sent(folder / "outputs" / "runs")
     assert len(again) == 5 and {run.id for run in again} == {run.id for run in told}
+
+    monkeypatch.setattr("mifo.commands.send.log_table", Mock(side_effect=wandb.errors.CommError("busy")))
+    with pytest.raises(MifoError, match=r"did not take everything \(busy\); repeat the command"):
+        table([*asked, "table.send=true"])
 
 
 def test_runs_of_a_table_are_logged_where_a_logger_is_chosen(folder, made, monkeypatch):

@@ -23,7 +23,7 @@ from mifo.method.prompts.instances import INSTANCE
 from mifo.metrics.evaluation import SCORES, Evaluation, PictureEvaluator, has_scores
 from mifo.metrics.scores import Score
 from mifo.metrics.settings import MetricsSettings
-from mifo.tracking.results import log_evaluation
+from mifo.tracking.results import at_no_cost, log_evaluation
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,8 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     folder = claim_folder(settings)
     with open_loggers(settings) as loggers:
         evaluation = scored(settings.metrics, pictures, instances, folder, device)
-        log_evaluation(loggers, evaluation, pictures, instances)
+        with at_no_cost():
+            log_evaluation(loggers, evaluation, pictures, instances)
     print_scores(evaluation.scores)
     print(f"scores: {folder / SCORES}")
     return evaluation

@@ -21,7 +21,7 @@ from mifo.config.jobs import CONFIG, claim_folder
 from mifo.config.schema import LearnSettings
 from mifo.data.instances import InstanceSet
 from mifo.errors import MifoError
-from mifo.tracking.results import log_learned
+from mifo.tracking.results import at_no_cost, log_learned
 from mifo.training.fit import learn as fit
 from mifo.training.fit import remove_checkpoints
 
@@ -66,7 +66,8 @@ def learned_model(
         performance=settings.performance,
     )
     called = f"{instances.name}-{settings.method}-seed-{settings.seed}"
-    log_learned(loggers, folder / "learned", called, settings.group)
+    with at_no_cost():
+        log_learned(loggers, folder / "learned", called, settings.group)
     return model.to(device)
 
 

@@ -17,7 +17,7 @@ from mifo.config.schema import RunSettings
 from mifo.data.saved_pictures import read_pictures
 from mifo.metrics.evaluation import SCORES, PictureEvaluator, has_scores
 from mifo.report.sheet import Sheet, write_sheet
-from mifo.tracking.results import log_evaluation
+from mifo.tracking.results import at_no_cost, log_evaluation
 
 
 @contextmanager
@@ -58,7 +58,8 @@ def run(settings: RunSettings) -> Path:
             with timed("evaluation"):
                 evaluation = scored(settings.metrics, pictures, instances, folder, device)
             steps = settings.learning.finetuning.steps or settings.learning.semantic.steps
-            log_evaluation(loggers, evaluation, pictures, instances, steps)
+            with at_no_cost():
+                log_evaluation(loggers, evaluation, pictures, instances, steps)
     if settings.sheet and not (folder / "contact_sheet.html").is_file():
         sheet = Sheet(
             title=instances.name.replace("_", " "),

@@ -15,6 +15,8 @@ from mifo.config.jobs import lock_folder, unlock_folder
 from mifo.config.schema import RunSettings
 from mifo.data.instances import read_instances
 from mifo.data.saved_pictures import read_pictures
+from mifo.errors import MifoError
+from mifo.files import reason
 from mifo.metrics.evaluation import SCORES, Evaluation
 from mifo.tables.execute import Done
 from mifo.tracking.results import log_evaluation, log_learned, log_table
@@ -27,7 +29,19 @@ def send(name: str, title: str, table: Path, ended: Sequence[Done]) -> None:
 
     A run that was logged while it was made, or sent before by whichever table, is not sent again. One whose
     sending was interrupted goes on under its id.
+
+    Raises:
+        MifoError: the server does not take it.
     """
+    try:
+        _send_all(name, title, table, ended)
+    except wandb.errors.Error as error:
+        raise MifoError(
+            f"Weights & Biases did not take everything ({reason(error)}); repeat the command to send the rest"
+        ) from error
+
+
+def _send_all(name: str, title: str, table: Path, ended: Sequence[Done]) -> None:
     finished = [(done, done.folder, done.run.settings) for done in ended if done.folder and done.run.settings]
     count = 0
     for done, folder, planned in track(finished, "sending"):

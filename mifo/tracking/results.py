@@ -1,8 +1,10 @@
 """What loggers are told about finished learning and finished pictures, beside curves and settings."""
 
 import json
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from mifo.data.instances import InstanceSet
 from mifo.data.saved_pictures import Picture, as_image
+from mifo.files import reason
 from mifo.metrics.evaluation import METRICS, Evaluation, best_of
 from mifo.report.heat_map import draw_leakage
 from mifo.report.picture_grid import draw_pictures
@@ -20,6 +23,17 @@ from mifo.tracking.trackio_logger import TrackioLogger
 # where scores are logged: at the end, and by the callback while learning
 _SCORES = ("evaluation", "semantic/scores", "finetuning/scores")
 _LARGEST_UPLOAD = 100 * 2**20  # bytes; larger weights stay where they are and are named by their checksum
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def at_no_cost() -> Iterator[None]:
+    """A server that takes not everything ends no run, whose folder has all of it; a warning says so."""
+    try:
+        yield
+    except wandb.errors.Error as error:
+        log.warning("Weights & Biases did not take everything of this run: %s", reason(error))
 
 
 def define_metrics(logger: WandbLogger) -> None:
