@@ -277,6 +277,8 @@ def test_a_walk_through_the_page(server, tmp_path):
         page.get_by_role("button", name="Make pictures").click()
         wait(lambda: "ok" in page.locator("#made-note").inner_text())
         page.locator("#made img").first.wait_for()
+        prompt = page.get_by_label("prompt, with the names of the instances").input_value()
+        assert prompt == "car 1 and car 2 in the snow"  # what was made is what is shown
         shot("pictures")
         layout = kept.kept_layout(tmp_path / "studio", "cars", TOKENS)
         assert layout.prompt == "<asset0> and <asset1> in the snow"

@@ -229,7 +229,7 @@ def build(studio: Studio) -> gr.Blocks:
                 keep = gr.Button("Keep photo and masks", variant="primary")
                 note = gr.Markdown()
         with gr.Tab("2 · Learn"), gr.Row():
-            with gr.Column(scale=1, min_width=300):
+            with gr.Column(scale=1, min_width=330):
                 learnt = gr.Dropdown(label="photo")
                 model = gr.Dropdown(models, value="miniature", label="model")
                 with gr.Row():
@@ -243,7 +243,7 @@ def build(studio: Studio) -> gr.Blocks:
             with gr.Column(scale=3):
                 state = gr.Markdown("Choose a photo and press **Learn**.", elem_id="state")
                 curves = gr.HTML()
-                samples = gr.Gallery(label="pictures", columns=3, height=330, object_fit="contain")
+                samples = gr.Gallery(show_label=False, columns=3, height=330, object_fit="contain")
                 with gr.Accordion("What the command says", open=False):
                     log = gr.Textbox(show_label=False, lines=8, max_lines=20)
         with gr.Tab("3 · Pictures") as placing:
@@ -263,20 +263,19 @@ def build(studio: Studio) -> gr.Blocks:
                         keep_layout = gr.Button("Keep layout", min_width=100)
                         make = gr.Button("Make pictures", variant="primary", min_width=100)
                     kept_note, made_note = gr.Markdown(), gr.Markdown(elem_id="made-note")
-            made = gr.Gallery(label="pictures", columns=4, height=360, object_fit="contain", elem_id="made")
+            made = gr.Gallery(show_label=False, columns=4, height=360, object_fit="contain", elem_id="made")
         with gr.Tab("4 · Runs") as past:
             listed = gr.Dataframe(interactive=False, elem_id="runs")
             chosen = gr.Markdown("Click a run to see what it made.")
-            shown = gr.Gallery(
-                label="pictures of the run", columns=3, height=420, object_fit="contain", elem_id="shown"
-            )
+            shown = gr.Gallery(show_label=False, columns=3, height=420, object_fit="contain", elem_id="shown")
 
         photo, seen, making, seen_made, name = (gr.State(None) for _ in range(5))
         quiet = {"show_progress": "hidden"}  # which would also cover with "Error" what a refusal concerns
         opened = [painted, photo, called, note]
         dropped.upload(told(studio.open_photo), dropped, opened, **quiet)
         given.submit(told(studio.open_folder), given, opened, **quiet)
-        again.input(told(studio.open_kept), again, opened, **quiet)
+        # a list tells of its input a second time, which would take back what was done since; not of a choice
+        again.select(told(studio.open_kept), again, opened, **quiet)
         keep.click(told(studio.keep_photo), [painted, photo, called], [note, again, learnt], **quiet)
         start.click(told(studio.learn), [learnt, model, first, second, every], [watched, seen], **quiet)
         stop.click(told(studio.stop), watched, **quiet)
@@ -284,8 +283,8 @@ def build(studio: Studio) -> gr.Blocks:
         for tab in (page.load, placing.select):
             tab(lambda: gr.Dropdown(jobs.runs(True)), None, run, **quiet)
         page.load(studio.lists, None, [again, learnt, layout, watched], **quiet)
-        run.input(told(studio.choose), run, [boxed, prompt], **quiet)
-        layout.input(told(studio.open_layout), [layout, run], [boxed, prompt], **quiet)
+        run.select(told(studio.choose), run, [boxed, prompt], **quiet)
+        layout.select(told(studio.open_layout), [layout, run], [boxed, prompt], **quiet)
         keeping = ([boxed, prompt, placed, run], [kept_note, layout, name])
         keep_layout.click(told(studio.keep_layout), *keeping, **quiet)
         make.click(told(studio.keep_layout), *keeping, **quiet).success(
