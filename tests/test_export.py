@@ -1,6 +1,7 @@
 """Results that leave the house: diffusers' own calls read the files, and predict what MIFO predicts."""
 
 import re
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableD
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import tiny_pipeline, tiny_sd3_pipeline, tiny_sdxl_pipeline, two_instances
+from transformers import CLIPTextModel
 
 from mifo.backbones.learned import load_learned, save_learned
 from mifo.backbones.loading import load_model
@@ -211,17 +213,18 @@ def test_a_lora_tells_what_it_lacks_and_a_pipeline_lacks_nothing(mifo, family, t
 @pytest.mark.slow
 @pytest.mark.parametrize("family", BOTH, indirect=True)
 def test_the_script_of_the_card_works_without_mifo(mifo, family, tmp_path):
-    kind, source = family
+    kind, source = family[0], str(shutil.copytree(family[1], tmp_path / "base"))
+    encoder = f"{source}/text_encoder"  # in half precision, as that of Stable Diffusion XL is
+    CLIPTextModel.from_pretrained(encoder).half().save_pretrained(encoder)
     save(tmp_path, source, "lora")
     assert export(mifo, source, "rank=8") == 0
     card = (tmp_path / "E" / "exported" / "README.md").read_text()
     script = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
-    script = f"FOLDER = 'E/exported'\n{script}".replace('"tiny"', repr(source)).replace(
-        '"local"', repr(source)
-    )
+    assert '("tiny", torch_dtype=torch.float32)  # a folder: say where it lies' in script
+    script = script.replace('"tiny"', repr(source))
     script += "\nimport sys\nassert not any(name.split('.')[0] == 'mifo' for name in sys.modules)\n"
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
-    assert Image.open(tmp_path / "picture.png").width == {"sd": 32, "sdxl": 64}[kind]
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path / "E" / "exported", check=True)
+    assert Image.open(tmp_path / "E" / "exported" / "picture.png").width == {"sd": 32, "sdxl": 64}[kind]
 
 
 @pytest.mark.parametrize(
@@ -279,7 +282,7 @@ def test_stable_diffusion_3_is_exported_as_a_pipeline(mifo, tmp_path, capsys):
     assert "StableDiffusion3Pipeline of diffusers loads no words" in capsys.readouterr().err
     assert export(mifo, source, "weights=pipeline", folder="P") == 0
     exported = tmp_path / "P" / "exported"
-    assert ", text_encoder_3=None, tokenizer_3=None)" in (exported / "README.md").read_text()
+    assert ", text_encoder_3=None, tokenizer_3=None, torch_dtype=" in (exported / "README.md").read_text()
     absent = {"text_encoder_3": None, "tokenizer_3": None}
     pipe = StableDiffusion3Pipeline.from_pretrained(exported / "pipeline", **absent)
     given = {"max_sequence_length": 0, "do_classifier_free_guidance": False}

@@ -99,14 +99,17 @@ def _python(
     absent: Sequence[str],
     has_lora: bool,
 ) -> list[str]:
-    """How a script uses the folder, which it names FOLDER."""
+    """How a script beside the card uses the folder."""
+    head = ["import torch", f"from diffusers import {kind}", "", 'FOLDER = "."  # where this page lies']
     prompt = f'pipe("a photo of {" and ".join(words)}").images[0].save("picture.png")'
+    precision = ", torch_dtype=torch.float32"  # else text encoders keep their file's, and others do not
     if settings.weights == "pipeline":
         without = "".join(f", {part}=None" for part in absent)
-        made = f'pipe = {kind}.from_pretrained(f"{{FOLDER}}/pipeline"{without})'
-        return [f"from diffusers import {kind}", "", made, prompt]
+        made = f'pipe = {kind}.from_pretrained(f"{{FOLDER}}/pipeline"{without}{precision})'
+        return [*head, made, prompt]
     at = f', revision="{revision}"' if revision else ""
-    lines = [f"from diffusers import {kind}", "", f'pipe = {kind}.from_pretrained("{base}"{at})']
+    place = "" if _HUB_ID.fullmatch(base) else "  # a folder: say where it lies"
+    lines = [*head, f'pipe = {kind}.from_pretrained("{base}"{at}{precision}){place}']
     for network, own in files.items():
         tokenizer = network.replace("text_encoder", "tokenizer")
         where = "" if len(files) == 1 else f", text_encoder=pipe.{network}, tokenizer=pipe.{tokenizer}"
