@@ -211,7 +211,7 @@ def test_other_ways_to_place_times_are_refused(source, tmp_path):
         file.write_text(json.dumps(plain | change))
         with pytest.raises(MifoError, match=reason):
             load_outline(ModelSettings("copy", str(folder)))
-    with pytest.raises(MifoError, match=r"model\.maps=all is not known; take own or row"):
+    with pytest.raises(MifoError, match=r"model\.maps=all is not known; take one of own, row"):
         load_outline(ModelSettings("tiny", source, maps="all"))
     with pytest.raises(MifoError, match="1001 sampling steps"):
         Flow().times(1001)

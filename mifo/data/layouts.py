@@ -7,7 +7,7 @@ from functools import partial
 from itertools import combinations
 from typing import Any
 
-from mifo.errors import MifoError
+from mifo.errors import MifoError, check_known
 from mifo.method.prompts.instances import check_instances, check_placeholders
 from mifo.method.regions.boxes import check_boxes
 
@@ -44,9 +44,7 @@ def layouts(settings: LayoutSettings, tokens: Sequence[str]) -> list[Layout]:
         MifoError: a box is impossible, or a prompt lacks a box's key, names an unknown instance or holds an
             unknown placeholder.
     """
-    if settings.arrange not in (None, *ARRANGEMENTS):
-        known = ", ".join(ARRANGEMENTS)
-        raise MifoError(f"layout.arrange: '{settings.arrange}' is unknown; use {known} or null")
+    check_known("layout.arrange", settings.arrange or "null", (*ARRANGEMENTS, "null"))
     # Hydra's command line takes no "<" in a key, so that asset0 stands for <asset0> too
     boxes = {
         re.sub(r"^asset\d+$", r"<\g<0>>", name): _numbers(name, box) for name, box in settings.boxes.items()

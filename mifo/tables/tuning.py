@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pandas as pd
 from omegaconf import MISSING, OmegaConf
 
 from mifo.config.launch import Launch
-from mifo.errors import MifoError
+from mifo.errors import MifoError, check_package
 from mifo.files import write_whole
 from mifo.metrics.evaluation import METRICS
 from mifo.report.tables import write_csv
@@ -91,8 +90,7 @@ def read_tuning(folder: Path, arguments: Sequence[str]) -> tuple[TuningSettings,
     settings, _, overrides = read_asked(folder, "tune", "experiments/tuning", TuningSettings, arguments)
     settings.methods = {label: MethodSettings(**each) for label, each in settings.methods.items()}
     file = folder / "tune.yaml"
-    if find_spec("optuna") is None:
-        raise MifoError("tuning needs optuna; pip install 'mifo[optuna]' brings it")
+    check_package("mifo tune", "optuna", "optuna")
     if not settings.methods or not settings.scenes or not settings.objective or settings.trials < 1:
         raise MifoError(f"{file}: tuning needs methods, scenes, an objective and at least one trial")
     if unknown := settings.objective.keys() - METRICS.keys():

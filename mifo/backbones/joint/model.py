@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from mifo.backbones.joint.network import JointNetwork
 from mifo.backbones.latent import LatentModel
 from mifo.backbones.settings import ModelSettings
-from mifo.errors import MifoError
+from mifo.errors import check_known
 from mifo.method.diffusion.flow import Flow, Timesteps
 
 
@@ -29,10 +29,8 @@ class JointModel(LatentModel):
     def options(
         cls, settings: ModelSettings, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]
     ) -> dict[str, Any]:
-        known: dict[str, list[Any]] = {"timesteps": list(Timesteps), "maps": ["own", "row"]}
-        for key, values in known.items():
-            if (value := getattr(settings, key)) not in values:
-                raise MifoError(f"model.{key}={value} is not known; take {' or '.join(values)}.")
+        check_known("model.timesteps", settings.timesteps, Timesteps)
+        check_known("model.maps", settings.maps, ("own", "row"))
         return {"timesteps": Timesteps(settings.timesteps), "whole_row": settings.maps == "row"}
 
     @cached_property
