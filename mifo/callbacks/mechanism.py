@@ -4,10 +4,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from mifo.callbacks.logging import is_due, log_values, validate_interval
+from mifo.callbacks.logging import Periodic, log_values
 from mifo.data.learning_data import LearningBatch
 from mifo.data.mask_pyramid import MaskPyramid
 from mifo.method.backbone import Site
@@ -18,7 +17,7 @@ from mifo.method.objective import LossParts, learning_loss
 from mifo.training.stages import LearningStage, total_norm
 
 
-class Mechanism(Callback):
+class Mechanism(Periodic):
     """Logs `mechanism/…` every `every` steps and at a stage's end, on the first `draws` draws of the stage.
 
     Of the words' attention, as shares of the whole map, mean over the stage's default sites, instances and
@@ -28,7 +27,8 @@ class Mechanism(Callback):
     """
 
     def __init__(self, every: int = 20, draws: int = 8) -> None:
-        self.every, self.draws = validate_interval(every), draws
+        super().__init__(every)
+        self.draws = draws
 
     def on_fit_start(self, trainer: Trainer, pl_module: LearningStage) -> None:
         # draws need masks of the sites that are read here, also where no term reads them
@@ -37,19 +37,15 @@ class Mechanism(Callback):
         masks = pl_module.instances.resized(model.image_size)[1].to(pl_module.device)
         data.masks = MaskPyramid.of(masks, data.sizes, model.latent_shape[1:])
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LearningStage, outputs, batch, batch_index: int
-    ) -> None:
-        if not is_due(trainer, self.every):
-            return
-        sites = _sites(pl_module)
+    def look(self, trainer: Trainer, module: LearningStage) -> None:
+        sites = _sites(module)
         found = [
-            torch.stack([*_shares(parts, one, sites), *_norms(pl_module, parts)])
-            for one, parts in self._losses(trainer, pl_module)
+            torch.stack([*_shares(parts, one, sites), *_norms(module, parts)])
+            for one, parts in self._losses(trainer, module)
         ]
         names = ("own", "others", "elsewhere", "denoising", "prior", "attention")
         values = torch.stack(found).mean(0).tolist()
-        log_values(trainer, pl_module, "mechanism", dict(zip(names, values, strict=True)))
+        log_values(trainer, module, "mechanism", dict(zip(names, values, strict=True)))
 
     def _losses(self, trainer: Trainer, module: LearningStage) -> Iterator[tuple[LearningBatch, LossParts]]:
         """The draws with their losses, whose maps are read also where no term is active."""

@@ -53,9 +53,7 @@ class TaskSettings:
     task: str = MISSING
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda
-    exclusive_gpu: bool = (
-        False  # take a GPU that no other job of this host has taken; for hydra/launcher=gpus
-    )
+    exclusive_gpu: bool = False  # take a GPU that no other job of this host has; for hydra/launcher=gpus
     # for the logger: runs that differ by their seed alone share it
     group: str | None = None
     tags: list[str] = field(default_factory=list)  # for the logger, and for finding runs again
@@ -216,9 +214,7 @@ class QualitySettings(TaskSettings):
     per_category: int = 100  # instances among which the image evaluator finds each one
     pictures: int = 960  # of one thing; half as many of two
     box_prompts: int = 200
-    performance: PerformanceSettings = field(
-        default_factory=PerformanceSettings
-    )  # of box control: CUDA graphs
+    performance: PerformanceSettings = field(default_factory=PerformanceSettings)  # of box control
     synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
 

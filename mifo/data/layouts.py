@@ -29,12 +29,15 @@ class LayoutSettings:
     arrange: str | None = None  # boxes for all instances when `boxes` is empty: see ARRANGEMENTS
 
 
+Boxes = dict[str, tuple[float, float, float, float]]
+
+
 @dataclass(frozen=True)
 class Layout:
     """One prompt with its boxes, ready to be drawn or synthesised."""
 
     prompt: str
-    boxes: dict[str, tuple[float, float, float, float]]
+    boxes: Boxes
 
 
 def layouts(settings: LayoutSettings, tokens: Sequence[str]) -> list[Layout]:
@@ -84,7 +87,7 @@ def _numbers(name: str, box: Any) -> tuple[float, ...]:
     return tuple(box)
 
 
-def _row(tokens: Sequence[str], margin: float = 0.04) -> dict[str, tuple[float, float, float, float]]:
+def _row(tokens: Sequence[str], margin: float = 0.04) -> Boxes:
     """Boxes of one size from left to right, in the lower middle where things stand on the ground."""
     width = (1 - margin) / len(tokens)
     side = min(width - margin, 0.6)
@@ -95,7 +98,7 @@ def _row(tokens: Sequence[str], margin: float = 0.04) -> dict[str, tuple[float, 
     }
 
 
-def _spread(tokens: Sequence[str], margin: float = 0.04) -> dict[str, tuple[float, float, float, float]]:
+def _spread(tokens: Sequence[str], margin: float = 0.04) -> Boxes:
     """Squares of one size with air between them in two staggered columns, the first at the upper left."""
     places = -(-len(tokens) // 2)
     pitch = (1 - margin) / places
@@ -112,7 +115,7 @@ def _spread(tokens: Sequence[str], margin: float = 0.04) -> dict[str, tuple[floa
     return boxes
 
 
-def _grid(tokens: Sequence[str], fill: float) -> dict[str, tuple[float, float, float, float]]:
+def _grid(tokens: Sequence[str], fill: float) -> Boxes:
     """Squares in rows, from the upper left; a side is `fill` times the distance of their middles."""
     rows = round(len(tokens) ** 0.5)
     columns = -(-len(tokens) // rows)
@@ -127,7 +130,7 @@ def _grid(tokens: Sequence[str], fill: float) -> dict[str, tuple[float, float, f
     return boxes
 
 
-ARRANGEMENTS: dict[str, Callable[[Sequence[str]], dict[str, tuple[float, float, float, float]]]] = {
+ARRANGEMENTS: dict[str, Callable[[Sequence[str]], Boxes]] = {
     "row": _row,
     "spread": _spread,
     "apart": partial(_grid, fill=0.85),
