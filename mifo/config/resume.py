@@ -43,11 +43,7 @@ FREE = {
 }
 _GROUPS = ("trainer", "performance", "logger", "callbacks")  # chosen anew, they replace what is recorded
 # values that follow a key in conf/, and follow it again when the key is typed anew
-_FOLLOWERS = {
-    "trainer.accelerator": "device",
-    "logger.wandb.group": "group",
-    "logger.wandb.tags": "tags",
-}
+_FOLLOWERS = {"trainer.accelerator": "device", "logger.wandb.group": "group", "logger.wandb.tags": "tags"}
 _PLACES = re.compile(r"(^|_)(dir|dirs|dirpath|directory|path|root|folder|file|filename|uri|location)$")
 
 

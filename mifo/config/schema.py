@@ -148,11 +148,6 @@ class SpeedrunSettings(RunSettings):
 
 
 @dataclass
-class DoctorSettings(RunSettings):
-    """`mifo doctor`: what `mifo run` would be given."""
-
-
-@dataclass
 class DashboardSettings(TaskSettings):
     """`mifo dashboard`."""
 
@@ -237,7 +232,7 @@ SCHEMAS: dict[str, type[TaskSettings]] = {
     "evaluate": EvaluateSettings,
     "run": RunSettings,
     "speedrun": SpeedrunSettings,
-    "doctor": DoctorSettings,
+    "doctor": RunSettings,
     "dashboard": DashboardSettings,
     "layout": LayoutTaskSettings,
     "studio": StudioSettings,

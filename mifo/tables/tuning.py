@@ -108,11 +108,7 @@ def read_tuning(folder: Path, arguments: Sequence[str]) -> tuple[TuningSettings,
 
 
 def tune(
-    name: str,
-    settings: TuningSettings,
-    overrides: Sequence[str],
-    launch: Launch,
-    record: Mapping[str, Entry],
+    name: str, settings: TuningSettings, overrides: Sequence[str], launch: Launch, record: Mapping[str, Entry]
 ) -> Iterator[tuple[list[Trial], list[tuple[Run, Entry]]]]:
     """All trials so far and the runs behind them, after each round of one trial of each method.
 
@@ -124,8 +120,7 @@ def tune(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     searches = {
         label: optuna.create_study(
-            direction="maximize",
-            sampler=optuna.samplers.TPESampler(seed=settings.seed, n_startup_trials=4),
+            direction="maximize", sampler=optuna.samplers.TPESampler(seed=settings.seed, n_startup_trials=4)
         )
         for label in settings.methods
     }
@@ -208,10 +203,7 @@ def best_trials(trials: Sequence[Trial]) -> dict[str, Trial]:
 
 
 def write_tuning(
-    folder: Path,
-    settings: TuningSettings,
-    trials: Sequence[Trial],
-    made: Sequence[tuple[Run, Entry]],
+    folder: Path, settings: TuningSettings, trials: Sequence[Trial], made: Sequence[tuple[Run, Entry]]
 ) -> None:
     """Write `trials.csv`, `chosen.yaml` and the record of the runs."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -209,10 +209,7 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 def room(
-    model: DiffusionModel,
-    stages: Sequence[tuple[Stage, StageSettings, float]],
-    checkpoints: Path,
-    half: bool,
+    model: DiffusionModel, stages: Sequence[tuple[Stage, StageSettings, float]], checkpoints: Path, half: bool
 ) -> int:
     """Bytes that the checkpoints of these stages and the result will take; adapters count once they exist."""
     total = 2**20  # of small files

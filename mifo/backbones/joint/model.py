@@ -1,11 +1,11 @@
 """A latent diffusion model whose denoising network is a transformer of joint attention, on a flow."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
+from mifo.backbones.configs import Config, Configs
 from mifo.backbones.joint.network import JointNetwork
 from mifo.backbones.latent import LatentModel
 from mifo.backbones.settings import ModelSettings
@@ -26,9 +26,7 @@ class JointModel(LatentModel):
     whole_row: bool = False
 
     @classmethod
-    def options(
-        cls, settings: ModelSettings, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, Any]:
+    def options(cls, settings: ModelSettings, index: Config, configs: Configs) -> dict[str, Any]:
         check_known("model.timesteps", settings.timesteps, Timesteps)
         check_known("model.maps", settings.maps, ("own", "row"))
         return {"timesteps": Timesteps(settings.timesteps), "whole_row": settings.maps == "row"}
