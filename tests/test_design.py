@@ -1,6 +1,8 @@
-"""The design page's borders: the method knows no framework, no model and no other room."""
+"""The design page: the method knows no framework, no model and no other room, and the walks are short."""
 
 import ast
+import re
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -37,3 +39,15 @@ def test_the_method_imports_no_framework_and_no_other_room(path):
     assert not imported(path, seen) & FOREIGN
     apart = {each for each in seen if not each.is_relative_to(PACKAGE / "method")}
     assert apart <= {PACKAGE / "errors.py"}
+
+
+def test_each_walk_is_at_most_six_rooms_and_none_twice():
+    """A mask to the loss, a box to attention, a loss weight to the gradient: along files that exist."""
+    text = (PACKAGE.parent / "docs" / "design.md").read_text()
+    section = text.split("## Three walks")[1].split("\n## ")[0]
+    walks = [re.findall(r"`(\w+(?:/\w+)+\.py)`", each) for each in section.strip().split("\n\n")]
+    assert len(walks) == 3
+    for files in walks:
+        assert all((PACKAGE / file).is_file() for file in files)
+        rooms = [room for room, _ in groupby(file.split("/")[0] for file in files)]
+        assert 1 < len(rooms) <= 6 and len({*rooms}) == len(rooms), rooms

@@ -78,7 +78,7 @@ def picture(setup: Setup) -> str:
 
 
 def sizes(setup: Setup) -> str:
-    """Whether each instance is seen at the sites whose maps are compared with its mask."""
+    """Whether each instance is seen in the latents, and where attention is compared with its mask."""
     sites, masks = setup.model.default_sites, setup.instances.resized(setup.model.image_size)[1]
     wanted = sorted({site.size for site in (*sites.semantic, *sites.finetuning)})
     found = MaskPyramid.of(masks, wanted, setup.model.latent_shape[1:])
