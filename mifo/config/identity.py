@@ -19,23 +19,8 @@ from mifo.files import read_yaml
 
 # says where a run goes and who is told about it, not what it computes
 NOT_IDENTITY = frozenset(
-    (
-        "task",
-        "origin",
-        "paths",
-        "resume",
-        "again",
-        "logger",
-        "callbacks",
-        "group",
-        "tags",
-        "exclusive_gpu",
-        "objectives",
-        "sheet",
-    )
+    "task origin paths resume again logger callbacks group tags exclusive_gpu objectives sheet".split()
 )
-
-
 _STATES = {True: " (dirty)", False: "", None: " (no git)"}
 # overrides that say nothing of what a run is called; its scene and its seed are named anyway
 _UNSAID = NOT_IDENTITY | {"instances", "seed", "device", "trainer", "performance"}

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def tune(
     trials: list[Trial] = []
     made: list[tuple[Run, Entry]] = []
     for number in range(settings.trials):
-        asked = {label: searches[label].ask() for label in settings.methods}
+        asked = {label: search.ask() for label, search in searches.items()}
         values = {
             label: {
                 # three digits, so that a value is what its override says
@@ -192,14 +193,11 @@ def _trial(
 
 def best_trials(trials: Sequence[Trial]) -> dict[str, Trial]:
     """The trial of the largest objective of each method, the earliest of equals."""
-    best: dict[str, Trial] = {}
-    for trial in trials:
-        known = best.get(trial.method)
-        if trial.objective is not None and (
-            known is None or trial.objective > (known.objective or -math.inf)
-        ):
-            best[trial.method] = trial
-    return best
+    found = [(trial.objective, trial) for trial in trials if trial.objective is not None]
+    return {
+        label: max((pair for pair in found if pair[1].method == label), key=itemgetter(0))[1]
+        for label in dict.fromkeys(trial.method for _, trial in found)
+    }
 
 
 def write_tuning(

@@ -60,13 +60,8 @@ class UNetModel(LatentModel):
 
     part = "unet"
     keys_and_values = re.compile(r"\.attn2\.to_[kv]\.weight$")
-    noise = (
-        "beta_schedule",
-        "beta_start",
-        "beta_end",
-        "trained_betas",
-        "num_train_timesteps",
-        "rescale_betas_zero_snr",
+    noise = tuple(
+        "beta_schedule beta_start beta_end trained_betas num_train_timesteps rescale_betas_zero_snr".split()
     )
     sampled = ("timestep_spacing", "steps_offset", "set_alpha_to_one")
 
