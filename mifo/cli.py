@@ -281,7 +281,7 @@ def _way_on(error: BaseException, arguments: Sequence[str]) -> str:
 
 
 def _signalled(error: BaseException | None) -> int | None:
-    """The exit code of the signal that ended a job, None where it was none; Lightning exits for Ctrl-C."""
+    """The exit code of the signal that ended a job; None if none did. Lightning itself exits on Ctrl-C."""
     while error is not None:
         if isinstance(error, Interrupted):
             return error.code

@@ -1,4 +1,4 @@
-"""Why a loss works: where words attend, and what each part of the loss pulls at, always on the same draws."""
+"""How a loss works: where words attend, and how strong each gradient is, on the same draws each time."""
 
 from collections.abc import Iterator, Sequence
 

@@ -1,6 +1,6 @@
-"""What can go wrong with a setup, found in seconds: `mifo doctor` tells all of it, other commands refuse it.
+"""Checks of a setup, made in seconds: `mifo doctor` tells every problem, other commands refuse the first.
 
-A check returns what it found in a line, raises `MifoError`, or logs warnings.
+A check returns a line about what it found, raises `MifoError`, or logs warnings.
 """
 
 import logging

@@ -67,7 +67,7 @@ def _of_all_seeds(*, _root_: DictConfig) -> str:
 
 
 def run_signature(settings: Mapping[str, Any], files: str | None) -> str:
-    """What runs have in common that are the same, whatever code made them.
+    """The hash that equal runs share, whatever code made them.
 
     Args:
         settings: of a task with instances, in plain types.

@@ -187,7 +187,7 @@ class Job:
     def __init__(self, folder: Path, overrides: list[str], alone: bool) -> None:
         """
         Args:
-            alone: it is no job of a sweep. A run that lies in the folder is then another one until the
+            alone: the job belongs to no sweep. A run in the folder then counts as another run until its
                 configuration is known to be the same.
 
         Raises:

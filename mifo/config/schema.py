@@ -83,7 +83,7 @@ class LearnSettings(ModelTaskSettings):
     trainer: dict[str, Any] = field(default_factory=dict)  # arguments of lightning.Trainer
     callbacks: dict[str, Any] = field(default_factory=dict)  # name → `_target_` and arguments
     logger: dict[str, Any] = field(default_factory=dict)  # name → `_target_` and arguments
-    # of pictures made while learning, which callbacks ask for, and in `mifo run` of those made afterwards
+    # for the pictures that callbacks make while learning, and in `mifo run` for those made afterwards
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
     synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
     metrics: MetricsSettings | None = field(default_factory=MetricsSettings)  # None: no scores

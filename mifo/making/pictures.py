@@ -42,8 +42,8 @@ def make_pictures(
 ) -> list[Picture]:
     """Pictures of every layout; picture j of a prompt starts from the noise of seed + j on every device.
 
-    The `sampler` of an earlier call with the same model and settings keeps its CUDA graphs. Whoever calls it
-    for picture after picture shows no progress `bar`.
+    The `sampler` of an earlier call with the same model and settings keeps its CUDA graphs. Callers that make
+    one picture after another turn the progress `bar` off.
     """
     seeds = range(seed, seed + settings.samples)
     noise = start_noise(model, seeds)

@@ -71,9 +71,9 @@ class Measure:
 
 
 def write_record(folder: Path, entries: Sequence[tuple[Run, Entry]]) -> None:
-    """Write `runs.csv`, a row for each run, and `evaluators.json`, who measured each metric in them all.
+    """Write `runs.csv`, a row for each run, and `evaluators.json`, who measured each metric in all runs.
 
-    Each row has a checksum of what is read of it again, with who measured it.
+    Each row has a checksum of what is read of it again, with the evaluators.
     """
     found = {score.metric: score for _, entry in entries for score in entry.scores}
     metrics = [metric for metric in METRICS if metric in found]
