@@ -82,6 +82,7 @@ def sizes(setup: Setup) -> str:
     sites, masks = setup.model.default_sites, setup.instances.resized(setup.model.image_size)[1]
     wanted = sorted({site.size for site in (*sites.semantic, *sites.finetuning)})
     found = MaskPyramid.of(masks, wanted, setup.model.latent_shape[1:])
+    found.check()
     for i, token in enumerate(setup.instances.tokens):
         unseen = [f"{h}×{w}" for (h, w), each in found.at.items() if each[0, i].max() < 0.5]
         if unseen:

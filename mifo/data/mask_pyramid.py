@@ -23,22 +23,23 @@ class MaskPyramid:
     def of(
         cls, masks: Tensor, sizes: Collection[tuple[int, int]], latent_size: tuple[int, int]
     ) -> "MaskPyramid":
-        """From masks (N, H, W) in [0, 1].
-
-        Raises:
-            MifoError: a mask marks none of the latents, so that nothing would be learned of its instance.
-        """
+        """From masks (N, H, W) in [0, 1]."""
         both = torch.stack([masks, masks.flip(-1)])
         both = torch.cat([both, torch.zeros_like(both[:, :1])], 1)
-        latent = F.interpolate(both, size=latent_size, mode="nearest")
-        for i, largest in enumerate(latent[0, :-1].amax((-2, -1)).tolist()):
-            if largest <= 0.5:
+        return cls(
+            {size: F.interpolate(both, size=size, mode="bilinear", antialias=False) for size in sizes},
+            F.interpolate(both, size=latent_size, mode="nearest"),
+        )
+
+    def check(self) -> None:
+        """Refuse a mask that marks none of the latents, so that nothing would be learned of its instance."""
+        height, width = self.latent.shape[-2:]
+        for i, mark in enumerate(self.latent[0, :-1].amax((-2, -1)).tolist()):
+            if not mark:
                 raise MifoError(
                     f"<asset{i}> is too small to be learned, since its mask marks none of the "
-                    f"{latent_size[0]}×{latent_size[1]} latents; paint more of it, or cut the picture closer."
+                    f"{height}×{width} latents; paint more of it, or cut the picture closer."
                 )
-        at = {size: F.interpolate(both, size=size, mode="bilinear", antialias=False) for size in sizes}
-        return cls(at, latent)
 
     def rows(self, mirrored: int, instances: list[int]) -> tuple[dict[tuple[int, int], Tensor], Tensor]:
         """The masks of some instances, (K, h, w) by size, and at the size of the latents."""
