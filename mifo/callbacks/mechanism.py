@@ -52,19 +52,16 @@ class Mechanism(Periodic):
         step = min(trainer.global_step, module.settings.steps - 1)
         terms = module.timeline.active(step)
         weights = [module.timeline.weight(term, step) for term in terms]
+        factors = torch.tensor([*weights, 0.0], device=module.device)
         reading = Term("reading", Penalty(), _sites(module), TermSettings("penalty", 0.0))
         for draw in range(self.draws):
             batch = trainer.datamodule.draw(draw)
             batch = module.transfer_batch_to_device(batch, module.device, 0)
+            said = module.model.encode(batch.ids)
             yield (
                 batch,
                 learning_loss(
-                    module.model,
-                    module.model.encode(batch.ids),
-                    batch.inputs,
-                    (*terms, reading),
-                    torch.tensor([*weights, 0.0], device=module.device),
-                    module.prior_weight,
+                    module.model, said, batch.inputs, (*terms, reading), factors, module.prior_weight
                 ),
             )
 

@@ -60,13 +60,8 @@ class Stopwatch(SamplePictures):
         now = time.perf_counter()
         found = self.evaluator.evaluate(make_now(module, self.make, self.layout), module.instances)
         scores = {score.metric: score.value for score in found.scores}
-        look = Look(
-            module.stage,
-            trainer.global_step,
-            now - self._started - self._stood,
-            scores["identification"],
-            scores["leakage"],
-        )
+        seconds, measured = now - self._started - self._stood, (scores["identification"], scores["leakage"])
+        look = Look(module.stage, trainer.global_step, seconds, *measured)
         self.looks.append(look)
         self._stood += time.perf_counter() - now
         print(

@@ -143,12 +143,9 @@ def tune(
             _row(label, number): [*method.overrides, *_overrides(values[label])]
             for label, method in settings.methods.items()
         }
+        scenes = {"tuning": settings.scenes}
         table = TableSettings(
-            settings.title,
-            rows=rows,
-            scenes={"tuning": settings.scenes},
-            seeds=settings.seeds,
-            overrides=settings.overrides,
+            settings.title, rows, scenes=scenes, seeds=settings.seeds, overrides=settings.overrides
         )
         runs = plan(name, table, [*settings.overrides, *overrides])
         if refused := next((run.error for run in runs if run.error), None):
