@@ -62,9 +62,8 @@ class Pretraining(L.LightningModule):
         def rate(step: int) -> float:
             if step < warmup:
                 return (step + 1) / warmup
-            return 0.02 + 0.98 * 0.5 * (
-                1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup)))
-            )
+            done = min(1.0, (step - warmup) / max(1, steps - warmup))
+            return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
