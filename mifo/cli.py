@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
@@ -72,7 +72,8 @@ def main() -> None:
     sys.path[:] = [place or os.getcwd() for place in sys.path]
     _keep_output()
     arguments = sys.argv[1:]
-    with _signals_raised():
+    # a request to end, and a terminal that closes
+    with _handling(_stop, (signal.SIGTERM, signal.SIGHUP)):
         try:
             _run(arguments)
         except (KeyboardInterrupt, Interrupted) as error:
@@ -280,7 +281,7 @@ def _way_on(error: BaseException, arguments: Sequence[str]) -> str:
 
 
 def _signalled(error: BaseException | None) -> int | None:
-    """The exit code of the signal that ended a job, None where it was none; Lightning exits for Ctrl-C."""
+    """The exit code of the signal that ended a job; None if none did. Lightning itself exits on Ctrl-C."""
     while error is not None:
         if isinstance(error, Interrupted):
             return error.code
@@ -293,21 +294,22 @@ def _signalled(error: BaseException | None) -> int | None:
 
 
 @contextmanager
-def _signals_raised() -> Iterator[None]:
-    """A request to end and a terminal that closes end what is done by `Interrupted`, wherever it is."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise Interrupted(128 + number)
-
+def _handling(handler: Callable[[int, Any], None], numbers: Sequence[signal.Signals]) -> Iterator[None]:
+    """Handle these signals within the block, but those that are ignored, as under nohup."""
     before = {number: signal.getsignal(number) for number in STOPS}
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if before[number] is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, stop)
+    for number in numbers:
+        if before[number] is not signal.SIG_IGN:
+            signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, known in before.items():
+            signal.signal(number, known)
+
+
+def _stop(number: int, frame: Any) -> None:
+    """End what is done, wherever it is."""
+    raise Interrupted(128 + number)
 
 
 @contextmanager
@@ -317,15 +319,10 @@ def _undisturbed() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield held
         return
-    before = {number: signal.getsignal(number) for number in STOPS}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: held.append(number))
     try:
-        yield held
+        with _handling(lambda number, frame: held.append(number), STOPS):
+            yield held
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         if held:
             signal.raise_signal(held[0])
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 
@@ -22,6 +23,23 @@ def check_least(place: str, settings: Any, **least: float) -> None:
     for key, bound in least.items():
         if (value := getattr(settings, key)) < bound:
             raise MifoError(f"{place}.{key}={value} is too small; take at least {bound}.")
+
+
+def check_known(key: str, value: object, known: Iterable[str]) -> None:
+    """Refuse a value of the setting `key` that is none of the `known` ones."""
+    if value not in (known := tuple(known)):
+        raise MifoError(f"{key}={value} is not known; take one of {', '.join(known)}.")
+
+
+def check_package(user: str, package: str, extra: str | None = None) -> None:
+    """Refuse what needs a package that is not installed.
+
+    Args:
+        user: what needs it, as the sentence's subject. extra: of MIFO, which brings the package.
+    """
+    if find_spec(package) is None:
+        how = f"'mifo[{extra}]'" if extra else package
+        raise MifoError(f"{user} needs the package {package}; install it with: pip install {how}.")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from recorded import Recordings
 from safetensors.torch import load_file
 from tiny import MeanColour, tiny_pipeline
@@ -90,3 +91,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    """A folder with a photo of two things and their masks."""
+    folder = tmp_path_factory.mktemp("photo")
+    Image.effect_noise((64, 64), 90).convert("RGB").save(folder / "img.png")
+    for i in range(2):
+        mask = Image.new("L", (64, 64))
+        mask.paste(255, (32 * i, 8, 32 * i + 30, 60))
+        mask.save(folder / f"mask{i}.png")
+    return folder

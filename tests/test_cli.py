@@ -98,7 +98,7 @@ def test_help_lists_every_task_and_its_keys(mifo, capsys):
         (["evaluate", "pictures=nowhere", "metrics=none"], "metrics=none"),
         (["layout", "picture=nowhere.png"], "picture=nowhere.png"),
         (["learn", "seed=-1"], "seed=-1"),
-        (["learn", "model.dtype=int8"], "model.dtype=int8 is not known; take float32"),
+        (["learn", "model.dtype=int8"], "model.dtype=int8 is not known; take one of float32"),
         (["run", "model=local", "model.source=/etc/passwd"], "model.source=/etc/passwd is a single file"),
         (["learn", "learning.semantic.betas=[0.9]"], "learning.semantic.betas=[0.9]"),
         (["learn", "instances.class_names=['',cat]"], "instances.class_names has an empty name"),

@@ -41,6 +41,12 @@ def test_every_option_says_what_it_is(path: Path):
     assert yaml.safe_load(path.read_text()) is not None
 
 
+def test_the_card_of_sd21_says_that_it_was_withdrawn_and_which_mirror_it_is():
+    card = (conf_folder() / "model" / "sd21.yaml").read_text()
+    assert "withdrew" in card.splitlines()[0] and "mirror" in card.splitlines()[0]
+    assert "source: sd2-community/" in card
+
+
 @pytest.mark.parametrize("model", ["sd21", "local"])
 def test_stable_diffusion_learns_and_samples_with_the_published_values(model):
     composed = settings("run", f"model={model}", "model.source=folder")

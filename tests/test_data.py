@@ -227,13 +227,16 @@ def test_fitting_a_picture_that_is_not_square(folder):
     assert cropped.masks.sum() == squashed.masks.sum()
 
 
-def test_masks_too_small_to_be_learned_are_refused(folder):
+def test_masks_too_small_for_the_latents_of_the_model_that_reads_them_are_refused(folder):
     Image.open(folder / "img.png").resize((1600, 1200)).save(folder / "img.png")
     Image.fromarray(square(610, 610, 10, 1600, 1200)).save(folder / "mask1.png")
-    with pytest.raises(MifoError, match=r"mask1\.png is too small to be learned.*64×64 latents"):
-        read(folder)
-    Image.fromarray(square(610, 610, 40, 1600, 1200)).save(folder / "mask1.png")
-    assert len(read(folder).masks) == 2
+
+    def check(side: int) -> None:
+        MaskPyramid.of(read(folder).resized(8 * side)[1], (), (side, side)).check()
+
+    with pytest.raises(MifoError, match=r"<asset1> is too small to be learned.*64×64 latents"):
+        check(64)
+    check(128)  # finer latents, as those of Stable Diffusion XL, see it
 
 
 def test_doubtful_masks_are_warned_of(folder, caplog):
@@ -562,6 +565,14 @@ def test_the_pyramid_holds_masks_mirrored_masks_and_none():
     assert torch.equal(latent[0], masks[1, ::4, ::4]) and latent[1].sum() == 0
     mirrored, _ = pyramid.rows(1, [1])
     torch.testing.assert_close(mirrored[4, 6][0], plain[4, 6][0].flip(-1))
+
+
+def test_a_mask_between_the_latents_of_the_model_is_refused(model, instances):
+    masks = instances.masks.clone()
+    masks[1] = 0
+    masks[1, 5, 7] = 1  # latents are those of even pixels
+    with pytest.raises(MifoError, match=r"<asset1> .* marks none of the 16×16 latents"):
+        drawn(model, dataclasses.replace(instances, masks=masks))
 
 
 def test_without_union_sampling_and_flips(model, instances):

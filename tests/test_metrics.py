@@ -551,7 +551,7 @@ def test_the_stand_in_for_dreamsim_is_called_as_the_package_is():
 
 
 def test_dreamsims_similarity_is_one_minus_its_distance(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "dreamsim", SimpleNamespace(dreamsim=dreamsim))
+    monkeypatch.setitem(sys.modules, "dreamsim", SimpleNamespace(dreamsim=dreamsim, __spec__=True))
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     encoder = load_image_encoder(ImageSettings("dreamsim"), batch_size=2)
     assert torch.hub.get_dir() == str(tmp_path) and (tmp_path / "dreamsim").is_dir()

@@ -10,7 +10,6 @@ from functools import partial
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from PIL import Image
 from safetensors.torch import load_file
 from terms import penalty
 from test_learning import TRAINER, Watch
@@ -211,7 +210,7 @@ def test_other_ways_to_place_times_are_refused(source, tmp_path):
         file.write_text(json.dumps(plain | change))
         with pytest.raises(MifoError, match=reason):
             load_outline(ModelSettings("copy", str(folder)))
-    with pytest.raises(MifoError, match=r"model\.maps=all is not known; take own or row"):
+    with pytest.raises(MifoError, match=r"model\.maps=all is not known; take one of own, row"):
         load_outline(ModelSettings("tiny", source, maps="all"))
     with pytest.raises(MifoError, match="1001 sampling steps"):
         Flow().times(1001)
@@ -470,18 +469,6 @@ def test_block_masks_are_made_within_a_graph(rules, recordings):
 
 
 # a run
-
-
-@pytest.fixture(scope="module")
-def photo(tmp_path_factory):
-    """A photo of two things, with their masks."""
-    folder = tmp_path_factory.mktemp("photo")
-    Image.effect_noise((32, 32), 90).convert("RGB").save(folder / "img.png")
-    for i in range(2):
-        mask = Image.new("L", (32, 32))
-        mask.paste(255, (16 * i, 4, 16 * i + 15, 30))
-        mask.save(folder / f"mask{i}.png")
-    return folder
 
 
 def test_the_whole_road_of_a_run(mifo, photo, tmp_path):

@@ -13,7 +13,7 @@ from functools import partial
 import pytest
 import torch
 from interpreted import run_in_interpreter
-from terms import one_term, penalty
+from terms import penalty
 from test_learning import TRAINER, Watch
 from test_synthesis import QUICK, boxes_of, run, sampler_of, tokens_of
 from tiny import two_instances
@@ -35,7 +35,6 @@ from mifo.config.checks import check
 from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
 from mifo.making.class_pictures import class_pictures
-from mifo.method.losses.settings import Ramp
 from mifo.method.regions.rules import SubjectWords, region_rules
 from mifo.training.fit import learn
 from mifo.training.settings import LearningSettings, StageSettings, adamw, adamw_8bit
@@ -288,26 +287,6 @@ def test_replayed_masks_follow_the_shapes(vectors, vector_unet, recordings):
         torch.testing.assert_close(predictions[True, first], predictions[False, first], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(predictions[True, "left"], predictions[True, "right"])
     assert recordings.count == 1
-
-
-def test_a_weight_that_changes_is_not_captured_anew(source, losses, recordings, tmp_path):
-    """A ramp: the graph of its first step gives the losses of plain code at every later one."""
-    settings = copy.deepcopy(losses.settings)
-    settings.finetuning.steps = 0
-    ramp = one_term("reward", 5.0, ramp=Ramp.linear, weight_end=0.5)
-    found = {}
-    for graphs in (False, True):
-        watch = Watch()
-        options = {
-            "trainer": TRAINER,
-            "callbacks": [watch],
-            "performance": replace(PLAIN, cuda_graphs=graphs),
-        }
-        model = load_model(ModelSettings("tiny", source))
-        learn(model, losses.instances, copy.deepcopy(settings), ramp, tmp_path / str(graphs), **options)
-        found[graphs] = [loss for _, _, loss in watch.losses]
-    assert recordings.count == 1
-    assert len(found[False]) == 4 and found[True] == pytest.approx(found[False], rel=1e-5)
 
 
 def test_class_pictures_are_rounded_as_learning_is(source, tmp_path):

@@ -11,7 +11,6 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, ZImagePipeline
 from diffusers.models.transformers import transformer_flux2, transformer_z_image
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from terms import penalty
 from test_export import export, save
@@ -540,18 +539,6 @@ def test_what_learned_is_saved_and_loaded_on_the_same_base_alone(family, source,
     edit(other / "vae" / "config.json", {"batch_norm_eps": 0.1} if family is Flux2 else {"shift_factor": 0.1})
     with pytest.raises(MifoError, match="was learned on tiny"):
         load_learned(learned, load_model(ModelSettings("other", str(other))))
-
-
-@pytest.fixture(scope="module")
-def photo(tmp_path_factory):
-    """A photo of two things, with their masks."""
-    folder = tmp_path_factory.mktemp("photo")
-    Image.effect_noise((32, 32), 90).convert("RGB").save(folder / "img.png")
-    for i in range(2):
-        mask = Image.new("L", (32, 32))
-        mask.paste(255, (16 * i, 4, 16 * i + 15, 30))
-        mask.save(folder / f"mask{i}.png")
-    return folder
 
 
 def test_the_whole_road_of_a_run(mifo, source, photo, tmp_path, capsys):

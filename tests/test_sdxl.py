@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
-from PIL import Image
 from safetensors.torch import load_file
 from tiny import a_step_of_each, moved_weights, small_road, tiny_sdxl_pipeline, two_instances
 
@@ -153,18 +152,6 @@ def test_models_of_another_kind_are_refused_before_weights_are_read(source, tmp_
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(MifoError, match=reason):
         load_outline(ModelSettings("copy", str(folder)))
-
-
-@pytest.fixture(scope="module")
-def photo(tmp_path_factory):
-    """A photo of two things, with their masks."""
-    folder = tmp_path_factory.mktemp("photo")
-    Image.effect_noise((64, 64), 90).convert("RGB").save(folder / "img.png")
-    for i in range(2):
-        mask = Image.new("L", (64, 64))
-        mask.paste(255, (32 * i, 8, 32 * i + 30, 60))
-        mask.save(folder / f"mask{i}.png")
-    return folder
 
 
 def test_the_whole_road_of_a_run(mifo, photo, tmp_path):

@@ -42,7 +42,7 @@ def photo(tmp_path) -> Path:
 
 
 def test_a_missing_gradio_is_named(mifo, monkeypatch, capsys):
-    monkeypatch.setattr("mifo.commands.studio.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "gradio", None)
     assert mifo("studio") == 2
     assert "pip install 'mifo[studio]'" in capsys.readouterr().err
 

@@ -21,10 +21,7 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
     length = tokenizer.model_max_length
     ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=False).input_ids
     for prompt, row in zip(prompts, ids, strict=True):
-        if len(row) > length:
-            raise MifoError(
-                f"the prompt {prompt!r} has {len(row)} tokens, {length} fit the text encoder; shorten it."
-            )
+        _check_length(prompt, row, length)
     return torch.tensor(ids)
 
 
@@ -35,11 +32,7 @@ def prompt_words(tokenizer: CLIPTokenizer, prompt: str) -> PromptWords:
         MifoError: the prompt is too long for the tokenizer.
     """
     ids = tokenizer(prompt, verbose=False)["input_ids"]
-    if len(ids) > tokenizer.model_max_length:
-        raise MifoError(
-            f"The prompt {prompt!r} has {len(ids)} tokens, but the model reads {tokenizer.model_max_length}: "
-            "shorten it."
-        )
+    _check_length(prompt, ids, tokenizer.model_max_length)
     added, special = tokenizer.get_added_vocab(), set(tokenizer.all_special_ids)
     words: list[tuple[str, list[int]]] = []
     open_word = False
@@ -56,3 +49,8 @@ def prompt_words(tokenizer: CLIPTokenizer, prompt: str) -> PromptWords:
     return PromptWords(
         tuple((text, tuple(places)) for text, places in words), end, tokenizer.model_max_length
     )
+
+
+def _check_length(prompt: str, ids: Sequence[int], length: int) -> None:
+    if len(ids) > length:
+        raise MifoError(f"the prompt {prompt!r} has {len(ids)} tokens, {length} fit the model; shorten it.")

@@ -9,8 +9,13 @@ from transformers import PreTrainedModel
 from mifo.errors import MifoError
 from mifo.files import read_json, typed
 
+Config = dict[str, Any]
+"""What a configuration file or model_index.json holds."""
+Configs = dict[str, Config]
+"""Configurations of a pipeline's networks, by part."""
 
-def read_config(file: Path, kind: Any = None) -> dict[str, Any]:
+
+def read_config(file: Path, kind: Any = None) -> Config:
     """A configuration, whose values have the types that the class `kind` of diffusers or transformers takes.
 
     Keys that the class does not take stay as they are.
@@ -38,7 +43,7 @@ def read_config(file: Path, kind: Any = None) -> dict[str, Any]:
     return content
 
 
-def with_defaults(config: dict[str, Any], kind: Any) -> dict[str, Any]:
+def with_defaults(config: Config, kind: Any) -> Config:
     """A configuration with the defaults of its class for keys that it lacks."""
     taken = inspect.signature(kind).parameters.items()
     return {key: each.default for key, each in taken if each.default is not each.empty} | config

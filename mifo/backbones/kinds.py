@@ -24,7 +24,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from mifo.backbones.configs import read_config, with_defaults
+from mifo.backbones.configs import Config, Configs, read_config, with_defaults
 from mifo.backbones.flux2.model import READ, Flux2Model
 from mifo.backbones.latent import LatentModel
 from mifo.backbones.mmdit.model import MMDiTModel
@@ -33,8 +33,6 @@ from mifo.backbones.unet.model import UNetModel
 from mifo.backbones.z_image.model import ZImageModel
 from mifo.errors import MifoError
 
-Configs = dict[str, dict[str, Any]]
-"""Configurations of a pipeline's networks, by part."""
 Sizes = Iterator[tuple[str, str, Any, Any]]
 """Part, key, its value, and what it must be where sizes of the parts fit each other."""
 
@@ -73,7 +71,7 @@ class Family:
         return tuple(part for part in self.parts if not part.startswith("tokenizer"))
 
 
-def _texts(configs: Configs) -> list[dict[str, Any]]:
+def _texts(configs: Configs) -> list[Config]:
     """The configurations of CLIP's text encoders; a missing key takes the default of its class."""
     defaults = {"hidden_size": 512, "projection_dim": 512}
     return [defaults | configs[part] for part in ("text_encoder", "text_encoder_2") if part in configs]
@@ -165,11 +163,7 @@ STABLE_DIFFUSION = Family(
 STABLE_DIFFUSION_XL = Family(
     "StableDiffusionXLPipeline",
     UNetModel,
-    {
-        **STABLE_DIFFUSION.parts,
-        "tokenizer_2": CLIPTokenizer,
-        "text_encoder_2": CLIPTextModelWithProjection,
-    },
+    {**STABLE_DIFFUSION.parts, "tokenizer_2": CLIPTokenizer, "text_encoder_2": CLIPTextModelWithProjection},
     {"vae": _VAE, "unet": _UNET | {"addition_embed_type": "text_time"}},
     _unet_sizes,
     read_ddim,
@@ -249,7 +243,7 @@ def family_of(folder: Path, t5: bool = False) -> Family:
     return WITH_T5 if t5 else found
 
 
-def pipeline_index(folder: Path) -> dict[str, Any]:
+def pipeline_index(folder: Path) -> Config:
     """What model_index.json holds; nothing where there is none."""
     file = folder / "model_index.json"
     return read_config(file) if file.exists() else {}

@@ -4,7 +4,7 @@ Letters: B samples, E text encoders, L tokens.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +21,7 @@ from transformers import CLIPTextModelWithProjection
 from mifo.acceleration.fused_attention import quick_to_start
 from mifo.backbones.attention import AttentiveNetwork
 from mifo.backbones.clip import prompt_words, tokenize
+from mifo.backbones.configs import Config, Configs
 from mifo.backbones.model import ORIGIN, DiffusionModel, Trainable
 from mifo.backbones.self_check import check_maps, check_rules
 from mifo.backbones.settings import ModelSettings
@@ -70,9 +71,7 @@ class LatentModel(DiffusionModel):
 
     @classmethod
     @abstractmethod
-    def options(
-        cls, settings: ModelSettings, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, Any]:
+    def options(cls, settings: ModelSettings, index: Config, configs: Configs) -> dict[str, Any]:
         """Fields of the family's own, by settings, model_index.json and the configurations of the networks.
 
         Raises:

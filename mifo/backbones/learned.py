@@ -17,8 +17,7 @@ from typing import cast, get_args
 
 import torch
 
-from mifo.backbones.base import check_base
-from mifo.backbones.model import DiffusionModel, Trainable
+from mifo.backbones.model import ORIGIN, DiffusionModel, Trainable
 from mifo.errors import MifoError
 from mifo.files import CONFIG, as_record, checksum, read_json, refuse_existing, whole_folder
 from mifo.tensors import read_tensors, write_tensors
@@ -151,7 +150,7 @@ def load_learned(folder: Path | str, model: DiffusionModel, first: int | None = 
         MifoError: not a learned result, damaged files, or one that belongs to another base model.
     """
     learned = read_learned(folder)
-    check_base(folder, learned.base, model)
+    _check_base(folder, learned.base, model)
     if first is None:
         model.add_words(learned.tokens)
     if learned.trainable == "lora":
@@ -166,6 +165,35 @@ def load_learned(folder: Path | str, model: DiffusionModel, first: int | None = 
                 parameter.copy_(tensors[name])
     model.freeze()
     return learned
+
+
+def _check_base(folder: Path | str, recorded: Mapping[str, str | None], model: DiffusionModel) -> None:
+    """Refuse to load a learned result on another base model than its own.
+
+    Args:
+        folder: of the learned result, for the message.
+        recorded: `model.identity()` when the result was saved. A result of an earlier version lacks some
+            keys, which are not compared.
+
+    Raises:
+        MifoError: naming what differs and both values.
+    """
+    present = model.identity()
+    if recorded["fingerprint"] != present["fingerprint"]:
+        raise MifoError(
+            f"{folder} was learned on {_told(recorded)}, not on {_told(present)}; load it on that."
+        )
+    for key, value in present.items():
+        if key not in ORIGIN and recorded.get(key, value) != value:
+            raise MifoError(
+                f"{folder} was learned on {_told(recorded)} with {key}={recorded[key]}, but "
+                f"{present['source']} has {key}={value}; put that back, or learn anew."
+            )
+
+
+def _told(base: Mapping[str, str | None]) -> str:
+    revision = f" at {base['revision']}" if base["revision"] else ""
+    return f"{base['name']} ({base['source']}{revision}, weights {(base['fingerprint'] or '')[:8]})"
 
 
 def _files(model: DiffusionModel, trainable: Trainable) -> dict[str, dict[str, torch.Tensor]]:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,10 @@ from mifo.backbones.mmdit.model import T5_TOKENS
 from mifo.backbones.qwen import TOKENS
 from mifo.backbones.settings import ModelSettings
 from mifo.backbones.weights import fingerprint, first_rows, weight_files, weight_patterns
-from mifo.errors import MifoError
+from mifo.errors import MifoError, check_known, check_package
 from mifo.files import check_entries
 
-EMBEDDED = {
-    "embedded": "pipeline",
-    "embedded_mmdit": "pipeline_mmdit",
-}  # folders of the package's own weights
+EMBEDDED = {"embedded": "pipeline", "embedded_mmdit": "pipeline_mmdit"}  # folders of the package's weights
 DTYPES = ("float32", "float16", "bfloat16")
 FIRST_KEY = "model.diffusion_model.input_blocks.0.0.weight"  # of a single file under its original key names
 
@@ -182,10 +178,7 @@ def _of_file(
 
     The rows have the names of a folder on the hub, so that the same weights there have the same fingerprint.
     """
-    if find_spec("accelerate") is None:  # without it, diffusers lets missing weights be random
-        raise MifoError(
-            "A single file needs the package accelerate; install it with: pip install accelerate."
-        )
+    check_package("a single file", "accelerate")  # without it, diffusers lets missing weights be random
     with safe_open(file, "pt") as tensors:
         dtype = tensors.get_tensor(FIRST_KEY).dtype
     # a bar for each part, and a warning about each cast, though no module must keep its precision
@@ -214,8 +207,7 @@ def load_outline(settings: ModelSettings) -> LatentModel:
             not supported, see the model's `process`; or the tokenizer has a word for which the text encoder
             has no row.
     """
-    if settings.dtype not in DTYPES:
-        raise MifoError(f"model.dtype={settings.dtype} is not known; take float32, float16 or bfloat16.")
+    check_known("model.dtype", settings.dtype, DTYPES)
     folder = model_folder(settings, weights=False)
     check_entries(folder)
     with _refusing_damage(settings, folder):

@@ -14,12 +14,8 @@ from mifo.errors import MifoError
 from mifo.method.backbone import Backbone, Conditioning, Rules, Site
 from mifo.method.prompts.instances import PromptWords
 
-ORIGIN = (
-    "name",
-    "source",
-    "revision",
-    "fingerprint",
-)  # keys of a model's identity that say where it came from
+# keys of a model's identity that say where it came from
+ORIGIN = ("name", "source", "revision", "fingerprint")
 Trainable = Literal["tokens", "cross_attention_kv", "denoiser", "full", "lora"]
 
 

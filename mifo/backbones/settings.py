@@ -12,12 +12,8 @@ class ModelSettings:
     # "embedded" or "embedded_mmdit" (the package's miniatures), a folder, a .safetensors file, a hub id
     source: str = "embedded"
     revision: str | None = None  # branch, tag or commit of a hub id; None: its main branch
-    config: str | None = (
-        None  # of a single file: folder or hub id with tokenizers and configurations of its kind
-    )
-    dtype: str = (
-        "float32"  # of denoiser and text encoders: float32 | float16 | bfloat16; the VAE stays float32
-    )
+    config: str | None = None  # of a single file: folder or hub id of its tokenizers and configurations
+    dtype: str = "float32"  # of denoiser and text encoders, not of the VAE: float32 | float16 | bfloat16
     words: dict[str, Any] = field(default_factory=dict)  # others' words, each its textual-inversion file(s)
     lora: str | None = None  # a LoRA that learning starts from, a .safetensors file of diffusers or webui
     lora_scale: float = 1.0

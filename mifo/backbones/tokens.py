@@ -74,10 +74,7 @@ def extend(tokenizer: CLIPTokenizer, tokens: Sequence[str]) -> None:
 
 
 def _initial_rows(
-    tokenizer: CLIPTokenizer,
-    table: Tensor,
-    initializers: Sequence[str | None],
-    generator: torch.Generator,
+    tokenizer: CLIPTokenizer, table: Tensor, initializers: Sequence[str | None], generator: torch.Generator
 ) -> Tensor:
     table = table.detach().float()
     noise = torch.randn(len(initializers), table.shape[1], generator=generator).to(table.device)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import Qwen3Model, T5EncoderModel
 
 from mifo.backbones.model import Trainable
-from mifo.errors import MifoError
+from mifo.errors import check_package
 
 _ROWS_ALONE = (T5EncoderModel, Qwen3Model)  # text encoders of which nothing but new rows learns
 _ADAPTED_TEXT = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -58,12 +58,9 @@ def add_adapters(
     Raises:
         MifoError: peft, an optional dependency, is not installed.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise MifoError(
-            "trainable=lora needs the package peft; install it with: pip install 'mifo[low_vram]'."
-        ) from error
+    check_package("trainable=lora", "peft", "low_vram")
+    from peft import LoraConfig, inject_adapter_in_model
+
     for name, network in networks.items():
         if isinstance(network, _ROWS_ALONE):
             continue

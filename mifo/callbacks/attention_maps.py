@@ -1,18 +1,18 @@
 """Where each word looks."""
 
 import torch
-from lightning import Callback, Trainer
+from lightning import Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
-from mifo.callbacks.logging import is_due, log_image, log_values, validate_interval
+from mifo.callbacks.logging import Periodic, log_image, log_values
 from mifo.method.backbone import Site
 from mifo.method.objective import word_maps
 from mifo.report.attention_panel import draw_attention
 from mifo.training.stages import LearningStage
 
 
-class AttentionMaps(Callback):
+class AttentionMaps(Periodic):
     """Draws the cross-attention map of each token per layer over the source image.
 
     It does so every `every` steps and at the end of a stage, and logs the share of each token's attention
@@ -21,24 +21,21 @@ class AttentionMaps(Callback):
     """
 
     def __init__(self, every: int = 100, timestep: int = 250, seed: int = 0) -> None:
-        self.every, self.timestep, self.seed = validate_interval(every), timestep, seed
+        super().__init__(every)
+        self.timestep, self.seed = timestep, seed
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LearningStage, outputs, batch, batch_index: int
-    ) -> None:
-        if not is_due(trainer, self.every):
-            return
-        model, instances = pl_module.model, pl_module.instances
+    def look(self, trainer: Trainer, module: LearningStage) -> None:
+        model, instances = module.model, module.instances
         image, masks = instances.resized(model.image_size)
         words = [site for site in model.sites if site.kind == "words"]
-        named = {f"layer {words.index(site)}": each for site, each in self._maps(pl_module, image).items()}
+        named = {f"layer {words.index(site)}": each for site, each in self._maps(module, image).items()}
         shares = torch.stack([attention_in_mask(each, masks) for each in named.values()])  # (layers, N)
         values = {}
         for column, token in zip(shares.T, instances.tokens, strict=True):
             values[token] = column.mean()
             values |= {f"{token}/{name}": share for name, share in zip(named, column, strict=True)}
-        log_values(trainer, pl_module, "attention_in_mask", values)
-        log_image(trainer, pl_module, "attention_maps", draw_attention(image, masks, instances.tokens, named))
+        log_values(trainer, module, "attention_in_mask", values)
+        log_image(trainer, module, "attention_maps", draw_attention(image, masks, instances.tokens, named))
 
     @torch.no_grad()
     def _maps(self, module: LearningStage, image: Tensor) -> dict[Site, Tensor]:

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 from torch import Tensor
@@ -38,18 +39,25 @@ def log_values(
         logger.log_metrics(named, trainer.global_step)
 
 
-def validate_interval(every: int) -> int:
-    """`every` itself, a number of steps; 0 is for the end alone.
+class Periodic(Callback):
+    """A callback that looks at learning every `every` steps, 0 for never, and at the end of a stage.
 
     Raises:
-        MifoError: it is no whole number, or negative.
+        MifoError: `every` is no whole number, or negative.
     """
-    if not isinstance(every, int) or every < 0:
-        raise MifoError(f"`every` must be a non-negative integer, unlike {every}.")
-    return every
 
+    def __init__(self, every: int) -> None:
+        if not isinstance(every, int) or every < 0:
+            raise MifoError(f"`every` must be a non-negative integer, unlike {every}.")
+        self.every = every
 
-def is_due(trainer: Trainer, every: int) -> bool:
-    """Whether what happens every `every` steps (0: never) and at the last one happens now."""
-    step = trainer.global_step
-    return step == trainer.max_steps or (every > 0 and step % every == 0)
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LearningStage, outputs: Any, batch: Any, batch_index: int
+    ) -> None:
+        step = trainer.global_step
+        if step == trainer.max_steps or (self.every > 0 and step % self.every == 0):
+            self.look(trainer, pl_module)
+
+    def look(self, trainer: Trainer, module: LearningStage) -> None:
+        """What happens then."""
+        raise NotImplementedError

@@ -1,13 +1,12 @@
-"""Why a loss works: where words attend, and what each part of the loss pulls at, always on the same draws."""
+"""How a loss works: where words attend, and how strong each gradient is, on the same draws each time."""
 
 from collections.abc import Iterator, Sequence
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from mifo.callbacks.logging import is_due, log_values, validate_interval
+from mifo.callbacks.logging import Periodic, log_values
 from mifo.data.learning_data import LearningBatch
 from mifo.data.mask_pyramid import MaskPyramid
 from mifo.method.backbone import Site
@@ -18,7 +17,7 @@ from mifo.method.objective import LossParts, learning_loss
 from mifo.training.stages import LearningStage, total_norm
 
 
-class Mechanism(Callback):
+class Mechanism(Periodic):
     """Logs `mechanism/…` every `every` steps and at a stage's end, on the first `draws` draws of the stage.
 
     Of the words' attention, as shares of the whole map, mean over the stage's default sites, instances and
@@ -28,7 +27,8 @@ class Mechanism(Callback):
     """
 
     def __init__(self, every: int = 20, draws: int = 8) -> None:
-        self.every, self.draws = validate_interval(every), draws
+        super().__init__(every)
+        self.draws = draws
 
     def on_fit_start(self, trainer: Trainer, pl_module: LearningStage) -> None:
         # draws need masks of the sites that are read here, also where no term reads them
@@ -37,38 +37,31 @@ class Mechanism(Callback):
         masks = pl_module.instances.resized(model.image_size)[1].to(pl_module.device)
         data.masks = MaskPyramid.of(masks, data.sizes, model.latent_shape[1:])
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LearningStage, outputs, batch, batch_index: int
-    ) -> None:
-        if not is_due(trainer, self.every):
-            return
-        sites = _sites(pl_module)
+    def look(self, trainer: Trainer, module: LearningStage) -> None:
+        sites = _sites(module)
         found = [
-            torch.stack([*_shares(parts, one, sites), *_norms(pl_module, parts)])
-            for one, parts in self._losses(trainer, pl_module)
+            torch.stack([*_shares(parts, one, sites), *_norms(module, parts)])
+            for one, parts in self._losses(trainer, module)
         ]
         names = ("own", "others", "elsewhere", "denoising", "prior", "attention")
         values = torch.stack(found).mean(0).tolist()
-        log_values(trainer, pl_module, "mechanism", dict(zip(names, values, strict=True)))
+        log_values(trainer, module, "mechanism", dict(zip(names, values, strict=True)))
 
     def _losses(self, trainer: Trainer, module: LearningStage) -> Iterator[tuple[LearningBatch, LossParts]]:
         """The draws with their losses, whose maps are read also where no term is active."""
         step = min(trainer.global_step, module.settings.steps - 1)
         terms = module.timeline.active(step)
         weights = [module.timeline.weight(term, step) for term in terms]
+        factors = torch.tensor([*weights, 0.0], device=module.device)
         reading = Term("reading", Penalty(), _sites(module), TermSettings("penalty", 0.0))
         for draw in range(self.draws):
             batch = trainer.datamodule.draw(draw)
             batch = module.transfer_batch_to_device(batch, module.device, 0)
+            said = module.model.encode(batch.ids)
             yield (
                 batch,
                 learning_loss(
-                    module.model,
-                    module.model.encode(batch.ids),
-                    batch.inputs,
-                    (*terms, reading),
-                    torch.tensor([*weights, 0.0], device=module.device),
-                    module.prior_weight,
+                    module.model, said, batch.inputs, (*terms, reading), factors, module.prior_weight
                 ),
             )
 

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from lightning import Callback, Trainer
+from lightning import Trainer
 
 from mifo.backbones.model import DiffusionModel
-from mifo.callbacks.logging import is_due, log_image, validate_interval
+from mifo.callbacks.logging import Periodic, log_image
 from mifo.data.layouts import Layout, LayoutSettings, layouts
 from mifo.data.saved_pictures import Picture
 from mifo.report.picture_grid import draw_pictures
@@ -15,7 +15,7 @@ from mifo.training.stages import LearningStage
 MakePictures = Callable[[DiffusionModel, Sequence[Layout]], list[Picture]]
 
 
-class SamplePictures(Callback):
+class SamplePictures(Periodic):
     """Makes pictures of `layout` every `every` steps and at the end, always from the same seeds.
 
     Args:
@@ -25,7 +25,8 @@ class SamplePictures(Callback):
     """
 
     def __init__(self, make: MakePictures, layout: LayoutSettings, every: int = 100) -> None:
-        self.make, self.layout, self.every = make, layout, validate_interval(every)
+        super().__init__(every)
+        self.make, self.layout = make, layout
 
     def check(self, tokens: Sequence[str]) -> None:
         """Refuse a layout that the instances `tokens` cannot have.
@@ -35,11 +36,8 @@ class SamplePictures(Callback):
         """
         layouts(self.layout, list(tokens))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LearningStage, outputs, batch, batch_index: int
-    ) -> None:
-        if is_due(trainer, self.every):
-            self.show(trainer, pl_module, make_now(pl_module, self.make, self.layout))
+    def look(self, trainer: Trainer, module: LearningStage) -> None:
+        self.show(trainer, module, make_now(module, self.make, self.layout))
 
     def show(self, trainer: Trainer, module: LearningStage, pictures: Sequence[Picture]) -> None:
         log_image(trainer, module, "samples", draw_pictures(pictures))

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from lightning import Trainer
 
-from mifo.callbacks.logging import is_due
 from mifo.callbacks.samples import MakePictures, SamplePictures, make_now
 from mifo.data.layouts import LayoutSettings
 from mifo.metrics.evaluation import PictureEvaluator
@@ -55,23 +54,14 @@ class Stopwatch(SamplePictures):
         self.looks: list[Look] = []
         self._started, self._stood = time.perf_counter(), 0.0
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LearningStage, outputs, batch, batch_index: int
-    ) -> None:
-        if not is_due(trainer, self.every):
-            return
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)  # the step must be done before its end is noted
+    def look(self, trainer: Trainer, module: LearningStage) -> None:
+        if module.device.type == "cuda":
+            torch.cuda.synchronize(module.device)  # the step must be done before its end is noted
         now = time.perf_counter()
-        found = self.evaluator.evaluate(make_now(pl_module, self.make, self.layout), pl_module.instances)
+        found = self.evaluator.evaluate(make_now(module, self.make, self.layout), module.instances)
         scores = {score.metric: score.value for score in found.scores}
-        look = Look(
-            pl_module.stage,
-            trainer.global_step,
-            now - self._started - self._stood,
-            scores["identification"],
-            scores["leakage"],
-        )
+        seconds, measured = now - self._started - self._stood, (scores["identification"], scores["leakage"])
+        look = Look(module.stage, trainer.global_step, seconds, *measured)
         self.looks.append(look)
         self._stood += time.perf_counter() - now
         print(

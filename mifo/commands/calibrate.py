@@ -9,7 +9,6 @@ import pandas as pd
 import torch
 from omegaconf import OmegaConf
 from rich.progress import track
-from scipy.stats import t as student
 
 from mifo.commands.setup import prepare
 from mifo.config.jobs import claim_folder
@@ -26,6 +25,7 @@ from mifo.metrics.evaluation import METRICS, PictureEvaluator
 from mifo.metrics.settings import Fit
 from mifo.miniature.calibration import CASES, FAULTS, calibration_picture, faulty_picture
 from mifo.report.tables import markdown_table, write_csv
+from mifo.tables.collect import estimate
 from mifo.world.drawn import drawn_option
 from mifo.world.scenes import SIZE
 from mifo.world.spec import SceneSpec
@@ -139,12 +139,6 @@ def named_scenes(patterns: list[str]) -> list[InstancesSettings]:
     return scenes
 
 
-def interval(values: pd.Series) -> str:
-    """Mean ± t₀.₉₇₅·s/√n."""
-    half = student.ppf(0.975, len(values) - 1) * values.std() / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return f"{values.mean():.3f} ± {half:.3f}"
-
-
 def report(table: pd.DataFrame, evaluator: PictureEvaluator, fit: Fit) -> str:
     """The table in Markdown: cases by metrics, all scenes and each kind of scene; scenes are the sample."""
     metrics = [name for name in METRICS if name in table]
@@ -165,9 +159,10 @@ def report(table: pd.DataFrame, evaluator: PictureEvaluator, fit: Fit) -> str:
     ]
     for title, start in kinds.items():
         part = scenes[scenes.scene.str.startswith(start)]
+        found = {case: part[part.case == case][metrics] for case in CASES}
         rows = [
-            [case, *(interval(part[part.case == case][metric].dropna()) for metric in metrics)]
-            for case in CASES
+            [case, *(str(estimate(own[metric].dropna().tolist(), len(own))) for metric in metrics)]
+            for case, own in found.items()
         ]
         lines += ["", f"## {title}", "", *markdown_table(pd.DataFrame(rows, columns=["case", *heads]))]
     return "\n".join(lines) + "\n"

@@ -8,13 +8,13 @@ from rich.markup import escape
 
 from mifo.commands.readiness import ALL, Setup
 from mifo.config.checks import check
-from mifo.config.schema import DoctorSettings
+from mifo.config.schema import RunSettings
 from mifo.errors import MifoError
 
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 
 
-def doctor(settings: DoctorSettings) -> list[tuple[str, str, str]]:
+def doctor(settings: RunSettings) -> list[tuple[str, str, str]]:
     """Print a line for all that is right, doubtful or wrong; returns level, subject and text of each.
 
     Raises:

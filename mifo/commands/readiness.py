@@ -1,6 +1,6 @@
-"""What can go wrong with a setup, found in seconds: `mifo doctor` tells all of it, other commands refuse it.
+"""Checks of a setup, made in seconds: `mifo doctor` tells every problem, other commands refuse the first.
 
-A check returns what it found in a line, raises `MifoError`, or logs warnings.
+A check returns a line about what it found, raises `MifoError`, or logs warnings.
 """
 
 import logging
@@ -78,10 +78,11 @@ def picture(setup: Setup) -> str:
 
 
 def sizes(setup: Setup) -> str:
-    """Whether each instance is seen at the sites whose maps are compared with its mask."""
+    """Whether each instance is seen in the latents, and where attention is compared with its mask."""
     sites, masks = setup.model.default_sites, setup.instances.resized(setup.model.image_size)[1]
     wanted = sorted({site.size for site in (*sites.semantic, *sites.finetuning)})
     found = MaskPyramid.of(masks, wanted, setup.model.latent_shape[1:])
+    found.check()
     for i, token in enumerate(setup.instances.tokens):
         unseen = [f"{h}×{w}" for (h, w), each in found.at.items() if each[0, i].max() < 0.5]
         if unseen:

@@ -70,9 +70,7 @@ def device_of(settings: TaskSettings) -> torch.device:
 
 
 @contextmanager
-def open_loggers(
-    settings: LearnSettings | EvaluateSettings | PretrainTaskSettings,
-) -> Iterator[list[Logger]]:
+def open_loggers(settings: LearnSettings | EvaluateSettings | PretrainTaskSettings) -> Iterator[list[Logger]]:
     """The loggers of the configuration; a Weights & Biases run is closed with the exit code of the block.
 
     A run that is continued in its folder goes on in the same run on the server, or offline in a further file.

@@ -48,11 +48,7 @@ def speedrun(settings: SpeedrunSettings) -> Path:
     evaluator = PictureEvaluator.from_settings(settings.metrics, device)
     model = load_model(settings.model, device)
     make = partial(
-        make_pictures,
-        settings=settings.synthesis,
-        guidance=settings.guidance,
-        seed=settings.seed,
-        bar=False,
+        make_pictures, settings=settings.synthesis, guidance=settings.guidance, seed=settings.seed, bar=False
     )
     watch = Stopwatch(
         make, settings.layout, evaluator, settings.every, settings.identification, settings.leakage

@@ -1,10 +1,9 @@
 """`mifo studio`: masks, learning, boxes and pictures in the browser."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 from mifo.config.schema import StudioSettings
-from mifo.errors import MifoError
+from mifo.errors import MifoError, check_package
 
 
 def studio(settings: StudioSettings) -> None:
@@ -13,8 +12,7 @@ def studio(settings: StudioSettings) -> None:
     Raises:
         MifoError: gradio is missing, or the port is taken.
     """
-    if find_spec("gradio") is None:
-        raise MifoError("mifo studio needs the package gradio; install it with: pip install 'mifo[studio]'.")
+    check_package("mifo studio", "gradio", "studio")
     # imported here, since gradio is an extra
     from mifo.studio.page import Studio, serve
 

@@ -63,13 +63,8 @@ def synthesize(settings: SynthesizeSettings) -> Path:
         print(f"pictures: {target} (made before with the same settings, and kept)")
         return target
     if device.type == "cuda":
-        needed = synthesis_memory(
-            load_shapes(settings.model),
-            settings.synthesis,
-            settings.guidance,
-            available(settings.performance, device),
-        )
-        tell_memory(needed, device)
+        shapes, performance = load_shapes(settings.model), available(settings.performance, device)
+        tell_memory(synthesis_memory(shapes, settings.synthesis, settings.guidance, performance), device)
     model: Any = load_model(settings.model, device)
     if len(sources) == 1:
         load_learned(sources[0], model)

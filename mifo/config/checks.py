@@ -19,12 +19,10 @@ from mifo.config.schema import (
     SynthesizeSettings,
     TaskSettings,
 )
-from mifo.errors import MifoError
+from mifo.errors import MifoError, check_known, check_least
 from mifo.exporting.settings import check_export
 from mifo.method.guidance.settings import check_guidance
 from mifo.method.synthesis.settings import check_synthesis
-
-_DEVICES = ("auto", "cpu", "cuda")
 
 
 def check(settings: TaskSettings) -> None:
@@ -34,8 +32,7 @@ def check(settings: TaskSettings) -> None:
         MifoError: one sentence that names the key and the fix.
     """
     _check_finite(asdict(settings))
-    if settings.device not in _DEVICES:
-        raise MifoError(f"device={settings.device} is not known; take one of {', '.join(_DEVICES)}")
+    check_known("device", settings.device, ("auto", "cpu", "cuda"))
     if settings.device == "cuda":
         _check_gpu()
     if not 0 <= settings.seed < 2**32:
@@ -44,9 +41,7 @@ def check(settings: TaskSettings) -> None:
         for name, node in getattr(settings, group, {}).items():
             _check_node(group, name, node, settings)
     if (metrics := getattr(settings, "metrics", None)) is not None:
-        for key in ("batch_size", "windows"):
-            if getattr(metrics, key) < 1:
-                raise MifoError(f"metrics.{key}={getattr(metrics, key)} is too small; take at least 1")
+        check_least("metrics", metrics, batch_size=1, windows=1)
     if objectives := getattr(settings, "objectives", []):
         _check_objectives(objectives)
     if isinstance(settings, ModelTaskSettings):

@@ -19,23 +19,8 @@ from mifo.files import read_yaml
 
 # says where a run goes and who is told about it, not what it computes
 NOT_IDENTITY = frozenset(
-    (
-        "task",
-        "origin",
-        "paths",
-        "resume",
-        "again",
-        "logger",
-        "callbacks",
-        "group",
-        "tags",
-        "exclusive_gpu",
-        "objectives",
-        "sheet",
-    )
+    "task origin paths resume again logger callbacks group tags exclusive_gpu objectives sheet".split()
 )
-
-
 _STATES = {True: " (dirty)", False: "", None: " (no git)"}
 # overrides that say nothing of what a run is called; its scene and its seed are named anyway
 _UNSAID = NOT_IDENTITY | {"instances", "seed", "device", "trainer", "performance"}
@@ -82,7 +67,7 @@ def _of_all_seeds(*, _root_: DictConfig) -> str:
 
 
 def run_signature(settings: Mapping[str, Any], files: str | None) -> str:
-    """What runs have in common that are the same, whatever code made them.
+    """The hash that equal runs share, whatever code made them.
 
     Args:
         settings: of a task with instances, in plain types.

@@ -4,7 +4,6 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import socket
 import time
 from contextlib import suppress
@@ -29,7 +28,7 @@ from mifo.config.resume import FREE, Command, read_settings
 from mifo.config.schema import Origin, TaskSettings
 from mifo.data.photo_folder import folder_digest
 from mifo.errors import MifoError, refuse
-from mifo.files import COMMAND, CONFIG, STATUS, read_record, write_whole
+from mifo.files import COMMAND, CONFIG, STATUS, read_record, remove, write_whole
 
 LOCK = ".lock"
 
@@ -188,7 +187,7 @@ class Job:
     def __init__(self, folder: Path, overrides: list[str], alone: bool) -> None:
         """
         Args:
-            alone: it is no job of a sweep. A run that lies in the folder is then another one until the
+            alone: the job belongs to no sweep. A run in the folder then counts as another run until its
                 configuration is known to be the same.
 
         Raises:
@@ -201,10 +200,7 @@ class Job:
         self._before = path.read_bytes() if known and alone and path.is_file() else None
         if known:
             for rubbish in list(folder.rglob(".*.unfinished")):
-                if rubbish.is_dir() and not rubbish.is_symlink():
-                    shutil.rmtree(rubbish, ignore_errors=True)
-                else:
-                    rubbish.unlink(missing_ok=True)
+                remove(rubbish)
 
     def tell(self, status: str, reason: str | None = None) -> None:
         """Record how the job stands."""

@@ -19,6 +19,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from mifo.config.compose import as_plain, settings_of
+from mifo.config.identity import NOT_IDENTITY
 from mifo.config.location import conf_folder
 from mifo.config.schema import SCHEMAS
 from mifo.errors import MifoError
@@ -26,28 +27,10 @@ from mifo.files import COMMAND, CONFIG, read_record, read_yaml
 
 RESUMED = "resumed"  # the name of the primary configuration
 # what may differ when a run is continued, since it changes where and how fast, not what
-FREE = {
-    "resume",
-    "again",
-    "origin",
-    "paths",
-    "device",
-    "performance",
-    "trainer",
-    "logger",
-    "callbacks",
-    "tags",
-    "group",
-    "exclusive_gpu",
-    "objectives",
-}
+FREE = NOT_IDENTITY - {"task", "sheet"} | {"device", "performance", "trainer"}
 _GROUPS = ("trainer", "performance", "logger", "callbacks")  # chosen anew, they replace what is recorded
 # values that follow a key in conf/, and follow it again when the key is typed anew
-_FOLLOWERS = {
-    "trainer.accelerator": "device",
-    "logger.wandb.group": "group",
-    "logger.wandb.tags": "tags",
-}
+_FOLLOWERS = {"trainer.accelerator": "device", "logger.wandb.group": "group", "logger.wandb.tags": "tags"}
 _PLACES = re.compile(r"(^|_)(dir|dirs|dirpath|directory|path|root|folder|file|filename|uri|location)$")
 
 

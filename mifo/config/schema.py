@@ -53,9 +53,7 @@ class TaskSettings:
     task: str = MISSING
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda
-    exclusive_gpu: bool = (
-        False  # take a GPU that no other job of this host has taken; for hydra/launcher=gpus
-    )
+    exclusive_gpu: bool = False  # take a GPU that no other job of this host has; for hydra/launcher=gpus
     # for the logger: runs that differ by their seed alone share it
     group: str | None = None
     tags: list[str] = field(default_factory=list)  # for the logger, and for finding runs again
@@ -85,7 +83,7 @@ class LearnSettings(ModelTaskSettings):
     trainer: dict[str, Any] = field(default_factory=dict)  # arguments of lightning.Trainer
     callbacks: dict[str, Any] = field(default_factory=dict)  # name → `_target_` and arguments
     logger: dict[str, Any] = field(default_factory=dict)  # name → `_target_` and arguments
-    # of pictures made while learning, which callbacks ask for, and in `mifo run` of those made afterwards
+    # for the pictures that callbacks make while learning, and in `mifo run` for those made afterwards
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
     synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
     metrics: MetricsSettings | None = field(default_factory=MetricsSettings)  # None: no scores
@@ -150,11 +148,6 @@ class SpeedrunSettings(RunSettings):
 
 
 @dataclass
-class DoctorSettings(RunSettings):
-    """`mifo doctor`: what `mifo run` would be given."""
-
-
-@dataclass
 class DashboardSettings(TaskSettings):
     """`mifo dashboard`."""
 
@@ -216,9 +209,7 @@ class QualitySettings(TaskSettings):
     per_category: int = 100  # instances among which the image evaluator finds each one
     pictures: int = 960  # of one thing; half as many of two
     box_prompts: int = 200
-    performance: PerformanceSettings = field(
-        default_factory=PerformanceSettings
-    )  # of box control: CUDA graphs
+    performance: PerformanceSettings = field(default_factory=PerformanceSettings)  # of box control
     synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
 
@@ -241,7 +232,7 @@ SCHEMAS: dict[str, type[TaskSettings]] = {
     "evaluate": EvaluateSettings,
     "run": RunSettings,
     "speedrun": SpeedrunSettings,
-    "doctor": DoctorSettings,
+    "doctor": RunSettings,
     "dashboard": DashboardSettings,
     "layout": LayoutTaskSettings,
     "studio": StudioSettings,

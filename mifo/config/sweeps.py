@@ -1,4 +1,4 @@
-"""Sweeps that resume by themselves: a job is its signature, under which it is done once, wherever it lies.
+"""Sweeps that resume by themselves: jobs with one signature are one run, made once, in whichever folder.
 
 `multirun/.runs/SIGNATURE` is locked while the job runs, and holds a link to its folder. Where `.runs` was
 deleted, sweeps know no runs of other sweeps; nothing else is lost.
@@ -65,7 +65,7 @@ def is_kept(folder: Path, config: DictConfig) -> bool:
 
 
 def remember(config: DictConfig, folder: Path) -> None:
-    """Let sweeps find a finished run that was begun alone."""
+    """Let sweeps find a finished run that no sweep began."""
     if config.task in _RESULTS and not config.resume and (mine := signature(config)):
         known = _known(config, mine)
         known.parent.mkdir(parents=True, exist_ok=True)
@@ -73,10 +73,7 @@ def remember(config: DictConfig, folder: Path) -> None:
 
 
 def signature(config: DictConfig) -> str | None:
-    """What a run has in common with those that are the same, whatever code made them.
-
-    None for a configuration that is refused.
-    """
+    """The hash that equal runs share, whatever code made them; None for a configuration that is refused."""
     plain = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
     with open_dict(plain):
         plain.paths.output = "unknown"

@@ -9,7 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mifo.data.photo_folder import image_file, mask_sources
 from mifo.data.settings import InstancesSettings
-from mifo.errors import MifoError
+from mifo.errors import MifoError, check_known
 from mifo.files import as_record, read_yaml
 from mifo.world.drawn import DrawnSettings
 from mifo.world.spec import SceneSpec, check_scene
@@ -70,8 +70,7 @@ def name_instances(settings: InstancesSettings) -> InstanceNames:
             match the number of instances, or an empty initializer.
     """
     source = find_source(settings)
-    if settings.fit not in FITS:
-        raise MifoError(f"instances.fit={settings.fit} is not known; take one of {', '.join(FITS)}.")
+    check_known("instances.fit", settings.fit, FITS)
     if any(word is not None and not word.strip() for word in settings.initializers or ()):
         raise MifoError("instances.initializers holds an empty word; name a word such as 'car', or null.")
     if isinstance(source, Path):

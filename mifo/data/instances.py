@@ -25,11 +25,8 @@ from mifo.world.spec import SceneSpec
 # names that the user did not choose: the default, and the one of conf/instances/local.yaml
 UNNAMED = (InstancesSettings.name, "local")
 
-# Stable Diffusion's picture and latents, the finest on which a mask is learned; the miniature's are smaller
-_SIDE, _LATENT_SIDE = 512, 64
-
-# a mask that covers more than this share of the picture, or of its border, may be inverted
-_DOUBTFUL = 0.6
+_SIDE = 64  # of the grid on which masks are compared with each other and with the picture's border
+_DOUBTFUL = 0.6  # a mask that covers more than this share of the picture, or of its border, may be inverted
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +57,7 @@ def read_instances(settings: InstancesSettings) -> InstanceSet:
 
     Raises:
         MifoError: as `name_instances`; an unreadable image or mask; a mask of several labels, or that is
-            empty, nowhere above half, too small to be learned or of other proportions than the image.
+            empty, nowhere above half or of other proportions than the image.
     """
     names, source = name_instances(settings), find_source(settings)
     if isinstance(source, Path):
@@ -71,14 +68,7 @@ def read_instances(settings: InstancesSettings) -> InstanceSet:
     _refuse_empty(masks, sources, "marks nothing; paint its instance white on black")
     image, masks = _fit(image, masks, settings.fit)
     _refuse_empty(masks, sources, "lies outside the square that is cut out; take instances.fit=squash or pad")
-    marked = _on_latents(masks)
-    _refuse_empty(
-        marked,
-        sources,
-        f"is too small to be learned, since it marks none of the {_LATENT_SIDE}×{_LATENT_SIDE} latents; "
-        "paint more of its instance, or cut the picture closer",
-    )
-    _warn_of_doubtful(marked, sources)
+    _warn_of_doubtful(F.interpolate(masks[None], (_SIDE, _SIDE))[0] > 0.5, sources)
     return InstanceSet(_name(settings), image, masks, names.class_names, names.initializers, names.tokens)
 
 
@@ -113,15 +103,9 @@ def _resize(masks: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(masks[None], size=tuple(size), mode="bilinear", antialias=True)[0].clamp(0, 1)
 
 
-def _on_latents(masks: Tensor) -> Tensor:
-    """Which latents the masks (N, H, W) mark, bool (N, h, w); the masks are resized as in learning."""
-    picture = _resize(masks, (_SIDE, _SIDE))
-    return F.interpolate(picture[None], size=(_LATENT_SIDE, _LATENT_SIDE), mode="nearest")[0] > 0.5
-
-
 def _warn_of_doubtful(marked: Tensor, sources: Sequence[str]) -> None:
-    """Warn of masks (N, h, w), bool and not empty, that hardly tell their instance from the rest."""
-    border = torch.ones(_LATENT_SIDE, _LATENT_SIDE, dtype=torch.bool)
+    """Warn of masks (N, h, w), bool, that hardly tell their instance from the rest."""
+    border = torch.ones(_SIDE, _SIDE, dtype=torch.bool)
     border[1:-1, 1:-1] = False
     for mask, source in zip(marked, sources, strict=True):
         share, edge = float(mask.float().mean()), float(mask[border].float().mean())

@@ -7,7 +7,7 @@ from functools import partial
 from itertools import combinations
 from typing import Any
 
-from mifo.errors import MifoError
+from mifo.errors import MifoError, check_known
 from mifo.method.prompts.instances import check_instances, check_placeholders
 from mifo.method.regions.boxes import check_boxes
 
@@ -29,12 +29,15 @@ class LayoutSettings:
     arrange: str | None = None  # boxes for all instances when `boxes` is empty: see ARRANGEMENTS
 
 
+Boxes = dict[str, tuple[float, float, float, float]]
+
+
 @dataclass(frozen=True)
 class Layout:
     """One prompt with its boxes, ready to be drawn or synthesised."""
 
     prompt: str
-    boxes: dict[str, tuple[float, float, float, float]]
+    boxes: Boxes
 
 
 def layouts(settings: LayoutSettings, tokens: Sequence[str]) -> list[Layout]:
@@ -44,9 +47,7 @@ def layouts(settings: LayoutSettings, tokens: Sequence[str]) -> list[Layout]:
         MifoError: a box is impossible, or a prompt lacks a box's key, names an unknown instance or holds an
             unknown placeholder.
     """
-    if settings.arrange not in (None, *ARRANGEMENTS):
-        known = ", ".join(ARRANGEMENTS)
-        raise MifoError(f"layout.arrange: '{settings.arrange}' is unknown; use {known} or null")
+    check_known("layout.arrange", settings.arrange or "null", (*ARRANGEMENTS, "null"))
     # Hydra's command line takes no "<" in a key, so that asset0 stands for <asset0> too
     boxes = {
         re.sub(r"^asset\d+$", r"<\g<0>>", name): _numbers(name, box) for name, box in settings.boxes.items()
@@ -86,7 +87,7 @@ def _numbers(name: str, box: Any) -> tuple[float, ...]:
     return tuple(box)
 
 
-def _row(tokens: Sequence[str], margin: float = 0.04) -> dict[str, tuple[float, float, float, float]]:
+def _row(tokens: Sequence[str], margin: float = 0.04) -> Boxes:
     """Boxes of one size from left to right, in the lower middle where things stand on the ground."""
     width = (1 - margin) / len(tokens)
     side = min(width - margin, 0.6)
@@ -97,7 +98,7 @@ def _row(tokens: Sequence[str], margin: float = 0.04) -> dict[str, tuple[float, 
     }
 
 
-def _spread(tokens: Sequence[str], margin: float = 0.04) -> dict[str, tuple[float, float, float, float]]:
+def _spread(tokens: Sequence[str], margin: float = 0.04) -> Boxes:
     """Squares of one size with air between them in two staggered columns, the first at the upper left."""
     places = -(-len(tokens) // 2)
     pitch = (1 - margin) / places
@@ -114,7 +115,7 @@ def _spread(tokens: Sequence[str], margin: float = 0.04) -> dict[str, tuple[floa
     return boxes
 
 
-def _grid(tokens: Sequence[str], fill: float) -> dict[str, tuple[float, float, float, float]]:
+def _grid(tokens: Sequence[str], fill: float) -> Boxes:
     """Squares in rows, from the upper left; a side is `fill` times the distance of their middles."""
     rows = round(len(tokens) ** 0.5)
     columns = -(-len(tokens) // rows)
@@ -129,7 +130,7 @@ def _grid(tokens: Sequence[str], fill: float) -> dict[str, tuple[float, float, f
     return boxes
 
 
-ARRANGEMENTS: dict[str, Callable[[Sequence[str]], dict[str, tuple[float, float, float, float]]]] = {
+ARRANGEMENTS: dict[str, Callable[[Sequence[str]], Boxes]] = {
     "row": _row,
     "spread": _spread,
     "apart": partial(_grid, fill=0.85),

@@ -88,6 +88,7 @@ class LearningData(lightning.LightningDataModule):
         image, masks = self.instances.resized(self.model.image_size)
         self.latents = self.model.encode_images([image, image.flip(-1)])
         self.masks = MaskPyramid.of(masks.to(self.model.device), self.sizes, self.model.latent_shape[1:])
+        self.masks.check()
         if self._class_pictures:
             self.pictures, told = self._class_pictures()
             self.class_ids = self.model.tokenize(told)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mifo.errors import MifoError
+
 
 @dataclass(frozen=True)
 class MaskPyramid:
@@ -28,6 +30,16 @@ class MaskPyramid:
             {size: F.interpolate(both, size=size, mode="bilinear", antialias=False) for size in sizes},
             F.interpolate(both, size=latent_size, mode="nearest"),
         )
+
+    def check(self) -> None:
+        """Refuse a mask that marks none of the latents, so that nothing would be learned of its instance."""
+        height, width = self.latent.shape[-2:]
+        for i, mark in enumerate(self.latent[0, :-1].amax((-2, -1)).tolist()):
+            if not mark:
+                raise MifoError(
+                    f"<asset{i}> is too small to be learned, since its mask marks none of the "
+                    f"{height}×{width} latents; paint more of it, or cut the picture closer."
+                )
 
     def rows(self, mirrored: int, instances: list[int]) -> tuple[dict[tuple[int, int], Tensor], Tensor]:
         """The masks of some instances, (K, h, w) by size, and at the size of the latents."""

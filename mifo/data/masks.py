@@ -8,7 +8,7 @@ import numpy as np
 
 from mifo.data.annotations import Annotation
 from mifo.data.pictures import open_picture
-from mifo.errors import MifoError
+from mifo.errors import MifoError, check_package
 
 # Flat values are looked for on a grid of about this side: soft edges are thinner than three of its cells
 _GRID = 128
@@ -116,12 +116,9 @@ def annotation_mask(file: Path, annotation: Annotation) -> np.ndarray:
             raise MifoError(f"{file} has an annotation with neither a segmentation nor a box; draw one.")
         left, top, wide, high = edges
         return box_mask((left / width, top / height, (left + wide) / width, (top + high) / height), size)
-    try:
-        from pycocotools import mask as coco
-    except ImportError as error:
-        raise MifoError(
-            f"{file} needs the package pycocotools; install it with: pip install 'mifo[masks]'."
-        ) from error
+    check_package(str(file), "pycocotools", "masks")
+    from pycocotools import mask as coco
+
     try:
         if isinstance(found, dict):
             if list(found["size"]) != [height, width]:

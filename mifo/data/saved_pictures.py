@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
+from mifo.data.layouts import Boxes
 from mifo.data.pictures import read_picture
 from mifo.errors import MifoError
 from mifo.files import as_record, read_json, whole_file, write_whole
@@ -25,7 +26,7 @@ class Picture:
 
     image: Tensor
     prompt: str
-    boxes: dict[str, tuple[float, float, float, float]] = field(default_factory=dict)
+    boxes: Boxes = field(default_factory=dict)
     seed: int | None = None
 
 

@@ -72,9 +72,8 @@ def _factors(difference: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     matrix = difference.flatten(1)
     side = min(matrix.shape)
     with torch.random.fork_rng([matrix.device] if matrix.is_cuda else []):
-        torch.manual_seed(
-            0
-        )  # of the random projection, which is exact where all singular values are asked for
+        # of the random projection, which is exact where all singular values are asked for
+        torch.manual_seed(0)
         u, values, v = torch.svd_lowrank(matrix, q=min(rank + 16, side), niter=4)
     rank = min(rank, side)
     root = values[:rank].sqrt()

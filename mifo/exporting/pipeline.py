@@ -56,8 +56,6 @@ def save_pipeline(
             encoder.set_input_embeddings(nn.Embedding.from_pretrained(weights))
             encoder.config.vocab_size = len(weights)
     made = getattr(diffusers, kind)
-    none = {"requires_safety_checker": False, "add_watermarker": False}
+    given = {"requires_safety_checker": False, "add_watermarker": False, **parts}
     taken = inspect.signature(made.__init__).parameters
-    made(**{name: parts.get(name, none.get(name)) for name in taken if name != "self"}).save_pretrained(
-        folder
-    )
+    made(**{name: given.get(name) for name in taken if name != "self"}).save_pretrained(folder)

@@ -2,13 +2,7 @@
 
 from dataclasses import dataclass
 
-from mifo.errors import MifoError
-
-_KNOWN = {
-    "format": ("diffusers", "webui"),
-    "weights": ("lora", "pipeline", "none"),
-    "precision": ("float32", "float16"),
-}
+from mifo.errors import MifoError, check_known
 
 
 @dataclass
@@ -28,9 +22,9 @@ def check_export(settings: ExportSettings) -> None:
     Raises:
         MifoError: naming the key and the values that it takes.
     """
-    for key, known in _KNOWN.items():
-        if (value := getattr(settings, key)) not in known:
-            raise MifoError(f"{key}={value} is not known; take one of {', '.join(known)}.")
+    check_known("format", settings.format, ("diffusers", "webui"))
+    check_known("weights", settings.weights, ("lora", "pipeline", "none"))
+    check_known("precision", settings.precision, ("float32", "float16"))
     if settings.rank < 1:
         raise MifoError(f"rank={settings.rank} is too small; take at least 1.")
     if settings.format == "webui" and settings.weights == "pipeline":

@@ -19,6 +19,7 @@ from mifo.data.pictures import is_whole
 from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
 from mifo.files import user_cache
+from mifo.making.pictures import start_noise
 from mifo.method.guidance.settings import GuidanceSettings
 from mifo.method.synthesis.sampler import Sampler, StepReport
 from mifo.method.synthesis.settings import SynthesisSettings
@@ -113,16 +114,10 @@ def _make(
             def advance(_: StepReport, count: int = len(chosen)) -> None:
                 progress.advance(bar, count)
 
-            noise = [
-                torch.randn(model.latent_shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + i))
-                for *_, i in chosen
-            ]
+            prompts = [""] * len(chosen) + [prompt for _, prompt, _ in chosen]
+            noise = start_noise(model, [seed * 1_000_003 + i for *_, i in chosen])
             with autocast:
-                latents = sampler(
-                    model.encode_prompts([""] * len(chosen) + [prompt for _, prompt, _ in chosen]),
-                    torch.stack(noise).to(model.device),
-                    on_step=advance,
-                )
+                latents = sampler(model.encode_prompts(prompts), noise, on_step=advance)
             images = model.decode_latents(latents, 2)
             for (file, *_), image in zip(chosen, images.cpu(), strict=True):
                 # renamed when whole, so that neither a kill nor a run at the same time leaves half a picture

@@ -1,10 +1,11 @@
 """Pictures of prompts and their boxes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
 from rich.progress import Progress
+from torch import Tensor
 
 from mifo.acceleration.graphs import GraphedFunction
 from mifo.backbones.model import DiffusionModel
@@ -23,6 +24,12 @@ def picture_sampler(
     return Sampler(model, settings, guidance, partial(GraphedFunction, wanted=graphs))
 
 
+def start_noise(model: DiffusionModel, seeds: Iterable[int]) -> Tensor:
+    """Noise (B, C, h, w) of these seeds, drawn on the processor: the same on every device."""
+    drawn = [torch.randn(model.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(drawn).to(model.device)
+
+
 def make_pictures(
     model: DiffusionModel,
     wanted: Sequence[Layout],
@@ -35,13 +42,11 @@ def make_pictures(
 ) -> list[Picture]:
     """Pictures of every layout; picture j of a prompt starts from the noise of seed + j on every device.
 
-    The `sampler` of an earlier call with the same model and settings keeps its CUDA graphs. Whoever calls it
-    for picture after picture shows no progress `bar`.
+    The `sampler` of an earlier call with the same model and settings keeps its CUDA graphs. Callers that make
+    one picture after another turn the progress `bar` off.
     """
     seeds = range(seed, seed + settings.samples)
-    noise = torch.stack(
-        [torch.randn(model.latent_shape, generator=torch.Generator().manual_seed(each)) for each in seeds]
-    ).to(model.device)
+    noise = start_noise(model, seeds)
     sampler = sampler or picture_sampler(model, settings, guidance, graphs)
     pictures = []
     with Progress(disable=not bar) as progress:

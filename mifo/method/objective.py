@@ -60,9 +60,8 @@ def learning_loss(
     read = word_maps(inputs.word_positions)
     reads = {site: read for term in terms for site in term.sites}
     prediction, maps = backbone.predict(noisy, inputs.times, conditioning, reads)
-    maps = {
-        site: flat.transpose(1, 2).reshape(len(flat), -1, *site.size) for site, flat in maps.items()
-    }  # (B, K, h, w)
+    # (B, K, h, w)
+    maps = {site: flat.transpose(1, 2).reshape(len(flat), -1, *site.size) for site, flat in maps.items()}
     target = process.target(inputs.latents, inputs.noise, inputs.times)
 
     classes = len(inputs.latents) - len(inputs.word_positions)

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch.nn import functional as F
 from torchvision.ops import masks_to_boxes
+from torchvision.transforms.functional import center_crop
 
 from mifo.errors import MifoError
 
@@ -13,9 +13,7 @@ Box = Sequence[float]
 
 def pad_square(image: Tensor) -> Tensor:
     """Centre `image` (…, H, W) on a black square of side max(H, W)."""
-    height, width = image.shape[-2:]
-    down, right = max(width - height, 0), max(height - width, 0)
-    return F.pad(image, (right // 2, right - right // 2, down // 2, down - down // 2))
+    return center_crop(image, [max(image.shape[-2:])] * 2)
 
 
 def crop_box(image: Tensor, box: Box) -> Tensor:

@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 from zipfile import BadZipFile
@@ -21,7 +20,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mifo.errors import MifoError
+from mifo.errors import MifoError, check_package
 from mifo.metrics.crops import pad_square
 from mifo.metrics.scores import Evaluator
 from mifo.metrics.settings import Fit, ImageSettings, ImageTextSettings, MetricsSettings
@@ -203,11 +202,8 @@ def check_evaluators(settings: MetricsSettings) -> None:
         MifoError: an unknown name, or a package that is not installed.
     """
     image, text = settings.image.source, settings.image_text
-    if image.partition(":")[0] == "dreamsim" and find_spec("dreamsim") is None:
-        raise MifoError(
-            f"metrics.image.source={image} needs the package dreamsim; install it with: "
-            "pip install 'mifo[standard_metrics]'."
-        )
+    if image.partition(":")[0] == "dreamsim":
+        check_package(f"metrics.image.source={image}", "dreamsim", "standard_metrics")
     if text.name != "embedded" and not text.name.startswith("local-dir:"):
         if text.name not in open_clip.list_models():
             raise MifoError(f"metrics.image_text.name={text.name} is no model of open_clip; take ViT-L-14.")
@@ -244,13 +240,9 @@ def _load_dreamsim(
     settings: ImageSettings, variant: str, batch_size: int, fit: Fit, device: torch.device | str
 ) -> DreamSimEncoder:
     """Load DreamSim on the device where it will run, since `to` does not move all of its tensors."""
-    try:
-        from dreamsim import dreamsim
-    except ImportError as error:
-        raise MifoError(
-            f"metrics.image.source={settings.source} needs the package dreamsim; install it with: "
-            "pip install 'mifo[standard_metrics]'."
-        ) from error
+    check_package(f"metrics.image.source={settings.source}", "dreamsim", "standard_metrics")
+    from dreamsim import dreamsim
+
     if settings.revision or settings.image_size not in (None, DREAMSIM_SIZE):
         raise MifoError(
             f"DreamSim has one revision and sees {DREAMSIM_SIZE} pixels: leave metrics.image.revision and "

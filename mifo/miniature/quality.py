@@ -144,12 +144,7 @@ def evaluators(weights: Path, device: torch.device, scenes: int, per_category: i
 
 @torch.no_grad()
 def generate(
-    pipeline: DiffusionPipeline,
-    prompts: list[str],
-    seed: int,
-    steps: int,
-    scale: float,
-    batch: int = 128,
+    pipeline: DiffusionPipeline, prompts: list[str], seed: int, steps: int, scale: float, batch: int = 128
 ) -> Tensor:
     """Plain samples (n, 3, H, W) in [0, 1], by the pipeline's own scheduler."""
     # no zeros for the T5 that the miniature never had

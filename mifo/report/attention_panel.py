@@ -30,14 +30,9 @@ def draw_attention(
     grey = picture.mean(axis=2, keepdims=True).repeat(3, axis=2)
     for row, token, mask, index in zip(axes, tokens, masks, range(len(tokens)), strict=True):
         colour = hexadecimal(instance_colour(index))
+        ink = hexadecimal(text_colour(instance_colour(index)))
         row[0].imshow(picture)
-        row[0].set_ylabel(
-            token,
-            color=hexadecimal(text_colour(instance_colour(index))),
-            backgroundcolor=colour,
-            fontsize=9,
-            labelpad=8,
-        )
+        row[0].set_ylabel(token, color=ink, backgroundcolor=colour, fontsize=9, labelpad=8)
         for axis, each in zip(row[1:], maps.values(), strict=True):
             large = F.interpolate(each[index][None, None], image.shape[1:], mode="bilinear")[0, 0].numpy()
             heat = large / max(large.max(), 1e-12)

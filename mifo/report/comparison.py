@@ -50,14 +50,8 @@ def draw_comparison(
         lines = wrap(" ".join(prompt.split()[shared:]), 26)
         for place, line in enumerate(reversed(lines)):
             _write(draw, MARGIN + cell * column, top + SIDE - 20 * (place + 1), line, 15, INK)
-    _write(
-        draw,
-        MARGIN + cell,
-        top,
-        "Learned from the image on the left; boxes of one colour are of one instance.",
-        15,
-        MUTED,
-    )
+    hint = "Learned from the image on the left; boxes of one colour are of one instance."
+    _write(draw, MARGIN + cell, top, hint, 15, MUTED)
     for index, row in enumerate(rows, 1):
         y = top + cell * index
         lines = wrap(row.label, 24)

@@ -86,13 +86,8 @@ def _empty_canvas(size: int) -> Image.Image:
 
 
 def _pixels(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    width, height = size
-    return (
-        round(box[0] * width),
-        round(box[1] * height),
-        round(box[2] * width) - 1,
-        round(box[3] * height) - 1,
-    )
+    left, top, right, bottom = (round(edge * side) for edge, side in zip(box, 2 * size, strict=True))
+    return left, top, right - 1, bottom - 1
 
 
 def _draw_label(

@@ -17,8 +17,6 @@ def draw_pictures(
     grid = Image.new("RGB", (columns * (side + gap) - gap, rows * (side + gap) - gap), "white")
     for index, picture in enumerate(pictures):
         row, column = divmod(index, columns)
-        grid.paste(
-            draw_layout(picture.boxes, as_image(picture.image), side),
-            (column * (side + gap), row * (side + gap)),
-        )
+        drawn = draw_layout(picture.boxes, as_image(picture.image), side)
+        grid.paste(drawn, (column * (side + gap), row * (side + gap)))
     return grid

@@ -96,5 +96,5 @@ def key_of(override: str) -> str:
 
 
 def is_wanted(label: str, only: Sequence[str]) -> bool:
-    """Whether a label fits one of the patterns, in which * is any text; without patterns each does."""
+    """Whether a label fits one of the patterns, in which * is any text; without patterns every label does."""
     return not only or any(fnmatch(label, pattern) for pattern in only)

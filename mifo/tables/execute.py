@@ -64,12 +64,7 @@ def finished(runs: Sequence[Run], pool: Path, any_code: bool, record: Mapping[st
 
 
 def execute(
-    runs: Sequence[Run],
-    pool: Path,
-    launch: Launch,
-    per_job: int,
-    any_code: bool,
-    record: Mapping[str, Entry],
+    runs: Sequence[Run], pool: Path, launch: Launch, per_job: int, any_code: bool, record: Mapping[str, Entry]
 ) -> list[Done]:
     """Make what is missing of `runs` in folders of `pool`, and say how each of them ended.
 

@@ -138,10 +138,10 @@ def _check_differences(settings: TableSettings, overrides: list[str]) -> None:
 
 
 def compose_row(cells: Mapping[str, list[str]]) -> dict[str, Composed]:
-    """What `compose_cell` gives for the overrides of each scene of a row, without composing each anew.
+    """As `compose_cell` for every scene of a row, but Hydra composes the row once, on its first scene.
 
-    Hydra composes the row on its first scene; the other scenes differ in `instances` and `group` alone. A row
-    for which that is not so is composed scene by scene.
+    The other scenes differ in `instances` and `group` alone; a row whose scenes differ in more is composed
+    scene by scene.
 
     Args:
         cells: overrides by scene, which begin with `instances=SCENE` and `group=NAME`.

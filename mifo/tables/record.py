@@ -71,9 +71,9 @@ class Measure:
 
 
 def write_record(folder: Path, entries: Sequence[tuple[Run, Entry]]) -> None:
-    """Write `runs.csv`, a row for each run, and `evaluators.json`, who measured each metric in them all.
+    """Write `runs.csv`, a row for each run, and `evaluators.json`, who measured each metric in all runs.
 
-    Each row has a checksum of what is read of it again, with who measured it.
+    Each row has a checksum of what is read of it again, with the evaluators.
     """
     found = {score.metric: score for _, entry in entries for score in entry.scores}
     metrics = [metric for metric in METRICS if metric in found]
@@ -108,7 +108,12 @@ def read_record(folder: Path) -> dict[str, Entry]:
     path = folder / RUNS
     measures = _measures(folder / EVALUATORS)
     columns: dict[str, Callable[[str], Any]] = {metric: partial(_score, metric) for metric in measures}
-    columns |= {"minutes": _minutes, "code": _code, "dirty": _dirty, "folder": _name}
+    columns |= {
+        "minutes": _minutes,
+        "code": partial(_fitting, r"[0-9a-f]*", "no version of the code"),
+        "dirty": lambda text: _fitting("|True|False", "neither True nor False", text) == "True",
+        "folder": partial(_fitting, r"[0-9a-f]{12}-[0-9a-f]{12}", "no name of a run's folder"),
+    }
     entries: dict[str, Entry] = {}
     for line, row in enumerate(read_csv(path, columns), start=2):
         entry = _entry(row, measures)
@@ -167,19 +172,8 @@ def _minutes(text: str) -> float:
     return number
 
 
-def _code(text: str) -> str:
-    if not re.fullmatch(r"[0-9a-f]*", text):
-        raise ValueError(f"{text[:40]!r} is no version of the code")
-    return text
-
-
-def _dirty(text: str) -> bool:
-    if text not in ("", "True", "False"):
-        raise ValueError(f"{text[:40]!r} is neither True nor False")
-    return text == "True"
-
-
-def _name(text: str) -> str:
-    if not re.fullmatch(r"[0-9a-f]{12}-[0-9a-f]{12}", text):
-        raise ValueError(f"{text[:40]!r} is no name of a run's folder")
+def _fitting(pattern: str, other: str, text: str) -> str:
+    """A text that fits a pattern; `other` says what another one is."""
+    if not re.fullmatch(pattern, text):
+        raise ValueError(f"{text[:40]!r} is {other}")
     return text

@@ -7,7 +7,7 @@ from unicodedata import category
 
 from omegaconf import MISSING
 
-from mifo.errors import MifoError
+from mifo.errors import MifoError, check_known
 from mifo.tables.asked import is_wanted, key_of, read_asked
 
 FILE = "table.yaml"
@@ -111,8 +111,7 @@ def _check(settings: TableSettings, file: Path) -> None:
         ("missing", settings.missing, ("run", "leave")),
         *(("columns", column, METRICS) for column in settings.columns),
     ):
-        if value not in known:
-            raise MifoError(f"table.{key}: {value} is not known; take one of {', '.join(known)}")
+        check_known(f"table.{key}", value, known)
 
 
 def _check_labels(settings: TableSettings, overrides: list[str]) -> None:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pandas as pd
 from omegaconf import MISSING, OmegaConf
 
 from mifo.config.launch import Launch
-from mifo.errors import MifoError
+from mifo.errors import MifoError, check_package
 from mifo.files import write_whole
 from mifo.metrics.evaluation import METRICS
 from mifo.report.tables import write_csv
@@ -91,8 +91,7 @@ def read_tuning(folder: Path, arguments: Sequence[str]) -> tuple[TuningSettings,
     settings, _, overrides = read_asked(folder, "tune", "experiments/tuning", TuningSettings, arguments)
     settings.methods = {label: MethodSettings(**each) for label, each in settings.methods.items()}
     file = folder / "tune.yaml"
-    if find_spec("optuna") is None:
-        raise MifoError("tuning needs optuna; pip install 'mifo[optuna]' brings it")
+    check_package("mifo tune", "optuna", "optuna")
     if not settings.methods or not settings.scenes or not settings.objective or settings.trials < 1:
         raise MifoError(f"{file}: tuning needs methods, scenes, an objective and at least one trial")
     if unknown := settings.objective.keys() - METRICS.keys():
@@ -110,11 +109,7 @@ def read_tuning(folder: Path, arguments: Sequence[str]) -> tuple[TuningSettings,
 
 
 def tune(
-    name: str,
-    settings: TuningSettings,
-    overrides: Sequence[str],
-    launch: Launch,
-    record: Mapping[str, Entry],
+    name: str, settings: TuningSettings, overrides: Sequence[str], launch: Launch, record: Mapping[str, Entry]
 ) -> Iterator[tuple[list[Trial], list[tuple[Run, Entry]]]]:
     """All trials so far and the runs behind them, after each round of one trial of each method.
 
@@ -126,8 +121,7 @@ def tune(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     searches = {
         label: optuna.create_study(
-            direction="maximize",
-            sampler=optuna.samplers.TPESampler(seed=settings.seed, n_startup_trials=4),
+            direction="maximize", sampler=optuna.samplers.TPESampler(seed=settings.seed, n_startup_trials=4)
         )
         for label in settings.methods
     }
@@ -136,7 +130,7 @@ def tune(
     trials: list[Trial] = []
     made: list[tuple[Run, Entry]] = []
     for number in range(settings.trials):
-        asked = {label: searches[label].ask() for label in settings.methods}
+        asked = {label: search.ask() for label, search in searches.items()}
         values = {
             label: {
                 # three digits, so that a value is what its override says
@@ -149,12 +143,9 @@ def tune(
             _row(label, number): [*method.overrides, *_overrides(values[label])]
             for label, method in settings.methods.items()
         }
+        scenes = {"tuning": settings.scenes}
         table = TableSettings(
-            settings.title,
-            rows=rows,
-            scenes={"tuning": settings.scenes},
-            seeds=settings.seeds,
-            overrides=settings.overrides,
+            settings.title, rows, scenes=scenes, seeds=settings.seeds, overrides=settings.overrides
         )
         runs = plan(name, table, [*settings.overrides, *overrides])
         if refused := next((run.error for run in runs if run.error), None):
@@ -199,21 +190,15 @@ def _trial(
 
 def best_trials(trials: Sequence[Trial]) -> dict[str, Trial]:
     """The trial of the largest objective of each method, the earliest of equals."""
-    best: dict[str, Trial] = {}
-    for trial in trials:
-        known = best.get(trial.method)
-        if trial.objective is not None and (
-            known is None or trial.objective > (known.objective or -math.inf)
-        ):
-            best[trial.method] = trial
-    return best
+    found = [(trial.objective, trial) for trial in trials if trial.objective is not None]
+    return {
+        label: max((pair for pair in found if pair[1].method == label), key=itemgetter(0))[1]
+        for label in dict.fromkeys(trial.method for _, trial in found)
+    }
 
 
 def write_tuning(
-    folder: Path,
-    settings: TuningSettings,
-    trials: Sequence[Trial],
-    made: Sequence[tuple[Run, Entry]],
+    folder: Path, settings: TuningSettings, trials: Sequence[Trial], made: Sequence[tuple[Run, Entry]]
 ) -> None:
     """Write `trials.csv`, `chosen.yaml` and the record of the runs."""
     folder.mkdir(parents=True, exist_ok=True)

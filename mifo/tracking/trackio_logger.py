@@ -1,14 +1,13 @@
 """Lightning's logger for Trackio, which keeps curves, pictures and tables in a dashboard on this machine."""
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 from PIL import Image
 
-from mifo.errors import MifoError
+from mifo.errors import check_package
 from mifo.files import write_whole
 from mifo.tracking.index import flat
 
@@ -26,8 +25,7 @@ class TrackioLogger(Logger):
 
     def __init__(self, project: str, name: str, folder: str, group: str | None = None) -> None:
         super().__init__()
-        if find_spec("trackio") is None:
-            raise MifoError("Trackio is not installed; pip install 'mifo[trackio]' brings it")
+        check_package("logger=trackio", "trackio", "trackio")
         self._project, self._name, self._group = project, name, group
         self._folder = Path(folder)
         self._run: Any = None

@@ -3,7 +3,6 @@
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -25,7 +24,7 @@ from mifo.backbones.model import DiffusionModel, Trainable
 from mifo.data.class_pictures import class_prompts, own_picture_files
 from mifo.data.instances import InstanceSet
 from mifo.data.learning_data import LearningData
-from mifo.errors import MifoError, check_least
+from mifo.errors import MifoError, check_known, check_least, check_package
 from mifo.files import check_room, reason, refuse_existing, remove
 from mifo.making.class_pictures import check_cache, class_pictures
 from mifo.method.backbone import Stage
@@ -54,9 +53,7 @@ def check_learning(settings: LearningSettings) -> None:
     """Refuse impossible settings before any model is loaded."""
     for name, stage, _ in settings.stages:
         key = f"learning.{name}"
-        if stage.trainable not in get_args(Trainable):
-            known = ", ".join(get_args(Trainable))
-            raise MifoError(f"{key}.trainable={stage.trainable} is not known; take one of {known}.")
+        check_known(f"{key}.trainable", stage.trainable, get_args(Trainable))
         check_least(key, stage, steps=0, batch_size=1, checkpoint_every=0, lr_warmup_steps=0)
         check_least(key, stage, learning_rate=0, weight_decay=0, eps=0, gradient_clip=0)
         if len(stage.betas) != 2 or not all(0 <= beta < 1 for beta in stage.betas):
@@ -68,11 +65,8 @@ def check_learning(settings: LearningSettings) -> None:
     if settings.semantic.trainable != "tokens":
         raise MifoError("learning.semantic.trainable must be tokens: the first stage learns words alone.")
     finetuned = settings.finetuning.steps > 0
-    if finetuned and settings.finetuning.trainable == "lora" and find_spec("peft") is None:
-        raise MifoError(
-            "learning.finetuning.trainable=lora needs the package peft; install it with: "
-            "pip install 'mifo[low_vram]'."
-        )
+    if finetuned and settings.finetuning.trainable == "lora":
+        check_package("learning.finetuning.trainable=lora", "peft", "low_vram")
     if not _names_instances_once(settings.template):
         raise MifoError(
             f"learning.template={settings.template!r} must name the instances once; use {{}} once: "
@@ -215,10 +209,7 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 def room(
-    model: DiffusionModel,
-    stages: Sequence[tuple[Stage, StageSettings, float]],
-    checkpoints: Path,
-    half: bool,
+    model: DiffusionModel, stages: Sequence[tuple[Stage, StageSettings, float]], checkpoints: Path, half: bool
 ) -> int:
     """Bytes that the checkpoints of these stages and the result will take; adapters count once they exist."""
     total = 2**20  # of small files

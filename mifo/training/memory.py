@@ -8,7 +8,7 @@ of pictures whose passes are CUDA graphs leave out the graphs' own memory, which
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, cast
 from weakref import finalize
 
@@ -49,12 +49,12 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.states + self.activations + self.encoding + RESERVE
+        return sum(astuple(self)) + RESERVE
 
     def __str__(self) -> str:
-        parts = {"weights": self.weights, "gradients": self.gradients, "optimiser": self.states}
-        parts |= {"activations": self.activations, "encoding pictures": self.encoding, "reserve": RESERVE}
-        return " + ".join(f"{name} {size / 2**30:.1f}" for name, size in parts.items() if size >= 2**20)
+        names = ("weights", "gradients", "optimiser", "activations", "encoding pictures", "reserve")
+        parts = zip(names, (*astuple(self), RESERVE), strict=True)
+        return " + ".join(f"{name} {size / 2**30:.1f}" for name, size in parts if size >= 2**20)
 
 
 def learning_memory(

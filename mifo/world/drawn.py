@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from mifo.errors import MifoError
+from mifo.errors import MifoError, check_known
 from mifo.world.spec import MOST_THINGS
 
 KINDS = ("alike", "mixed", "rare")
@@ -96,11 +96,8 @@ def drawn_option(name: str) -> dict[str, Any] | None:
 
 def check_drawn(drawn: DrawnSettings) -> None:
     """Refuse unknown words, too many things, and degrees that the kind lacks or cannot have."""
-    for key, known in (("kind", KINDS), ("places", PLACES)):
-        if getattr(drawn, key) not in known:
-            raise MifoError(
-                f"instances.scene.{key}={getattr(drawn, key)} is not known; take one of {', '.join(known)}."
-            )
+    check_known("instances.scene.kind", drawn.kind, KINDS)
+    check_known("instances.scene.places", drawn.places, PLACES)
     if not 2 <= drawn.count <= MOST_THINGS:
         raise MifoError(f"instances.scene.count={drawn.count}: take 2 to {MOST_THINGS} things.")
     if drawn.kind != "alike" and (drawn.hue_distance is not None or drawn.pattern is not None):

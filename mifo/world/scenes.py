@@ -355,13 +355,16 @@ def scene_batch(spec: SceneSpec) -> SceneBatch:
             placements.centre[0, slot] = torch.tensor(thing.centre)
         if thing.size is not None:
             placements.size[0, slot] = thing.size
-    return SceneBatch(
-        identities=identities,
-        placements=placements,
-        count=torch.tensor([count]),
-        background=torch.tensor([BACKGROUNDS.index(spec.background)]),
-        variation=torch.rand(1, 5, generator=generator),
-    )
+    return _one_scene(identities, placements, spec.background, generator)
+
+
+def _one_scene(
+    identities: Identities, placements: Placements, background: str, generator: torch.Generator
+) -> SceneBatch:
+    """A batch of one scene, which holds all of the things (1, T)."""
+    count = torch.tensor([identities.thing.shape[1]])
+    number = torch.tensor([BACKGROUNDS.index(background)])
+    return SceneBatch(identities, placements, count, number, torch.rand(1, 5, generator=generator))
 
 
 def _hue(colour: Tensor) -> Tensor:
@@ -415,14 +418,7 @@ def redraw_scene(
         fitted.size[0, place] = 0.4 * scale
         middle = torch.stack([(x0 + x1) / 2, (y0 + y1) / 2]) - 0.5
         fitted.centre[0, place] = torch.stack([(left + right) / 2, (top + bottom) / 2]) - middle * scale
-    batch = SceneBatch(
-        identities=identities,
-        placements=fitted,
-        count=torch.tensor([len(slots)]),
-        background=torch.tensor([BACKGROUNDS.index(background)]),
-        variation=torch.rand(1, 5, generator=generator),
-    )
-    return _scene(batch)
+    return _scene(_one_scene(identities, fitted, background, generator))
 
 
 def _scene(batch: SceneBatch) -> Scene:

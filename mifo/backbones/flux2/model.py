@@ -4,7 +4,6 @@ Letters: B samples, L tokens, C × h × w latents: patches of two by two codes o
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mifo.backbones.configs import Config, Configs
 from mifo.backbones.flux2.attention import DoubleAttention, SingleAttention
 from mifo.backbones.joint.attention import JointAttention
 from mifo.backbones.joint.network import JointNetwork
@@ -69,9 +69,7 @@ class Flux2Model(QwenModel):
     guidance: float | None = None
 
     @classmethod
-    def options(
-        cls, settings: ModelSettings, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, Any]:
+    def options(cls, settings: ModelSettings, index: Config, configs: Configs) -> dict[str, Any]:
         embeds = configs["transformer"].get("guidance_embeds", True)
         return super().options(settings, index, configs) | {
             "distilled": bool(index.get("is_distilled")),

@@ -1,15 +1,15 @@
 """A latent diffusion model whose denoising network is a transformer of joint attention, on a flow."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
+from mifo.backbones.configs import Config, Configs
 from mifo.backbones.joint.network import JointNetwork
 from mifo.backbones.latent import LatentModel
 from mifo.backbones.settings import ModelSettings
-from mifo.errors import MifoError
+from mifo.errors import check_known
 from mifo.method.diffusion.flow import Flow, Timesteps
 
 
@@ -26,13 +26,9 @@ class JointModel(LatentModel):
     whole_row: bool = False
 
     @classmethod
-    def options(
-        cls, settings: ModelSettings, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, Any]:
-        known: dict[str, list[Any]] = {"timesteps": list(Timesteps), "maps": ["own", "row"]}
-        for key, values in known.items():
-            if (value := getattr(settings, key)) not in values:
-                raise MifoError(f"model.{key}={value} is not known; take {' or '.join(values)}.")
+    def options(cls, settings: ModelSettings, index: Config, configs: Configs) -> dict[str, Any]:
+        check_known("model.timesteps", settings.timesteps, Timesteps)
+        check_known("model.maps", settings.maps, ("own", "row"))
         return {"timesteps": Timesteps(settings.timesteps), "whole_row": settings.maps == "row"}
 
     @cached_property

@@ -1,7 +1,7 @@
 """A transformer of joint attention that reads prompts by Qwen3, a language model."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from mifo.backbones.configs import Config, Configs
 from mifo.backbones.joint.model import JointModel
 from mifo.backbones.qwen import prompt_words, tokenize
 from mifo.backbones.settings import ModelSettings
@@ -38,9 +39,7 @@ class QwenModel(JointModel):
     patches: int
 
     @classmethod
-    def options(
-        cls, settings: ModelSettings, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, Any]:
+    def options(cls, settings: ModelSettings, index: Config, configs: Configs) -> dict[str, Any]:
         side = settings.side or configs["vae"]["sample_size"]
         patch = 2 ** (len(configs["vae"]["block_out_channels"]) - 1) * cls.patch
         if side < 1 or side % (patch * cls.multiple):

@@ -4,7 +4,6 @@ Letters: B samples, E text encoders, L tokens.
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from functools import cached_property
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import T5EncoderModel, T5Tokenizer
 
+from mifo.backbones.configs import Config, Configs
 from mifo.backbones.joint.attention import JointAttention, joint_heads
 from mifo.backbones.joint.model import JointModel
 from mifo.backbones.joint.network import JointNetwork
@@ -89,9 +89,7 @@ class MMDiTModel(JointModel):
     text_encoder_3: T5EncoderModel | None = None
 
     @classmethod
-    def options(
-        cls, settings: ModelSettings, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, Any]:
+    def options(cls, settings: ModelSettings, index: Config, configs: Configs) -> dict[str, Any]:
         read = configs["transformer"].get("joint_attention_dim", 4096)
         widths = [configs[part].get("hidden_size", 512) for part in ("text_encoder", "text_encoder_2")]
         zeros = {"zeros": T5_TOKENS if read > sum(widths) else 0}

@@ -14,6 +14,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from mifo.backbones.attention import AttentiveNetwork, Biases, Keep
+from mifo.backbones.configs import Config, Configs
 from mifo.backbones.latent import LatentModel
 from mifo.backbones.settings import ModelSettings
 from mifo.backbones.unet.attention import BoundedAttention, FusedAttention, ReadAttention
@@ -59,13 +60,8 @@ class UNetModel(LatentModel):
 
     part = "unet"
     keys_and_values = re.compile(r"\.attn2\.to_[kv]\.weight$")
-    noise = (
-        "beta_schedule",
-        "beta_start",
-        "beta_end",
-        "trained_betas",
-        "num_train_timesteps",
-        "rescale_betas_zero_snr",
+    noise = tuple(
+        "beta_schedule beta_start beta_end trained_betas num_train_timesteps rescale_betas_zero_snr".split()
     )
     sampled = ("timestep_spacing", "steps_offset", "set_alpha_to_one")
 
@@ -73,9 +69,7 @@ class UNetModel(LatentModel):
     zero_empty_prompt: bool = False
 
     @classmethod
-    def options(
-        cls, settings: ModelSettings, index: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, Any]:
+    def options(cls, settings: ModelSettings, index: Config, configs: Configs) -> dict[str, Any]:
         return {"zero_empty_prompt": bool(index["force_zeros_for_empty_prompt"])}
 
     @cached_property

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mifo.errors import MifoError
-from mifo.method.backbone import DefaultSites, Site
+from mifo.method.backbone import DefaultSites, Kind, Site
 
 Place = Literal["down", "mid", "up"]
 
@@ -48,17 +48,12 @@ def network_sites(unet: Any) -> tuple[PlacedSite, ...]:
                 for attribute in ("attn1", "attn2"):
                     if (module := getattr(transformer_block, attribute)) is None:
                         continue
-                    site = Site(
-                        len(found),
-                        f"{path}.attentions.{transformer}.transformer_blocks.{inner}.{attribute}",
-                        "words" if module.is_cross_attention else "pixels",
-                        (side // divisor, side // divisor),
-                    )
+                    name = f"{path}.attentions.{transformer}.transformer_blocks.{inner}.{attribute}"
+                    kind: Kind = "words" if module.is_cross_attention else "pixels"
+                    site = Site(len(found), name, kind, (side // divisor, side // divisor))
                     found.append(PlacedSite(site, place, number, divisor, inner == len(blocks) - 1))
-    unknown = {name.removesuffix(".processor") for name in unet.attn_processors} - {
-        each.site.name for each in found
-    }
-    if unknown:
+    layers = {name.removesuffix(".processor") for name in unet.attn_processors}
+    if unknown := layers - {each.site.name for each in found}:
         raise MifoError(
             f"The U-Net's attention layer {min(unknown)} is not part of a transformer block; "
             "use a U-Net whose blocks are CrossAttnDownBlock2D, CrossAttnUpBlock2D and their kin."

@@ -22,14 +22,10 @@ class GuidanceSettings:
     cross_weight: float = 1.5  # of the cross-attention terms of the loss
     self_weight: float = 0.5  # of its self-attention terms
     penalty_scale: float = 1.0  # factor on the scheduled weight α of MIFO's penalty on the background
-    layers: list[int] | None = (
-        None  # `Site.index` of the sites that the loss reads; None: the model's default
-    )
+    layers: list[int] | None = None  # `Site.index` of the sites that the loss reads; None: the model's own
     shapes_from: int = 15  # the step before which boxes first give way to the shapes formed inside them
     shapes_every: int = 5  # steps between renewals of the shapes; 0 keeps the boxes
-    shape_layers: list[int] | None = (
-        None  # sites that give the shapes, of one size; None: the model's default
-    )
+    shape_layers: list[int] | None = None  # of the sites, of one size, that give the shapes; None: as above
     clusters_per_subject: int = 3  # clusters of the self-attention map
     shape_threshold: float = 0.2  # least score in [0, 1] with which a cluster goes to a subject
     restarts: int = 100  # starts of the first k-means

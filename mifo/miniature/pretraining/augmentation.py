@@ -1,7 +1,5 @@
 """Made pictures are softer, noisier and less straight than drawings; judges learn to look past that."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

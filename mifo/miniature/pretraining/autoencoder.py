@@ -1,7 +1,5 @@
 """The miniature's AutoencoderKL: 128² pictures ↔ 32×32×4 latents."""
 
-from __future__ import annotations
-
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor

@@ -5,8 +5,6 @@ batch, the very questions it will judge by: which thing and which colour, of cro
 which background, and which two things.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import shutil

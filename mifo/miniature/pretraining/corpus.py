@@ -1,7 +1,5 @@
 """The pretraining corpus: scenes drawn once and kept on the device, with truth and tokenised captions."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 
@@ -59,6 +57,14 @@ class Corpus:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def pick(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw n scenes and one of the captions of each: their indices, (n,) both."""
+        rows, variants = (
+            torch.randint(limit, (n,), generator=generator, device=generator.device)
+            for limit in self.captions.shape[:2]
+        )
+        return rows, variants
 
 
 def tokenise(tokenizer, texts: list[str]) -> Tensor:

@@ -1,7 +1,5 @@
 """Makes the miniature's weights: draws the corpus, trains the named parts, writes ordinary model folders."""
 
-from __future__ import annotations
-
 import shutil
 import time
 from functools import cache
@@ -9,8 +7,8 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel, ViTImageProcessor
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
+from transformers import ViTImageProcessor
 
 from mifo.errors import MifoError
 from mifo.miniature.pretraining.autoencoder import (
@@ -21,7 +19,7 @@ from mifo.miniature.pretraining.autoencoder import (
 )
 from mifo.miniature.pretraining.clip import MEAN, STD, ClipPretraining, build_clip, save_clip
 from mifo.miniature.pretraining.corpus import draw_corpus
-from mifo.miniature.pretraining.denoiser import DenoiserPretraining, build_scheduler, build_unet
+from mifo.miniature.pretraining.denoiser import DenoiserPretraining, Painter, build_scheduler, build_unet
 from mifo.miniature.pretraining.segmenter import Segmenter, SegmenterPretraining, save_segmenter
 from mifo.miniature.pretraining.settings import PARTS, PretrainSettings
 from mifo.miniature.pretraining.text_encoder import TextEncoderPretraining, build_text_encoder
@@ -121,14 +119,12 @@ def _begin_with(pipeline: Path, work: Path) -> None:
     if not (pipeline / "unet").is_dir():
         raise MifoError(f"pretraining.start={pipeline} holds no unet/; name a folder pipeline/, or embedded.")
     work.mkdir(parents=True, exist_ok=True)
-    vae = AutoencoderKL.from_pretrained(pipeline / "vae", dtype=torch.float32)
+    made = StableDiffusionPipeline.from_pretrained(pipeline, dtype=torch.float32, safety_checker=None)
     parts = {
-        "autoencoder": vae.state_dict(),
-        "text_encoder": CLIPTextModel.from_pretrained(
-            pipeline / "text_encoder", dtype=torch.float32
-        ).state_dict(),
-        "unet": UNet2DConditionModel.from_pretrained(pipeline / "unet", dtype=torch.float32).state_dict(),
-        "scaling_factor": vae.config.scaling_factor,
+        "autoencoder": made.vae.state_dict(),
+        "text_encoder": made.text_encoder.state_dict(),
+        "unet": made.unet.state_dict(),
+        "scaling_factor": made.vae.config.scaling_factor,
     }
     for name, part in parts.items():
         if not (work / f"{name}.pt").exists():
@@ -159,20 +155,12 @@ def _autoencoder(work: Path) -> AutoencoderKL:
 def export(work: Path, weights: Path, tokenizer) -> None:
     """Write every part that has been trained as an ordinary model folder in half precision."""
     if (work / "denoiser.pt").exists():
-        painter = torch.load(work / "denoiser.pt", map_location="cpu", weights_only=True)
-        unet: UNet2DConditionModel = build_unet()
-        unet.load_state_dict(
-            {k.removeprefix("unet."): v for k, v in painter.items() if k.startswith("unet.")}
-        )
-        text: CLIPTextModel = build_text_encoder(tokenizer)
-        prefix = "text_encoder."
-        text.load_state_dict({k.removeprefix(prefix): v for k, v in painter.items() if k.startswith(prefix)})
-        vae = _autoencoder(work)
+        painter = _made(work, "denoiser", lambda: Painter(build_text_encoder(tokenizer), build_unet()))
         pipeline = StableDiffusionPipeline(
-            vae=vae,
-            text_encoder=text,
+            vae=_autoencoder(work),
+            text_encoder=painter.text_encoder,
             tokenizer=tokenizer,
-            unet=unet,
+            unet=painter.unet,
             scheduler=build_scheduler(),
             safety_checker=None,
             feature_extractor=None,
@@ -196,13 +184,10 @@ def export(work: Path, weights: Path, tokenizer) -> None:
         )
         pipeline.to(torch.float16).save_pretrained(weights / "pipeline_mmdit", max_shard_size=SHARD)
     if (work / "clip.pt").exists():
-        clip = build_clip(tokenizer)
-        clip.load_state_dict(torch.load(work / "clip.pt", map_location="cpu", weights_only=True))
+        clip = _made(work, "clip", lambda: build_clip(tokenizer))
         save_clip(clip, work / "tokenizer", weights / "clip", tokenizer)
     if (work / "vit.pt").exists():
-        vit = build_vit()
-        vit.load_state_dict(torch.load(work / "vit.pt", map_location="cpu", weights_only=True))
-        vit.half().save_pretrained(weights / "vit")
+        _made(work, "vit", build_vit).half().save_pretrained(weights / "vit")
         size = {"height": SIZE, "width": SIZE}
         ViTImageProcessor(size=size, image_mean=MEAN, image_std=STD).save_pretrained(weights / "vit")
     if (work / "segmenter.pt").exists():

@@ -5,8 +5,6 @@ weight with the generator. Drawings are blurred, tinted and made noisy at random
 are softer than drawings, are read as well.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -87,8 +85,7 @@ class SegmenterPretraining(Pretraining):
         rows = torch.randint(len(self.pictures), (n,), generator=generator, device=device)
         images, target = self.pictures[rows].float() / 255, self.maps[rows].long()
         images = soften(images, generator)
-        loss = F.cross_entropy(self.network(images).float(), target)
-        return {"loss": loss}
+        return {"loss": F.cross_entropy(self.network(images).float(), target)}
 
 
 def save_segmenter(model: Segmenter, folder: Path) -> None:

@@ -1,7 +1,5 @@
 """Settings of the miniature's pretraining."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 PARTS = ("autoencoder", "decoder", "text_encoder", "denoiser", "transformer", "clip", "vit", "segmenter")

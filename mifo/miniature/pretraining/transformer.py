@@ -3,8 +3,6 @@
 It draws on the same latents as the U-Net, and its first text encoder starts from the U-Net's.
 """
 
-from __future__ import annotations
-
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from diffusers.models.attention import JointTransformerBlock
@@ -115,10 +113,7 @@ class TransformerPretraining(ReplayedPretraining):
         empty = torch.tensor(tokenizer("", padding="max_length").input_ids)
         self.register_buffer("empty", empty, persistent=False)
         if settings.compile:
-            torch._dynamo.config.recompile_limit = 64
-            for block in self.network.transformer.modules():
-                if isinstance(block, JointTransformerBlock):
-                    block.compile(dynamic=False)
+            self.compile_blocks(JointTransformerBlock)
 
     def parameter_groups(self) -> list[dict]:
         """The first text encoder, which already reads, learns at a lower rate."""
@@ -130,8 +125,7 @@ class TransformerPretraining(ReplayedPretraining):
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         device, n = self.device, self.settings.batch_size
-        rows = torch.randint(len(self.corpus), (n,), generator=generator, device=device)
-        variant = torch.randint(self.corpus.captions.shape[1], (n,), generator=generator, device=device)
+        rows, variant = self.corpus.pick(n, generator)
         dropped = torch.rand(n, 1, generator=generator, device=device) < EMPTY_PROMPTS
         noise = torch.randn(n, *self.latents.shape[1:], generator=generator, device=device)
         times = torch.randn(n, generator=generator, device=device).sigmoid() * self.flow.length

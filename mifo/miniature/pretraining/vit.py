@@ -8,8 +8,6 @@ as references do, the others are box crops of new scenes. Views are mirrored, be
 little, as made pictures are. It shares no weight with the generator or with the CLIP.
 """
 
-from __future__ import annotations
-
 import torch
 from rich.progress import track
 from torch import Tensor

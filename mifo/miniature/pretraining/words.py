@@ -6,8 +6,6 @@ of words that the denoiser draws, and Textual Inversion (arXiv 2208.01618) finds
 weights in the repository do not hold the network.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
