@@ -4,11 +4,14 @@ import csv
 import io
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import yaml
 
 from mifo.commands.results import results
+from mifo.metrics.evaluation import METRICS
+from mifo.metrics.scores import RANGES, Evaluation, Evaluator, Score
 
 SETTINGS = {
     "task": "run",
@@ -32,10 +35,16 @@ def make(folder, number, status="ok", **scores):
     (folder / "config.yaml").write_text(yaml.dump(settings))
     (folder / "status.json").write_text(json.dumps({"status": status, "error": None, "overrides": []}))
     if scores:
-        listed = [{"metric": name, "value": value} for name, value in scores.items()]
-        (folder / "scores.json").write_text(json.dumps({"scores": listed, "pictures": []}))
+        write_scores(folder, scores)
     for name in ("learned", ".hydra"):
         (folder / name).mkdir()
+
+
+def write_scores(folder, scores):
+    """As `Evaluation.save`, but whatever the values are."""
+    judge = Evaluator("judge", "0" * 12)
+    listed = tuple(Score(name, value, True, judge, "tiny") for name, value in scores.items())
+    (folder / "scores.json").write_text(json.dumps(asdict(Evaluation(listed, ()))))
 
 
 @pytest.fixture
@@ -97,9 +106,50 @@ def test_what_changes_is_read_again_and_what_goes_is_forgotten(runs, listed):
     assert [row["leakage"] for row in listed("seed=500")] == ["0.5"]
     (folder / "config.yaml").write_text("{")
     (folder / "status.json").write_text(json.dumps({"status": "failed", "error": None, "overrides": []}))
-    assert [row["error"] for row in listed("status=failed", "columns=error")].count(
-        "config.yaml is damaged"
-    ) == 1
+    assert [row["error"] for row in listed("status=damaged", "columns=error")] == ["config.yaml is damaged"]
+
+
+def test_every_metric_has_a_range():
+    assert [*METRICS] == [*RANGES]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"leakage": 7.0},
+        {"leakage": -0.2},
+        {"editability": -1.5},
+        {"leakage": float("nan")},
+        {"leakage": float("inf")},
+        {"leakage": "0.5"},
+        {"status": 0.5},
+        "another digit",
+        "twice",
+        "torn",
+    ],
+)
+def test_a_damaged_score_is_told_and_is_no_figure(runs, listed, capsys, damage):
+    folder = runs / "multirun" / "run" / "damaged"
+    make(folder, 6000)
+    file = folder / "scores.json"
+    if isinstance(damage, dict):
+        write_scores(folder, damage)
+    else:
+        judge = Evaluator("judge", "0" * 12)
+        Evaluation((Score("leakage", 0.25, False, judge, "tiny"),), ()).save(file)
+        text = file.read_text()
+        if damage == "another digit":
+            text = text.replace("0.25", "0.75")
+        elif damage == "twice":
+            content = json.loads(text)
+            first = {**content["scores"][0], "value": 7.0}
+            text = json.dumps({"scores": [first, *content["scores"]], "pictures": []})
+        file.write_text(text[:-9] if damage == "torn" else text)
+    (row,) = listed("seed=6000", "columns=[status,error,leakage,editability]")
+    told = [row[key] for key in ("status", "error", "leakage", "editability")]
+    assert told == ["damaged", "scores.json is damaged", "", ""]
+    results(["diff", str(folder), "multirun/run/sweep0/0"])
+    assert "scores.json is damaged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["deleted", "torn", "of another version", "read-only"])

@@ -214,7 +214,7 @@ def _show(given: str) -> None:
     facts, sheet = _facts(given), Path(given).expanduser() / "contact_sheet.html"
     _print(
         ["key", "value"],
-        [[key, value] for key, value in facts.items() if key in _COLUMNS or key == "folder"],
+        [[key, value] for key, value in facts.items() if key in (*_COLUMNS, "folder", "error")],
         "table",
     )
     if not sheet.is_file():

@@ -15,7 +15,7 @@ from mifo.config.jobs import lock_folder, unlock_folder
 from mifo.config.schema import RunSettings
 from mifo.data.instances import read_instances
 from mifo.data.saved_pictures import read_pictures
-from mifo.metrics.evaluation import SCORES, Evaluation
+from mifo.metrics.scores import SCORES, Evaluation
 from mifo.tables.execute import Done
 from mifo.tracking.results import log_evaluation, log_learned, log_table
 

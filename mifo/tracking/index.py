@@ -1,7 +1,8 @@
 """Every run on disk and all of its settings and scores, read once and kept in an index in the user's cache.
 
 The index is SQLite, from which a list reads its columns alone. It can be deleted at any time: the next list
-makes it again. This module imports no library but YAML, so that a list of 10,000 runs takes a moment.
+makes it again. Of libraries only YAML is imported, also by the readers that are called, so that a list of
+10,000 runs takes a moment.
 """
 
 import json
@@ -17,8 +18,9 @@ import yaml
 
 from mifo.errors import MifoError
 from mifo.files import CONFIG, STATUS, read_json, read_text, user_cache
+from mifo.metrics.scores import SCORES, Evaluation
 
-_VERSION = 1  # of the tables below; an index of another version is made again
+_VERSION = 2  # of the tables below; an index of another version is made again
 _MOST_KEYS = 5000  # of one run: a file from a stranger must not fill the disk
 _TABLES = """
     CREATE TABLE runs (id INTEGER PRIMARY KEY, folder TEXT UNIQUE, stamp INTEGER);
@@ -97,16 +99,17 @@ def near(folder: str) -> str:
 def read_facts(folder: Path) -> dict[str, Any]:
     """What a run's files say, flat: its settings, where it comes from, its status and its scores.
 
-    A file that cannot be read is named under `error`.
+    Where a file cannot be read, `status` is `damaged`, and `error` names the file.
     """
     facts: dict[str, Any] = {"folder": str(folder)}
-    for name, read in ((CONFIG, _settings), (STATUS, _status), ("scores.json", _scores)):
+    damage: dict[str, Any] = {}
+    for name, read in ((CONFIG, _settings), (STATUS, _status), (SCORES, _scores)):
         if (folder / name).exists():
             try:
                 facts |= islice(read(folder / name), _MOST_KEYS)
             except (MifoError, yaml.YAMLError, ValueError, TypeError, KeyError, RecursionError):
-                facts["error"] = f"{name} is damaged"
-    return facts
+                damage = {"status": "damaged", "error": f"{name} is damaged"}
+    return facts | damage
 
 
 def _settings(path: Path) -> Iterator[tuple[str, Any]]:
@@ -121,7 +124,7 @@ def _status(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _scores(path: Path) -> Iterator[tuple[str, Any]]:
-    yield from ((score["metric"], float(score["value"])) for score in read_json(path)["scores"])
+    yield from ((score.metric, score.value) for score in Evaluation.read(path).scores)
 
 
 def flat(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
