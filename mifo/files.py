@@ -149,7 +149,12 @@ def read_text(path: Path) -> str:
         MifoError: as `regular_file`, or the file is not UTF-8.
     """
     with regular_file(path, MOST_TEXT) as file:
-        return file.read(MOST_TEXT + 1).decode("utf-8-sig")
+        content = file.read(MOST_TEXT + 1)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise MifoError(f"{path} cannot be read (line {line} is not UTF-8; save it as UTF-8)") from error
 
 
 def read_json(path: Path) -> Any:

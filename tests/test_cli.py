@@ -372,7 +372,7 @@ def test_a_failed_run_is_recorded_and_closes_wandb(mifo, model, tmp_path, monkey
             b"prompt: a\nprompt: b\n",
             "layout/my.yaml, line 2: this is not YAML that MIFO reads (found duplicate key",
         ),
-        ("prompt: café".encode("latin-1"), "layout/my.yaml cannot be read"),
+        ("# mine\nprompt: café".encode("latin-1"), "layout/my.yaml cannot be read (line 2 is not UTF-8"),
     ],
 )
 def test_a_configuration_that_is_no_yaml_is_told_by_file_and_line(mifo, tmp_path, capsys, content, words):

@@ -26,8 +26,7 @@ from mifo.config.compose import compose
 from mifo.config.identity import CodeVersion
 from mifo.data.saved_pictures import Picture, save_pictures
 from mifo.errors import MifoError
-from mifo.metrics.evaluation import Evaluation, has_scores
-from mifo.metrics.scores import Evaluator, Score
+from mifo.metrics.scores import Evaluation, Evaluator, Score, has_scores
 from mifo.report.comparison import SIDE
 from mifo.tables import execute, plan
 from mifo.tables.collect import (
