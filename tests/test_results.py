@@ -89,6 +89,14 @@ def test_runs_are_filtered_by_any_setting_and_sorted_by_any_score(listed):
     assert listed("method=mifo", "sort=leakage")[-1]["seed"] == "1000"  # without the score: at the end
 
 
+def test_texts_of_a_csv_are_nothing_to_compute(runs, listed):
+    folder = runs / "outputs" / "run" / "odd"
+    make(folder, 8000)
+    settings = yaml.safe_load((folder / "config.yaml").read_text()) | {"group": "=cmd|'/c calc'!A1"}
+    (folder / "config.yaml").write_text(yaml.dump(settings))
+    assert [row["group"] for row in listed("seed=8000", "columns=group")] == ["'=cmd|'/c calc'!A1"]
+
+
 def test_json_and_tables_say_the_same(runs, listed, capsys):
     results(["seed<3", "columns=[seed,leakage]", "format=json"])
     told = json.loads(capsys.readouterr().out)
