@@ -368,6 +368,7 @@ def test_a_failed_run_is_recorded_and_closes_wandb(mifo, model, tmp_path, monkey
     ("content", "words"),
     [
         (b"prompt:\n\tx", "layout/my.yaml, line 2: this is not YAML that MIFO reads (found character"),
+        (b"prompt: &a [x]\nboxes: [*a, *a]", "layout/my.yaml holds a YAML alias (*name), which is not read"),
         (
             b"prompt: a\nprompt: b\n",
             "layout/my.yaml, line 2: this is not YAML that MIFO reads (found duplicate key",

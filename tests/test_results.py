@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 from dataclasses import asdict
+from itertools import pairwise
 
 import pytest
 import yaml
@@ -87,6 +88,36 @@ def test_runs_are_filtered_by_any_setting_and_sorted_by_any_score(listed):
     assert len(listed("sheet=true")) == 301 and listed("sheet=false") == []
     assert len(listed("multirun/run/sweep0")) == 150
     assert listed("method=mifo", "sort=leakage")[-1]["seed"] == "1000"  # without the score: at the end
+
+
+def test_a_bomb_of_aliases_is_not_unfolded(runs, listed):
+    folder = runs / "outputs" / "run" / "bomb"
+    make(folder, 9000)
+    names = "abcdefghijk"
+    lines = [f"{one}: &{one} [{', '.join([f'*{before}'] * 9)}]" for before, one in pairwise(names)]
+    (folder / "config.yaml").write_text("\n".join(["a: &a [x]", *lines]))
+    assert [row["error"] for row in listed("status=damaged", "columns=error")] == ["config.yaml is damaged"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.yaml", "text"),
+        ("config.yaml", ""),
+        ("config.yaml", "[1, 2]"),
+        ("config.yaml", "origin: 5"),
+        ("config.yaml", 'group: "\\ud800"'),
+        ("config.yaml", "!!python/object/apply:os.system [touch owned]"),
+        ("status.json", "[]"),
+        ("status.json", '{"status": {"a": [1]}}'),
+        ("status.json", '{"status": "\\ud800"}'),
+        ("scores.json", '{"scores": {"a": 1}, "pictures": 5}'),
+    ],
+)
+def test_what_is_no_record_of_a_run_stops_no_list(runs, listed, name, content):
+    make(runs / "outputs" / "run" / "odd", 9000, leakage=0.5)
+    (runs / "outputs" / "run" / "odd" / name).write_text(content)
+    assert len(listed()) == 302
 
 
 def test_texts_of_a_csv_are_nothing_to_compute(runs, listed):

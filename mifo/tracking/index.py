@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from mifo.errors import MifoError
-from mifo.files import CONFIG, STATUS, read_json, read_text, user_cache
+from mifo.files import CONFIG, STATUS, read_json, read_text, refuse_aliases, typed, user_cache
 from mifo.metrics.scores import SCORES, Evaluation
 
 _VERSION = 2  # of the tables below; an index of another version is made again
@@ -113,14 +113,16 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def _settings(path: Path) -> Iterator[tuple[str, Any]]:
-    content = yaml.load(read_text(path), _LOADER)
+    text = read_text(path)
+    refuse_aliases(text, path)
+    content = typed(yaml.load(text, _LOADER), dict[str, Any], path)
     origin = content.pop("origin", {})
     return flat({**content, **origin})
 
 
 def _status(path: Path) -> Iterator[tuple[str, Any]]:
-    content = read_json(path)
-    yield from ((key, content[key]) for key in ("status", "error") if content.get(key) is not None)
+    content = typed(read_json(path), dict[str, Any], path)
+    yield from flat({key: content.get(key) for key in ("status", "error")})
 
 
 def _scores(path: Path) -> Iterator[tuple[str, Any]]:
@@ -128,7 +130,7 @@ def _scores(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def flat(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values that SQLite holds; lists as JSON."""
+    """Dotted keys and values that SQLite holds; lists as JSON. A ValueError for half a letter of UTF-16."""
     if isinstance(node, dict):
         for name, value in node.items():
             yield from flat(value, f"{key}.{name}" if key else str(name))
@@ -137,6 +139,7 @@ def flat(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     elif isinstance(node, bool):
         yield key, str(node).lower()
     elif isinstance(node, int | float | str):
+        f"{key}{node}".encode()
         yield key, node if not isinstance(node, int) or abs(node) < 2**63 else str(node)
 
 
