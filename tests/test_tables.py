@@ -20,6 +20,7 @@ from PIL import Image
 from scipy import stats
 from tiny import tiny_pipeline
 
+from mifo.commands.send import log_curves
 from mifo.commands.table import table
 from mifo.config import identity, settings_of
 from mifo.config.compose import compose
@@ -558,6 +559,13 @@ def test_finished_runs_are_sent_once_with_their_row_and_set(folder, drawn, capsy
     assert "sent: 1 runs, and 3 were there before" in capsys.readouterr().out
     again = sent(folder / "outputs" / "runs")
     assert len(again) == 5 and {run.id for run in again} == {run.id for run in told}
+
+
+@pytest.mark.parametrize("rows", ["1,0.5\n2", "1,0.5\n2,0.2", "x,0.5\n", "1,x\n", "1,nan\n", '1,"0.5\n'])
+def test_a_damaged_curve_is_not_sent(tmp_path, rows):
+    (tmp_path / "metrics.csv").write_text(f"step,semantic/loss/total\n{rows}")
+    with pytest.raises(MifoError, match=r"metrics\.csv is damaged"):
+        log_curves([], tmp_path / "metrics.csv")
 
 
 def test_runs_of_a_table_are_logged_where_a_logger_is_chosen(folder, made, monkeypatch):
