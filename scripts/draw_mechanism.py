@@ -7,6 +7,7 @@ A row for each stage. Curves of runs with one label are averaged.
 """
 
 import sys
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -17,6 +18,7 @@ import pandas as pd
 
 STAGES = ("semantic", "finetuning")
 SHARES = ("own", "others", "attention / all")
+LINES = ("-", "--", ":", "-.")  # two runs may share a curve: both can be seen
 TITLES = {
     "own": "attention inside the own instance",
     "others": "attention inside other instances",
@@ -44,8 +46,8 @@ def draw(runs: pd.DataFrame, path: str) -> None:
             part = runs[runs.stage == stage].pivot_table(
                 index="step", columns="label", values=name, sort=False
             )
-            for label in part:
-                axis.plot(part.index, part[label], label=label, marker=".")
+            for label, line in zip(part, cycle(LINES)):
+                axis.plot(part.index, part[label], line, label=label, linewidth=2)
             axis.set(title=f"{stage}: {TITLES[name]}", xlabel="step", ylim=(0, None))
             axis.title.set_size(9)
     axes[0, 0].legend(fontsize=8)

@@ -47,6 +47,7 @@ def captured(caplog):
 def exact(monkeypatch):
     """Products and convolutions in whole float32."""
     torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # which the line above leaves as it is
 
 
 @pytest.fixture

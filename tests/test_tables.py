@@ -43,7 +43,7 @@ from mifo.tables.plan import Run
 from mifo.tables.plot import draw_table
 from mifo.tables.record import About, Entry, read_record, write_record
 from mifo.tables.settings import TableSettings, read_table
-from mifo.tables.write import claim_results, write_table
+from mifo.tables.write import _best, claim_results, write_table
 
 ROOT = Path(__file__).parents[1]
 TABLES = sorted(path.parent for path in (ROOT / "experiments").glob("*/table.yaml"))
@@ -453,6 +453,14 @@ def test_a_folder_of_results_holds_one_table_ever(folder, made):
     table(["small", "table.workers=0", "table.results=here"])
     with pytest.raises(MifoError, match="another folder"):
         table(["small", "table.workers=0", "table.results=here", "table.seeds=[5]"])
+
+
+def test_a_row_that_lacks_scenes_is_not_the_best():
+    whole = {"leakage": Estimate(0.2, 0.1, 3, 3)}
+    found = {("MIFO", "a"): whole, ("none", "a"): {"leakage": Estimate(0.3, 0.1, 3, 3)}}
+    assert _best(found, ["leakage"]) == {("MIFO", "a", "leakage")}
+    part = {("part", "a"): {"leakage": Estimate(0.1, 0.1, 2, 2)}}
+    assert _best(found | part, ["leakage"]) == {("MIFO", "a", "leakage")}
 
 
 def test_the_written_forms_agree(folder, made):

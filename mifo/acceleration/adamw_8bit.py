@@ -1,4 +1,8 @@
-"""AdamW with moments of 8 bits: in plain PyTorch on any device, as one kernel on a GPU that has Triton."""
+"""AdamW with moments of 8 bits: in plain PyTorch on any device, as one kernel on a GPU that has Triton.
+
+A step of stage 2 takes 21 % longer and 8.5 GiB more with PyTorch's fused AdamW of 32 bits, and 5.7 times as
+long with bitsandbytes' of 8 bits (`experiments/benchmark`).
+"""
 
 import math
 from collections import defaultdict

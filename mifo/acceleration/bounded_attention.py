@@ -1,6 +1,7 @@
 """Attention in which a query sees the keys that have a bit in common with it, without a mask in memory.
 
-PyTorch's fused attention reads a number for each pair, n · m of them in place of n + m.
+PyTorch's fused attention reads a number for each pair, n · m of them in place of n + m: a picture takes 10 %
+longer with it (`experiments/benchmark/tried.md`).
 """
 
 from typing import Any

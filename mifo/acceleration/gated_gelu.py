@@ -1,6 +1,7 @@
 """The product of a gated feed-forward, half of a projection times GELU of the other half, in one pass.
 
-PyTorch's takes two passes over strided halves, and its gradient three and a concatenation.
+PyTorch's takes two passes over strided halves, and its gradient three and a concatenation: a step of stage 1
+takes 4 % longer with it, of stage 2 10 % (`experiments/benchmark`).
 """
 
 from typing import Any

@@ -1,7 +1,8 @@
 """GroupNorm, alone or followed by SiLU, of channels-last activations as they lie in memory.
 
 PyTorch's copies them to NCHW first, takes the moments of each group in one block of threads, and leaves SiLU
-to a kernel of its own.
+to a kernel of its own: a step of stage 1 takes 17 % longer with it, of stage 2 13 %
+(`experiments/benchmark`).
 """
 
 from typing import Any

