@@ -149,7 +149,12 @@ def read_text(path: Path) -> str:
         MifoError: as `regular_file`, or the file is not UTF-8.
     """
     with regular_file(path, MOST_TEXT) as file:
-        return file.read(MOST_TEXT + 1).decode("utf-8-sig")
+        content = file.read(MOST_TEXT + 1)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise MifoError(f"{path} cannot be read (line {line} is not UTF-8; save it as UTF-8)") from error
 
 
 def read_json(path: Path) -> Any:
@@ -165,10 +170,20 @@ def read_json(path: Path) -> Any:
         raise MifoError(f"{path} is damaged: it is not JSON ({error})") from error
 
 
-def read_yaml(path: Path, from_outside: bool = False) -> Any:
-    """The content of a YAML file in plain types.
+def refuse_aliases(text: str, path: Path) -> None:
+    """Refuse YAML, read from `path`, with aliases, which can multiply a few lines to gigabytes.
 
-    Aliases, which can multiply a few lines to gigabytes, are refused.
+    Raises:
+        MifoError: it holds one. YAMLError: it is not YAML.
+    """
+    loader = SafeLoader(text if "*" in text else "")  # most files have none, and are read once
+    while loader.check_event():
+        if isinstance(loader.get_event(), AliasEvent):
+            raise MifoError(f"{path} holds a YAML alias (*name), which is not read; write the value out")
+
+
+def read_yaml(path: Path, from_outside: bool = False) -> Any:
+    """The content of a YAML file in plain types. Aliases are refused.
 
     Args:
         from_outside: the file may come from a stranger: ${…}, which could read the environment, is refused.
@@ -182,10 +197,7 @@ def read_yaml(path: Path, from_outside: bool = False) -> Any:
 
     text = read_text(path)
     try:
-        loader = SafeLoader(text)
-        while loader.check_event():
-            if isinstance(loader.get_event(), AliasEvent):
-                raise MifoError(f"{path} holds a YAML alias (*name), which is not read; write the value out")
+        refuse_aliases(text, path)
         content = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
     except (YAMLError, RecursionError, ValueError, OmegaConfBaseException) as error:
         raise MifoError(f"{path} is damaged: it is not YAML ({' '.join(str(error).split())})") from error

@@ -221,8 +221,8 @@ def results(place: Path) -> dict[str, str]:
     found = {}
     for file in sorted(file for file in files if file.is_file()):
         content = file.read_bytes().replace(str(place).encode(), b"PLACE")
-        if file.suffix == ".yaml":  # which says whether it was gone on with
-            content = re.sub(rb"(?m)^resume: .*$", b"", content)
+        if file.suffix == ".yaml":  # which says whether it was gone on with, and by which commit
+            content = re.sub(rb"(?m)^ *(resume|code|dirty): .*$", b"", content)
         if file.name == "learned.json":  # whose checksum of that file changes with it
             content = re.sub(rb'"config.yaml": "\w+"', b"", content)
         found[str(file.relative_to(run))] = hashlib.sha256(content).hexdigest()[:16]

@@ -13,11 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 
 from mifo.config.compose import as_plain, compose, settings_of
+from mifo.metrics.scores import Evaluation, Evaluator, Score
 
 TIMES = 10
 
@@ -31,10 +33,10 @@ def make_runs(folder: Path, count: int) -> None:
         run = folder / "multirun" / "run" / f"sweep{number // 500}" / str(number % 500)
         run.mkdir(parents=True)
         status = {"status": "ok", "error": None, "overrides": [f"seed={number}"]}
-        scores = {"scores": [{"metric": "leakage", "value": number % 101 / 100}], "pictures": []}
+        score = Score("leakage", number % 101 / 100, False, Evaluator("judge", "0" * 12), "miniature")
         (run / "config.yaml").write_text(f"seed: {number}\n{text}")
         (run / "status.json").write_text(json.dumps(status))
-        (run / "scores.json").write_text(json.dumps(scores))
+        (run / "scores.json").write_text(json.dumps(asdict(Evaluation((score,), ()))))
 
 
 def seconds(folder: Path) -> tuple[float, float]:

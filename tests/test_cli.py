@@ -111,6 +111,9 @@ def test_help_lists_every_task_and_its_keys(mifo, capsys):
             ["learn", "+callbacks.mine._target_=pathlib.Path"],
             "callbacks.mine._target_=pathlib.Path is no Callback",
         ),
+        (["learn", "+callbacks.mine._target_=builtins.dict"], "_target_=builtins.dict has no arguments that"),
+        (["learn", "+callbacks.mine._target_=os.name"], "callbacks.mine._target_=os.name has no arguments"),
+        (["learn", "+callbacks.mine._target_=__main__.no"], "_target_=__main__.no cannot be imported"),
         (["learn", "+logger.mine._target_=mifo.callbacks.announce.Announce"], "is no Logger of Lightning"),
         (["learn", "logger=wandb", f"tags=[ok,{'x' * 65}]"], "65 letters; take 1 to 64"),
         (["learn", "logger=wandb", "logger.wandb.project=a/b"], "logger.wandb.project=a/b is no name"),
@@ -380,11 +383,12 @@ def test_a_failed_run_is_recorded_and_closes_wandb(mifo, model, tmp_path, monkey
     ("content", "words"),
     [
         (b"prompt:\n\tx", "layout/my.yaml, line 2: this is not YAML that MIFO reads (found character"),
+        (b"prompt: &a [x]\nboxes: [*a, *a]", "layout/my.yaml holds a YAML alias (*name), which is not read"),
         (
             b"prompt: a\nprompt: b\n",
             "layout/my.yaml, line 2: this is not YAML that MIFO reads (found duplicate key",
         ),
-        ("prompt: café".encode("latin-1"), "layout/my.yaml cannot be read"),
+        ("# mine\nprompt: café".encode("latin-1"), "layout/my.yaml cannot be read (line 2 is not UTF-8"),
     ],
 )
 def test_a_configuration_that_is_no_yaml_is_told_by_file_and_line(mifo, tmp_path, capsys, content, words):

@@ -1,5 +1,6 @@
 """Results that leave the house: diffusers' own calls read the files, and predict what MIFO predicts."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -13,12 +14,14 @@ from safetensors.torch import load_file
 from tiny import tiny_pipeline, tiny_sd3_pipeline, tiny_sdxl_pipeline, two_instances
 from transformers import CLIPTextModel
 
-from mifo.backbones.learned import load_learned, save_learned
+from mifo.backbones.learned import Learned, load_learned, save_learned
 from mifo.backbones.loading import load_model
 from mifo.backbones.settings import ModelSettings
 from mifo.data.saved_pictures import as_image
 from mifo.errors import MifoError
+from mifo.exporting.card import card
 from mifo.exporting.settings import ExportSettings, check_export, exported_words
+from mifo.metrics.scores import Evaluator, Score
 from mifo.tensors import write_tensors
 
 PROMPT = "a photo of <asset1> and <asset0>"
@@ -208,6 +211,21 @@ def test_a_lora_tells_what_it_lacks_and_a_pipeline_lacks_nothing(mifo, family, t
     pipe = PIPELINES[kind].from_pretrained(tmp_path / "P" / "exported" / "pipeline")
     found = predicted(pipe, ("<mine>", "<yours>"))
     torch.testing.assert_close(found, of_mifo(tmp_path, source), atol=1e-4, rtol=1e-3)
+
+
+def test_what_a_stranger_wrote_is_text_in_the_card():
+    odd = 'x"); import os | <script> [a](b) `c`'
+    base = {"name": odd, "source": odd, "revision": odd, "fingerprint": odd}
+    learned = Learned(["<asset0>"], [odd], None, {odd: 1}, "full", 0, base)
+    scores = [Score("leakage", 0.5, False, Evaluator(odd, odd), odd)]
+    told = card(ExportSettings(), learned, ["<asset0>"], {}, "Pipeline", [], None, scores, None)
+    page, script, scored = re.split("```(?:python)?\n", told)
+    for text in (page, scored):
+        assert "import os" in text and not re.search(r"(?<!\\)(<script|\[a)", text)
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 3 for line in page.splitlines() if line[:1] == "|")
+    calls = [node for node in ast.walk(ast.parse(script)) if isinstance(node, ast.Call)]
+    (made,) = [call for call in calls if getattr(call.func, "attr", "") == "from_pretrained"]
+    assert [made.args[0].value, made.keywords[0].value.value] == [odd, odd]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from tiny import MeanColour, instances_of
 from mifo.data.saved_pictures import Picture
 from mifo.method import losses
 from mifo.metrics.evaluation import METRICS, PictureEvaluator
+from mifo.metrics.scores import COSINE, RANGES
 from mifo.tables.plan import plan
 from mifo.tables.settings import read_table
 
@@ -68,11 +69,13 @@ def test_a_loss_of_a_package_of_ones_own(source, mifo, tmp_path, monkeypatch, ca
 
 
 def test_a_metric(monkeypatch):
-    file, line = blocks("A metric", "python")
+    file, line, bounds = blocks("A metric", "python")
     made = {}
     exec(file, made)
     for name, metric in eval("{" + line + "}", made).items():
         monkeypatch.setitem(METRICS, name, metric)
+    for name, bound in eval("{" + bounds + "}", {"COSINE": COSINE}).items():
+        monkeypatch.setitem(RANGES, name, bound)
     colours = torch.eye(3)[:, :, None, None].expand(3, 3, 32, 16)
     source = torch.cat([colours[0], colours[1]], dim=2)
     masks = torch.zeros(2, 32, 32)

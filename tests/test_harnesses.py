@@ -13,7 +13,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 @pytest.mark.parametrize(
     ("script", "arguments", "counted"),
     [
-        ("kill_runs.py", ["--kills", "6", "--full-disks", "6", "--jobs", "2"], " 0 found"),
+        ("kill_runs.py", ["--kills", "6", "--full-disks", "6", "--jobs", "2"], "\n0 found"),
         ("fuzz_inputs.py", ["--cases", "45", "--jobs", "2"], "45 cases of 45"),
     ],
 )

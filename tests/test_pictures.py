@@ -193,6 +193,17 @@ def test_damage_anywhere_ends_in_a_sentence(tmp_path):
     assert refused > 100
 
 
+def test_one_bit_among_the_pixels_of_a_png_is_noticed(tmp_path):
+    """Of a smooth picture, whose few bytes decode to other colours without an error."""
+    levels = np.indices((128, 128)).sum(0).astype(np.uint8)
+    content, file = stored(Image.fromarray(levels)), tmp_path / "a.png"
+    first = content.index(b"IDAT") + 4
+    for place in range(first, len(content) - 16):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(MifoError, match=r"a\.png can not be read"):
+            read_picture(file)
+
+
 def test_a_half_picture_of_ones_own_is_not_whole(tmp_path):
     content = stored(Image.fromarray(NOISE[:, :24]))
     (tmp_path / "a.png").write_bytes(content)

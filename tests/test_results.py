@@ -4,11 +4,15 @@ import csv
 import io
 import json
 import shutil
+from dataclasses import asdict
+from itertools import pairwise
 
 import pytest
 import yaml
 
 from mifo.commands.results import results
+from mifo.metrics.evaluation import METRICS
+from mifo.metrics.scores import RANGES, Evaluation, Evaluator, Score
 
 SETTINGS = {
     "task": "run",
@@ -32,10 +36,16 @@ def make(folder, number, status="ok", **scores):
     (folder / "config.yaml").write_text(yaml.dump(settings))
     (folder / "status.json").write_text(json.dumps({"status": status, "error": None, "overrides": []}))
     if scores:
-        listed = [{"metric": name, "value": value} for name, value in scores.items()]
-        (folder / "scores.json").write_text(json.dumps({"scores": listed, "pictures": []}))
+        write_scores(folder, scores)
     for name in ("learned", ".hydra"):
         (folder / name).mkdir()
+
+
+def write_scores(folder, scores):
+    """As `Evaluation.save`, but whatever the values are."""
+    judge = Evaluator("judge", "0" * 12)
+    listed = tuple(Score(name, value, True, judge, "tiny") for name, value in scores.items())
+    (folder / "scores.json").write_text(json.dumps(asdict(Evaluation(listed, ()))))
 
 
 @pytest.fixture
@@ -80,6 +90,44 @@ def test_runs_are_filtered_by_any_setting_and_sorted_by_any_score(listed):
     assert listed("method=mifo", "sort=leakage")[-1]["seed"] == "1000"  # without the score: at the end
 
 
+def test_a_bomb_of_aliases_is_not_unfolded(runs, listed):
+    folder = runs / "outputs" / "run" / "bomb"
+    make(folder, 9000)
+    names = "abcdefghijk"
+    lines = [f"{one}: &{one} [{', '.join([f'*{before}'] * 9)}]" for before, one in pairwise(names)]
+    (folder / "config.yaml").write_text("\n".join(["a: &a [x]", *lines]))
+    assert [row["error"] for row in listed("status=damaged", "columns=error")] == ["config.yaml is damaged"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.yaml", "text"),
+        ("config.yaml", ""),
+        ("config.yaml", "[1, 2]"),
+        ("config.yaml", "origin: 5"),
+        ("config.yaml", 'group: "\\ud800"'),
+        ("config.yaml", "!!python/object/apply:os.system [touch owned]"),
+        ("status.json", "[]"),
+        ("status.json", '{"status": {"a": [1]}}'),
+        ("status.json", '{"status": "\\ud800"}'),
+        ("scores.json", '{"scores": {"a": 1}, "pictures": 5}'),
+    ],
+)
+def test_what_is_no_record_of_a_run_stops_no_list(runs, listed, name, content):
+    make(runs / "outputs" / "run" / "odd", 9000, leakage=0.5)
+    (runs / "outputs" / "run" / "odd" / name).write_text(content)
+    assert len(listed()) == 302
+
+
+def test_texts_of_a_csv_are_nothing_to_compute(runs, listed):
+    folder = runs / "outputs" / "run" / "odd"
+    make(folder, 8000)
+    settings = yaml.safe_load((folder / "config.yaml").read_text()) | {"group": "=cmd|'/c calc'!A1"}
+    (folder / "config.yaml").write_text(yaml.dump(settings))
+    assert [row["group"] for row in listed("seed=8000", "columns=group")] == ["'=cmd|'/c calc'!A1"]
+
+
 def test_json_and_tables_say_the_same(runs, listed, capsys):
     results(["seed<3", "columns=[seed,leakage]", "format=json"])
     told = json.loads(capsys.readouterr().out)
@@ -97,9 +145,50 @@ def test_what_changes_is_read_again_and_what_goes_is_forgotten(runs, listed):
     assert [row["leakage"] for row in listed("seed=500")] == ["0.5"]
     (folder / "config.yaml").write_text("{")
     (folder / "status.json").write_text(json.dumps({"status": "failed", "error": None, "overrides": []}))
-    assert [row["error"] for row in listed("status=failed", "columns=error")].count(
-        "config.yaml is damaged"
-    ) == 1
+    assert [row["error"] for row in listed("status=damaged", "columns=error")] == ["config.yaml is damaged"]
+
+
+def test_every_metric_has_a_range():
+    assert [*METRICS] == [*RANGES]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"leakage": 7.0},
+        {"leakage": -0.2},
+        {"editability": -1.5},
+        {"leakage": float("nan")},
+        {"leakage": float("inf")},
+        {"leakage": "0.5"},
+        {"status": 0.5},
+        "another digit",
+        "twice",
+        "torn",
+    ],
+)
+def test_a_damaged_score_is_told_and_is_no_figure(runs, listed, capsys, damage):
+    folder = runs / "multirun" / "run" / "damaged"
+    make(folder, 6000)
+    file = folder / "scores.json"
+    if isinstance(damage, dict):
+        write_scores(folder, damage)
+    else:
+        judge = Evaluator("judge", "0" * 12)
+        Evaluation((Score("leakage", 0.25, False, judge, "tiny"),), ()).save(file)
+        text = file.read_text()
+        if damage == "another digit":
+            text = text.replace("0.25", "0.75")
+        elif damage == "twice":
+            content = json.loads(text)
+            first = {**content["scores"][0], "value": 7.0}
+            text = json.dumps({"scores": [first, *content["scores"]], "pictures": []})
+        file.write_text(text[:-9] if damage == "torn" else text)
+    (row,) = listed("seed=6000", "columns=[status,error,leakage,editability]")
+    told = [row[key] for key in ("status", "error", "leakage", "editability")]
+    assert told == ["damaged", "scores.json is damaged", "", ""]
+    results(["diff", str(folder), "multirun/run/sweep0/0"])
+    assert "scores.json is damaged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["deleted", "torn", "of another version", "read-only"])

@@ -22,14 +22,14 @@ from PIL import Image
 from scipy import stats
 from tiny import tiny_pipeline
 
+from mifo.commands.send import log_curves
 from mifo.commands.table import table
 from mifo.config import identity, settings_of
 from mifo.config.compose import compose
 from mifo.config.identity import CodeVersion
 from mifo.data.saved_pictures import Picture, save_pictures
 from mifo.errors import MifoError
-from mifo.metrics.evaluation import Evaluation, has_scores
-from mifo.metrics.scores import Evaluator, Score
+from mifo.metrics.scores import Evaluation, Evaluator, Score, has_scores
 from mifo.report.comparison import SIDE
 from mifo.tables import execute, plan
 from mifo.tables.collect import (
@@ -573,6 +573,13 @@ def test_finished_runs_are_sent_once_with_their_row_and_set(folder, drawn, capsy
     monkeypatch.setattr("mifo.commands.send.log_table", Mock(side_effect=wandb.errors.CommError("busy")))
     with pytest.raises(MifoError, match=r"did not take everything \(busy\); repeat the command"):
         table([*asked, "table.send=true"])
+
+
+@pytest.mark.parametrize("rows", ["1,0.5\n2", "1,0.5\n2,0.2", "x,0.5\n", "1,x\n", "1,nan\n", '1,"0.5\n'])
+def test_a_damaged_curve_is_not_sent(tmp_path, rows):
+    (tmp_path / "metrics.csv").write_text(f"step,semantic/loss/total\n{rows}")
+    with pytest.raises(MifoError, match=r"metrics\.csv is damaged"):
+        log_curves([], tmp_path / "metrics.csv")
 
 
 def test_runs_of_a_table_are_logged_where_a_logger_is_chosen(folder, made, monkeypatch):

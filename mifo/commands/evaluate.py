@@ -20,8 +20,8 @@ from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
 from mifo.files import existing_folder, read_yaml
 from mifo.method.prompts.instances import INSTANCE
-from mifo.metrics.evaluation import SCORES, Evaluation, PictureEvaluator, has_scores
-from mifo.metrics.scores import Score
+from mifo.metrics.evaluation import PictureEvaluator
+from mifo.metrics.scores import SCORES, Evaluation, Score, has_scores
 from mifo.metrics.settings import MetricsSettings
 from mifo.tracking.results import at_no_cost, log_evaluation
 

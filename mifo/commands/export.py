@@ -26,7 +26,7 @@ from mifo.exporting.low_rank import LowRank, low_rank
 from mifo.exporting.pipeline import absent_parts, check_words, save_pipeline
 from mifo.exporting.settings import exported_words
 from mifo.files import refuse_existing, whole_folder, write_whole
-from mifo.metrics.evaluation import SCORES, Evaluation, has_scores
+from mifo.metrics.scores import SCORES, Evaluation, has_scores
 from mifo.tensors import write_tensors
 
 log = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ import yaml
 
 from mifo.errors import MifoError, nearest
 from mifo.files import STATUS
+from mifo.report.tables import spreadsheet_text
 from mifo.tracking.index import Index, near, read_facts
 
 HELP = """usage: mifo results [FOLDER ...] [KEY=VALUE | 'KEY>VALUE' ...] [sort=KEY] [columns=[KEY, ...]]
@@ -173,7 +174,7 @@ def _known(index: Index, key: str, runs: Sequence[int] | None = None) -> dict[in
 
 def _print(heads: list[str], rows: list[list[Any]], form: str) -> None:
     if form == "csv":
-        csv.writer(sys.stdout).writerows([heads, *rows])
+        csv.writer(sys.stdout).writerows([map(spreadsheet_text, row) for row in [heads, *rows]])
     elif form == "json":
         print(json.dumps([dict(zip(heads, row, strict=True)) for row in rows], indent=1))
     else:
@@ -214,7 +215,7 @@ def _show(given: str) -> None:
     facts, sheet = _facts(given), Path(given).expanduser() / "contact_sheet.html"
     _print(
         ["key", "value"],
-        [[key, value] for key, value in facts.items() if key in _COLUMNS or key == "folder"],
+        [[key, value] for key, value in facts.items() if key in (*_COLUMNS, "folder", "error")],
         "table",
     )
     if not sheet.is_file():

@@ -15,7 +15,8 @@ from mifo.commands.synthesize import make_and_save, record_instances
 from mifo.config.jobs import claim_folder
 from mifo.config.schema import RunSettings
 from mifo.data.saved_pictures import read_pictures
-from mifo.metrics.evaluation import SCORES, PictureEvaluator, has_scores
+from mifo.metrics.evaluation import PictureEvaluator
+from mifo.metrics.scores import SCORES, has_scores
 from mifo.report.sheet import Sheet, write_sheet
 from mifo.tracking.results import at_no_cost, log_evaluation
 

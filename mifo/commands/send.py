@@ -1,6 +1,5 @@
 """`table.send=true`: sends finished runs, each once, and their table to Weights & Biases."""
 
-import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,8 @@ from mifo.config.schema import RunSettings
 from mifo.data.instances import read_instances
 from mifo.data.saved_pictures import read_pictures
 from mifo.errors import MifoError
-from mifo.files import reason
-from mifo.metrics.evaluation import SCORES, Evaluation
+from mifo.files import finite_number, read_csv, reason
+from mifo.metrics.scores import SCORES, Evaluation
 from mifo.tables.execute import Done
 from mifo.tracking.results import log_evaluation, log_learned, log_table
 
@@ -78,7 +77,7 @@ def _send(folder: Path, settings: RunSettings) -> None:
     instances = read_instances(settings.instances)
     with open_loggers(settings) as loggers:
         for path in sorted(folder.glob("csv/**/metrics.csv")):
-            _log_curves(loggers, path)
+            log_curves(loggers, path)
         if (folder / "learned").is_dir():
             called = f"{instances.name}-{settings.method}-seed-{settings.seed}"
             log_learned(loggers, folder / "learned", called, settings.group)
@@ -87,13 +86,17 @@ def _send(folder: Path, settings: RunSettings) -> None:
     (folder / _BEGUN).unlink()
 
 
-def _log_curves(loggers: Sequence[Logger], path: Path) -> None:
-    """Send what the CSV logger wrote while a run learned."""
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            values = {key: float(text) for key, text in row.items() if text and key not in ("step", "epoch")}
-            for logger in loggers:
-                logger.log_metrics(values, int(row["step"]))
+def log_curves(loggers: Sequence[Logger], path: Path) -> None:
+    """Send what the CSV logger wrote to `path` while a run learned; refuses a damaged file."""
+    for row in read_csv(path, {"step": int}):
+        try:
+            values = {
+                key: finite_number(text) for key, text in row.items() if text and key not in ("step", "epoch")
+            }
+        except ValueError as error:
+            raise MifoError(f"{path} is damaged: step {row['step']}: {error}") from error
+        for logger in loggers:
+            logger.log_metrics(values, row["step"])
 
 
 def _send_table(name: str, title: str, table: Path, settings: RunSettings) -> None:

@@ -23,6 +23,7 @@ from mifo.errors import MifoError, check_known, check_least
 from mifo.exporting.settings import check_export
 from mifo.method.guidance.settings import check_guidance
 from mifo.method.synthesis.settings import check_synthesis
+from mifo.metrics.scores import RANGES
 
 
 def check(settings: TaskSettings) -> None:
@@ -84,10 +85,8 @@ def _check_gpu() -> None:
 
 
 def _check_objectives(objectives: list[str]) -> None:
-    from mifo.metrics.evaluation import METRICS
-
-    if unknown := [name for name in objectives if name not in METRICS]:
-        raise MifoError(f"objectives: {unknown[0]} is no score; take some of {', '.join(METRICS)}")
+    if unknown := [name for name in objectives if name not in RANGES]:
+        raise MifoError(f"objectives: {unknown[0]} is no score; take some of {', '.join(RANGES)}")
 
 
 def _check_node(group: str, name: str, node: Any, settings: TaskSettings) -> None:

@@ -24,7 +24,7 @@ from mifo.config.location import conf_folder
 from mifo.config.renamed import renamed
 from mifo.config.schema import SCHEMAS
 from mifo.errors import MifoError, nearest
-from mifo.files import read_text
+from mifo.files import read_text, refuse_aliases
 from mifo.world.drawn import drawn_option
 
 register_resolvers()
@@ -54,6 +54,7 @@ class FileConfigSource(file_config_source.FileConfigSource):
         stream = StringIO(read_text(path))
         stream.name = str(path)
         try:
+            refuse_aliases(stream.getvalue(), path)
             config = OmegaConf.load(stream)
         except (YAMLError, OSError, RecursionError) as error:
             mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None

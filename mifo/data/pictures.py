@@ -69,6 +69,10 @@ def open_picture(file: Path) -> Image.Image:
     """
     with regular_file(file, MOST_BYTES) as stream, _refusing(file):
         image = _identified(stream)
+        if image.format == "PNG":
+            image.verify()  # checksums, which the decoder passes over; JPEG and WebP have none
+            stream.seek(0)
+            image = _identified(stream)
         # a JPEG of several pictures (MPO) holds previews or a depth map beside the photograph
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         image.load()

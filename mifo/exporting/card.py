@@ -1,5 +1,6 @@
 """The model card of an exported result: what it is, what it was learned on, how it is used."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from mifo.exporting.settings import ExportSettings
 from mifo.metrics.scores import Score
 from mifo.report.drawing import fit
 from mifo.report.masked_picture import draw_masks
+from mifo.report.tables import markdown_text
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -30,7 +32,7 @@ def card(
     scores: Sequence[Score],
     thumbnail: str | None,
 ) -> str:
-    """Markdown with the head that the hub of Hugging Face reads.
+    """Markdown with the head that the hub of Hugging Face reads. What a stranger may have written is text.
 
     Args:
         words: what the instances are called there. files: of words, by text encoder.
@@ -40,7 +42,7 @@ def card(
     source = learned.base["source"] or ""
     on_hub = _HUB_ID.fullmatch(source) is not None and not Path(source).exists()
     base = source if on_hub else str(learned.base["name"])
-    revision = f" at revision {learned.base['revision']}" if learned.base["revision"] else ""
+    told_base = f"{base} at revision {learned.base['revision']}" if learned.base["revision"] else base
     head = ["---", *([f"base_model: {source}"] if on_hub else []), "library_name: diffusers"]
     head += ["tags: [text-to-image, textual-inversion, mifo]", "---"]
     told = learned.class_names or ["of no named class"] * len(words)
@@ -49,14 +51,14 @@ def card(
         *head,
         f"# {', '.join(f'`{word}`' for word in words)}",
         "",
-        f"Learned from one picture by MIFO (arXiv 2511.00542) on {base}{revision}, weights "
-        f"{(learned.base['fingerprint'] or '')[:12]}; {steps}; learned beside the words: "
-        f"{learned.trainable}. The licence of the base model applies.",
+        f"Learned from one picture by MIFO (arXiv 2511.00542) on {markdown_text(told_base)}, weights "
+        f"{markdown_text(learned.base['fingerprint'] or '')[:12]}; {markdown_text(steps)}; learned beside "
+        f"the words: {learned.trainable}. The licence of the base model applies.",
         "",
         *([f"![The picture, and its instances]({thumbnail})", ""] if thumbnail else []),
         "| word | instance |",
         "| --- | --- |",
-        *(f"| `{word}` | {name} |" for word, name in zip(words, told, strict=True)),
+        *(f"| `{word}` | {markdown_text(name)} |" for word, name in zip(words, told, strict=True)),
         "",
     ]
     if weights is not None:
@@ -83,7 +85,8 @@ def card(
     if scores:
         lines += ["", "| metric | better | mean | measured by |", "| --- | --- | --- | --- |"]
         lines += [
-            f"| {each.metric} | {each.arrow} | {each.value:.3f} | {each.evaluator} ({each.protocol}) |"
+            f"| {each.metric} | {each.arrow} | {each.value:.3f} | "
+            f"{markdown_text(f'{each.evaluator} ({each.protocol})')} |"
             for each in scores
         ]
     return "\n".join(lines) + "\n"
@@ -107,9 +110,9 @@ def _python(
         without = "".join(f", {part}=None" for part in absent)
         made = f'pipe = {kind}.from_pretrained(f"{{FOLDER}}/pipeline"{without}{precision})'
         return [*head, made, prompt]
-    at = f', revision="{revision}"' if revision else ""
+    at = f", revision={json.dumps(revision)}" if revision else ""
     place = "" if _HUB_ID.fullmatch(base) else "  # a folder: say where it lies"
-    lines = [*head, f'pipe = {kind}.from_pretrained("{base}"{at}{precision}){place}']
+    lines = [*head, f"pipe = {kind}.from_pretrained({json.dumps(base)}{at}{precision}){place}"]
     for network, own in files.items():
         tokenizer = network.replace("text_encoder", "tokenizer")
         where = "" if len(files) == 1 else f", text_encoder=pipe.{network}, tokenizer=pipe.{tokenizer}"

@@ -1,20 +1,14 @@
 """All measures of a set of pictures that were made from one source image."""
 
-import hashlib
-import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from mifo.data.instances import InstanceSet
 from mifo.data.saved_pictures import Picture
 from mifo.errors import MifoError
-from mifo.files import as_record, read_json, write_whole
 from mifo.metrics.box_adherence import BoxAdherence, find_instance
 from mifo.metrics.class_accuracy import ClassAccuracy, class_texts
 from mifo.metrics.crops import Box, crop_box, reference_crops
@@ -35,12 +29,10 @@ from mifo.metrics.metric import Features, Metric
 from mifo.metrics.picture_similarity import PictureSimilarity
 from mifo.metrics.presence import Missing, Twice
 from mifo.metrics.prompt_similarity import PromptSimilarity, name_classes
-from mifo.metrics.scores import Evaluator, Score
+from mifo.metrics.scores import Evaluation, Evaluator, Score, check_value
 from mifo.metrics.settings import MetricsSettings
 
 log = logging.getLogger(__name__)
-
-SCORES = "scores.json"  # what `Evaluation.save` writes in the folder of a run
 
 METRICS: dict[str, type[Metric]] = {
     "editability": PromptSimilarity,
@@ -59,76 +51,6 @@ METRICS: dict[str, type[Metric]] = {
 def best_of(metric: str) -> str:
     """Which of several values of a metric is the best: "max" or "min"."""
     return "max" if METRICS[metric].higher_is_better else "min"
-
-
-def check_value(metric: str, value: float) -> None:
-    """Raise ValueError for a value outside of the range that a metric declares, but for rounding."""
-    low, high = METRICS[metric].plot_lower_bound, METRICS[metric].plot_upper_bound
-    if not low - 1e-3 <= value <= high + 1e-3:  # NaN is not
-        raise ValueError(f"{value} is not in [{low:g}, {high:g}]")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean `scores`, the scores of each picture by metric, and the mean leakage matrix.
-
-    Row i of the N × N matrix belongs to crops that should show instance i; None where there were none.
-    `warnings` say what was not measured, such as the end of a long prompt.
-    """
-
-    scores: tuple[Score, ...]
-    pictures: tuple[dict[str, float], ...]
-    leakage_matrix: tuple[tuple[float | None, ...], ...] = ()
-    warnings: tuple[str, ...] = ()
-
-    def save(self, path: Path | str) -> None:
-        """Write everything as JSON, whole or not at all; replaces unfinished files, but no scores.
-
-        Raises:
-            MifoError: there are scores already, or a score is not finite.
-        """
-        if has_scores(path):
-            raise MifoError(f"{path} already exists: choose another output folder.")
-        try:
-            content = asdict(self) | {"checksum": _checksum(asdict(self))}
-        except ValueError as error:
-            raise MifoError(f"a score is not finite, so that {path} is not written") from error
-        write_whole(Path(path), json.dumps(content, indent=2))
-
-    @classmethod
-    def read(cls, path: Path | str) -> "Evaluation":
-        """The evaluation in a file of `save`; refuses damage, unknown metrics and values out of range."""
-        content = read_json(Path(path))
-        # files of before December 2026 have no checksum
-        checksum = content.pop("checksum", None) if isinstance(content, dict) else None
-        found = as_record(content, cls, Path(path))
-        if unknown := {score.metric for score in found.scores}.union(*found.pictures) - METRICS.keys():
-            raise MifoError(f"{path} is damaged: {min(unknown)[:40]!r} is no metric")
-        if any(len(row) != len(found.leakage_matrix) for row in found.leakage_matrix):
-            raise MifoError(f"{path} is damaged: its leakage matrix is not square")
-        means = {score.metric: score.value for score in found.scores}
-        for metric, value in (each for row in (means, *found.pictures) for each in row.items()):
-            try:
-                check_value(metric, value)
-            except ValueError as error:
-                raise MifoError(f"{path} is damaged: {metric}={error}") from error
-        if checksum not in (None, _checksum(content)):
-            raise MifoError(f"{path} is damaged: its checksum is another")
-        return found
-
-
-def _checksum(content: Any) -> str:
-    """The first hexadecimals of the SHA-256 of JSON; a ValueError where it holds NaN or infinity."""
-    return hashlib.sha256(json.dumps(content, allow_nan=False).encode()).hexdigest()[:12]
-
-
-def has_scores(path: Path | str) -> bool:
-    """Whether `path` holds scores; a damaged file counts as none."""
-    try:
-        Evaluation.read(path)
-    except MifoError:
-        return False
-    return True
 
 
 class PictureEvaluator:

@@ -19,8 +19,6 @@ class InstanceConsistency(Metric):
     their class segmenter, which cannot tell look-alikes apart.
     """
 
-    plot_lower_bound = -1.0
-
     @staticmethod
     def inputs(picture: Features) -> tuple[Tensor, ...] | None:
         return None if picture.crops is None else (picture.crops, picture.references, picture.own)

@@ -27,12 +27,11 @@ class Features:
 class Metric(MeanMetric):
     """A mean that declares its encoder and the features of a picture that it reads.
 
-    Its direction and range are at first those of a share that should be large.
+    Its range stands in `mifo.metrics.scores.RANGES`. At first it is better when it is higher.
     """
 
     encoder: ClassVar[Literal["image", "image_text"]] = "image"
     higher_is_better = True
-    plot_lower_bound, plot_upper_bound = 0.0, 1.0
 
     @staticmethod
     def inputs(picture: Features) -> tuple[Tensor, ...] | None:

@@ -13,7 +13,6 @@ class PictureSimilarity(Metric):
     """
 
     encoder = "image_text"
-    plot_lower_bound = -1.0
 
     @staticmethod
     def inputs(picture: Features) -> tuple[Tensor, ...] | None:

@@ -17,7 +17,6 @@ class PromptSimilarity(Metric):
     """
 
     encoder = "image_text"
-    plot_lower_bound = -1.0
 
     @staticmethod
     def inputs(picture: Features) -> tuple[Tensor, ...]:

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from mifo.data.saved_pictures import Picture
-from mifo.metrics.evaluation import Evaluation
-from mifo.metrics.scores import Score
+from mifo.metrics.scores import Evaluation, Score
 
 LABELS = {
     "editability": "Editability",

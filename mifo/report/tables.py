@@ -2,10 +2,12 @@
 
 import re
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from mifo.files import whole_file
+
+if TYPE_CHECKING:  # a list of runs, which escapes texts, does not wait for it
+    import pandas as pd
 
 
 def markdown_text(text: str) -> str:
@@ -20,7 +22,7 @@ def markdown_code(text: str) -> str:
     return f"{fence}{text}{fence}"
 
 
-def markdown_table(frame: pd.DataFrame, bold: pd.DataFrame | None = None) -> list[str]:
+def markdown_table(frame: "pd.DataFrame", bold: "pd.DataFrame | None" = None) -> list[str]:
     """The lines of a table. `bold`, of the same shape, is true where a cell stands out."""
     cells = frame.astype(str).map(markdown_text)
     if bold is not None:
@@ -29,13 +31,14 @@ def markdown_table(frame: pd.DataFrame, bold: pd.DataFrame | None = None) -> lis
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def write_csv(path: Path, frame: pd.DataFrame, digits: int) -> None:
-    """Write a table without its index; a text that a spreadsheet would compute begins with an apostrophe."""
+def write_csv(path: Path, frame: "pd.DataFrame", digits: int) -> None:
+    """Write a table without its index."""
     with whole_file(path) as unfinished:
-        frame.map(_harmless).to_csv(
+        frame.map(spreadsheet_text).to_csv(
             unfinished, index=False, float_format=f"%.{digits}f", lineterminator="\r\n"
         )
 
 
-def _harmless(value: object) -> object:
+def spreadsheet_text(value: object) -> object:
+    """A cell of a CSV; before a text that a spreadsheet would compute stands an apostrophe."""
     return re.sub(r"^(?=[=+\-@\t\r])", "'", value) if isinstance(value, str) else value

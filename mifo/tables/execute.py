@@ -20,7 +20,7 @@ from mifo.config.jobs import STATUS, lock_folder, read_status, unlock_folder, wr
 from mifo.config.launch import Launch, perform
 from mifo.errors import MifoError
 from mifo.files import read_record, whole_folder, write_whole
-from mifo.metrics.evaluation import SCORES, Evaluation
+from mifo.metrics.scores import SCORES, Evaluation
 from mifo.tables.plan import Run
 from mifo.tables.record import About, Entry
 

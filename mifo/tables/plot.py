@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mifo.metrics.evaluation import METRICS
+from mifo.metrics.scores import RANGES
 from mifo.report.palette import PALETTE, hexadecimal, instance_colour
 from mifo.tables.collect import Estimate, pareto_front
 
@@ -129,9 +130,9 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 def _half_widths(each: Estimate, metric: str) -> tuple[float, float]:
     """Of its interval below and above the mean; 0 where it has none."""
-    half, kind = each.half or 0.0, METRICS[metric]
+    half, (low, high) = each.half or 0.0, RANGES[metric]
     # a few scenes give an interval that leaves the range
-    return min(half, each.mean - kind.plot_lower_bound), min(half, kind.plot_upper_bound - each.mean)
+    return min(half, each.mean - low), min(half, high - each.mean)
 
 
 def _errorbars(

@@ -14,8 +14,8 @@ import pandas as pd
 from mifo.config.identity import CodeVersion
 from mifo.errors import MifoError
 from mifo.files import as_record, finite_number, read_csv, read_json, write_whole
-from mifo.metrics.evaluation import METRICS, check_value
-from mifo.metrics.scores import Evaluator, Score
+from mifo.metrics.evaluation import METRICS
+from mifo.metrics.scores import Evaluator, Score, check_value
 from mifo.report.tables import write_csv
 from mifo.tables.plan import Run
 from mifo.tables.settings import FILE

@@ -8,6 +8,7 @@ from unicodedata import category
 from omegaconf import MISSING
 
 from mifo.errors import MifoError, check_known
+from mifo.metrics.scores import RANGES
 from mifo.tables.asked import is_wanted, key_of, read_asked
 
 FILE = "table.yaml"
@@ -92,8 +93,6 @@ def read_table(folder: Path, arguments: list[str]) -> tuple[TableSettings, list[
 
 
 def _check(settings: TableSettings, file: Path) -> None:
-    from mifo.metrics.evaluation import METRICS  # imported here, since it needs torch and the help does not
-
     if not (settings.rows or settings.grid) or not settings.scenes or not settings.seeds:
         raise MifoError(f"{file}: a table needs rows or a grid, scenes and seeds")
     for label in (settings.title, *settings.rows, *settings.grid, *settings.scenes):
@@ -109,7 +108,7 @@ def _check(settings: TableSettings, file: Path) -> None:
         ("plot", settings.plot, PLOTS),
         ("code", settings.code, ("current", "any")),
         ("missing", settings.missing, ("run", "leave")),
-        *(("columns", column, METRICS) for column in settings.columns),
+        *(("columns", column, RANGES) for column in settings.columns),
     ):
         check_known(f"table.{key}", value, known)
 

@@ -1,7 +1,8 @@
 """Every run on disk and all of its settings and scores, read once and kept in an index in the user's cache.
 
 The index is SQLite, from which a list reads its columns alone. It can be deleted at any time: the next list
-makes it again. This module imports no library but YAML, so that a list of 10,000 runs takes a moment.
+makes it again. Of libraries only YAML is imported, also by the readers that are called, so that a list of
+10,000 runs takes a moment.
 """
 
 import json
@@ -16,9 +17,10 @@ from typing import Any
 import yaml
 
 from mifo.errors import MifoError
-from mifo.files import CONFIG, STATUS, read_json, read_text, user_cache
+from mifo.files import CONFIG, STATUS, read_json, read_text, refuse_aliases, typed, user_cache
+from mifo.metrics.scores import SCORES, Evaluation
 
-_VERSION = 1  # of the tables below; an index of another version is made again
+_VERSION = 2  # of the tables below; an index of another version is made again
 _MOST_KEYS = 5000  # of one run: a file from a stranger must not fill the disk
 _TABLES = """
     CREATE TABLE runs (id INTEGER PRIMARY KEY, folder TEXT UNIQUE, stamp INTEGER);
@@ -97,35 +99,38 @@ def near(folder: str) -> str:
 def read_facts(folder: Path) -> dict[str, Any]:
     """What a run's files say, flat: its settings, where it comes from, its status and its scores.
 
-    A file that cannot be read is named under `error`.
+    Where a file cannot be read, `status` is `damaged`, and `error` names the file.
     """
     facts: dict[str, Any] = {"folder": str(folder)}
-    for name, read in ((CONFIG, _settings), (STATUS, _status), ("scores.json", _scores)):
+    damage: dict[str, Any] = {}
+    for name, read in ((CONFIG, _settings), (STATUS, _status), (SCORES, _scores)):
         if (folder / name).exists():
             try:
                 facts |= islice(read(folder / name), _MOST_KEYS)
             except (MifoError, yaml.YAMLError, ValueError, TypeError, KeyError, RecursionError):
-                facts["error"] = f"{name} is damaged"
-    return facts
+                damage = {"status": "damaged", "error": f"{name} is damaged"}
+    return facts | damage
 
 
 def _settings(path: Path) -> Iterator[tuple[str, Any]]:
-    content = yaml.load(read_text(path), _LOADER)
+    text = read_text(path)
+    refuse_aliases(text, path)
+    content = typed(yaml.load(text, _LOADER), dict[str, Any], path)
     origin = content.pop("origin", {})
     return flat({**content, **origin})
 
 
 def _status(path: Path) -> Iterator[tuple[str, Any]]:
-    content = read_json(path)
-    yield from ((key, content[key]) for key in ("status", "error") if content.get(key) is not None)
+    content = typed(read_json(path), dict[str, Any], path)
+    yield from flat({key: content.get(key) for key in ("status", "error")})
 
 
 def _scores(path: Path) -> Iterator[tuple[str, Any]]:
-    yield from ((score["metric"], float(score["value"])) for score in read_json(path)["scores"])
+    yield from ((score.metric, score.value) for score in Evaluation.read(path).scores)
 
 
 def flat(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values that SQLite holds; lists as JSON."""
+    """Dotted keys and values that SQLite holds; lists as JSON. A ValueError for half a letter of UTF-16."""
     if isinstance(node, dict):
         for name, value in node.items():
             yield from flat(value, f"{key}.{name}" if key else str(name))
@@ -134,6 +139,7 @@ def flat(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     elif isinstance(node, bool):
         yield key, str(node).lower()
     elif isinstance(node, int | float | str):
+        f"{key}{node}".encode()
         yield key, node if not isinstance(node, int) or abs(node) < 2**63 else str(node)
 
 

@@ -15,7 +15,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from mifo.data.instances import InstanceSet
 from mifo.data.saved_pictures import Picture, as_image
 from mifo.files import reason
-from mifo.metrics.evaluation import METRICS, Evaluation, best_of
+from mifo.metrics.evaluation import METRICS, best_of
+from mifo.metrics.scores import Evaluation
 from mifo.report.heat_map import draw_leakage
 from mifo.report.picture_grid import draw_pictures
 from mifo.tracking.trackio_logger import TrackioLogger

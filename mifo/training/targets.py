@@ -1,6 +1,7 @@
 """What the configuration names by `_target_`: trainer, optimisers, LR schedulers, callbacks and loggers."""
 
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -21,14 +22,14 @@ def target(key: str, node: Any) -> Any:
     """The class or function that the `_target_` of `node` names, which takes the node's other keys.
 
     Raises:
-        MifoError: there is no `_target_`, its package is not installed, it does not exist, or an argument of
-            the node is none of its own.
+        MifoError: there is no `_target_`, its package is not installed, it does not exist or cannot be
+            called, or an argument of the node is none of its own.
     """
     path = node.get("_target_") if isinstance(node, Mapping) else None
     if not isinstance(path, str) or not path:
         raise MifoError(f"{key} needs a _target_, the class that it stands for; see conf/{key.split('.')[0]}")
     package, module = path.partition(".")[0], path.rpartition(".")[0]
-    if package and find_spec(package) is None:
+    if package and package not in sys.modules and find_spec(package) is None:
         raise MifoError(
             f"{key}._target_={path} needs the package {package}, which is not installed; check its "
             f"spelling, or install it with: pip install {package}"
@@ -44,7 +45,12 @@ def target(key: str, node: Any) -> Any:
             f"{key}._target_={path} cannot be imported ({told}); {hint}check its spelling"
         ) from error
     arguments = {name: value for name, value in node.items() if name not in _OF_HYDRA}
-    taken = inspect.signature(found).parameters
+    try:
+        taken = inspect.signature(found).parameters
+    except (TypeError, ValueError) as error:  # it cannot be called, or does not tell how
+        raise MifoError(
+            f"{key}._target_={path} has no arguments that can be read; name a class or a function"
+        ) from error
     if not any(each.kind is each.VAR_KEYWORD for each in taken.values()):
         for name in arguments:
             if name not in taken:
