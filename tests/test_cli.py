@@ -333,10 +333,9 @@ def test_a_server_that_takes_no_artifact_stops_no_run(mifo, model, tmp_path, mon
     def refused(*_, **__):
         raise wandb.errors.AuthenticationError("the service is busy")
 
-    monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr("mifo.commands.learn.log_learned", refused)
     monkeypatch.setattr("mifo.commands.run.log_evaluation", refused)
-    assert mifo("run", *model, "debug=default", "logger=wandb", "hydra.run.dir=here") == 0
+    assert mifo("run", *model, "debug=default", "logger=none", "hydra.run.dir=here") == 0
     assert status(tmp_path / "here") == "ok" and (tmp_path / "here" / "contact_sheet.html").is_file()
     assert capsys.readouterr().out.count("did not take everything of this run: the service is busy") == 2
 
