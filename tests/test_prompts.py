@@ -95,7 +95,7 @@ def test_numbers_in_digits_are_function_words_and_nouns_are_not(tokenizer):
         ("a photo of <asset0>", ["<asset1>"], "'<asset1>'.*name it in the prompt"),
         ("a photo of <asset0>", ["dog"], "'dog'"),
         ("a photo of <asset0>", [""], "''"),
-        ("a photo of <asset0>" + " very" * 80, ["<asset0>"], "86 tokens.*reads 77"),
+        ("a photo of <asset0>" + " very" * 80, ["<asset0>"], "86 tokens, 77 fit"),
     ],
 )
 def test_what_a_prompt_cannot_mean_is_refused(tokenizer, prompt, keys, reason):
