@@ -217,7 +217,10 @@ def half_weights(folder):
             "lacks tokenizer.json",
         ),
         (lambda folder: next(folder.glob("vae/*.safetensors")).unlink(), "vae/.*safetensors is missing"),
-        (lambda folder: next(folder.glob("unet/*.safetensors")).write_bytes(b"no"), r"unet/.*safetensors is damaged"),
+        (
+            lambda folder: next(folder.glob("unet/*.safetensors")).write_bytes(b"no"),
+            r"unet/.*safetensors is damaged",
+        ),
         (half_weights, "could not be loaded .*text_encoder lacks the weights"),
     ],
 )
