@@ -736,6 +736,18 @@ def test_a_cache_that_can_not_be_written_is_refused_before_anything_is_learned(
         learn(copy(model), instances, settings, PenaltySettings(), tmp_path / "run")
 
 
+def test_what_a_killed_run_left_among_class_pictures_is_removed(model, tmp_path):
+    settings = PriorSettings(pictures=1, steps=1, cache=str(tmp_path))
+    (picture,) = class_pictures(model, ["a photo of a car"], settings, seed=1)[0].files
+    killed, writing = picture.with_suffix(".7.png"), picture.with_suffix(".8.png")
+    for file in (killed, writing):
+        file.write_bytes(b"half")
+    os.utime(killed, (0, 0))
+    picture.unlink()
+    class_pictures(model, ["a photo of a car"], settings, seed=1)
+    assert sorted(picture.parent.iterdir()) == sorted([picture, writing])
+
+
 def test_class_pictures_are_read_as_photographs_are(model, tmp_path, caplog):
     exif = Image.Exif()
     exif[0x0112] = 3  # to be shown upside down

@@ -3,8 +3,9 @@
 import hashlib
 import os
 import re
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -98,6 +99,12 @@ def _make(
     precision: str,
 ) -> None:
     """Make pictures, each given as by `_wanted`."""
+    for folder in {file.parent for file, *_ in missing}:
+        for unfinished in folder.glob("*.*.png"):
+            # a killed run left it; a younger one may be another run's, which is writing it and will rename it
+            with suppress(FileNotFoundError):
+                if time.time() - unfinished.stat().st_mtime > 3600:
+                    unfinished.unlink()
     dtype = getattr(torch, precision)
     # a cache of rounded weights would stay in memory
     autocast = torch.autocast(
