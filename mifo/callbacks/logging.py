@@ -1,5 +1,6 @@
 """What callbacks log now and then: pictures and figures, with every logger that takes them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def log_values(
         logger.log_metrics(named, trainer.global_step)
 
 
-class Periodic(Callback):
+class Periodic(Callback, ABC):
     """A callback that looks at learning every `every` steps, 0 for never, and at the end of a stage.
 
     Raises:
@@ -58,6 +59,6 @@ class Periodic(Callback):
         if step == trainer.max_steps or (self.every > 0 and step % self.every == 0):
             self.look(trainer, pl_module)
 
+    @abstractmethod
     def look(self, trainer: Trainer, module: LearningStage) -> None:
         """What happens then."""
-        raise NotImplementedError

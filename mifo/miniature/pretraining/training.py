@@ -161,9 +161,8 @@ def fit(module: Pretraining, folder: Path, minutes: float | None = None, logger=
         ],
         enable_model_summary=False,
     )
-    steps: Any = range(
-        module.settings.steps
-    )  # each part draws its own batch on the device, seeded by the step
+    # each part draws its own batch on the device, seeded by the step
+    steps: Any = range(module.settings.steps)
     trainer.fit(module, DataLoader(steps), ckpt_path=last if last.exists() else None)
     trainer.save_checkpoint(last)
     return module.global_step >= module.settings.steps
