@@ -1,11 +1,12 @@
-"""Leakage of instances that were learned together, and learned apart and put together, on the miniature.
+"""Leakage of instances that were learned together, learned apart and put together, and drawn alone.
 
     python experiments/learned_apart/measure.py [workers=8] [seeds=0,1,2] [scenes=alike_two_cups] [KEY=VALUE]
 
 Every instance of a drawn scene is drawn once more alone, in its place and on its background. The scene and
 these pictures are learned with the same settings, the same layouts are made of both results, and the
-instances of the scene judge both. Other keys are overrides of learning and synthesis. Finished runs are not
-made again. outputs/learned_apart holds the runs and the record, runs.csv and table.md.
+instances of the scene judge both. As a control, the result of each single picture is also drawn alone, in its
+box of the same layouts, where nothing can mix. Other keys are overrides of learning and synthesis. Finished
+runs are not made again. outputs/learned_apart holds the runs and the record, runs.csv and table.md.
 """
 
 import sys
@@ -13,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import yaml
@@ -20,6 +22,7 @@ from scipy import stats
 
 import mifo
 from mifo.config.location import conf_folder
+from mifo.data.layouts import ARRANGEMENTS
 from mifo.data.saved_pictures import as_image
 from mifo.files import whole_folder
 from mifo.metrics.evaluation import Evaluation
@@ -27,6 +30,7 @@ from mifo.world.scenes import redraw_scene, render_scene
 from mifo.world.spec import SceneSpec, ThingSpec
 
 OUTPUT = Path("outputs/learned_apart")
+HOW = ("together", "apart", "alone")
 QUIET = ["logger=none", "callbacks=none"]
 METRICS = [
     "leakage",
@@ -63,6 +67,26 @@ def draw_alone(name: str, number: int) -> Path:
     return folder
 
 
+def judges(name: str, first: int) -> list[str]:
+    """Overrides for the instances of a scene with one of them first, as the judges of its single result."""
+    spec = read_scene(name)
+    order = sorted(range(len(spec.things)), key=lambda number: number != first)
+    folder = OUTPUT / "photos" / f"{name}-judges-{first}"
+    if not folder.is_dir():
+        scene = render_scene(spec)
+        with whole_folder(folder) as unfinished:
+            as_image(scene.image).save(unfinished / "img.png")
+            for place, number in enumerate(order):
+                as_image(scene.masks[number : number + 1].float()).save(unfinished / f"mask{place}.png")
+    classes = ",".join(spec.things[number].thing for number in order)
+    return [
+        "instances=local",
+        f"instances.folder={folder}",
+        f"instances.class_names=[{classes}]",
+        f"instances.initializers=[{classes}]",
+    ]
+
+
 def learn(name: str, seed: int, number: int | None, given: list[str]) -> Path:
     """The result of a whole scene, or of its thing `number` alone."""
     folder = OUTPUT / f"{name}-{seed}" / ("together" if number is None else f"alone-{number}")
@@ -81,34 +105,64 @@ def learn(name: str, seed: int, number: int | None, given: list[str]) -> Path:
 
 
 def score(name: str, seed: int, how: str, given: list[str]) -> dict[str, object]:
-    """The scores of the pictures of a scene that was learned `together` or `apart`."""
+    """The scores of the pictures of a scene that was learned `together` or `apart`, or drawn `alone`."""
+    tokens = [f"<asset{number}>" for number in range(len(read_scene(name).things))]
+    apart = [learn(name, seed, number, given) for number in range(len(tokens))]
+    if how == "together":
+        whole = learn(name, seed, None, given)
+        found = [_score(name, seed, how, str(whole), [f"instances={name}"], [], given)]
+    elif how == "apart":
+        found = [_score(name, seed, how, [str(each) for each in apart], [f"instances={name}"], [], given)]
+    else:
+        boxes = ARRANGEMENTS["spread"](tokens).values()
+        found = [
+            _score(
+                name,
+                seed,
+                f"{how}-{number}",
+                str(learned),
+                judges(name, number),
+                ["layout.arrange=null", f"layout.boxes.asset0={[*map(float, box)]}"],
+                given,
+            )
+            for number, (learned, box) in enumerate(zip(apart, boxes, strict=True))
+        ]
+    means = pd.DataFrame(found).mean().to_dict()
+    return {"scene": name, "seed": seed, "learned": how} | means
+
+
+def _score(
+    name: str, seed: int, how: str, learned: Any, judges: list[str], layout: list[str], given: list[str]
+) -> dict[str, float]:
     folder = OUTPUT / f"{name}-{seed}"
     if not (folder / f"scores-{how}" / "scores.json").is_file():
-        things = range(len(read_scene(name).things))
-        learned = [learn(name, seed, number, given) for number in (things if how == "apart" else [None])]
         pictures = mifo.synthesize(
             "layout=benchmark",
+            *layout,
             "synthesis.samples=1",
             f"seed={seed}",
             *_without(given, "learning", "penalty", "method", "trainer"),
-            learned=[str(each) for each in learned] if how == "apart" else str(learned[0]),
+            learned=learned,
             folder=folder / f"pictures-{how}",
         )
-        mifo.evaluate(f"instances={name}", *QUIET[:1], pictures=pictures, folder=folder / f"scores-{how}")
+        mifo.evaluate(*judges, *QUIET[:1], pictures=pictures, folder=folder / f"scores-{how}")
     found = Evaluation.read(folder / f"scores-{how}" / "scores.json").scores
-    return {"scene": name, "seed": seed, "learned": how} | {each.metric: each.value for each in found}
+    return {each.metric: each.value for each in found}
 
 
 def table(runs: pd.DataFrame) -> str:
-    """Means over scenes, whose seeds are averaged first, and the paired difference with its 95 % interval."""
+    """Means over scenes, whose seeds are averaged first, and paired differences with their 95 % intervals."""
     means = runs.groupby(["scene", "learned"])[METRICS].mean().unstack("learned")
-    lines = ["| | together | apart | apart − together |", "| --- | --- | --- | --- |"]
+    lines = ["| | together | apart | alone | apart − together | apart − alone |"]
+    lines += ["| --- " * 6 + "|"]
     for metric in METRICS:
-        both = means[metric]
-        difference = both["apart"] - both["together"]
-        half = f" ± {stats.t.ppf(0.975, len(both) - 1) * difference.sem():.3f}" if len(both) > 1 else ""
-        cells = [f"{both[how].mean():.3f}" for how in ("together", "apart")]
-        lines.append(f"| {metric} | {' | '.join(cells)} | {difference.mean():+.3f}{half} |")
+        found = means[metric]
+        cells = [f"{found[how].mean():.3f}" for how in HOW]
+        for other in ("together", "alone"):
+            difference = found["apart"] - found[other]
+            half = f" ± {stats.t.ppf(0.975, len(found) - 1) * difference.sem():.3f}" if len(found) > 1 else ""
+            cells.append(f"{difference.mean():+.3f}{half}")
+        lines.append(f"| {metric} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -133,7 +187,7 @@ def main(arguments: list[str]) -> None:
             draw_alone(name, number)
     with ProcessPoolExecutor(int(own["workers"]), get_context("spawn")) as pool:
         list(pool.map(learn, *zip(*learning, strict=True)))
-        scoring = [(*pair, how, given) for pair in pairs for how in ("together", "apart")]
+        scoring = [(*pair, how, given) for pair in pairs for how in HOW]
         runs = pd.DataFrame(pool.map(score, *zip(*scoring, strict=True)))
     runs.round(4).to_csv(OUTPUT / "runs.csv", index=False)
     (OUTPUT / "table.md").write_text(table(runs))
