@@ -181,10 +181,11 @@ def main(arguments: list[str]) -> None:
         for name, seed in pairs
         for number in (None, *range(len(read_scene(name).things)))
     ]
-    # before the processes begin, of which several would draw the same photo
+    # before the processes begin, of which several would draw the same picture
     for name in scenes:
         for number in range(len(read_scene(name).things)):
             draw_alone(name, number)
+            judges(name, number)
     with ProcessPoolExecutor(int(own["workers"]), get_context("spawn")) as pool:
         list(pool.map(learn, *zip(*learning, strict=True)))
         scoring = [(*pair, how, given) for pair in pairs for how in HOW]
