@@ -28,6 +28,7 @@ from mifo.acceleration.graphs import GraphedFunction, GraphedStep
 from mifo.acceleration.profile import available, check_performance, ready_for_synthesis
 from mifo.acceleration.rounding import frozen_products
 from mifo.acceleration.settings import PerformanceSettings
+from mifo.backbones.attention import draws_in_training
 from mifo.backbones.loading import load_model
 from mifo.backbones.settings import ModelSettings
 from mifo.config import compose, settings_of
@@ -341,11 +342,12 @@ def test_the_automatic_profile_is_the_fastest_that_fits(monkeypatch):
     for has_bfloat16 in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has_bfloat16: has)
         fastest = available(auto, "cuda")
-        assert (fastest.name == "max_speed") == fastest.cuda_graphs == has_bfloat16
-        assert fastest == available(max_speed if has_bfloat16 else PerformanceSettings(), "cuda")
+        assert (fastest.name == "max_speed") == has_bfloat16
+        graphs = PerformanceSettings(cuda_graphs=True)
+        assert fastest == available(max_speed if has_bfloat16 else graphs, "cuda")
         typed = replace(auto, gradient_checkpointing=True)
-        for kept in (available(typed, "cuda"), available(auto, "cuda", torch.bfloat16)):
-            assert kept.name == "default" and kept.autocast and not kept.cuda_graphs
+        assert available(typed, "cuda") == available(replace(graphs, gradient_checkpointing=True), "cuda")
+        assert available(auto, "cuda", torch.bfloat16) == available(graphs, "cuda")
 
 
 def test_synthesis_in_half_precision_stays_near_full_precision(source, vectors, vector_unet):
@@ -372,7 +374,6 @@ def test_synthesis_in_half_precision_stays_near_full_precision(source, vectors, 
         ({"learning_precision": "fp16"}, "performance.learning_precision=fp16"),
         ({"synthesis_precision": "half"}, "performance.synthesis_precision=half"),
         ({"matmul_precision": "low"}, "performance.matmul_precision=low"),
-        ({"gradient_checkpointing": True, "cuda_graphs": True}, "excludes performance.cuda_graphs"),
         ({"float8": True}, "performance.float8 saves memory only with performance.gradient_checkpointing"),
         ({"gradient_checkpointing": True, "autocast": False}, "excludes performance.autocast=false"),
         ({"autocast": False, "learning_precision": "float16"}, "performance.autocast=false needs"),
@@ -612,6 +613,15 @@ def test_what_is_computed_a_second_time_finds_the_kernels_of_the_first(source, l
 
     losses(replace(PLAIN, gradient_checkpointing=True), load=load)
     assert len(seen) >= 2 * 7 and len(set(seen)) == 1  # that of the class pictures may come first
+
+
+def test_a_network_draws_in_training_where_a_dropout_is_on(source):
+    model = load_model(ModelSettings("tiny", source))
+    layer = model.text_encoder.encoder.layers[0].self_attn
+    assert not draws_in_training(model.unet) and not draws_in_training(model.text_encoder)
+    layer.dropout = 0.1
+    model.unet.mid_block.resnets[0].dropout = nn.Dropout(0.1)
+    assert draws_in_training(model.unet) and draws_in_training(model.text_encoder)
 
 
 def test_whole_weights_go_one_by_one_as_they_are_kept_in_8_bits(monkeypatch):

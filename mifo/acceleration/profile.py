@@ -56,10 +56,6 @@ def check_performance(settings: PerformanceSettings) -> None:
         raise MifoError(
             f"performance.threads={settings.threads} is no number of threads; take at least 1, or null."
         )
-    if settings.gradient_checkpointing and settings.cuda_graphs:
-        raise MifoError(
-            "performance.gradient_checkpointing excludes performance.cuda_graphs; switch one of them off."
-        )
     if settings.float8 and not settings.gradient_checkpointing:
         raise MifoError(
             "performance.float8 saves memory only with performance.gradient_checkpointing=true; set that too."
@@ -102,17 +98,21 @@ def available(
 
 
 def _automatic(settings: PerformanceSettings, gpu: bool, dtype: torch.dtype) -> PerformanceSettings:
-    """`performance=auto` made definite: max_speed on a GPU that has bfloat16, as default elsewhere.
+    """`performance=auto` made definite: max_speed on a GPU that has bfloat16, default on a processor.
 
-    What was typed beside it, and base weights that are not of type float32 (`dtype`), may exclude max_speed.
+    What was typed beside it, and base weights that are not of type float32 (`dtype`), may exclude max_speed;
+    then it is default with CUDA graphs.
     """
     if settings.name != "auto":
         return settings
+    if not gpu:
+        return replace(settings, name="default")
     free = settings.learning_precision == "auto" and not settings.gradient_checkpointing
-    if gpu and free and dtype is torch.float32 and torch.cuda.is_bf16_supported():
-        _tell_automatic()
+    if free and dtype is torch.float32 and torch.cuda.is_bf16_supported():
+        _tell_automatic("max_speed: bfloat16 passes, channels-last layout, CUDA graphs")
         return replace(settings, name="max_speed", autocast=False, channels_last=True, cuda_graphs=True)
-    return replace(settings, name="default")
+    _tell_automatic("default with CUDA graphs, since max_speed needs whole weights of 32 bits and bfloat16")
+    return replace(settings, name="default", cuda_graphs=True)
 
 
 @cache  # said once, though a run asks for its profile before learning, in learning and in synthesis
@@ -121,8 +121,8 @@ def _tell_missing(name: str, left_out: str) -> None:
 
 
 @cache
-def _tell_automatic() -> None:
-    log.info("performance=auto takes max_speed: bfloat16 passes, channels-last layout, CUDA graphs.")
+def _tell_automatic(taken: str) -> None:
+    log.info("performance=auto takes %s.", taken)
 
 
 def ready_for_learning(model: Accelerated, settings: PerformanceSettings) -> None:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mifo.method.backbone import Conditioning, DefaultSites, Read, Rule, Rules, Site
@@ -104,12 +104,15 @@ class AttentiveNetwork(ABC):
     def enable_checkpointing(self) -> None:
         """Compute activations twice instead of keeping them; both times by the same processors."""
 
+        draws = draws_in_training(self.network)
+
         def twice(module: Any, *inputs: Any) -> Any:
             then = [each.processor for each in self._modules]
             return checkpoint(
                 module.__call__,
                 *inputs,
                 use_reentrant=False,
+                preserve_rng_state=draws,
                 context_fn=lambda: (nullcontext(), self.installed(then)),
             )
 
@@ -126,6 +129,16 @@ class AttentiveNetwork(ABC):
         finally:
             for module, processor in zip(self._modules, before, strict=True):
                 module.processor = processor
+
+
+def draws_in_training(network: nn.Module) -> bool:
+    """Whether a network in training draws random numbers, by dropout.
+
+    What is computed twice must then find the state of the generator again, which no CUDA graph can keep.
+    """
+    shares = ("p", "dropout", "attention_dropout")  # of `nn.Dropout`, and as transformers' layers name them
+    found = (getattr(module, share, None) for module in network.modules() for share in shares)
+    return any(isinstance(each, float) and each > 0 for each in found)
 
 
 class _AllRead(Exception):

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection
 
 from mifo.acceleration.fused_attention import quick_to_start
-from mifo.backbones.attention import AttentiveNetwork
+from mifo.backbones.attention import AttentiveNetwork, draws_in_training
 from mifo.backbones.clip import prompt_words, tokenize
 from mifo.backbones.configs import Config, Configs
 from mifo.backbones.model import ORIGIN, DiffusionModel, Trainable
@@ -131,7 +131,8 @@ class LatentModel(DiffusionModel):
     def enable_checkpointing(self) -> None:
         self.attentive.enable_checkpointing()
         for encoder in self.text_encoders.values():
-            encoder.gradient_checkpointing_enable({"use_reentrant": False})
+            draws = draws_in_training(encoder)
+            encoder.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": draws})
         self.checkpointing = True
 
     def to(self, device: torch.device | str) -> Self:
