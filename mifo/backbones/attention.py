@@ -61,6 +61,10 @@ class AttentiveNetwork(ABC):
     def processors(self, reads: Mapping[Site, Read], keep: Keep, rules: Rules | None) -> list[Any]:
         """A processor for each of the `layers`, with `rule`, which bounds it, and its `attend` of heads."""
 
+    def queries(self, site: Site) -> slice:
+        """Which queries of its layer are a site's, those of pixels."""
+        return slice(None)
+
     def keys(self, site: Site) -> slice:
         """Which keys of its layer are a site's."""
         return slice(None)

@@ -47,9 +47,10 @@ def check_maps(
         for site in (site for site in layer if site in kept):
             keys = network.keys(site)
             expected = scores.softmax(-1)[..., keys] if network.whole_row else scores[..., keys].softmax(-1)
-            pixels = _some(query) < kept[site].shape[2]
-            found = kept[site][:, :, _some(query)[pixels]]
-            off[site] = _distance(found, expected[:, :, pixels], query.dtype)
+            chosen, asked = _some(query), torch.arange(query.shape[2])[network.queries(site)]
+            own = torch.isin(chosen, asked)
+            found = kept[site][:, :, chosen[own] - asked[0]]
+            off[site] = _distance(found, expected[:, :, own], query.dtype)
     for site in sites:
         if not off.get(site, 2.0) <= 1:
             raise MifoError(

@@ -27,6 +27,8 @@ READ = (9, 18, 27)  # layers of the language model, whose states after them stan
 class Flux2Network(JointNetwork):
     """A `Flux2Transformer2DModel` on a square of patches; `guidance` goes into models that embed it."""
 
+    words_first = True
+
     def __init__(self, transformer: Any, side: int, whole_row: bool, guidance: float | None) -> None:
         blocks = {"transformer_blocks": transformer.transformer_blocks}
         blocks["single_transformer_blocks"] = transformer.single_transformer_blocks

@@ -1,6 +1,7 @@
 """Joint attention over pixels and words in one row: bounded by a rule, and read.
 
-B samples, n pixels (patches), L words, d width of a head. Pixels come before words in the joint sequence.
+B samples, n pixels (patches), L words, d width of a head. Pixels come before words in the joint sequence, or
+after them where a family's network has them so (`words_first`).
 """
 
 from collections.abc import Mapping
@@ -15,16 +16,24 @@ from torch.utils.checkpoint import checkpoint
 from mifo.acceleration.block_attention import block_attention, block_mask, runs_in_blocks
 from mifo.acceleration.fused_attention import quick_to_start
 from mifo.backbones.attention import Biases, Keep, attention_probabilities, unrounded
-from mifo.method.backbone import Read, Rule, Rules, Site
+from mifo.method.backbone import Kind, Read, Rule, Rules, Site
 
 QUERIES_AT_ONCE = 256  # whose whole rows are in memory
+
+
+def place(kind: Kind, pixels: int, words_first: bool) -> slice:
+    """Where the words, or so many pixels, stand in the joint sequence."""
+    if words_first:
+        return slice(-pixels) if kind == "words" else slice(-pixels, None)
+    return slice(pixels, None) if kind == "words" else slice(pixels)
 
 
 class JointRules:
     """The rules of one pass for the layers of a transformer, and the masks made of them, each made once."""
 
-    def __init__(self, rules: Rules | None) -> None:
+    def __init__(self, rules: Rules | None, words_first: bool = False) -> None:
         self._rules = rules
+        self.words_first = words_first
         self._bias = Biases()
         self._blocks: dict[int, Any] = {}
         self._joint: dict[tuple[int, int], Rule] = {}
@@ -39,7 +48,7 @@ class JointRules:
         if self._rules is None:
             return None
         if size not in self._joint:
-            self._joint[size] = joint_rule(self._rules, size)
+            self._joint[size] = joint_rule(self._rules, size, self.words_first)
         return self._joint[size]
 
     def bias(self, rule: Rule | None, dtype: torch.dtype) -> Tensor | None:
@@ -92,6 +101,10 @@ class JointAttention:
         self.reads, self.keep, self.rule, self.rules = reads, keep, rule, rules
         self.pixels, self.whole_row = pixels, whole_row
 
+    def place(self, kind: Kind) -> slice:
+        """Where pixels or words stand in the joint sequence."""
+        return place(kind, self.pixels, self.rules.words_first)
+
     def joined(
         self, attn: Any, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None = None
     ) -> Tensor:
@@ -123,9 +136,8 @@ class JointAttention:
 
     def probabilities(self, site: Site, padding: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
         """In 32 bits, of queries and keys (B, heads, n + L, d)."""
-        asked, scale = query[:, :, : self.pixels], scale_of(query)
-        own = slice(self.pixels, None) if site.kind == "words" else slice(self.pixels)
-        keys = key[:, :, own]
+        pixels, own, scale = self.place("pixels"), self.place(site.kind), scale_of(query)
+        asked, keys = query[:, :, pixels], key[:, :, own]
         bias = self.rules.bias(self.rules.of(site), torch.float32)
         if padding is not None and site.kind == "words":
             closed = padding[..., own].float()
@@ -133,6 +145,8 @@ class JointAttention:
         if not self.whole_row:
             return attention_probabilities(asked, keys, scale, bias)
         rule = self.rule and self.rules.fitted(self.rule, key.shape[2], padding)
+        if rule:
+            rule = Rule(rule.queries[:, pixels], rule.keys)
         with unrounded(query):
             scores = scale * asked.float() @ keys.float().transpose(-1, -2)
             level = row_levels(asked, key, scale, rule, padding)
@@ -144,7 +158,7 @@ def scale_of(query: Tensor) -> float:
     return query.shape[-1] ** -0.5
 
 
-def joint_rule(rules: Rules, size: tuple[int, int]) -> Rule:
+def joint_rule(rules: Rules, size: tuple[int, int], words_first: bool = False) -> Rule:
     """The rules between pixels and words as one rule over the joint sequence, (B or 1, n + L) bits of int64.
 
     The lower half of a query's bits says which pixels it sees, the upper half which words. Words see all
@@ -159,7 +173,8 @@ def joint_rule(rules: Rules, size: tuple[int, int]) -> Rule:
         _packed(pixels.keys, torch.zeros_like(pixels.keys)),
         _packed(torch.zeros_like(words.keys), words.keys),
     ]
-    return Rule(_joined(queries), _joined(keys))
+    order = -1 if words_first else 1
+    return Rule(_joined(queries[::order]), _joined(keys[::order]))
 
 
 def row_levels(
@@ -168,8 +183,8 @@ def row_levels(
     """log Σ exp(scale · q·k) of whole rows, (B, heads, n, 1) in 32 bits, a few queries at a time.
 
     Args:
-        query: (B, heads, n, d), the first queries of the sequence. key: (B, heads, n + L, d).
-        rule: closes keys. padding: see `JointAttention.joined`.
+        query: (B, heads, n, d), of pixels. key: (B, heads, n + L, d).
+        rule: closes keys to these queries. padding: see `JointAttention.joined`.
     """
 
     def level(part: Tensor, bits: Tensor | None) -> Tensor:
@@ -185,7 +200,7 @@ def row_levels(
     parts = query.split(QUERIES_AT_ONCE, 2)
     bits = [None] * len(parts)
     if rule is not None:
-        bits = rule.queries[:, : query.shape[2]].split(QUERIES_AT_ONCE, 1)
+        bits = rule.queries.split(QUERIES_AT_ONCE, 1)
     return torch.cat(
         [
             checkpoint(level, part, own, use_reentrant=False, preserve_rng_state=False)
@@ -195,7 +210,16 @@ def row_levels(
     )
 
 
-def joint_heads(attn: Any, hidden_states: Tensor, words: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def turned(states: Tensor, angles: Tensor) -> Tensor:
+    """Queries or keys (B, heads, n + L, d) turned by their places, complex numbers (B or 1, n + L, d / 2)."""
+    with unrounded(states):
+        pairs = torch.view_as_complex(states.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * angles[:, None]).flatten(3).to(states.dtype)
+
+
+def joint_heads(
+    attn: Any, hidden_states: Tensor, words: Tensor | None, words_first: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values (B, heads, n + L, d); adapters on the projections take part."""
 
     def heads(projection: nn.Module, norm: nn.Module | None, states: Tensor) -> Tensor:
@@ -211,7 +235,8 @@ def joint_heads(attn: Any, hidden_states: Tensor, words: Tensor | None) -> tuple
             (attn.add_v_proj, None),
         )
         added = [heads(projection, norm, words) for projection, norm in layers]
-        found = [torch.cat(pair, 2) for pair in zip(found, added, strict=True)]
+        order = -1 if words_first else 1
+        found = [torch.cat(pair[::order], 2) for pair in zip(found, added, strict=True)]
     query, key, value = found
     return query, key, value
 

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mifo.backbones.attention import unrounded
-from mifo.backbones.joint.attention import JointAttention, joint_heads
+from mifo.backbones.joint.attention import JointAttention, joint_heads, turned
 from mifo.backbones.joint.network import JointNetwork
 from mifo.backbones.joint.qwen_model import QwenModel
 from mifo.backbones.joint.sites import JOINT, PIXELS, joint_sites
@@ -36,20 +35,13 @@ class StreamAttention(JointAttention):
     ) -> Tensor:
         query, key, value = joint_heads(attn, hidden_states, None)
         if freqs_cis is not None:
-            query, key = (_turned(each, freqs_cis) for each in (query, key))
+            query, key = (turned(each, freqs_cis) for each in (query, key))
         padding = None
         if attention_mask is not None:
             padding = value.new_zeros(attention_mask.shape).masked_fill(~attention_mask, -torch.inf)
             padding = padding[:, None, None]
         out: Tensor = attn.to_out[0](self.joined(attn, query, key, value, padding))
         return out
-
-
-def _turned(states: Tensor, angles: Tensor) -> Tensor:
-    """Queries or keys (B, heads, n + L, d) turned by their places, complex numbers (B, n + L, d / 2)."""
-    with unrounded(states):
-        pairs = torch.view_as_complex(states.float().unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * angles[:, None]).flatten(3).to(states.dtype)
 
 
 class ZImageNetwork(JointNetwork):
