@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import sys
 from itertools import permutations
@@ -22,7 +23,7 @@ from mifo.config import compose, conf_folder, settings_of
 from mifo.data.saved_pictures import Picture, read_pictures, save_pictures
 from mifo.errors import MifoError
 from mifo.metrics.box_adherence import BoxAdherence, find_instance
-from mifo.metrics.class_accuracy import ClassAccuracy, class_texts
+from mifo.metrics.class_accuracy import ClassAccuracy, class_texts, whole_window
 from mifo.metrics.crops import crop_box, mask_box, pad_square, reference_crops
 from mifo.metrics.evaluation import Evaluation, PictureEvaluator
 from mifo.metrics.evaluators import load_image_encoder, load_image_text_encoder
@@ -97,6 +98,7 @@ def test_a_perfect_picture_and_a_swapped_one_score_as_such():
             "identification": 1,
             "leakage": 0,
             "class_accuracy": 1,
+            "class_accuracy_whole": 1,
             "box_adherence": 1,
             "missing": 0,
             "twice": 0,
@@ -108,6 +110,7 @@ def test_a_perfect_picture_and_a_swapped_one_score_as_such():
     assert values(swapped)["identification"] == pytest.approx(1 / 3)
     assert values(swapped)["leakage"] == pytest.approx(2 / 3)
     assert values(swapped)["class_accuracy"] == pytest.approx(1 / 3)
+    assert values(swapped)["class_accuracy_whole"] == pytest.approx(1 / 3)  # another's place does not count
     assert values(swapped)["instance_consistency"] == pytest.approx(1 / 3)
     assert values(swapped)["editability"] == pytest.approx(1)
     torch.testing.assert_close(
@@ -120,6 +123,18 @@ def test_mean_scores_are_those_of_the_crops():
     assert [row["identification"] for row in evaluation.pictures] == pytest.approx([1, 1 / 3])
     assert values(evaluation)["identification"] == pytest.approx(2 / 3)
     assert {score.metric: score.count for score in evaluation.scores}["leakage"] == 6
+
+
+def test_a_thing_that_leaves_its_box_is_judged_whole():
+    picture = draw(RED, GREEN, BLUE)
+    x0, y0, x1, y1 = (round(edge * 32) for edge in BOXES[0])
+    picture[:, y0:y1, x0 : x0 + (x1 - x0) * 2 // 3] = GREEN.view(3, 1, 1)
+    picture[:, y0:y1, x0 + (x1 - x0) * 2 // 3 : x1 + (x1 - x0)] = RED.view(3, 1, 1)
+    found = evaluate(picture).pictures[0]
+    assert found["class_accuracy"] == pytest.approx(2 / 3) and found["class_accuracy_whole"] == 1
+    assert whole_window((0.0, 0.0, 0.4, 0.4), (0.2, 0.1, 0.6, 0.5)) == (0.0, 0.0, 0.6, 0.5)
+    for apart in ((0.4, 0.0, 0.8, 0.4), (math.nan,) * 4):
+        assert whole_window((0.0, 0.0, 0.4, 0.4), apart) == (0.0, 0.0, 0.4, 0.4)
 
 
 def test_an_instance_without_a_class_has_no_class_accuracy():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mifo.method.prompts.articles import article
+from mifo.metrics.crops import Box
 from mifo.metrics.metric import Features, Metric
 from mifo.metrics.settings import ClassWords
 from mifo.metrics.similarity import similarity_matrix
@@ -27,15 +28,35 @@ class ClassAccuracy(Metric):
     @staticmethod
     def inputs(picture: Features) -> tuple[Tensor, ...] | None:
         """Crops of instances whose class is known."""
-        known = [place for place, own in enumerate(picture.own) if picture.classes[own] is not None]
-        if not known or picture.crops_clip is None:
-            return None
-        wanted = torch.tensor([picture.classes[own] for own in picture.own[known]])
-        return picture.crops_clip[known], picture.texts_clip, wanted
+        return _of_known_classes(picture, picture.crops_clip)
 
     def update(self, crops: Tensor, texts: Tensor, own: Tensor) -> None:
         """Take features of crops (C, D) and of texts (W, D), and the index of each crop's text (C,)."""
         super().update((similarity_matrix(crops, texts).argmax(dim=1) == own).float())
+
+
+class ClassAccuracyWhole(ClassAccuracy):
+    """Class accuracy in the `whole_window` of each crop, for things that stand partly outside their boxes."""
+
+    @staticmethod
+    def inputs(picture: Features) -> tuple[Tensor, ...] | None:
+        return _of_known_classes(picture, picture.whole_crops_clip)
+
+
+def whole_window(box: Box, found: Box) -> Box:
+    """The smallest window that holds a box and where its instance was found; the box, if they are apart."""
+    overlap = max(box[0], found[0]) < min(box[2], found[2]) and max(box[1], found[1]) < min(box[3], found[3])
+    if not overlap:  # what was found is another's, or not finite
+        return box
+    return min(box[0], found[0]), min(box[1], found[1]), max(box[2], found[2]), max(box[3], found[3])
+
+
+def _of_known_classes(picture: Features, crops: Tensor | None) -> tuple[Tensor, ...] | None:
+    known = [place for place, own in enumerate(picture.own) if picture.classes[own] is not None]
+    if not known or crops is None:
+        return None
+    wanted = torch.tensor([picture.classes[own] for own in picture.own[known]])
+    return crops[known], picture.texts_clip, wanted
 
 
 def class_texts(words: ClassWords, class_names: Sequence[str | None]) -> tuple[list[str], list[int | None]]:

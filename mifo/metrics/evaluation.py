@@ -10,7 +10,7 @@ from mifo.data.instances import InstanceSet
 from mifo.data.saved_pictures import Picture
 from mifo.errors import MifoError
 from mifo.metrics.box_adherence import BoxAdherence, find_instance
-from mifo.metrics.class_accuracy import ClassAccuracy, class_texts
+from mifo.metrics.class_accuracy import ClassAccuracy, ClassAccuracyWhole, class_texts, whole_window
 from mifo.metrics.crops import Box, crop_box, reference_crops
 from mifo.metrics.evaluators import (
     ImageEncoder,
@@ -41,6 +41,7 @@ METRICS: dict[str, type[Metric]] = {
     "identification": Identification,
     "leakage": Leakage,
     "class_accuracy": ClassAccuracy,
+    "class_accuracy_whole": ClassAccuracyWhole,
     "box_adherence": BoxAdherence,
     "missing": Missing,
     "twice": Twice,
@@ -120,11 +121,15 @@ class PictureEvaluator:
                 find_instance(picture.image, references[instance], box, self.image, self.settings.windows)
                 for instance, box in zip(own, placed, strict=False)
             ]
+            whole_crops = [
+                crop_box(picture.image, whole_window(*each)) for each in zip(placed, found, strict=True)
+            ]
             features = Features(
                 whole_clip=whole[index : index + 1],
                 prompt_clip=asked[index : index + 1],
                 crops=crops[index] if boxes else None,
                 crops_clip=crops_clip[index] if boxes else None,
+                whole_crops_clip=self.image_text.encode_images(whole_crops) if placed else None,
                 own=own,
                 references=references,
                 references_clip=references_clip,
@@ -143,7 +148,7 @@ class PictureEvaluator:
                 metric.higher_is_better,
                 self._evaluator(name),
                 # the choice among other classes is another measure
-                self.settings.protocol + (others if metric is ClassAccuracy else ""),
+                self.settings.protocol + (others if issubclass(metric, ClassAccuracy) else ""),
                 counts[name],
             )
             for name, metric in METRICS.items()

@@ -15,6 +15,7 @@ class Features:
     prompt_clip: Tensor  # its prompt, (1, D)
     crops: Tensor | None  # C crops, (C, D); None where the picture has no crops
     crops_clip: Tensor | None
+    whole_crops_clip: Tensor | None  # of each crop's `whole_window`, (C, D); None without boxes
     own: Tensor  # (C,), the index of the instance that each crop should show
     references: Tensor  # the N instances of the source image, (N, D)
     references_clip: Tensor

@@ -23,6 +23,7 @@ RANGES = {
     "identification": SHARE,
     "leakage": SHARE,
     "class_accuracy": SHARE,
+    "class_accuracy_whole": SHARE,
     "box_adherence": SHARE,
     "missing": SHARE,
     "twice": SHARE,
