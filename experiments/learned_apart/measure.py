@@ -67,6 +67,17 @@ def draw_alone(name: str, number: int) -> Path:
     return folder
 
 
+def local_instances(folder: Path, things: list[str]) -> list[str]:
+    """Overrides for the instances of a folder, by what they are."""
+    classes = ",".join(things)
+    return [
+        "instances=local",
+        f"instances.folder={folder}",
+        f"instances.class_names=[{classes}]",
+        f"instances.initializers=[{classes}]",
+    ]
+
+
 def judges(name: str, first: int) -> list[str]:
     """Overrides for the instances of a scene with one of them first, as the judges of its single result."""
     spec = read_scene(name)
@@ -78,27 +89,16 @@ def judges(name: str, first: int) -> list[str]:
             as_image(scene.image).save(unfinished / "img.png")
             for place, number in enumerate(order):
                 as_image(scene.masks[number : number + 1].float()).save(unfinished / f"mask{place}.png")
-    classes = ",".join(spec.things[number].thing for number in order)
-    return [
-        "instances=local",
-        f"instances.folder={folder}",
-        f"instances.class_names=[{classes}]",
-        f"instances.initializers=[{classes}]",
-    ]
+    return local_instances(folder, [spec.things[number].thing for number in order])
 
 
 def learn(name: str, seed: int, number: int | None, given: list[str]) -> Path:
     """The result of a whole scene, or of its thing `number` alone."""
     folder = OUTPUT / f"{name}-{seed}" / ("together" if number is None else f"alone-{number}")
     if not (folder / "learned").is_dir():
-        thing = read_scene(name).things[number or 0].thing
-        alone = [
-            "instances=local",
-            f"instances.folder={photo(name, number or 0)}",
-            f"instances.class_names=[{thing}]",
-            f"instances.initializers=[{thing}]",
-        ]
-        instances = [f"instances={name}"] if number is None else alone
+        instances = [f"instances={name}"]
+        if number is not None:
+            instances = local_instances(photo(name, number), [read_scene(name).things[number].thing])
         own = _without(given, "synthesis", "guidance", "layout")
         mifo.learn(*instances, *QUIET, f"seed={seed}", *own, folder=folder)
     return folder
@@ -107,12 +107,11 @@ def learn(name: str, seed: int, number: int | None, given: list[str]) -> Path:
 def score(name: str, seed: int, how: str, given: list[str]) -> dict[str, object]:
     """The scores of the pictures of a scene that was learned `together` or `apart`, or drawn `alone`."""
     tokens = [f"<asset{number}>" for number in range(len(read_scene(name).things))]
-    apart = [learn(name, seed, number, given) for number in range(len(tokens))]
-    if how == "together":
-        whole = learn(name, seed, None, given)
-        found = [_score(name, seed, how, str(whole), [f"instances={name}"], [], given)]
-    elif how == "apart":
-        found = [_score(name, seed, how, [str(each) for each in apart], [f"instances={name}"], [], given)]
+    numbers = [None] if how == "together" else range(len(tokens))
+    results = [str(learn(name, seed, number, given)) for number in numbers]
+    if how != "alone":
+        learned = results if how == "apart" else results[0]
+        found = [_score(name, seed, how, learned, [f"instances={name}"], [], given)]
     else:
         boxes = ARRANGEMENTS["spread"](tokens).values()
         found = [
@@ -120,12 +119,12 @@ def score(name: str, seed: int, how: str, given: list[str]) -> dict[str, object]
                 name,
                 seed,
                 f"{how}-{number}",
-                str(learned),
+                learned,
                 judges(name, number),
                 ["layout.arrange=null", f"layout.boxes.asset0={[*map(float, box)]}"],
                 given,
             )
-            for number, (learned, box) in enumerate(zip(apart, boxes, strict=True))
+            for number, (learned, box) in enumerate(zip(results, boxes, strict=True))
         ]
     means = pd.DataFrame(found).mean().to_dict()
     return {"scene": name, "seed": seed, "learned": how} | means

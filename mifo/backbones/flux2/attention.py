@@ -22,7 +22,8 @@ class DoubleAttention(JointAttention):
         attention_mask: Tensor | None,
         image_rotary_emb: Rotation,
     ) -> tuple[Tensor, Tensor]:
-        query, key, value = joint_heads(attn, hidden_states, encoder_hidden_states, words_first=True)
+        order = self.rules.words_first
+        query, key, value = joint_heads(attn, hidden_states, encoder_hidden_states, order)
         query, key = (turned(each, _angles(image_rotary_emb)) for each in (query, key))
         attended = self.joined(attn, query, key, value)
         projection, dropout = attn.to_out
