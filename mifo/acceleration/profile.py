@@ -14,6 +14,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from mifo.acceleration.channels_last import keep_channels_last
 from mifo.acceleration.float8 import keep_in_float8
+from mifo.acceleration.rms_norm import fuse_rms_norms
 from mifo.acceleration.settings import PerformanceSettings
 from mifo.errors import MifoError
 
@@ -153,6 +154,8 @@ def ready_for_synthesis(model: Accelerated, settings: PerformanceSettings) -> No
 
 
 def _lay_out(model: Accelerated, settings: PerformanceSettings) -> None:
+    for network in model.networks.values():
+        fuse_rms_norms(network)
     if settings.channels_last:
         for part in (model.denoiser, model.autoencoder):
             part.to(memory_format=torch.channels_last)

@@ -74,7 +74,7 @@ class QwenModel(JointModel):
         there = ids >= 0
         # a token sees those before it; made here, since transformers would wait for the device to make it
         before = torch.ones(2 * ids.shape[1:], dtype=torch.bool, device=ids.device).tril()
-        found = self.text_encoder(
+        found = self.text_encoder.base_model(  # without the head that would name the next token
             input_ids=ids.masked_fill(~there, self.tokenizer.pad_token_id),
             attention_mask=before & there[:, None, None],
             output_hidden_states=True,
