@@ -19,7 +19,7 @@ from tiny import small_road, tiny_flux2_pipeline, tiny_z_image_pipeline, two_ins
 from transformers import Qwen3Config, Qwen3Model
 
 from mifo.acceleration.graphs import GraphedFunction
-from mifo.acceleration.profile import ready_for_synthesis
+from mifo.acceleration.profile import ready_for_learning, ready_for_synthesis
 from mifo.acceleration.settings import PerformanceSettings
 from mifo.backbones.joint.attention import joint_rule
 from mifo.backbones.learned import load_learned
@@ -253,13 +253,19 @@ def test_a_strength_of_guidance_is_read_where_the_model_embeds_it(tmp_path):
 # new words
 
 
-def test_new_rows_learn_through_all_layers_and_checkpointing_changes_no_gradient(source):
+def test_new_rows_learn_through_all_layers_whatever_the_profile_does(source, monkeypatch):
     prompt, found = "a photo of <asset0> and <asset1>", []
-    for checkpointing in (False, True):
+    compiled, graphs = torch.compile, torch._dynamo.utils.counters["stats"]
+    monkeypatch.setattr(
+        torch, "compile", lambda *args, **options: compiled(*args, backend="eager", **options)
+    )
+    torch._dynamo.reset()
+    graphs.clear()
+    for profile in ({}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "compile": True}):
         model = load_model(ModelSettings("tiny", source))
         model.add_words(["<asset0>", "<asset1>", "<asset2>"], ["red car", None, None])
-        if checkpointing:
-            model.enable_checkpointing()
+        ready_for_learning(model, PerformanceSettings("mine", **profile))
+        assert not graphs["unique_graphs"]
         model.set_trainable("tokens")
         model.transformer.train()
         model.text_encoder.train()
@@ -274,7 +280,9 @@ def test_new_rows_learn_through_all_layers_and_checkpointing_changes_no_gradient
         assert rows.shape == (3, 16) and rows.grad[:2].any(1).all() and not rows.grad[2].any()
         assert not any(each.grad is not None for each in model.text_encoder.layers.parameters())
         found.append(rows.grad)
-    torch.testing.assert_close(*found)
+    assert graphs["unique_graphs"] >= 2  # layers of the language model, and what lies between attentions
+    for each in found[1:]:
+        torch.testing.assert_close(each, found[0])
 
 
 # attention

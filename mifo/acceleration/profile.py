@@ -9,8 +9,10 @@ from typing import Protocol
 import torch
 from diffusers.models.attention import FeedForward
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers import transformer_flux2, transformer_z_image
 from torch import nn
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from mifo.acceleration.channels_last import keep_channels_last
 from mifo.acceleration.float8 import keep_in_float8
@@ -19,6 +21,18 @@ from mifo.acceleration.settings import PerformanceSettings
 from mifo.errors import MifoError
 
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
+
+# what a compiler may fuse: the denoiser's attention is left out, whose processors keep maps and differ from
+# layer to layer
+_COMPILED = (
+    ResnetBlock2D,
+    FeedForward,
+    transformer_flux2.Flux2FeedForward,
+    transformer_flux2.Flux2SwiGLU,
+    transformer_z_image.FeedForward,
+    CLIPEncoderLayer,
+    Qwen3DecoderLayer,
+)
 
 log = logging.getLogger(__name__)
 
@@ -161,10 +175,9 @@ def _lay_out(model: Accelerated, settings: PerformanceSettings) -> None:
             part.to(memory_format=torch.channels_last)
             keep_channels_last(part)
     if settings.compile:
-        # blocks without attention, whose processors keep maps and differ from layer to layer
         torch._dynamo.config.recompile_limit = 64
         for block in (each for network in model.networks.values() for each in network.modules()):
-            if isinstance(block, ResnetBlock2D | FeedForward | CLIPEncoderLayer):
+            if isinstance(block, _COMPILED):
                 block.compile(dynamic=False)
 
 
