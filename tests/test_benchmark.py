@@ -1,6 +1,7 @@
 """The benchmark: rows on the miniature's shapes, records that survive a cut, the table of all records."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from mifo.benchmark.records import Circumstances, write_record, write_table
 from mifo.benchmark.rows import ROWS, Bench, processes
 from mifo.benchmark.settings import BenchmarkSettings
 from mifo.benchmark.shapes import SHAPES, random_instances, random_model, row_of_boxes
-from mifo.commands.benchmark import benchmark
+from mifo.commands.benchmark import benchmark, profile_and_changes
 from mifo.config import compose, settings_of
 from mifo.config.identity import told_code
 from mifo.errors import MifoError
@@ -65,6 +66,15 @@ def test_steps_are_timed_and_a_row_that_fails_stops_nothing(tmp_path, monkeypatc
 def test_an_unknown_row_is_refused(tmp_path):
     with pytest.raises(MifoError, match=r"benchmark\.rows names pictures"):
         benchmark(settings(tmp_path, "pictures"))
+
+
+@pytest.mark.parametrize("name", ["auto", "default", "max_speed", "low_vram", "reference"])
+def test_rows_under_changed_keys_are_not_the_profiles_own(tmp_path, name):
+    performance = settings(tmp_path, profile=name).performance
+    assert profile_and_changes(performance) == name
+    changed = replace(performance, compile=True, threads=2)
+    assert profile_and_changes(changed) == f"{name}, compile=True, threads=2"
+    assert profile_and_changes(replace(changed, name="mine")) == "mine"
 
 
 def test_the_table_keeps_the_newest_of_each_row(tmp_path):

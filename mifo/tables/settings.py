@@ -94,9 +94,9 @@ def read_table(folder: Path, arguments: list[str]) -> tuple[TableSettings, list[
 
 
 def _check(settings: TableSettings, file: Path) -> None:
-    if settings.record is not None and not isinstance(settings.record, str):
-        if not isinstance(settings.record, list) or not all(isinstance(each, str) for each in settings.record):
-            raise MifoError(f"{file}: table.record={settings.record} must be a folder of results, or several")
+    folders = settings.record if isinstance(settings.record, list) else [settings.record or ""]
+    if not all(isinstance(each, str) for each in folders):
+        raise MifoError(f"{file}: table.record={settings.record} must be a folder of results, or several")
     if not (settings.rows or settings.grid) or not settings.scenes or not settings.seeds:
         raise MifoError(f"{file}: a table needs rows or a grid, scenes and seeds")
     for label in (settings.title, *settings.rows, *settings.grid, *settings.scenes):
