@@ -72,8 +72,8 @@ def test_an_unknown_row_is_refused(tmp_path):
 def test_rows_under_changed_keys_are_not_the_profiles_own(tmp_path, name):
     performance = settings(tmp_path, profile=name).performance
     assert profile_and_changes(performance) == name
-    changed = replace(performance, compile=True, threads=2)
-    assert profile_and_changes(changed) == f"{name}, compile=True, threads=2"
+    changed = replace(performance, threads=2, compile=True)
+    assert profile_and_changes(changed) == f"{name}, threads=2, compile=True"
     assert profile_and_changes(replace(changed, name="mine")) == "mine"
 
 
