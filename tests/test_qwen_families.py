@@ -172,6 +172,23 @@ def test_words_stand_where_the_template_puts_them(shared):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1] * 2, PROMPTS[1:] * 2])
+def test_z_images_layers_give_what_the_transformers_own_call_gives(tmp_path, prompts, autocast):
+    """In learning, too, where the lengths of prompts are not known on the processor."""
+    model = load_model(ModelSettings("tiny", str(tiny_z_image_pipeline(tmp_path / "tiny"))))
+    noise, time = noise_for(model, 2), torch.tensor([300.0, 700.0])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        conditioning = model.encode_prompts(prompts)
+        states, lengths = conditioning.parts["states"], conditioning.parts["lengths"].tolist()
+        told = [own[:length] for own, length in zip(states, lengths, strict=True)]
+        expected = model.transformer(list(noise[:, :, None]), 1 - time / 1000, told).sample
+        for each in (conditioning, model.encode(model.tokenize(prompts))):
+            found = model.predict(noise, time, each)[0]
+            torch.testing.assert_close(found, -torch.stack(expected)[:, :, 0], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_plain_sampling_gives_the_pipelines_latents_and_pictures(family, shared, pipeline, scale):
     noise, sampler = noise_for(shared, 2), Sampler(shared, SynthesisSettings(4, scale), GuidanceSettings())

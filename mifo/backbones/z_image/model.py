@@ -80,9 +80,8 @@ class ZImageNetwork(JointNetwork):
         if len(may_be) > 1:  # a mask, with which attention is slower
             last = whole(lengths)
             there = words < last[:, None]  # (B, L)
-        angles = network.rope_embedder(torch.cartesian_prod(last + 1, rows, rows)).unflatten(
-            0, (len(last), -1)
-        )
+        angles = network.rope_embedder(torch.cartesian_prod(last + 1, rows, rows))
+        angles = angles.unflatten(0, (len(last), -1))  # (B or 1, n, numbers of a head / 2)
         word_angles = network.rope_embedder(torch.cartesian_prod(words + 1, here, here))[None]
 
         time = (1000 - torch.as_tensor(time, device=noisy.device).expand(len(noisy))) / 1000
