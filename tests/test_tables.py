@@ -724,6 +724,18 @@ def test_a_record_is_extended_by_a_row(folder, made, capsys):
     assert "4 of 4 runs" in (folder / "second" / "table.md").read_text()
 
 
+def test_parts_that_several_machines_made_become_one_table(folder, made):
+    for seed in (0, 1):
+        table(["small", f"table.results=part{seed}", f"table.seeds=[{seed}]"])
+        shutil.rmtree("outputs/runs")
+    made.clear()
+    parts = "table.record=[part0, part1]"
+    assert table(["small", parts, "table.missing=leave", "table.results=whole", "table.seeds=[0,1]"]) == 0
+    assert not made and "4 of 4 runs" in (folder / "whole" / "table.md").read_text()
+    with pytest.raises(MifoError, match=r"table\.record=7 must be a folder of results, or several"):
+        table(["small", "table.record=7"])
+
+
 def test_a_record_does_not_shrink(folder, made):
     asked = ["small", "table.results=first", "table.workers=0"]
     table(asked)

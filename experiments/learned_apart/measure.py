@@ -1,12 +1,13 @@
 """Leakage of instances that were learned together, learned apart and put together, and drawn alone.
 
-    python experiments/learned_apart/measure.py [workers=8] [seeds=0,1,2] [scenes=alike_two_cups] [KEY=VALUE]
+    python experiments/learned_apart/measure.py [workers=8] [seeds=0,1,2] [scenes=alike_*] [KEY=VALUE ...]
 
-Every instance of a drawn scene is drawn once more alone, in its place and on its background. The scene and
-these pictures are learned with the same settings, the same layouts are made of both results, and the
-instances of the scene judge both. As a control, the result of each single picture is also drawn alone, in its
-box of the same layouts, where nothing can mix. Other keys are overrides of learning and synthesis. Finished
-runs are not made again. outputs/learned_apart holds the runs and the record, runs.csv and table.md.
+Scenes are drawn ones of conf/instances and of the benchmark, by name or pattern. Every instance of a scene is
+drawn once more alone, in its place and on its background. The scene and these pictures are learned with the
+same settings, the same layouts are made of both results, and the instances of the scene judge both. As a
+control, the result of each single picture is also drawn alone, in its box of the same layouts, where nothing
+can mix. Other keys are overrides of learning and synthesis. Finished runs are not made again.
+outputs/learned_apart holds the runs and the record, runs.csv and table.md.
 """
 
 import sys
@@ -21,11 +22,13 @@ import yaml
 from scipy import stats
 
 import mifo
-from mifo.config.location import conf_folder
+from mifo.config.location import conf_folder, scenes_called
 from mifo.data.layouts import ARRANGEMENTS
 from mifo.data.saved_pictures import as_image
 from mifo.files import whole_folder
 from mifo.metrics.evaluation import Evaluation
+from mifo.world.drawing import draw_spec
+from mifo.world.drawn import DrawnSettings, drawn_settings
 from mifo.world.scenes import redraw_scene, render_scene
 from mifo.world.spec import SceneSpec, ThingSpec
 
@@ -37,7 +40,7 @@ METRICS = [
     "identification",
     "instance_consistency",
     "editability",
-    "class_accuracy",
+    "class_accuracy_whole",
     "box_adherence",
 ]
 
@@ -47,6 +50,8 @@ def _without(given: list[str], *sections: str) -> list[str]:
 
 
 def read_scene(name: str) -> SceneSpec:
+    if drawn := drawn_settings(name):
+        return draw_spec(DrawnSettings(**drawn))
     scene = yaml.safe_load((conf_folder() / "instances" / f"{name}.yaml").read_text())["scene"]
     return SceneSpec(**scene | {"things": [ThingSpec(**thing) for thing in scene["things"]]})
 
@@ -166,14 +171,10 @@ def table(runs: pd.DataFrame) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    own = {"workers": "1", "seeds": "0,1,2", "scenes": ""}
+    own = {"workers": "1", "seeds": "0,1,2", "scenes": "alike_*"}
     own |= dict(each.split("=", 1) for each in arguments if each.split("=")[0] in own)
     given = [each for each in arguments if each.split("=")[0] not in own]
-    scenes = (
-        own["scenes"].split(",")
-        if own["scenes"]
-        else sorted(p.stem for p in (conf_folder() / "instances").glob("alike_*"))
-    )
+    scenes = [name for pattern in own["scenes"].split(",") for name in scenes_called(pattern)]
     pairs = list(product(scenes, map(int, own["seeds"].split(","))))
     learning = [
         (name, seed, number, given)

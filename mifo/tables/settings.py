@@ -42,7 +42,7 @@ class TableSettings:
     code: str = "current"  # current: runs of other code are made again; any: they count
     missing: str = "run"  # run: make what is missing; leave: the table of what is finished
     runs: str = "outputs/runs"  # all tables share their runs
-    record: str | None = None  # the results of an earlier table, whose runs count as they are
+    record: Any = None  # the results of an earlier table or of several, whose runs count as they are
     send: bool = False  # tell Weights & Biases of finished runs that it was not told of, and of the table
     results: str | None = None  # where the table goes; None: outputs/tables/NAME-…
 
@@ -60,6 +60,7 @@ HELP = f"""usage: mifo table FOLDER [table.KEY=VALUE ...] [override of every run
   mifo table experiments/methods logger=wandb                      its runs appear there, with row and set
   mifo table experiments/methods table.send=true table.missing=leave    so do finished ones, once
   mifo table experiments/methods table.record=FOLDER ...           with the runs of an earlier table's results
+  mifo table experiments/methods 'table.record=[ONE, OTHER]' ...   of several: parts that other machines made
 
 FOLDER/table.yaml says what is asked; table.KEY=VALUE changes one of its keys, which are
 {", ".join(field.name for field in fields(TableSettings))}.
@@ -93,6 +94,9 @@ def read_table(folder: Path, arguments: list[str]) -> tuple[TableSettings, list[
 
 
 def _check(settings: TableSettings, file: Path) -> None:
+    if settings.record is not None and not isinstance(settings.record, str):
+        if not isinstance(settings.record, list) or not all(isinstance(each, str) for each in settings.record):
+            raise MifoError(f"{file}: table.record={settings.record} must be a folder of results, or several")
     if not (settings.rows or settings.grid) or not settings.scenes or not settings.seeds:
         raise MifoError(f"{file}: a table needs rows or a grid, scenes and seeds")
     for label in (settings.title, *settings.rows, *settings.grid, *settings.scenes):
