@@ -12,9 +12,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, ZImagePipeline
 from diffusers.models.transformers import transformer_flux2, transformer_z_image
 from safetensors.torch import load_file, save_file
-from terms import penalty
+from terms import one_term, penalty
 from test_export import export, save
-from test_learning import TRAINER
+from test_learning import TRAINER, Watch
 from tiny import small_road, tiny_flux2_pipeline, tiny_z_image_pipeline, two_instances
 from transformers import Qwen3Config, Qwen3Model
 
@@ -29,6 +29,7 @@ from mifo.backbones.shapes import load_shapes
 from mifo.benchmark.rows import Bench, diffusers_step, picture, stage1_step, stage2_step
 from mifo.benchmark.settings import BenchmarkSettings
 from mifo.benchmark.shapes import SHAPES
+from mifo.data.learning_data import LearningData
 from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
 from mifo.making.together import Together
@@ -168,6 +169,23 @@ def test_words_stand_where_the_template_puts_them(shared):
         shared.words("unknown " * 100)
     with pytest.raises(MifoError, match="shorten it"):
         shared.tokenize(["unknown " * 100])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1] * 2, PROMPTS[1:] * 2])
+def test_z_images_layers_give_what_the_transformers_own_call_gives(tmp_path, prompts, autocast):
+    """In learning, too, where the lengths of prompts are not known on the processor."""
+    model = load_model(ModelSettings("tiny", str(tiny_z_image_pipeline(tmp_path / "tiny"))))
+    noise, time = noise_for(model, 2), torch.tensor([300.0, 700.0])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        conditioning = model.encode_prompts(prompts)
+        states, lengths = conditioning.parts["states"], conditioning.parts["lengths"].tolist()
+        told = [own[:length] for own, length in zip(states, lengths, strict=True)]
+        expected = model.transformer(list(noise[:, :, None]), 1 - time / 1000, told).sample
+        for each in (conditioning, model.encode(model.tokenize(prompts))):
+            found = model.predict(noise, time, each)[0]
+            torch.testing.assert_close(found, -torch.stack(expected)[:, :, 0], rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -383,29 +401,47 @@ def test_boxes_guide_bound_and_renew(shared, source, scale):
     torch.testing.assert_close(again, guided, rtol=1e-4, atol=1e-4)
 
 
-def test_passes_replayed_from_graphs_are_the_same_or_refused(family, shared, recordings, monkeypatch):
-    """Nothing in a pass of FLUX.2 waits for the device; Z-Image's sequences are as long as prompts."""
+def test_passes_replayed_from_graphs_are_the_same(family, shared, recordings):
+    """For other prompts too; a longer one for Z-Image is captured anew."""
     guidance = GuidanceSettings(guided_steps=1, iterations=2, step_size_start=0.1, shapes_from=1)
-    conditioning, noise = shared.encode_prompts(["", TOGETHER]), noise_for(shared)
-    if family is ZImage:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        for call in (
-            lambda: shared.predict(noise, torch.tensor(500.0), conditioning.rows(slice(1))),
-            lambda: shared.encode_prompts(PROMPTS),
-        ):
-            with pytest.raises(RuntimeError, match="lengths of their own"):
-                call()
-        return
-    tokens = find_instances(TOGETHER, BOXES, shared.words)
     plain, graphed = (
-        Sampler(shared, SynthesisSettings(2, 2.0), guidance, partial(GraphedFunction, wanted=wanted))(
-            conditioning, noise, BOXES, tokens
-        )
+        Sampler(shared, SynthesisSettings(2, 2.0), guidance, partial(GraphedFunction, wanted=wanted))
         for wanted in (False, True)
     )
-    assert recordings.count == 2
-    torch.testing.assert_close(graphed, plain, rtol=1e-4, atol=1e-4)
+    noise, long = noise_for(shared), f"{TOGETHER} in the snow with many things beyond"
+    for negative, prompt, captured in (
+        ("", TOGETHER, 2),
+        ("a photo", "a cat and a red car", 2),
+        ("", long, 4),
+        ("a photo of a car", long.replace("snow", "red"), 4),
+        (PROMPTS[1], TOGETHER, 6),
+    ):
+        tokens = find_instances(prompt, BOXES, shared.words)
+        conditioning = shared.encode_prompts([negative, prompt])
+        expected, found = (each(conditioning, noise, BOXES, tokens) for each in (plain, graphed))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert recordings.count == (captured if family is ZImage else 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("learning", [True, False])
+def test_a_graph_serves_prompts_of_other_lengths_and_shortens_none(family, shared, recordings, learning):
+    graphed = GraphedFunction(lambda *inputs: shared.predict(*inputs)[0], wanted=True)
+    noise, time = noise_for(shared, 2), torch.tensor([300.0, 700.0])
+    for prompts, captured in (
+        (PROMPTS, 1),
+        (["a cat", PROMPTS[1] + " the red car"], 1),
+        (PROMPTS[::-1], 1 if learning else 2),  # which samples are masked is known but in learning
+        (["", "a cat"], 2 if learning else 3),
+        (["a car", ""], 2 if learning else 3),
+    ):
+        encode = (lambda told: shared.encode(shared.tokenize(told))) if learning else shared.encode_prompts
+        expected = [  # alone, with no mask
+            shared.predict(noise[i : i + 1], time[i : i + 1], shared.encode_prompts([prompt]))[0]
+            for i, prompt in enumerate(prompts)
+        ]
+        torch.testing.assert_close(graphed(noise, time, encode(prompts)), torch.cat(expected))
+        assert recordings.count == (captured if family is ZImage else 1)
 
 
 @torch.no_grad()
@@ -547,6 +583,53 @@ def test_what_learned_is_saved_and_loaded_on_the_same_base_alone(family, source,
     edit(other / "vae" / "config.json", {"batch_norm_eps": 0.1} if family is Flux2 else {"shift_factor": 0.1})
     with pytest.raises(MifoError, match="was learned on tiny"):
         load_learned(learned, load_model(ModelSettings("other", str(other))))
+
+
+LONG = "a photo of {} in the snow with things"  # of one instance it has less than 32 tokens, of two more
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [("a photo of {}", "a {class}"), (LONG, "a {class}"), ("a photo of {}", f"{PROMPTS[1]} a {{class}}")],
+)
+def test_learning_replayed_from_graphs_is_the_same(source, tmp_path, recordings, template, told):
+    """One graph a stage, though prompts differ in length, with padding too."""
+    prior = PriorSettings(
+        pictures=2, steps=1, guidance_scale=1, prompts=[told], cache=str(tmp_path / "prior")
+    )
+    settings = LearningSettings(
+        template=template,
+        semantic=StageSettings(steps=4, learning_rate=1e-2),
+        finetuning=replace(SHORT.finetuning, steps=4, trainable="lora"),
+        prior=prior,
+    )
+    losses = []
+    for graphs in (False, True):
+        watch, model = Watch(), load_model(ModelSettings("tiny", source))
+        performance = PerformanceSettings("graphs", learning_precision="float32", cuda_graphs=graphs)
+        options = {"trainer": TRAINER, "callbacks": [watch], "performance": performance}
+        folder = tmp_path / str(graphs)
+        learn(model, two_instances(), copy.deepcopy(settings), one_term("penalty"), folder, **options)
+        losses.append([loss for _, _, loss in watch.losses])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert recordings.count == 2
+
+
+def test_prompts_of_a_run_are_as_long_as_the_longest_and_never_cut(family, source):
+    model, instances = load_model(ModelSettings("tiny", source)), two_instances()
+    model.add_words(instances.tokens)
+    data = LearningData(model, instances, LearningSettings(template=LONG), 1, 1, {(8, 8)}, 0)
+    data.setup("fit")
+    length = 64 if family is ZImage else 512
+    for longest in (data._longest, data._longest[..., :32]):  # should another prompt be longer after all
+        data._longest, shapes = longest, set()
+        for step in range(8):
+            ids = data.draw(step).ids
+            shapes.add(ids.shape[-1])
+            words = [each for each in instances.tokens if len(model.places(ids[0], each))]
+            own = model.tokenize([LONG.format(" and ".join(words))])
+            assert (ids >= 0).sum() == (own >= 0).sum()
+        assert shapes == ({32, 64} if family is ZImage and longest.shape[-1] == 32 else {length})
 
 
 def test_the_whole_road_of_a_run(mifo, source, photo, tmp_path, capsys):

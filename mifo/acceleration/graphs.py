@@ -16,13 +16,17 @@ from mifo.acceleration.weight_gradients import WeightGradientsBeside
 log = logging.getLogger(__name__)
 
 
+class Known(Tensor):
+    """A few numbers on the processor that a captured function reads in Python; `as_subclass` makes them."""
+
+
 class GraphedFunction:
     """A function of trees of tensors, captured at its first call and replayed from then on.
 
     What it returns is overwritten by the next call. Tensors it closes over are read anew at each replay, so
-    they may change in place; Python values are fixed at the capture. Inputs of another form or shape are
-    captured anew, and the capture before is forgotten. No gradient flows through. If `wanted` is false or the
-    capture fails, which one line tells, it is an ordinary call.
+    they may change in place; Python values are fixed at the capture. Inputs of another form or shape, or with
+    other numbers that are `Known`, are captured anew, and the capture before is forgotten. No gradient flows
+    through. If `wanted` is false or the capture fails, which one line tells, it is an ordinary call.
 
     Args:
         function: of tuples, lists and dicts of tensors and None, to such a tree; it must not wait for the
@@ -149,10 +153,11 @@ def capture(function: Callable[..., Any], inputs: Sequence[Any]) -> Callable[...
 
 
 def _leaves(inputs: Sequence[Any]) -> tuple[list[Tensor], Any]:
-    """The tensors of a tree of inputs, and its form with their shapes."""
+    """The tensors of a tree of inputs that a graph reads anew, and its form with their shapes."""
     leaves, structure = tree_flatten(tuple(inputs))
-    tensors = [each for each in leaves if isinstance(each, Tensor)]
-    return tensors, (structure, [each.shape for each in tensors])
+    tensors = [each for each in leaves if isinstance(each, Tensor) and not isinstance(each, Known)]
+    known = [each.tolist() for each in leaves if isinstance(each, Known)]
+    return tensors, (structure, [each.shape for each in tensors], known)
 
 
 @cache

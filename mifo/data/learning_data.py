@@ -13,6 +13,7 @@ import lightning
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 
 from mifo.acceleration.settings import PerformanceSettings
@@ -89,9 +90,12 @@ class LearningData(lightning.LightningDataModule):
         self.latents = self.model.encode_images([image, image.flip(-1)])
         self.masks = MaskPyramid.of(masks.to(self.model.device), self.sizes, self.model.latent_shape[1:])
         self.masks.check()
+        # ids of the prompt of all instances, as long as any prompt of the run
+        self._longest = self._prompt(tuple(range(len(self.instances.tokens))))[0]
         if self._class_pictures:
             self.pictures, told = self._class_pictures()
             self.class_ids = self.model.tokenize(told)
+            self._longest = max(self._longest, self.class_ids[0], key=lambda ids: ids.shape[-1])
             self.class_latents: dict[_Turned, tuple[Tensor, Tensor]] = {}
             rank, accumulated = 0, 1
             if self.trainer is not None:
@@ -112,11 +116,11 @@ class LearningData(lightning.LightningDataModule):
         prompts = [self._prompt(chosen) for chosen in selections]
         number = len(self.instances.tokens)
         padded = [list(chosen) + [number] * (number - len(chosen)) for chosen in selections]
-        ids = torch.stack([each for each, _ in prompts])
+        ids = [each for each, _ in prompts]
         means, deviations = ([each[flip] for flip in flips] for each in self.latents)
         if self._class_pictures:
             self._encode(pictures)
-            ids = torch.cat([self.class_ids[[i for i, _ in pictures]], ids])
+            ids = [*(self.class_ids[i] for i, _ in pictures), *ids]
             encoded = zip(*(self.class_latents[pair] for pair in pictures), strict=True)
             means, deviations = (
                 [*each, *rest] for each, rest in zip(encoded, (means, deviations), strict=True)
@@ -128,7 +132,8 @@ class LearningData(lightning.LightningDataModule):
         times = self.model.process.draw_times(len(mean), generator)
         masks = [self.masks.rows(flip, rows) for flip, rows in zip(flips, padded, strict=True)]
         return LearningBatch(
-            ids,
+            # as long at every step, which a CUDA graph needs; a longer prompt would not be cut
+            pad_sequence([each.mT for each in (*ids, self._longest)], True, -1)[:-1].mT,
             StepInputs(
                 latents=mean + deviation * sample,
                 noise=noise,
