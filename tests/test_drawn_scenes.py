@@ -10,7 +10,7 @@ import torch
 
 from mifo.config.compose import compose
 from mifo.config.location import scenes_called
-from mifo.data.instance_names import name_instances
+from mifo.data.instance_names import find_source, name_instances
 from mifo.data.instances import read_instances
 from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
@@ -102,6 +102,15 @@ def test_things_of_a_scene_differ_to_the_eye_and_stay_visible():
     whole = draw_things(batch.identities[0], batch.placements[0], 128)[1].sum((-2, -1))
     shares = render_scene(spec).masks.sum((-2, -1)) / whole
     assert shares.min() > 0.95 * LEAST_VISIBLE and shares.min() < 0.95  # something is hidden
+
+
+def test_a_name_is_one_scene_however_its_numbers_are_typed():
+    name = "alike-3-hue12-other-touching-9"
+    asked = compose("layout", [f"instances={name}"]).instances
+    draw_spec.cache_clear()
+    composed = find_source(InstancesSettings(name=asked.name, scene=dict(asked.scene)))
+    draw_spec.cache_clear()
+    assert composed == drawn(name)
 
 
 def test_a_name_is_an_option_that_repeats_in_every_process():

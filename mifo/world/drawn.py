@@ -29,6 +29,10 @@ class DrawnSettings:
     hue_distance: float | None = None  # of look-alikes: degrees from one thing's body to the next one's
     pattern: str | None = None  # of look-alikes: same | other
 
+    def __post_init__(self) -> None:
+        if self.hue_distance is not None:  # 12 and 12.0 are one scene, which is drawn from what is written
+            self.hue_distance = float(self.hue_distance)
+
 
 _NAME = re.compile(
     rf"(?P<kind>{'|'.join(KINDS)})-(?P<count>\d+)"
