@@ -87,12 +87,14 @@ def test_box_control_sees_whether_things_are_in_their_boxes(moved, expected):
             pictures.append(paint(*things))
         return torch.stack(pictures)
 
-    measured, _, pictures = box_control(Oracle(), make, prompts=12, calibration=2)
+    measured, layouts, pictures = box_control(Oracle(), make, prompts=12, calibration=2)
     assert len(pictures) == 12
     assert measured["box control: all things in their boxes"]["value"] == expected
     assert measured["box control: IoU of extent and box"]["value"] == pytest.approx(
         1 if expected else 1 / 3, abs=0.1
     )
+    others = box_control(Oracle(), make, prompts=12, calibration=2, seed=7)[1]
+    assert not {layout.prompt for layout in others} & {layout.prompt for layout in layouts}
 
 
 def test_the_report_holds_figures_against_their_targets():

@@ -89,7 +89,8 @@ def _box_control(settings: QualitySettings, weights: Path, device: torch.device,
         return torch.stack([images[id(layout)] for layout in wanted])
 
     segmenter = load_segmenter(weights / "segmenter", device)
-    measured, layouts, pictures = measures.box_control(segmenter, make, settings.box_prompts)
+    seed = measures.BOX_SEED if settings.box_seed is None else settings.box_seed
+    measured, layouts, pictures = measures.box_control(segmenter, make, settings.box_prompts, seed=seed)
     shown = [
         draw_bounding_boxes(picture, torch.tensor(list(layout.boxes.values())) * picture.shape[-1])
         for picture, layout in zip(pictures[:SHEET], layouts, strict=False)

@@ -28,6 +28,9 @@ from mifo.world.vocabulary import BACKGROUNDS, COLOURS, THINGS
 HELD_OUT_SEED = 1_000_003
 """Seed of the scenes for judging; pretraining draws from small seeds."""
 
+BOX_SEED = HELD_OUT_SEED + 3
+"""Seed of the scenes whose boxes and words box control asks for."""
+
 
 TARGETS = {
     "vae psnr": 32.0,
@@ -212,7 +215,7 @@ def text_to_image(pipeline: DiffusionPipeline, judge: Judge, pictures: int, scal
     return out
 
 
-def boxed_scenes(n: int, seed: int = HELD_OUT_SEED + 3) -> SceneBatch:
+def boxed_scenes(n: int, seed: int = BOX_SEED) -> SceneBatch:
     """n held-out scenes of two or three things, all of different categories, whose boxes make layouts."""
     generator = torch.Generator().manual_seed(seed)
     scenes = sample_scenes(n, generator, counts=(0.0, 0.5, 0.5, 0.0))
@@ -260,7 +263,11 @@ def agreement(scenes: SceneBatch, boxes: Tensor, extents: Tensor) -> list[Tensor
 
 
 def box_control(
-    model: Segmenter, make: Callable[[list[Layout]], Tensor], prompts: int, calibration: int = 512
+    model: Segmenter,
+    make: Callable[[list[Layout]], Tensor],
+    prompts: int,
+    calibration: int = 512,
+    seed: int = BOX_SEED,
 ) -> tuple[dict, list[Layout], Tensor]:
     """Are known words drawn inside their boxes?
 
@@ -269,7 +276,7 @@ def box_control(
     judged on drawings whose boxes are known.
 
     Args:
-        make: makes one picture (3, H, W) for each layout.
+        make: makes one picture (3, H, W) for each layout. seed: of the scenes.
 
     Returns:
         The measures, the layouts, and their pictures (prompts, 3, H, W).
@@ -285,7 +292,7 @@ def box_control(
         "segmenter on drawings: IoU of extent and true box": mean(torch.cat(found)),
         "segmenter on drawings: all extents over 0.5": all_placed(found),
     }
-    scenes = boxed_scenes(prompts)
+    scenes = boxed_scenes(prompts, seed)
     boxes = mask_boxes(draw(scenes)[1])
     layouts = boxed_layouts(scenes, boxes)
     pictures = make(layouts)
