@@ -48,6 +48,7 @@ from mifo.tables.settings import TableSettings, read_table
 from mifo.tables.write import _best, claim_results, write_table
 
 ROOT = Path(__file__).parents[1]
+RECORDS = sorted(path.with_name("runs.csv") for path in (ROOT / "experiments").glob("*/*/question.json"))
 TABLES = sorted(path.parent for path in (ROOT / "experiments").glob("*/table.yaml"))
 
 SMALL = """
@@ -793,7 +794,7 @@ def test_records_that_do_not_serve_are_refused(folder, made):
     assert not made
 
 
-@pytest.mark.parametrize("record", sorted((ROOT / "experiments").glob("*/miniature*/runs.csv")), ids=str)
+@pytest.mark.parametrize("record", RECORDS, ids=str)
 def test_the_records_of_the_repository_can_be_extended(record):
     entries = read_record(record.parent)
     rows = list(csv.DictReader(record.open()))
@@ -834,7 +835,7 @@ def test_other_masks_make_another_run(tmp_path):
     assert len(set(keys)) == 2
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*/miniature*/runs.csv")), ids=str)
+@pytest.mark.parametrize("path", RECORDS, ids=str)
 def test_the_tables_of_the_repository_follow_from_their_records(path, tmp_path, monkeypatch):
     monkeypatch.setattr("mifo.tables.write.draw_table", lambda *given: Figure())
     kept, question = read_record(path.parent), json.loads((path.parent / "question.json").read_text())

@@ -116,3 +116,20 @@ def test_the_tuning_of_the_repository_uses_scenes_for_tuning_alone():
         label: [values[1] for values in each.search.values()] for label, each in settings.methods.items()
     }
     assert all(firsts.values())
+
+
+def test_the_trials_of_the_repository_follow_from_their_runs(tmp_path, monkeypatch):
+    """Optuna asks for the recorded values again, so that no run is made."""
+    record = ROOT / "experiments/tuning/miniature"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mifo.tables.execute.make_runs", None)
+    asked = [f"tune.record={record}", "tune.results=again", "performance.threads=1"]
+    assert tune([str(ROOT / "experiments/tuning"), *asked]) == 0
+    assert (tmp_path / "again/chosen.yaml").read_text() == (record / "chosen.yaml").read_text()
+    again, recorded = (
+        list(csv.DictReader((place / "trials.csv").open())) for place in (tmp_path / "again", record)
+    )
+    assert len(again) == 56
+    for one, other in zip(again, recorded, strict=True):
+        assert (one["method"], one["values"]) == (other["method"], other["values"])
+        assert float(one["objective"]) == pytest.approx(float(other["objective"]), abs=2e-5)
