@@ -18,19 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 from scipy import stats
 
 import mifo
-from mifo.config.location import conf_folder, scenes_called
+from mifo.commands.calibrate import named_scenes
+from mifo.data.instance_names import find_source
 from mifo.data.layouts import ARRANGEMENTS
 from mifo.data.saved_pictures import as_image
 from mifo.files import whole_folder
 from mifo.metrics.evaluation import Evaluation
-from mifo.world.drawing import draw_spec
-from mifo.world.drawn import DrawnSettings, drawn_settings
 from mifo.world.scenes import redraw_scene, render_scene
-from mifo.world.spec import SceneSpec, ThingSpec
+from mifo.world.spec import SceneSpec
 
 OUTPUT = Path("outputs/learned_apart")
 HOW = ("together", "apart", "alone")
@@ -50,10 +48,10 @@ def _without(given: list[str], *sections: str) -> list[str]:
 
 
 def read_scene(name: str) -> SceneSpec:
-    if drawn := drawn_settings(name):
-        return draw_spec(DrawnSettings(**drawn))
-    scene = yaml.safe_load((conf_folder() / "instances" / f"{name}.yaml").read_text())["scene"]
-    return SceneSpec(**scene | {"things": [ThingSpec(**thing) for thing in scene["things"]]})
+    (scene,) = named_scenes([name])
+    spec = find_source(scene)
+    assert isinstance(spec, SceneSpec)  # `named_scenes` gives nothing else
+    return spec
 
 
 def photo(name: str, number: int) -> Path:
@@ -174,7 +172,7 @@ def main(arguments: list[str]) -> None:
     own = {"workers": "1", "seeds": "0,1,2", "scenes": "alike_*"}
     own |= dict(each.split("=", 1) for each in arguments if each.split("=")[0] in own)
     given = [each for each in arguments if each.split("=")[0] not in own]
-    scenes = [name for pattern in own["scenes"].split(",") for name in scenes_called(pattern)]
+    scenes = [scene.name for scene in named_scenes(own["scenes"].split(","))]
     pairs = list(product(scenes, map(int, own["seeds"].split(","))))
     learning = [
         (name, seed, number, given)

@@ -1,5 +1,7 @@
 """Root-mean-square norms of diffusers and transformers, computed by PyTorch's fused function."""
 
+from collections.abc import Callable
+
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,15 +22,14 @@ def fuse_rms_norms(network: nn.Module) -> None:
 
 class _RMSNorm(RMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if hidden_states.dtype is not self.weight.dtype:  # the fused function takes one precision
-            found: Tensor = super().forward(hidden_states)
-            return found
-        return F.rms_norm(hidden_states, self.dim, self.weight, self.eps)
+        return _normed(hidden_states, self.weight, self.eps, super().forward)
 
 
 class _Qwen3RMSNorm(Qwen3RMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if hidden_states.dtype is not self.weight.dtype:
-            found: Tensor = super().forward(hidden_states)
-            return found
-        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+        return _normed(hidden_states, self.weight, self.variance_epsilon, super().forward)
+
+
+def _normed(states: Tensor, weight: Tensor, eps: float, own: Callable[[Tensor], Tensor]) -> Tensor:
+    """Normed by the fused function, which takes one precision, or by the library's `own`."""
+    return F.rms_norm(states, weight.shape, weight, eps) if states.dtype is weight.dtype else own(states)

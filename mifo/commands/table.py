@@ -39,8 +39,7 @@ def table(arguments: list[str]) -> int:
     launch = launcher("mifo.tables.execute.make_runs", hydra, target, "exclusive_gpu=true" in overrides)
     runs = plan(name, settings, overrides)
     _tell_refusals(runs)
-    folders = [settings.record] if isinstance(settings.record, str) else settings.record or []
-    record = {key: entry for each in folders for key, entry in _record(each, runs).items()}
+    record = {key: entry for each in settings.records for key, entry in _record(each, runs).items()}
     claim_results(target, settings, overrides)
     pool, any_code = Path(settings.runs), settings.code == "any"
     if settings.missing == "leave":

@@ -209,9 +209,7 @@ class QualitySettings(TaskSettings):
     per_category: int = 100  # instances among which the image evaluator finds each one
     pictures: int = 960  # of one thing; half as many of two
     box_prompts: int = 200
-    box_seed: int | None = (
-        None  # of other scenes with boxes, on which settings can be chosen; None: the record's
-    )
+    box_seed: int | None = None  # of their scenes, to choose settings on others; None: the record's
     performance: PerformanceSettings = field(default_factory=PerformanceSettings)  # of box control
     synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)

@@ -46,6 +46,11 @@ class TableSettings:
     send: bool = False  # tell Weights & Biases of finished runs that it was not told of, and of the table
     results: str | None = None  # where the table goes; None: outputs/tables/NAME-…
 
+    @property
+    def records(self) -> list[Any]:
+        """`record` as a list of folders."""
+        return self.record if isinstance(self.record, list) else [self.record] if self.record else []
+
 
 HELP = f"""usage: mifo table FOLDER [table.KEY=VALUE ...] [override of every run ...]
 
@@ -94,8 +99,7 @@ def read_table(folder: Path, arguments: list[str]) -> tuple[TableSettings, list[
 
 
 def _check(settings: TableSettings, file: Path) -> None:
-    folders = settings.record if isinstance(settings.record, list) else [settings.record or ""]
-    if not all(isinstance(each, str) for each in folders):
+    if not all(isinstance(each, str) for each in settings.records):
         raise MifoError(f"{file}: table.record={settings.record} must be a folder of results, or several")
     if not (settings.rows or settings.grid) or not settings.scenes or not settings.seeds:
         raise MifoError(f"{file}: a table needs rows or a grid, scenes and seeds")
