@@ -1,6 +1,6 @@
 """Run the demo with an earlier commit and with this tree, and compare words, weights and pictures by bits.
 
-    python scripts/same_bits.py 04f7079                   # the demo as it was then, some minutes
+    python scripts/same_bits.py 04f7079                   # the demo of that time, some minutes
     python scripts/same_bits.py 04f7079 debug=default     # a few steps of everything
 
 Behaviour that was changed on purpose is set alike for both. The scheduler of the miniature gets steps_offset
@@ -35,9 +35,8 @@ ALIKE = [
     "logger=none",
     "sheet=false",
 ]
-# of experiment=demo until 27 November 2026
+# what experiment=demo had until 27 November 2026
 DEMO = [
-    "experiment=demo",
     "learning.semantic.steps=200",
     "learning.semantic.learning_rate=4e-3",
     "penalty.reward_steps=130",
@@ -60,8 +59,8 @@ def main() -> int:
         git = ["git", "-C", str(ROOT), "worktree"]
         subprocess.run([*git, "add", "--quiet", "--detach", str(before), commit], check=True)
         try:
-            for name, tree in (("old", before), ("new", ROOT)):
-                asked = overrides or DEMO
+            for name, tree, then in (("old", before, []), ("new", ROOT, DEMO)):
+                asked = overrides or ["experiment=demo", *then]
                 places = [f"model.source={model}", f"learning.prior.folder={folder / 'class_pictures'}"]
                 command = [sys.executable, "-m", "mifo", "run", *asked, *ALIKE, *places]
                 command += [f"hydra.run.dir={folder / name / 'run'}", "device=cpu"]
