@@ -113,6 +113,11 @@ def test_a_reward_that_is_kept_on_is_active_at_every_step(model, weights):
 
 def test_an_experiment_written_for_run_serves_learn():
     assert settings("learn", "debug=default").learning.semantic.steps == 4
+    demo = settings("run", "experiment=demo")
+    assert settings("learn", "experiment=demo").learning == demo.learning
+    assert demo.layout.boxes.keys() == {f"<asset{i}>" for i in range(3)}
+    with pytest.raises(MifoError, match="mifo learn has no use for layout=row; leave it out"):
+        settings("learn", "layout=row")
 
 
 def arranged(arrange, number):

@@ -163,6 +163,9 @@ def settings_of(config: DictConfig) -> Any:
         if missing:
             raise MifoError(f"{', '.join(sorted(missing))} must be given, for example {min(missing)}=…")
         _check_elements(merged)
+        for text in merged.origin.overrides:
+            if re.split(r"[.@=]", text.lstrip("+~"))[0] in elsewhere:
+                raise MifoError(f"mifo {config.task} has no use for {text}; leave it out")
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise MifoError(explain(error, config.task)) from error
