@@ -1,6 +1,7 @@
 """The commands as Python functions, for notebooks and scripts."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -27,6 +28,12 @@ def call(task: str, overrides: tuple[str, ...], keys: Mapping[str, Any]) -> Any:
     now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")
     folder = Path(os.path.abspath(own.pop("folder", None) or Path("outputs") / task / now))
     given = [*overrides, *(f"{key}={written(value)}" for key, value in _flat(own))]
+    for text in given:
+        if re.match(r"\+{0,2}(resume|paths|exclusive_gpu|hydra)\b", text):
+            raise MifoError(
+                f"{text} belongs to the command line; name the run's folder by folder=…, which goes on with "
+                "a run of the same settings"
+            )
     try:
         config = compose(task, [*given, f"paths.output={written(folder)}"])
     except REFUSALS as error:
@@ -47,7 +54,8 @@ def call(task: str, overrides: tuple[str, ...], keys: Mapping[str, Any]) -> Any:
 def _flat(keys: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted names and values of nested mappings; an empty mapping is a value."""
     for key, value in keys.items():
-        if isinstance(value, Mapping) and value:
+        # a name such as "red ball" cannot stand in a dotted key
+        if isinstance(value, Mapping) and value and all(re.fullmatch(r"[\w.@/]+", str(k)) for k in value):
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

@@ -45,6 +45,24 @@ def test_functions_take_what_the_command_line_takes(tmp_path, monkeypatch):
     assert json.loads((folder / "status.json").read_text())["status"] == "ok"
 
 
+def test_functions_take_boxes_of_any_words(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mifo.calls.perform", lambda settings: settings)
+    boxes = {"<asset0>": [0, 0.25, 0.5, 1], "red ball": [0.5, 0.5, 1, 1]}
+    settings = mifo.run(layout={"prompt": "a photo of <asset0> and a red ball", "boxes": boxes})
+    assert settings.layout.boxes == {"asset0": boxes["<asset0>"], "red ball": boxes["red ball"]}
+
+
+@pytest.mark.parametrize(
+    "key", ["resume", "hydra.run.dir", "paths.outputs", "exclusive_gpu", "hydra/launcher"]
+)
+def test_functions_refuse_what_only_the_command_line_obeys(key, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mifo.calls.perform", lambda settings: settings)
+    with pytest.raises(MifoError, match=f"{key}=.* belongs to the command line; name the run's folder"):
+        mifo.learn(f"{key}=true")
+
+
 def test_refusals_are_raised_and_recorded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MifoError, match="did you mean mifo"):

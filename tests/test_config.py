@@ -9,12 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from hydra.errors import ConfigCompositionException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torchvision.ops import box_iou
 
 from mifo.config import compose, conf_folder, settings_of
 from mifo.config.checks import check
+from mifo.config.compose import explain
 from mifo.data.layouts import LayoutSettings, layouts
 from mifo.errors import MifoError
 from mifo.method.backbone import DefaultSites
@@ -118,6 +120,24 @@ def test_an_experiment_written_for_run_serves_learn():
     assert demo.layout.boxes.keys() == {f"<asset{i}>" for i in range(3)}
     with pytest.raises(MifoError, match="mifo learn has no use for layout=row; leave it out"):
         settings("learn", "layout=row")
+
+
+@pytest.mark.parametrize(
+    ("task", "typed", "told"),
+    [
+        (
+            "synthesize",
+            "trainer=cpu",
+            "trainer is a group of other commands, for which mifo synthesize has no",
+        ),
+        ("synthesize", "penalty=none", "penalty is a group of other commands"),
+        ("evaluate", "experiment=demo", "experiment/demo chooses layout, for which mifo evaluate has no use"),
+    ],
+)
+def test_a_group_of_other_commands_is_refused_in_a_sentence(task, typed, told):
+    with pytest.raises(ConfigCompositionException) as raised:
+        compose(task, [typed])
+    assert explain(raised.value, task).startswith(told)
 
 
 def arranged(arrange, number):

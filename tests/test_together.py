@@ -143,6 +143,7 @@ def test_pictures_of_results_learned_apart_are_made_and_scored(mifo, source, tmp
         (["layout=plain"], "<asset0> has no box"),
         (["guidance=none"], "guidance.masked is false"),
         ([f"learned=[{folders[0]},nowhere]"], "nowhere"),
+        (["learned=[]"], "learned=[] names no folder"),
     ):
         assert mifo("synthesize", *given, *more) == 2
         assert words in capsys.readouterr().err

@@ -41,6 +41,8 @@ def synthesize(settings: SynthesizeSettings) -> Path:
         MifoError: the run's folder holds pictures of other settings, or of unknown ones.
     """
     given = settings.learned if isinstance(settings.learned, list) else [settings.learned]
+    if not given:
+        raise MifoError("learned=[] names no folder; name one or several, as learned=[A,B]")
     sources = [learned_folder(str(each)) for each in given]
     results = [read_learned(source) for source in sources]
     tokens = joined_tokens(results)

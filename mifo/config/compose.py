@@ -193,8 +193,9 @@ def written(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, int | float):
         return repr(value)
-    if isinstance(value, Mapping):
-        return "{}"
+    if isinstance(value, Mapping):  # names are those of words; asset0 stands for <asset0>
+        pairs = [f"{str(name).strip('<>')}: {written(each)}" for name, each in value.items()]
+        return f"{{{','.join(pairs)}}}"
     if isinstance(value, list | tuple):
         return f"[{','.join(map(written, value))}]"
     text = str(value).replace("'", "\\'")
@@ -210,9 +211,14 @@ def explain(error: Exception, task: str) -> str:
     """One sentence for what Hydra or OmegaConf refused, with the nearest existing name where one is near."""
     if isinstance(error, MifoError):  # a sentence already, perhaps of a file that no task's schema describes
         return str(error)
-    overridden = re.search(r"Could not override '([^']+)'", str(error))
-    if overridden and (told := renamed(overridden[1])):
-        return told
+    overridden = re.search(r"(?:In '([^']+)': )?Could not override '([^']+)'", str(error))
+    if overridden:
+        chooser, key = overridden.groups()
+        if (conf_folder() / key.partition("@")[0]).is_dir():
+            what = f"{chooser} chooses {key}" if chooser else f"{key} is a group of other commands"
+            return f"{what}, for which mifo {task} has no use; leave it out, or see mifo {task} --help"
+        if told := renamed(key):
+            return told
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         options = error.options or []
