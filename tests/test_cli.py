@@ -1,6 +1,7 @@
 """The command line: every task on a tiny pipeline, one sentence for each refusal, sweeps, resuming."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -272,6 +273,25 @@ def test_pictures_that_are_there_are_kept_when_a_sweep_is_repeated_or_resumed(mi
         assert mifo(*again[:1], *again[2:-1], "seed=1", "hydra.run.dir=S/0") == 2
         assert "already holds pictures" in capsys.readouterr().err
     assert listing.stat().st_mtime_ns == made
+
+
+def test_results_made_anew_in_one_place_are_not_taken_for_those_before(mifo, model, tmp_path, capsys):
+    few = [*model, "debug=default"]
+    steps = (
+        ["learn", *few, "logger=none", "hydra.run.dir=L"],
+        ["synthesize", *few, "learned=L", "hydra.run.dir=S"],
+        ["evaluate", "pictures=S", "hydra.run.dir=E"],
+    )
+    assert [mifo(*step) for step in steps] == [0, 0, 0]
+    assert [mifo(*step) for step in steps[1:]] == [0, 0]
+    shutil.rmtree(tmp_path / "L")
+    assert mifo(*steps[0], "seed=9") == 0
+    assert mifo(*steps[1]) == 2
+    assert "learned=L changed since the run in" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "S")
+    assert mifo(*steps[1]) == 0
+    assert mifo(*steps[2]) == 2
+    assert "pictures=S changed since the run in" in capsys.readouterr().err
 
 
 def test_a_folder_is_never_shared_by_two_configurations(mifo, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -279,14 +280,29 @@ def _record_command(folder: Path, settings: TaskSettings) -> None:
     """Record once what was typed, where, and what the user's image and masks were; refuse others later."""
     command, instances = folder / COMMAND, getattr(settings, "instances", None)
     files = folder_digest(instances) if instances else None
+    kind = {"synthesize": "learned", "export": "learned", "evaluate": "pictures"}.get(settings.task)
+    source = kind and getattr(settings, kind)
+    if kind and source:
+        files = _source_digest(kind, source if isinstance(source, list) else [source], files)
     if command.is_file() and (folder / CONFIG).is_file():
-        if read_record(command, Command).files != files:
+        before = read_record(command, Command).files
+        if before != files and not (source and before is None):  # earlier versions recorded no source
+            what = f"{kind}={source}" if source else "the image or the masks"
             raise MifoError(
-                f"the image or the masks of the run in {folder} have changed since it began; choose another "
-                "folder"
+                f"{what} changed since the run in {folder} began; choose another folder for the new run"
             )
         return
     typed = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     signature = run_signature(as_plain(settings), files) if instances else None
     record = asdict(Command(typed, str(Path.cwd()), files, signature))
     write_whole(command, json.dumps(record, indent=2) + "\n")
+
+
+def _source_digest(kind: str, folders: list[str], files: str | None) -> str:
+    """A hash of the learned results or the pictures that a run reads, which may be made anew in one place."""
+    digest = hashlib.sha256(str(files).encode())
+    for folder in (Path(each).expanduser() for each in folders):
+        inside = folder / kind if (folder / kind).is_dir() else folder
+        for path in (inside / f"{kind}.json", *sorted(inside.glob("*.png"))):
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
