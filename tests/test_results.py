@@ -90,6 +90,18 @@ def test_runs_are_filtered_by_any_setting_and_sorted_by_any_score(listed):
     assert listed("method=mifo", "sort=leakage")[-1]["seed"] == "1000"  # without the score: at the end
 
 
+def test_a_label_with_a_comma_is_one_value(runs, listed):
+    for number, row in enumerate(("MIFO", "MIFO, kept on", "none")):
+        make(runs / "tables" / str(number), number)
+        file = runs / "tables" / str(number) / "config.yaml"
+        file.write_text(file.read_text().replace("row: null", f"row: {row}"))
+    found = {
+        asked: [run["seed"] for run in listed("tables", asked, "columns=seed")]
+        for asked in ("row=MIFO, kept on", "row!=MIFO, kept on", "row=MIFO,none")
+    }
+    assert [*found.values()] == [["1"], ["0", "2"], ["0", "2"]]
+
+
 def test_a_bomb_of_aliases_is_not_unfolded(runs, listed):
     folder = runs / "outputs" / "run" / "bomb"
     make(folder, 9000)
@@ -238,6 +250,7 @@ def test_two_runs_differ_in_what_is_named_and_a_sheet_is_opened(runs, capsys, mo
         (["weight>0.1"], "did you mean penalty.terms.penalty.weight?"),
         (["sort=leakag"], "did you mean leakage?"),
         (["nosuch"], "nosuch is no folder and no filter"),
+        (["leakage>much"], "leakage>much compares with no number"),
         (["format=xml"], "take table, csv or json"),
         (["limit=-1"], "limit=-1 is no number of runs"),
         (["diff", "one"], "diff takes two folders"),

@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 
+from mifo.backbones.loading import load_model
 from mifo.callbacks import speedrun as stopwatch
 from mifo.commands.speedrun import speedrun
 from mifo.config import compose, settings_of
@@ -113,3 +114,18 @@ def test_what_cannot_be_judged_is_refused(judged, override, told):
     layout = ["layout=benchmark_one"] if "one_car" in override else []
     with pytest.raises(MifoError, match=told):
         judged("run", override, *layout)
+
+
+def test_rows_that_others_add_meanwhile_are_kept(judged, tmp_path, monkeypatch):
+    target = ["identification=0.5", "leakage=0.5", "leaderboard=board.csv"]
+    judged("one", *target)
+    before = (tmp_path / "board.csv").read_text()
+    (tmp_path / "board.csv").unlink()
+
+    def meanwhile(model, device):
+        (tmp_path / "board.csv").write_text(before)
+        return load_model(model, device)
+
+    monkeypatch.setattr("mifo.commands.speedrun.load_model", meanwhile)
+    judged("two", *target, "seed=3")
+    assert pd.read_csv(tmp_path / "board.csv")["seed"].tolist() == [0, 3]

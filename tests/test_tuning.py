@@ -88,12 +88,34 @@ def test_a_tuning_goes_on_where_it_was_and_makes_no_run_twice(small):
     assert not small and len(trials()) == 6
 
 
+def test_the_results_of_another_tuning_are_kept(small):
+    tune(["small"])
+    before = trials()
+    for other in ("tune.only=[MIFO]", "tune.trials=2", "debug=default"):
+        with pytest.raises(MifoError, match=r"choose another folder by tune\.results=FOLDER"):
+            tune(["small", other])
+    assert trials() == before
+    tune(["small", "tune.trials=7"])
+    assert len(trials()) == 14 and [row for row in trials() if row["trial"] != "6"] == before
+
+
+def test_an_objective_replaces_that_of_the_file_and_one_factor_changes_alone(small):
+    asked, _ = read_tuning(Path("small"), ["tune.objective={editability: 1}"])
+    assert asked.objective == {"editability": 1}
+    asked, _ = read_tuning(Path("small"), ["tune.objective.leakage=-2"])
+    assert asked.objective == {"editability": 1, "leakage": -2}
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
         ("tune.trials=0", "at least one trial"),
-        ("tune.only=[Dice]", "names no method"),
+        ("tune.only=[Dice]", "none is called Dice; take some of MIFO"),
         ("tune.objective={beauty: 1}", r"objective\.beauty is no score"),
+        ("tune.only=[MIFO, Dice]", "none is called Dice; take some of MIFO"),
+        ("tune.only=MIFO", r"tune\.only=MIFO must be written as \[ONE, OTHER\]"),
+        ("tune.objective=leakage", r"tune\.objective=leakage must be written as \{LABEL: VALUE\}"),
+        ("tune.objective={box_adherence: 1}", "box_adherence was not measured.*take.*editability, leakage"),
         ("tune.trails=3", "trails"),
         ("penalty.reward_steps=-1", "refused.*to_step"),
         ("tune.methods.MIFO.search={penalty.reward_weight: [0, 1, 2]}", "least, first and largest"),

@@ -68,7 +68,7 @@ def _list(arguments: Sequence[str]) -> None:
     ]
     if missing := [folder for folder in folders if not folder.is_dir()]:
         raise MifoError(f"{missing[0]} is no folder and no filter such as seed=1; see mifo results --help")
-    filters: list[tuple[str, str, list[Any]]] = []
+    filters: list[tuple[str, str, str]] = []
     options: dict[str, Any] = {"sort": "", "columns": None, "limit": None, "format": "table"}
     for argument in arguments:
         match = _FILTER.fullmatch(argument)
@@ -78,7 +78,7 @@ def _list(arguments: Sequence[str]) -> None:
         if key in options and sign == "=":
             options[key] = _value(key, text)
         else:
-            filters.append((key, sign, [_value(key, each) for each in text.split(",")]))
+            filters.append((key, sign, text))
     if options["format"] not in ("table", "csv", "json"):
         raise MifoError(f"format={options['format']} is not known; take table, csv or json")
     index = Index(folders or [Path("outputs"), Path("multirun")])
@@ -101,11 +101,15 @@ def _list(arguments: Sequence[str]) -> None:
         print(f"{len(shown)} of {len(runs)} runs{'; limit=0 shows all' * (len(shown) < len(runs))}")
 
 
-def _chosen(index: Index, filters: Sequence[tuple[str, str, list[Any]]], sort: str) -> list[str]:
+def _chosen(index: Index, filters: Sequence[tuple[str, str, str]], sort: str) -> list[str]:
     """The folders of the runs that pass all filters, sorted, or by their folders."""
     runs = index.runs
-    for key, sign, wanted in filters:
+    for key, sign, text in filters:
         values, compare = _known(index, key), _OPERATORS[sign]
+        # a label may hold a comma, which else parts several values
+        wanted = [text] if text in values.values() else [_value(key, each) for each in text.split(",")]
+        if sign[0] in "<>" and not all(isinstance(each, int | float) for each in wanted):
+            raise MifoError(f"{key}{sign}{text} compares with no number; give one, as '{key}{sign}0.5'")
         every = all if sign == "!=" else any
         runs = {
             folder: number

@@ -43,7 +43,7 @@ def speedrun(settings: SpeedrunSettings) -> Path:
         )
     board = Path(settings.leaderboard)
     check_room(board.parent, 2**20)
-    rows = _read_board(board) if board.exists() else []
+    _read_board(board)
     device, folder = prepare(settings), claim_folder(settings)
     evaluator = PictureEvaluator.from_settings(settings.metrics, device)
     model = load_model(settings.model, device)
@@ -88,16 +88,19 @@ def speedrun(settings: SpeedrunSettings) -> Path:
         "seed": settings.seed,
         "overrides": " ".join(settings.origin.overrides),
     }
-    write_csv(board, pd.DataFrame([*rows, row]), digits=4)
+    # read again: another speedrun may have added a row meanwhile
+    write_csv(board, pd.DataFrame([*_read_board(board), row]), digits=4)
     print(f"{row['seconds']} s on {here.device}: {board}")
     return board
 
 
 def _read_board(board: Path) -> list[dict[str, str]]:
-    """The rows of a leaderboard as they stand there; refuses damage and what is no number."""
+    """The rows of a leaderboard as they stand there, if it exists; refuses damage and what is no number."""
 
     def number(text: str) -> str:
         finite_number(text)
         return text
 
+    if not board.exists():
+        return []
     return read_csv(board, dict.fromkeys(NUMBERS, number) | dict.fromkeys(TEXTS, str))

@@ -8,13 +8,15 @@ from mifo.tables.asked import of_hydra
 from mifo.tables.record import read_record
 from mifo.tables.tuning import Trial, best_trials, read_tuning, write_tuning
 from mifo.tables.tuning import tune as search
+from mifo.tables.write import claim_results
 
 
 def tune(arguments: list[str]) -> int:
     """Run the command; returns how many methods have no finished trial.
 
     Raises:
-        MifoError: the folder's tune.yaml cannot be read, or its runs cannot be compared.
+        MifoError: the folder's tune.yaml cannot be read, its runs cannot be compared, or the results
+            of another tuning stand in its place.
     """
     given, *others = arguments
     hydra, changes = of_hydra(others)
@@ -24,6 +26,7 @@ def tune(arguments: list[str]) -> int:
     target = Path(settings.results or f"outputs/tuning/{name}")
     launch = launcher("mifo.tables.execute.make_runs", hydra, target, "exclusive_gpu=true" in overrides)
     record = read_record(Path(settings.record)) if settings.record else {}
+    claim_results(target, settings, overrides, "tune")
     trials: list[Trial] = []
     for trials, made in search(name, settings, overrides, launch, record):
         _tell(trials[-len(settings.methods) :])

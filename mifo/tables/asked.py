@@ -1,6 +1,6 @@
 """What a table or a tuning is asked: a file in a folder of experiments/, changed by the command line."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from fnmatch import fnmatch
 from pathlib import Path
@@ -52,14 +52,26 @@ def read_asked(
     try:
         given = OmegaConf.create(content)
         for key in labelled:  # a subset of them is what one wants
-            if key in changed:
+            if key in {key_of(text) for text in own}:
                 given.pop(key, None)
-        merged = OmegaConf.merge(OmegaConf.structured(schema), given, changed)
+        typed = OmegaConf.structured(schema)
+        _check_kinds(typed, given, f"{file}: ")
+        _check_kinds(typed, changed, prefix)
+        merged = OmegaConf.merge(typed, given, changed)
         # interpolations in overrides are for the runs to resolve
         asked = schema(**OmegaConf.to_container(merged, throw_on_missing=True))
     except OmegaConfBaseException as error:
         raise MifoError(_explain(error, file, task, schema, changed, labelled)) from error
     return asked, {str(key) for key in changed}, others
+
+
+def _check_kinds(typed: DictConfig, given: DictConfig, place: str) -> None:
+    """Refuse one value where a list is asked, and what else OmegaConf refuses without naming the key."""
+    for key in given:
+        node, value = typed._get_node(str(key)), given._get_node(key)
+        for is_kind, example in ((OmegaConf.is_list, "[ONE, OTHER]"), (OmegaConf.is_dict, "{LABEL: VALUE}")):
+            if is_kind(node) and not is_kind(value) and given[key] is not None:
+                raise MifoError(f"{place}{key}={given[key]} must be written as {example}")
 
 
 def _explain(
@@ -93,6 +105,13 @@ def of_hydra(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def key_of(override: str) -> str:
     """The key of an override of Hydra, which may add or delete it or name a package."""
     return override.partition("=")[0].lstrip("+~").partition("@")[0]
+
+
+def check_only(key: str, only: Sequence[str], labels: Iterable[str]) -> None:
+    """Refuse a pattern of `only` that none of the `labels` fits."""
+    for pattern in only:
+        if not any(is_wanted(label, [pattern]) for label in labels):
+            raise MifoError(f"{key}: none is called {pattern}; take some of {', '.join(labels)}")
 
 
 def is_wanted(label: str, only: Sequence[str]) -> bool:

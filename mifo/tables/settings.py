@@ -9,7 +9,7 @@ from omegaconf import MISSING
 
 from mifo.errors import MifoError, check_known
 from mifo.metrics.scores import RANGES
-from mifo.tables.asked import is_wanted, key_of, read_asked
+from mifo.tables.asked import check_only, key_of, read_asked
 
 FILE = "table.yaml"
 LABELLED = ("rows", "grid", "scenes")  # their keys are the user's
@@ -106,10 +106,7 @@ def _check(settings: TableSettings, file: Path) -> None:
     for label in (settings.title, *settings.rows, *settings.grid, *settings.scenes):
         if not label.strip() or any(category(letter).startswith(("Cc", "Zl", "Zp")) for letter in label):
             raise MifoError(f"{file}: the title and every label must be one line of text, unlike {label!r}")
-    if lost := [
-        label for label in settings.only if not any(is_wanted(row, [label]) for row in settings.rows)
-    ]:
-        raise MifoError(f"table.only: no row is called {lost[0]}; take some of {', '.join(settings.rows)}")
+    check_only("table.only", settings.only, settings.rows)
     if settings.workers < 0 or settings.per_job < 1:
         raise MifoError("table.workers must be at least 0, table.per_job at least 1")
     for key, value, known in (

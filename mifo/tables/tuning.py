@@ -16,12 +16,14 @@ from mifo.errors import MifoError, check_package
 from mifo.files import write_whole
 from mifo.metrics.evaluation import METRICS
 from mifo.report.tables import write_csv
-from mifo.tables.asked import is_wanted, read_asked
+from mifo.tables.asked import check_only, is_wanted, read_asked
 from mifo.tables.collect import measured
 from mifo.tables.execute import execute
 from mifo.tables.plan import Run, plan
 from mifo.tables.record import Entry, write_record
 from mifo.tables.settings import TableSettings
+
+LABELLED = ("methods", "objective")  # their keys are the user's
 
 
 @dataclass
@@ -60,7 +62,8 @@ HELP = """usage: mifo tune FOLDER [tune.KEY=VALUE ...] [override of every run ..
 
 FOLDER/tune.yaml says what is searched. Every method has one trial in each round (extra optuna). After each
 round trials.csv, chosen.yaml with the rows of a table, and the record of all runs are written; the command
-given again goes on."""
+given again goes on, also with more trials.
+Other methods, scenes or overrides need their own tune.results=FOLDER."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,9 @@ def read_tuning(folder: Path, arguments: Sequence[str]) -> tuple[TuningSettings,
         MifoError: optuna is missing, or there is no such file, an unknown key or metric, or a search without
             three rising positive numbers.
     """
-    settings, _, overrides = read_asked(folder, "tune", "experiments/tuning", TuningSettings, arguments)
+    settings, _, overrides = read_asked(
+        folder, "tune", "experiments/tuning", TuningSettings, arguments, LABELLED
+    )
     settings.methods = {label: MethodSettings(**each) for label, each in settings.methods.items()}
     file = folder / "tune.yaml"
     check_package("mifo tune", "optuna", "optuna")
@@ -100,11 +105,10 @@ def read_tuning(folder: Path, arguments: Sequence[str]) -> tuple[TuningSettings,
         for key, values in method.search.items():
             if len(values) != 3 or not 0 < values[0] <= values[1] <= values[2]:
                 raise MifoError(f"{file}: {label}: {key} needs its least, first and largest value, above 0")
+    check_only("tune.only", settings.only, settings.methods)
     settings.methods = {
         label: each for label, each in settings.methods.items() if is_wanted(label, settings.only)
     }
-    if not settings.methods:
-        raise MifoError(f"tune.only={settings.only} names no method of {file}")
     return settings, overrides
 
 
@@ -180,10 +184,20 @@ def _trial(
     scores: Sequence[Mapping[str, float]],
     settings: TuningSettings,
 ) -> Trial:
-    """The trial with the mean of the `scores` of its runs; without an objective if one of them has none."""
+    """The trial with the mean of the `scores` of its runs; without an objective if one of them has none.
+
+    Raises:
+        MifoError: a score of the objective was not measured, as leakage where there is one instance.
+    """
     if len(scores) < len(settings.scenes) * len(settings.seeds):
         return Trial(label, number, values, {}, None)
-    means = {key: math.fsum(each[key] for each in scores) / len(scores) for key in scores[0]}
+    measured_in_all = [key for key in scores[0] if all(key in each for each in scores)]
+    means = {key: math.fsum(each[key] for each in scores) / len(scores) for key in measured_in_all}
+    if lost := settings.objective.keys() - means.keys():
+        raise MifoError(
+            f"tune.objective: {min(lost)} was not measured in every run of '{label}'; take "
+            f"other tune.scenes, or some of {', '.join(means)}"
+        )
     objective = sum(factor * means[key] for key, factor in settings.objective.items())
     return Trial(label, number, values, means, objective)
 

@@ -28,20 +28,23 @@ MOST = 20  # runs without a result that a table names
 QUESTION = "question.json"
 
 
-def claim_results(folder: Path, settings: TableSettings, overrides: Sequence[str]) -> None:
-    """Record what the table asks in `folder`, which must be empty or hold a table that asks the same.
+def claim_results(folder: Path, settings: Any, overrides: Sequence[str], task: str = "table") -> None:
+    """Record what a table or a tuning asks in `folder`, which must be empty or hold one that asks the same.
+
+    Args:
+        settings: a `TableSettings` or `TuningSettings`. task: table | tune.
 
     Raises:
-        MifoError: the folder holds a table that asks something else.
+        MifoError: the folder holds results that ask something else.
     """
     asked = {key: value for key, value in asdict(settings).items() if key not in _HOW}
     if not settings.only:  # which records of earlier versions do not name
         del asked["only"]
     asked["overrides"] = list(overrides)
     path = folder / QUESTION
-    if path.exists() and not _is_asked(path, asked):
+    if path.exists() and not _is_asked(path, asked, task):
         raise MifoError(
-            f"{folder} holds a table of other runs; choose another folder by table.results=FOLDER"
+            f"{folder} holds a table of other runs; choose another folder by {task}.results=FOLDER"
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
@@ -54,16 +57,19 @@ def newest_results(name: str) -> Path | None:
     return newest and newest.parent
 
 
-def _is_asked(path: Path, asked: dict[str, Any]) -> bool:
+def _is_asked(path: Path, asked: dict[str, Any], task: str) -> bool:
     """Whether a recorded question is `asked`, as a torn one counts where no results belong to it."""
     try:
-        return read_json(path) == asked
+        known = read_json(path)
+        if "trials" in asked and isinstance(known, dict) and known.get("trials") in range(asked["trials"]):
+            known["trials"] = asked["trials"]  # more of them begin with the same
+        return known == asked
     except MifoError as error:
         if path.is_file() and not (path.parent / RUNS).exists():
             return True
         raise MifoError(
             f"{error}; delete it if the results beside it belong to this table, or choose another folder by "
-            "table.results=FOLDER"
+            f"{task}.results=FOLDER"
         ) from error
 
 
