@@ -10,7 +10,12 @@ The commands are functions here. They take what the command line takes, with its
 `mifo.errors.MifoError`.
 """
 
+import os
 from typing import Any
+
+# Read when torch is imported. Threads that wait for each other spin for thirty times as long otherwise, and take
+# the core from those they wait for where other processes are busy (experiments/benchmark/tried.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def learn(*overrides: str, **keys: Any) -> Any:

@@ -68,7 +68,7 @@ def read_asked(
 def _check_kinds(typed: DictConfig, given: DictConfig, place: str) -> None:
     """Refuse one value where a list is asked, and what else OmegaConf refuses without naming the key."""
     for key in given:
-        node, value = typed._get_node(str(key)), given._get_node(key)
+        node, value = typed._get_node(str(key), validate_access=False), given._get_node(key)
         for is_kind, example in ((OmegaConf.is_list, "[ONE, OTHER]"), (OmegaConf.is_dict, "{LABEL: VALUE}")):
             if is_kind(node) and not is_kind(value) and given[key] is not None:
                 raise MifoError(f"{place}{key}={given[key]} must be written as {example}")

@@ -26,6 +26,7 @@ from mifo.tables.settings import TableSettings
 _HOW = {"workers", "per_job", "code", "missing", "runs", "record", "results", "pages", "send"}
 MOST = 20  # runs without a result that a table names
 QUESTION = "question.json"
+NOUNS = {"table": "table", "tune": "tuning"}
 
 
 def claim_results(folder: Path, settings: Any, overrides: Sequence[str], task: str = "table") -> None:
@@ -44,7 +45,7 @@ def claim_results(folder: Path, settings: Any, overrides: Sequence[str], task: s
     path = folder / QUESTION
     if path.exists() and not _is_asked(path, asked, task):
         raise MifoError(
-            f"{folder} holds a table of other runs; choose another folder by {task}.results=FOLDER"
+            f"{folder} holds a {NOUNS[task]} of other runs; choose another folder by {task}.results=FOLDER"
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
@@ -68,7 +69,7 @@ def _is_asked(path: Path, asked: dict[str, Any], task: str) -> bool:
         if path.is_file() and not (path.parent / RUNS).exists():
             return True
         raise MifoError(
-            f"{error}; delete it if the results beside it belong to this table, or choose another folder by "
+            f"{error}; delete it if the results beside it belong to this {NOUNS[task]}, or choose another folder by "
             f"{task}.results=FOLDER"
         ) from error
 
