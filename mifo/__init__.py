@@ -13,8 +13,8 @@ The commands are functions here. They take what the command line takes, with its
 import os
 from typing import Any
 
-# Read when torch is imported. Threads that wait for each other spin for thirty times as long otherwise, and take
-# the core from those they wait for where other processes are busy (experiments/benchmark/tried.md).
+# Read when torch is imported. Threads that wait for each other spin for thirty times as long otherwise,
+# and take the core from those they wait for where other processes are busy (experiments/benchmark/tried.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 

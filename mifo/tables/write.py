@@ -69,8 +69,8 @@ def _is_asked(path: Path, asked: dict[str, Any], task: str) -> bool:
         if path.is_file() and not (path.parent / RUNS).exists():
             return True
         raise MifoError(
-            f"{error}; delete it if the results beside it belong to this {NOUNS[task]}, or choose another folder by "
-            f"{task}.results=FOLDER"
+            f"{error}; delete it if the results beside it belong to this {NOUNS[task]}, or choose another "
+            f"folder by {task}.results=FOLDER"
         ) from error
 
 
