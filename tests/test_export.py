@@ -268,6 +268,14 @@ def test_an_export_that_cannot_be_is_refused_before_a_model_is_loaded(mifo, sour
     assert export(mifo, source, "words=[one]") == 2
 
 
+@pytest.mark.parametrize("weights", ["lora", "pipeline"])
+def test_a_word_that_the_base_model_knows_is_no_name_in_diffusers(mifo, source, tmp_path, capsys, weights):
+    save(tmp_path, source, "tokens")
+    assert export(mifo, source, f"weights={weights}", "words=[mine,car]") == 2
+    assert "words: the model knows 'car' already; take a new word, such as mycar" in capsys.readouterr().err
+    assert export(mifo, source, f"weights={weights}", "words=[mine,mycar]") == 0
+
+
 def test_words_and_loras_of_another_kind_are_refused_by_name(source, tmp_path):
     write_tensors(tmp_path / "wide.safetensors", {"x": torch.zeros(1, 24)})
     write_tensors(tmp_path / "many.safetensors", {"x": torch.zeros(3, 16)})

@@ -318,7 +318,7 @@ def test_initial_rows(source):
 
 def test_clashing_tokens_and_long_prompts_are_refused(model):
     model.tokenizer.add_tokens("<mine>")
-    with pytest.raises(MifoError, match="already has the token <mine>"):
+    with pytest.raises(MifoError, match="already has the word <mine>"):
         model.add_words(["<asset0>", "<mine>"])
     model.add_words(["<asset0>"])
     with pytest.raises(MifoError, match="already carries <asset0>"):

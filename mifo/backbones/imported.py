@@ -14,6 +14,7 @@ from transformers import AddedToken, CLIPTokenizer
 from mifo.backbones.kinds import Family
 from mifo.backbones.latent import LatentModel
 from mifo.backbones.settings import ModelSettings
+from mifo.backbones.tokens import is_known
 from mifo.errors import MifoError
 from mifo.tensors import read_tensors
 
@@ -28,9 +29,7 @@ def teach_words(settings: ModelSettings, tokenizers: Sequence[CLIPTokenizer]) ->
         MifoError: a word is known already, or is no single word.
     """
     for word in settings.words:
-        known = {*tokenizers[0].get_vocab()}
-        spelled = {word, f"{word.lower()}</w>", f"Ġ{word}"}  # as a table has it, as CLIP's, as Qwen's
-        if not word or word != "".join(word.split()) or spelled & known:
+        if not word or word != "".join(word.split()) or is_known(tokenizers[0], word):
             raise MifoError(
                 f"model.words has the word '{word}', which the model knows already or which is no single "
                 "word; name another, such as mycat."

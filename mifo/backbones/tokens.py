@@ -54,8 +54,8 @@ def add_rows(
     vocabulary = tokenizer.get_vocab()
     if clashes := [token for token in tokens if token in vocabulary]:
         raise MifoError(
-            f"the tokenizer already has the token {clashes[0]}; load the base model without learned tokens, "
-            "or choose other tokens."
+            f"the model already has the word {clashes[0]}; take a base model without learned words, or "
+            "export its words by other names, as words=[mycat]."
         )
     table = text_encoder.get_input_embeddings()
     if isinstance(table, NewTokenRows):
@@ -66,6 +66,11 @@ def add_rows(
     extend(tokenizer, tokens)
     first_id = tokenizer.convert_tokens_to_ids(tokens[0])
     text_encoder.set_input_embeddings(NewTokenRows(table, initial, tokens, first_id))
+
+
+def is_known(tokenizer: CLIPTokenizer, word: str) -> bool:
+    """Whether the tokenizer's table has the word: as it stands, or as CLIP or Qwen spell it."""
+    return bool({word, f"{word.lower()}</w>", f"Ġ{word}"} & {*tokenizer.get_vocab()})
 
 
 def extend(tokenizer: CLIPTokenizer, tokens: Sequence[str]) -> None:

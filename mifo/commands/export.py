@@ -13,6 +13,7 @@ from mifo.backbones.learned import load_learned, read_learned
 from mifo.backbones.loading import load_model, load_outline, model_folder
 from mifo.backbones.model import DiffusionModel
 from mifo.backbones.settings import ModelSettings
+from mifo.backbones.tokens import is_known
 from mifo.commands.setup import prepare
 from mifo.commands.synthesize import learned_folder
 from mifo.config.jobs import CONFIG, claim_folder
@@ -36,7 +37,8 @@ def export(settings: ExportTaskSettings) -> Path:
     """Write words, weights and a model card into `exported/` of the run's folder; returns that folder.
 
     Raises:
-        MifoError: no learned result, one of another base model, or a folder that holds an export.
+        MifoError: no learned result, one of another base model, a word that the model knows, or a folder that
+            holds an export.
     """
     source = learned_folder(settings.learned)
     learned = read_learned(source)
@@ -46,6 +48,11 @@ def export(settings: ExportTaskSettings) -> Path:
     kind, absent = family.pipeline, absent_parts(family.pipeline, family.parts)
     if settings.weights != "pipeline":
         check_words(kind)
+    tokenizer = load_outline(full).tokenizer
+    if settings.format == "diffusers" and (taken := [word for word in words if is_known(tokenizer, word)]):
+        raise MifoError(
+            f"words: the model knows '{taken[0]}' already; take a new word, such as my{taken[0]}."
+        )
     device = prepare(settings)
     folder = claim_folder(settings) / "exported"
     refuse_existing(folder)
