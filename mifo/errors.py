@@ -15,14 +15,15 @@ class MifoError(Exception):
 
 
 def check_least(place: str, settings: Any, **least: float) -> None:
-    """Refuse the settings of `place` whose values are below their least one.
+    """Refuse the settings of `place` ("" for the task itself) whose values are below their least one.
 
     Raises:
         MifoError: naming the first key and the values that it takes.
     """
     for key, bound in least.items():
         if (value := getattr(settings, key)) < bound:
-            raise MifoError(f"{place}.{key}={value} is too small; take at least {bound}.")
+            name = f"{place}.{key}".lstrip(".")
+            raise MifoError(f"{name}={value} is too small; take at least {bound}.")
 
 
 def check_known(key: str, value: object, known: Iterable[str]) -> None:

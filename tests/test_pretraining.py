@@ -156,6 +156,16 @@ def test_parts_are_refused_by_name(tmp_path):
         pretrain(tiny(["denoiser"], 1), tmp_path / "work", tmp_path / "weights", logger=False)
 
 
+def test_what_would_train_nothing_is_refused(tmp_path):
+    with pytest.raises(MifoError, match=r"pretraining.parts: '' is no part"):
+        pretrain(tiny([], 1), tmp_path, tmp_path)
+    with pytest.raises(MifoError, match=r"pretraining.segmenter.steps=0 is too small; take at least 1"):
+        pretrain(tiny(["segmenter"], 0), tmp_path, tmp_path)
+    with pytest.raises(MifoError, match=r"pretraining.scenes=0 is too small"):
+        pretrain(replace(tiny(["segmenter"], 1), scenes=0), tmp_path, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 def test_boxes_are_cut_out_and_stretched():
     picture = torch.zeros(1, 3, 32, 32)
     picture[:, 0, 8:16, 4:28] = 1

@@ -124,3 +124,13 @@ def test_one_command_measures_and_records(tmp_path):
 def test_what_cannot_be_measured_is_refused(given, message, tmp_path):
     with pytest.raises(MifoError, match=message):
         quality(settings_of(compose("quality", [given, f"paths.output={tmp_path}"])))
+
+
+@pytest.mark.parametrize(("part", "judge"), [("text_to_image", "clip"), ("box_control", "segmenter")])
+def test_weights_without_a_judge_are_refused_before_anything_is_measured(part, judge, tmp_path):
+    weights = tmp_path / "weights"
+    (weights / "pipeline").mkdir(parents=True)
+    given = [f"parts=[reconstruction,{part}]", f"weights={weights}", f"paths.output={tmp_path / 'record'}"]
+    with pytest.raises(MifoError, match=f"{part} needs {weights}/{judge}/; copy .*/{judge} there, or leave"):
+        quality(settings_of(compose("quality", given)))
+    assert not (tmp_path / "record").exists()

@@ -31,6 +31,9 @@ from mifo.miniature import quality as measures
 from mifo.miniature.pretraining.segmenter import load_segmenter
 from mifo.report.tables import markdown_table
 
+JUDGES = {"evaluators": ("clip", "vit"), "text_to_image": ("clip",), "box_control": ("segmenter",)}
+"""Folders beside the pipeline that a part needs."""
+
 SHEET = 24
 """Pictures of box control on the sheet."""
 
@@ -38,7 +41,7 @@ SHEET = 24
 def quality(settings: QualitySettings) -> Path:
     """Measure the named parts; write `quality.json`, `quality.md` (after each) and `box_control.jpg`.
 
-    Returns their folder. Raises MifoError for an unknown part or missing weights.
+    Returns their folder. Raises MifoError for an unknown part or for weights that a part lacks.
     """
     weights, synthesis = Path(settings.weights or EMBEDDED), settings.synthesis
     pipeline = weights / settings.pipeline
@@ -63,6 +66,12 @@ def quality(settings: QualitySettings) -> Path:
     }
     if unknown := [part for part in settings.parts if part not in parts]:
         raise MifoError(f"parts: '{unknown[0]}' is no part of quality; choose from {', '.join(parts)}")
+    for part in settings.parts:
+        if lost := [judge for judge in JUDGES.get(part, ()) if not (weights / judge).is_dir()]:
+            raise MifoError(
+                f"parts: {part} needs {weights / lost[0]}/; copy {EMBEDDED / lost[0]} there, "
+                f"or leave {part} out"
+            )
     device = prepare(settings)
     folder = claim_folder(settings)
     record: dict[str, dict[str, Any]] = {"about": about(device), "seconds": {}, "measured": {}}

@@ -52,6 +52,9 @@ def check(settings: TaskSettings) -> None:
     if isinstance(settings, SynthesizeSettings | LearnSettings | QualitySettings):
         check_synthesis(settings.synthesis)
         check_guidance(settings.guidance)
+    if isinstance(settings, QualitySettings):
+        # two figures have an interval; of 64 scenes some show one thing, some two
+        check_least("", settings, reconstructions=2, scenes=64, per_category=2, pictures=2, box_prompts=1)
     if isinstance(settings, ExportTaskSettings):
         check_export(settings)
     if isinstance(settings, LearnSettings):

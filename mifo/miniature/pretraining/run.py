@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
 from transformers import ViTImageProcessor
 
-from mifo.errors import MifoError
+from mifo.errors import MifoError, check_least
 from mifo.miniature.pretraining.autoencoder import (
     AutoencoderPretraining,
     DecoderPretraining,
@@ -49,9 +49,12 @@ def pretrain(settings: PretrainSettings, work: Path, weights: Path, logger=True)
     Returns for each part whether it reached its number of steps; with ``settings.minutes`` a part may stop
     earlier. Raises MifoError for an unknown part or for one whose forerunner has not been made.
     """
-    unknown = [part for part in settings.parts if part not in PARTS]
+    unknown = [part for part in settings.parts or [""] if part not in PARTS]
     if unknown:
         raise MifoError(f"pretraining.parts: '{unknown[0]}' is no part; choose from {', '.join(PARTS)}.")
+    check_least("pretraining", settings, scenes=1)
+    for part in settings.parts:
+        check_least(f"pretraining.{part}", getattr(settings, part), steps=1, batch_size=1)
     if not 0 <= settings.words <= 1:
         raise MifoError(f"pretraining.words={settings.words} is no share; take 0 to 1.")
     if settings.after:
