@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -136,6 +136,10 @@ def named_scenes(patterns: list[str]) -> list[InstancesSettings]:
     scenes = [OmegaConf.to_object(OmegaConf.merge(schema, each)) for each in given if "scene" in each]
     if not scenes:
         raise MifoError(f"scenes={','.join(patterns)} fits no drawn scene; try [alike_*]")
+    if alone := [each.name for each in scenes if len(cast(SceneSpec, find_source(each)).things) == 1]:
+        raise MifoError(
+            f"scenes: {alone[0]} has one thing, which cannot be swapped with another; try [alike_*]"
+        )
     return scenes
 
 

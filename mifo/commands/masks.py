@@ -33,6 +33,10 @@ def masks(settings: MasksSettings) -> Path:
             "instances.folder=FOLDER, whose masks it shows."
         )
     things = _things(settings.boxes, settings.points)
+    if settings.instances is not None and things:
+        raise MifoError(
+            "boxes and points make new masks, but instances has masks already; take picture=FILE instead."
+        )
     if settings.picture is not None and not things:
         raise MifoError(
             "picture has no boxes and no points; point at each thing, as 'points={car: [[0.3, 0.5]]}'."

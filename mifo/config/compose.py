@@ -207,6 +207,17 @@ def as_plain(settings: Any) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.create(asdict(settings)), enum_to_str=True)
 
 
+PLAIN = {
+    "is not a ListConfig": "takes a list; put one value in brackets, too: [value]",
+    "merge DictConfig with": "takes names with their values, as {name: value}",
+    "convert 'ListConfig'": "takes one value, not a list",
+    "convert 'DictConfig'": "takes one value, not names with values",
+    "is not Optional": "cannot be none; leave it out to keep its default",
+    "is incompatible with (str)": "takes words as names, not numbers",
+}
+"""What OmegaConf says of a value of another kind, and what a user is told after the key."""
+
+
 def explain(error: Exception, task: str) -> str:
     """One sentence for what Hydra or OmegaConf refused, with the nearest existing name where one is near."""
     if isinstance(error, MifoError):  # a sentence already, perhaps of a file that no task's schema describes
@@ -221,6 +232,9 @@ def explain(error: Exception, task: str) -> str:
             return told
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
+        if group.startswith("instances/"):
+            path = error.missing_cfg_file.partition("/")[2]
+            return f"instances={path} is no option; for a folder take instances=local instances.folder={path}"
         options = error.options or []
         extra = option.partition("_")[0]
         if group == "hydra/launcher" and extra in ("joblib", "ray", "submitit"):
@@ -228,10 +242,13 @@ def explain(error: Exception, task: str) -> str:
         if group:
             near = nearest(option, options)
             return f"{group}={option} does not exist; {near}use one of: {', '.join(options)}"
+    if several := re.match(r"Ambiguous value for argument '([^=]+)=(.*)'", str(error)):
+        key, values = several.groups()
+        return f"{key}={values} has several values; write a list as '{key}=[{values}]', or add -m to try each"
     if isinstance(error, OverrideParseException):
         return (
-            f"{error.override} cannot be read ({str(error).splitlines()[0]}); "
-            "quote a text with special characters twice: 'key=\"a photo of <asset0>\"'"
+            f"{error.override} cannot be read; close every bracket, and quote a text with special characters "
+            "twice: 'key=\"a photo of <asset0>\"'"
         )
     cause: BaseException = error
     while not isinstance(cause, OmegaConfBaseException) and cause.__cause__ is not None:
@@ -246,7 +263,8 @@ def explain(error: Exception, task: str) -> str:
         if (group := key.rpartition(".")[2]) in ("optimizer", "lr_scheduler"):
             known = ", ".join(sorted(file.stem for file in (conf_folder() / group).glob("*.yaml")))
             return f"{key} is a _target_ with its arguments; choose one by {group}@{key}=OPTION of {known}"
-        return f"{key}: {(cause.msg or str(cause)).splitlines()[0]}"
+        told = (cause.msg or str(cause)).splitlines()[0]
+        return next((f"{key} {plain}" for part, plain in PLAIN.items() if part in told), f"{key}: {told}")
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}; check the path, and that it can be written"
     return " ".join(str(error).split())
