@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 from tiny import tiny_segmenter
 
+from mifo.data.instances import InstanceSet
 from mifo.data.layouts import LayoutSettings
 from mifo.errors import MifoError
 from mifo.studio import jobs, kept
@@ -114,6 +115,22 @@ def test_prompts_name_instances():
     assert kept.with_labels("<asset0> by <asset2>", labels) == "car 1 by red car"
     eleven = [f"cup {number}" for number in range(1, 12)]
     assert kept.with_tokens("cup 11 and cup 1", eleven) == "<asset10> and <asset0>"
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (("car", "cat", "car"), ["car 1", "cat", "car 2"]),
+        (("Car", "car"), ["Car 1", "car 2"]),
+        (("car", "car", "car 1"), ["car 2", "car 3", "car 1"]),
+    ],
+)
+def test_each_instance_has_a_label_of_its_own(names, told):
+    tokens = tuple(f"<asset{i}>" for i in range(len(names)))
+    image, masks = torch.zeros(3, 8, 8, dtype=torch.uint8), torch.ones(len(names), 8, 8)
+    found = InstanceSet("photo", image, masks, names, (None,) * len(names), tokens)
+    assert kept.labels(found) == told
+    assert kept.with_tokens(" and ".join(told), told) == " and ".join(tokens)
 
 
 def test_curves_join_what_a_resumed_run_logged(tmp_path):

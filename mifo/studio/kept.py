@@ -123,13 +123,14 @@ def canvas_of(found: InstanceSet) -> dict[str, Any]:
 
 
 def labels(found: InstanceSet) -> list[str]:
-    """How a prompt in the studio calls each instance: "cat", or "car 1" and "car 2" where names are equal."""
+    """How a prompt in the studio calls each instance: "cat", or "car 1" and "Car 2" where names are equal."""
     names = found.class_names or ("instance",) * len(found.tokens)
-    equal, seen = Counter(names), Counter[str]()
-    told = []
+    equal = Counter(name.lower() for name in names)  # as a prompt is read
+    told: list[str] = []
     for name in names:
-        seen[name] += 1
-        told.append(f"{name} {seen[name]}" if equal[name] > 1 else name)
+        taken = {*equal, *(label.lower() for label in told)}
+        numbered = (label for i in count(1) if (label := f"{name} {i}").lower() not in taken)
+        told.append(next(numbered) if equal[name.lower()] > 1 else name)
     return told
 
 
