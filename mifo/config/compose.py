@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import IConfigRepository
 from hydra._internal.core_plugins import file_config_source
+from hydra._internal.defaults_list import Overrides
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
+from hydra.core.default_element import ResultDefault
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.sweeper import Sweeper
@@ -90,6 +94,38 @@ def _check_first_of_each_kind(sweeper: Sweeper, batch: Sequence[Sequence[str]]) 
 
 
 Sweeper.validate_batch_is_legal = _check_first_of_each_kind
+_check_choices = Overrides.ensure_overrides_used
+_compose_defaults = ConfigLoaderImpl._compose_config_from_defaults_list
+
+
+def _drop_choices(overrides: Overrides) -> None:
+    """Drop what an experiment chooses of groups that the command does not have; what is typed is refused."""
+    for key, choice in overrides.override_metadata.items():
+        group = key.partition("@")[0]
+        if choice.containing_config_path and (conf_folder() / group).is_dir():
+            choice.used |= group not in overrides.known_choices_per_group
+    _check_choices(overrides)
+
+
+def _drop_sections(
+    loader: ConfigLoaderImpl, defaults: list[ResultDefault], repo: IConfigRepository
+) -> DictConfig:
+    """Drop the sections of other commands, which an experiment sets too, before what is typed is added."""
+    config = _compose_defaults(loader, defaults=defaults, repo=repo)
+    if (task := config.get("task")) in SCHEMAS:
+        for key in _elsewhere(task) - {each.package for each in defaults}:  # +layout=row is typed
+            config.pop(key, None)
+    return config
+
+
+def _elsewhere(task: str) -> set[str]:
+    """Keys and sections that other commands alone have."""
+    every = {field.name for schema in SCHEMAS.values() for field in fields(schema)}
+    return every - {field.name for field in fields(SCHEMAS[task])}
+
+
+Overrides.ensure_overrides_used = _drop_choices
+ConfigLoaderImpl._compose_config_from_defaults_list = _drop_sections
 
 
 @cache
@@ -153,19 +189,12 @@ def settings_of(config: DictConfig) -> Any:
         # Hydra closes its composition against new keys; what is open is the schema's to say
         given = OmegaConf.create(OmegaConf.to_container(config))
         typed = OmegaConf.structured(SCHEMAS[config.task])
-        # an experiment written for `run` serves `learn` too, which has no use for some of its sections
-        elsewhere = {field.name for schema in SCHEMAS.values() for field in fields(schema)} - set(typed)
-        merged = OmegaConf.merge(
-            typed, OmegaConf.masked_copy(given, [key for key in given if key not in elsewhere])
-        )
+        merged = OmegaConf.merge(typed, given)
         OmegaConf.resolve(merged)
         missing = OmegaConf.missing_keys(merged)
         if missing:
             raise MifoError(f"{', '.join(sorted(missing))} must be given, for example {min(missing)}=…")
         _check_elements(merged)
-        for text in merged.origin.overrides:
-            if re.split(r"[.@=]", text.lstrip("+~"))[0] in elsewhere:
-                raise MifoError(f"mifo {config.task} has no use for {text}; leave it out")
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise MifoError(explain(error, config.task)) from error
@@ -211,12 +240,11 @@ def explain(error: Exception, task: str) -> str:
     """One sentence for what Hydra or OmegaConf refused, with the nearest existing name where one is near."""
     if isinstance(error, MifoError):  # a sentence already, perhaps of a file that no task's schema describes
         return str(error)
-    overridden = re.search(r"(?:In '([^']+)': )?Could not override '([^']+)'", str(error))
-    if overridden:
-        chooser, key = overridden.groups()
-        if (conf_folder() / key.partition("@")[0]).is_dir():
-            what = f"{chooser} chooses {key}" if chooser else f"{key} is a group of other commands"
-            return f"{what}, for which mifo {task} has no use; leave it out, or see mifo {task} --help"
+    useless = f"mifo {task} has no use for {{}}; leave it out, or see mifo {task} --help"
+    if overridden := re.search(r"Could not override '([^']+)'(\. No match)?", str(error)):
+        key, unmatched = overridden.groups()
+        if unmatched and (conf_folder() / key.partition("@")[0]).is_dir():
+            return useless.format(key)
         if told := renamed(key):
             return told
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
@@ -239,6 +267,8 @@ def explain(error: Exception, task: str) -> str:
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         key = cause.full_key
         if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+            if key in _elsewhere(task):
+                return useless.format(key)
             if told := renamed(key):
                 return told
             near = nearest(key, [name for name, _ in _walk(SCHEMAS[task]())])
@@ -249,7 +279,7 @@ def explain(error: Exception, task: str) -> str:
         return f"{key}: {(cause.msg or str(cause)).splitlines()[0]}"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}; check the path, and that it can be written"
-    return " ".join(str(error).split())
+    return " ".join(str(error).partition("\nTo append")[0].split())
 
 
 def reason(error: BaseException) -> str:
