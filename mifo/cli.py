@@ -11,7 +11,6 @@ import shlex
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -130,20 +129,10 @@ def _run(arguments: Sequence[str]) -> None:
             raise Interrupted(code) from error
         if report_sweep():
             sys.exit(1)
-        if not TRACEBACK_WANTED and isinstance(error, TypeError | ValueError) and _is_of_hydra(error):
-            refuse(
-                f"the command line cannot be composed ({error}); give each group one option, as method=mifo"
-            )
         if TRACEBACK_WANTED or not isinstance(error, (MifoError, OSError, *REFUSALS)):
             raise
         refuse(explain(error, task))
     report_sweep()
-
-
-def _is_of_hydra(error: Exception) -> bool:
-    """Whether Hydra itself raised it, which checks not every value that a group is given."""
-    frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return f"{os.sep}hydra{os.sep}_internal" in frames[-1]
 
 
 def _run_with_hydra(task: str, arguments: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from hydra._internal.defaults_list import Overrides
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
 from hydra.core.default_element import ResultDefault
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.sweeper import Sweeper
@@ -94,8 +95,21 @@ def _check_first_of_each_kind(sweeper: Sweeper, batch: Sequence[Sequence[str]]) 
 
 
 Sweeper.validate_batch_is_legal = _check_first_of_each_kind
-_check_choices = Overrides.ensure_overrides_used
+_read_choices, _check_choices = Overrides.__init__, Overrides.ensure_overrides_used
 _compose_defaults = ConfigLoaderImpl._compose_config_from_defaults_list
+
+
+def _read_options(overrides: Overrides, repo: IConfigRepository, overrides_list: list[Override]) -> None:
+    """Name a group that is given no option, for which Hydra raises errors of Python without the key."""
+    for given in overrides_list:
+        if given.is_sweep_override() or not repo.group_exists(group := given.key_or_group):
+            continue
+        option, deleted = given.value(), given.is_delete()
+        names = option if isinstance(option, list) and not deleted else [option]
+        is_section = option is None if deleted else isinstance(option, dict)
+        if not is_section and not all(isinstance(name, str) for name in names):
+            raise MifoError(f"{given.input_line} is no option of conf/{group}; name one, or leave it out")
+    _read_choices(overrides, repo=repo, overrides_list=overrides_list)
 
 
 def _drop_choices(overrides: Overrides) -> None:
@@ -124,7 +138,7 @@ def _elsewhere(task: str) -> set[str]:
     return every - {field.name for field in fields(SCHEMAS[task])}
 
 
-Overrides.ensure_overrides_used = _drop_choices
+Overrides.__init__, Overrides.ensure_overrides_used = _read_options, _drop_choices
 ConfigLoaderImpl._compose_config_from_defaults_list = _drop_sections
 
 
@@ -276,10 +290,26 @@ def explain(error: Exception, task: str) -> str:
         if (group := key.rpartition(".")[2]) in ("optimizer", "lr_scheduler"):
             known = ", ".join(sorted(file.stem for file in (conf_folder() / group).glob("*.yaml")))
             return f"{key} is a _target_ with its arguments; choose one by {group}@{key}=OPTION of {known}"
-        return f"{key}: {(cause.msg or str(cause)).splitlines()[0]}"
+        return f"{key}: {refused(cause)}"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}; check the path, and that it can be written"
     return " ".join(str(error).partition("\nTo append")[0].split())
+
+
+_FIXES = {
+    "converted to Integer": "take a whole number",
+    "converted to Float": "take a number",
+    "a valid bool": "take true or false",
+    "'ListConfig' to string": "take one value",
+    "not a ListConfig": "write it as [ONE, OTHER]",
+    "Incompatible value 'None'": "leave it out for its default",
+}
+
+
+def refused(error: OmegaConfBaseException) -> str:
+    """What OmegaConf says of a value that it refuses, and which one to take."""
+    said = (error.msg or str(error)).splitlines()[0].rstrip(".")
+    return "; ".join([said, *(fix for part, fix in _FIXES.items() if part in said)])
 
 
 def reason(error: BaseException) -> str:
