@@ -11,7 +11,6 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers import transformer_flux2, transformer_z_image
 from torch import nn
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from mifo.acceleration.channels_last import keep_channels_last
@@ -23,14 +22,14 @@ from mifo.errors import MifoError
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 
 # what a compiler may fuse: the denoiser's attention is left out, whose processors keep maps and differ from
-# layer to layer
+# layer to layer; and CLIP's layers, which transformers gives a mask only while a graph is captured, so that
+# they would be compiled anew within the capture, which fails
 _COMPILED = (
     ResnetBlock2D,
     FeedForward,
     transformer_flux2.Flux2FeedForward,
     transformer_flux2.Flux2SwiGLU,
     transformer_z_image.FeedForward,
-    CLIPEncoderLayer,
     Qwen3DecoderLayer,
 )
 

@@ -15,7 +15,7 @@ class PerformanceSettings:
     synthesis_precision: str = "auto"  # of U-Net and VAE; auto: bfloat16 on a GPU that has it, else float32
     channels_last: bool = False  # layout of the U-Net's and the VAE's convolutions
     cuda_graphs: bool = False  # the learning step and the passes of synthesis, replayed without Python
-    compile: bool = False  # residual, feed-forward and text blocks; worth its minutes on long runs
+    compile: bool = False  # residual and feed-forward blocks, Qwen3's layers; worth its minutes on long runs
     gradient_checkpointing: bool = False  # activations computed twice instead of kept
     # in learning, weights that do not learn are kept in 8 bits; needs gradient_checkpointing
     float8: bool = False
