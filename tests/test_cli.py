@@ -188,8 +188,9 @@ def test_a_run_without_a_sheet_has_its_scores(mifo, model, tmp_path, capsys):
 
 
 def test_run_makes_everything_and_resuming_it_makes_nothing_anew(mifo, model, tmp_path, capsys):
-    assert mifo("run", *model, "debug=default", "logger=csv") == 0
+    assert mifo("run", *model, "debug=default", "logger=csv", "penalty.reward_steps=2") == 0
     folder = only(tmp_path / "outputs" / "run")
+    assert "mifo, penalty.reward_steps=2<" in (folder / "contact_sheet.html").read_text()
     told = capsys.readouterr().out
     assert "contact_sheet.png" in told and "contact_sheet.html" in told and "editability" in told
     assert status(folder) == "ok"

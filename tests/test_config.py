@@ -87,6 +87,13 @@ def test_seeds_share_a_group_and_nothing_else_does(task):
     assert group("group=mine") == "mine"
 
 
+def test_a_method_whose_parts_are_changed_is_told_with_them():
+    given = ["seed=3", "layout=row", "learning.prior.cache=a/b"]
+    assert settings("run", *given).told_method == "mifo"
+    changed = ["penalty=none", "~recipe", "learning.union_sampling=false"]
+    assert settings("run", *changed, *given).told_method == "mifo, penalty=none, ~recipe, " + changed[-1]
+
+
 def test_learning_follows_the_model_unless_it_is_chosen():
     assert settings("learn").learning.semantic.steps < 600
     assert settings("learn", "model=sd21").learning.semantic.steps == 600
