@@ -138,11 +138,12 @@ def _run(arguments: Sequence[str]) -> None:
 def _run_with_hydra(task: str, arguments: Sequence[str]) -> None:
     import hydra
 
-    from mifo.config.compose import register_schemas
+    from mifo.config.compose import FileConfigSource, check_options, register_schemas
     from mifo.config.location import conf_folder
     from mifo.config.resume import RESUMED, folder_to_resume, resume
 
     register_schemas()
+    FileConfigSource.task = task
     folder, arguments = folder_to_resume(arguments)
     overrides, flags = _overrides_and_flags(task, arguments)
     if folder is not None:
@@ -151,6 +152,7 @@ def _run_with_hydra(task: str, arguments: Sequence[str]) -> None:
                 "resume= goes on with one run; leave out -m, or repeat a sweep with its hydra.sweep.dir"
             )
         resume(task, folder, overrides)
+    check_options(overrides)
     sys.argv = [f"mifo {task}", *overrides, *flags]
     application = hydra.main(str(conf_folder()), RESUMED if folder else task, version_base="1.3")
     application(run_job)()

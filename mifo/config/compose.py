@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import IConfigRepository
 from hydra._internal.core_plugins import file_config_source
-from hydra._internal.defaults_list import Overrides
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
-from hydra.core.default_element import ResultDefault
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.sweeper import Sweeper
@@ -38,9 +35,16 @@ register_resolvers()
 class FileConfigSource(file_config_source.FileConfigSource):
     """Hydra's reader of files, which names the file and the line of what cannot be read.
 
-    An option of `instances` without a file may be the name of a drawn scene (`mifo.world.drawn`). This
-    reader takes the place of Hydra's own by bearing the same name.
+    An option of `instances` without a file may be the name of a drawn scene (`mifo.world.drawn`). An option
+    that changes several sections serves every task: what it sets or chooses for those that `task` does not
+    have is dropped. This reader takes the place of Hydra's own by bearing the same name.
     """
+
+    task = "run"  # what is composed; a launcher's process gets it with the reader
+
+    def __init__(self, provider: str, path: str) -> None:
+        super().__init__(provider, path)
+        self.task = FileConfigSource.task
 
     def is_config(self, config_path: str) -> bool:
         return super().is_config(config_path) or self._drawn(config_path) is not None
@@ -69,7 +73,38 @@ class FileConfigSource(file_config_source.FileConfigSource):
                 f"{place}: this is not YAML that MIFO reads ({' '.join(str(told).split())})"
             ) from error
         header = self._get_header_dict(stream.getvalue())
+        if header["package"] == "_global_" and isinstance(config, DictConfig):
+            _drop_elsewhere(config, self.task)
         return ConfigResult(self.provider, self.full_path(), config, header)
+
+
+def _drop_elsewhere(option: DictConfig, task: str) -> None:
+    """Drop what an option sets and chooses for sections that other tasks alone have."""
+    for key in _elsewhere(task) & option.keys():
+        del option[key]
+    if "defaults" in option:
+        groups = {path.name for path in conf_folder().iterdir() if path.is_dir()} - _groups(task)
+        option.defaults = [each for each in option.defaults if _group(each) not in groups]
+
+
+def _elsewhere(task: str) -> set[str]:
+    """Keys and sections that other tasks alone have."""
+    every = {field.name for schema in SCHEMAS.values() for field in fields(schema)}
+    return every - {field.name for field in fields(SCHEMAS[task])}
+
+
+@cache
+def _groups(task: str) -> set[str]:
+    """The groups that a task's file lists, or that of the task on which it builds."""
+    listed = OmegaConf.load(conf_folder() / f"{task}.yaml").defaults
+    inner = [_groups(each) for each in listed if each in SCHEMAS]
+    return {_group(each) for each in listed}.union(*inner)
+
+
+def _group(default: Any) -> str:
+    """`penalty` of `penalty: mifo` and `override /penalty: mifo`; nothing of `_self_`."""
+    (key,) = default if isinstance(default, DictConfig) else ("",)
+    return re.split("[/@]", str(key).split()[-1].lstrip("/"))[0] if key else ""
 
 
 SourcesRegistry.instance().types["file"] = FileConfigSource
@@ -95,51 +130,6 @@ def _check_first_of_each_kind(sweeper: Sweeper, batch: Sequence[Sequence[str]]) 
 
 
 Sweeper.validate_batch_is_legal = _check_first_of_each_kind
-_read_choices, _check_choices = Overrides.__init__, Overrides.ensure_overrides_used
-_compose_defaults = ConfigLoaderImpl._compose_config_from_defaults_list
-
-
-def _read_options(overrides: Overrides, repo: IConfigRepository, overrides_list: list[Override]) -> None:
-    """Name a group that is given no option, for which Hydra raises errors of Python without the key."""
-    for given in overrides_list:
-        if given.is_sweep_override() or not repo.group_exists(group := given.key_or_group):
-            continue
-        option, deleted = given.value(), given.is_delete()
-        names = option if isinstance(option, list) and not deleted else [option]
-        is_section = option is None if deleted else isinstance(option, dict)
-        if not is_section and not all(isinstance(name, str) for name in names):
-            raise MifoError(f"{given.input_line} is no option of conf/{group}; name one, or leave it out")
-    _read_choices(overrides, repo=repo, overrides_list=overrides_list)
-
-
-def _drop_choices(overrides: Overrides) -> None:
-    """Drop what an experiment chooses of groups that the command does not have; what is typed is refused."""
-    for key, choice in overrides.override_metadata.items():
-        group = key.partition("@")[0]
-        if choice.containing_config_path and (conf_folder() / group).is_dir():
-            choice.used |= group not in overrides.known_choices_per_group
-    _check_choices(overrides)
-
-
-def _drop_sections(
-    loader: ConfigLoaderImpl, defaults: list[ResultDefault], repo: IConfigRepository
-) -> DictConfig:
-    """Drop the sections of other commands, which an experiment sets too, before what is typed is added."""
-    config = _compose_defaults(loader, defaults=defaults, repo=repo)
-    if (task := config.get("task")) in SCHEMAS:
-        for key in _elsewhere(task) - {each.package for each in defaults}:  # +layout=row is typed
-            config.pop(key, None)
-    return config
-
-
-def _elsewhere(task: str) -> set[str]:
-    """Keys and sections that other commands alone have."""
-    every = {field.name for schema in SCHEMAS.values() for field in fields(schema)}
-    return every - {field.name for field in fields(SCHEMAS[task])}
-
-
-Overrides.__init__, Overrides.ensure_overrides_used = _read_options, _drop_choices
-ConfigLoaderImpl._compose_config_from_defaults_list = _drop_sections
 
 
 @cache
@@ -161,6 +151,21 @@ def register_schemas() -> None:
         store.store(group="schema", name=task, node=keys, package="_global_")
 
 
+def check_options(overrides: Sequence[str]) -> None:
+    """Refuse a group that is given no option, for which Hydra raises errors of Python without the key."""
+    for given in OverridesParser.create().parse_overrides([*overrides]):
+        if not (conf_folder() / given.key_or_group).is_dir():
+            continue
+        value = given.value()
+        for option in value.list if isinstance(value, ChoiceSweep) else [value]:
+            names = option if isinstance(option, list) and not given.is_delete() else [option]
+            is_section = option is None if given.is_delete() else isinstance(option, dict)
+            if not is_section and not all(isinstance(name, str) for name in names):
+                raise MifoError(
+                    f"{given.input_line} is no option of conf/{given.key_or_group}; name one, or leave it out"
+                )
+
+
 def compose(task: str, overrides: list[str], **place: str | None) -> DictConfig:
     """The configuration of `task` outside a Hydra application, for notebooks, tables and tests.
 
@@ -168,6 +173,8 @@ def compose(task: str, overrides: list[str], **place: str | None) -> DictConfig:
         place: fields of `Origin` that the overrides do not tell.
     """
     register_schemas()
+    check_options(overrides)
+    FileConfigSource.task = task
     with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
         config = hydra.compose(task, overrides, return_hydra_config=True)
     with open_dict(config):
