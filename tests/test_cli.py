@@ -61,6 +61,7 @@ def test_help_lists_every_task_and_its_keys(mifo, capsys):
             "learned: Cannot convert 'ListConfig' to string: '['A', 'B']'; take one",
         ),
         (["learn", "penalty=mif"], "did you mean mifo?"),
+        (["learn", "callbacks=[tokens,progres]"], "callbacks=progres does not exist; did you mean progress?"),
         (["learn", "-m", "penalty=3,4"], "penalty=3,4 is no option of conf/penalty; name one"),
         (["learn", "~method=3"], "~method=3 is no option of conf/method"),
         (["learn", "penalty.terms.penalty.loss=rewrd"], "loss=rewrd"),

@@ -270,7 +270,7 @@ def explain(error: Exception, task: str) -> str:
             return told
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
-        options = error.options or []
+        options = error.options or sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
         extra = option.partition("_")[0]
         if group == "hydra/launcher" and extra in ("joblib", "ray", "submitit"):
             return f"{group}={option} is not installed; pip install 'mifo[{extra}]' brings it"
