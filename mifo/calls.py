@@ -26,7 +26,14 @@ def call(task: str, overrides: tuple[str, ...], keys: Mapping[str, Any]) -> Any:
     """
     own = dict(keys)
     now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")
-    folder = Path(os.path.abspath(own.pop("folder", None) or Path("outputs") / task / now))
+    place = own.pop("folder", None) or Path("outputs") / task / now
+    if not isinstance(place, str | os.PathLike):
+        raise MifoError(f"folder={place!r} is no path; name the run's folder, or leave it out")
+    if others := [text for text in overrides if not isinstance(text, str)]:
+        raise MifoError(
+            f"mifo.{task}({others[0]!r}): give settings as text, such as 'seed=1', or by name, seed=1"
+        )
+    folder = Path(os.path.abspath(place))
     given = [*overrides, *(f"{key}={written(value)}" for key, value in _flat(own))]
     for text in given:
         if re.match(r"\+{0,2}(resume|paths|exclusive_gpu|hydra)\b", text):
@@ -38,7 +45,10 @@ def call(task: str, overrides: tuple[str, ...], keys: Mapping[str, Any]) -> Any:
         config = compose(task, [*given, f"paths.output={written(folder)}"])
     except REFUSALS as error:
         raise MifoError(explain(error, task)) from error
-    job = Job(folder, given, alone=True)
+    try:
+        job = Job(folder, given, alone=True)
+    except OSError as error:
+        raise MifoError(f"folder={folder} cannot be written ({error.strerror}); choose another") from error
     try:
         job.tell("running")
         result = perform(settings_of(config))

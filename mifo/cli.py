@@ -11,7 +11,6 @@ import shlex
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -130,30 +129,21 @@ def _run(arguments: Sequence[str]) -> None:
             raise Interrupted(code) from error
         if report_sweep():
             sys.exit(1)
-        if not TRACEBACK_WANTED and isinstance(error, TypeError | ValueError) and _is_of_hydra(error):
-            refuse(
-                f"the command line cannot be composed ({error}); give each group one option, as method=mifo"
-            )
         if TRACEBACK_WANTED or not isinstance(error, (MifoError, OSError, *REFUSALS)):
             raise
         refuse(explain(error, task))
     report_sweep()
 
 
-def _is_of_hydra(error: Exception) -> bool:
-    """Whether Hydra itself raised it, which checks not every value that a group is given."""
-    frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return f"{os.sep}hydra{os.sep}_internal" in frames[-1]
-
-
 def _run_with_hydra(task: str, arguments: Sequence[str]) -> None:
     import hydra
 
-    from mifo.config.compose import register_schemas
+    from mifo.config.compose import FileConfigSource, check_options, register_schemas
     from mifo.config.location import conf_folder
     from mifo.config.resume import RESUMED, folder_to_resume, resume
 
     register_schemas()
+    FileConfigSource.task = task
     folder, arguments = folder_to_resume(arguments)
     overrides, flags = _overrides_and_flags(task, arguments)
     if folder is not None:
@@ -162,6 +152,7 @@ def _run_with_hydra(task: str, arguments: Sequence[str]) -> None:
                 "resume= goes on with one run; leave out -m, or repeat a sweep with its hydra.sweep.dir"
             )
         resume(task, folder, overrides)
+    check_options(overrides)
     sys.argv = [f"mifo {task}", *overrides, *flags]
     application = hydra.main(str(conf_folder()), RESUMED if folder else task, version_base="1.3")
     application(run_job)()

@@ -74,6 +74,27 @@ def test_refusals_are_raised_and_recorded(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "L" / "status.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "keys", "told"),
+    [
+        ([3], {}, r"mifo\.learn\(3\): give settings as text"),
+        ([["seed=1"]], {}, r"mifo\.learn\(\['seed=1'\]\): give settings as text"),
+        (["=1"], {}, "=1"),
+        ([], {"model": None}, "model=null is no option of conf/model; name one, or leave it out"),
+        ([], {"penalty": 3}, "penalty=3 is no option of conf/penalty"),
+        ([], {"callbacks": ["tokens", 3]}, "callbacks=.* is no option of conf/callbacks"),
+        ([], {"folder": 3}, "folder=3 is no path"),
+        ([], {"folder": "file"}, r"folder=.*/file cannot be written \(File exists\)"),
+        ([], {"folder": "file/x"}, "folder=.*/file/x cannot be written"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_by_name(overrides, keys, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MifoError, match=told):
+        mifo.learn(*overrides, **keys)
+
+
 def test_a_call_resumes_nothing_of_another_configuration(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = {"model": "local", "debug": "default", "logger": "none", "callbacks": "none", "folder": "L"}
@@ -93,9 +114,8 @@ def test_the_notebook_runs_from_first_to_last(tmp_path):
     """With few steps, and otherwise as it stands."""
     cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
     program = "\n".join("".join(cell["source"]) for cell in cells)
-    for whole in ('"experiment=demo"', "learned=learned"):
-        assert whole in program
-        program = program.replace(whole, f'{whole}, debug="default"')
+    assert program.count('"experiment=demo"') == 2
+    program = program.replace('"experiment=demo"', '"experiment=demo", debug="default"')
     program += "\nassert {'leakage', 'editability'} <= {score.metric for score in scores.scores}\n"
     environment = {"PYTHONPATH": str(NOTEBOOK.parents[1]), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True)

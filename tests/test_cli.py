@@ -48,7 +48,22 @@ def test_help_lists_every_task_and_its_keys(mifo, capsys):
         (["learn", "lerning.semantic.steps=3"], "did you mean learning"),
         (["learn", "learning.semantic.step=3"], "did you mean learning.semantic.steps?"),
         (["learn", "learning.semantic.steps=ten"], "learning.semantic.steps: Value 'ten'"),
+        (["learn", "seed=x"], "could not be converted to Integer; take a whole number"),
+        (["learn", "seed=null"], "for field of type 'int'; leave it out for its default"),
+        (["learn", "penalty.terms.penalty.weight=x"], "could not be converted to Float; take a number"),
+        (["learn", "learning.union_sampling=x"], "is not a valid bool (type str); take true or false"),
+        (
+            ["learn", "tags=x"],
+            "tags: Invalid value assigned: AnyNode is not a ListConfig, list or tuple; write",
+        ),
+        (
+            ["export", "learned=[A,B]"],
+            "learned: Cannot convert 'ListConfig' to string: '['A', 'B']'; take one",
+        ),
         (["learn", "penalty=mif"], "did you mean mifo?"),
+        (["learn", "callbacks=[tokens,progres]"], "callbacks=progres does not exist; did you mean progress?"),
+        (["learn", "-m", "penalty=3,4"], "penalty=3,4 is no option of conf/penalty; name one"),
+        (["learn", "~method=3"], "~method=3 is no option of conf/method"),
         (["learn", "penalty.terms.penalty.loss=rewrd"], "loss=rewrd"),
         (["learn", "penalty.terms.penalty.stage=third"], "penalty.terms.penalty.stage"),
         (["learn", "penalty.terms.penalty.wight=1"], "penalty.terms.penalty.wight"),
@@ -95,14 +110,20 @@ def test_help_lists_every_task_and_its_keys(mifo, capsys):
         (["quality", "parts=[none]", "guidance.shapes_from=0"], "guidance.shapes_from=0"),
         (["quality", "box_prompts=0"], "error: box_prompts=0 is too small; take at least 1"),
         (["quality", "scenes=4"], "error: scenes=4 is too small; take at least 64"),
-        (["calibrate", "scenes=three_cars"], "scenes takes a list; put one value in brackets"),
-        (["calibrate", "metrics=none"], "metrics cannot be none; leave it out"),
+        (["calibrate", "scenes=three_cars"], "list or tuple; write it as [ONE, OTHER]"),
+        (["calibrate", "metrics=none"], "not Optional; leave it out for its default"),
         (["calibrate", "scenes=[one_car,three_cars]"], "one_car has one thing, which cannot be swapped"),
-        (["masks", "picture=a.png", "boxes=[[0,0,1,1]]"], "boxes takes names with their values"),
+        (
+            ["masks", "picture=a.png", "boxes=[[0,0,1,1]]"],
+            "boxes: Cannot merge DictConfig with ListConfig; write it as {NAME: VALUE}",
+        ),
         (["masks", "instances=one_car", "boxes={car: [0,0,1,1]}"], "boxes and points make new masks"),
         (["masks", "instances=one_car", "points={car: [[0,1]]}"], "boxes and points make new masks"),
-        (["export", "learned=[A,B]"], "learned takes one value, not a list"),
-        (["synthesize", "learned=A", "layout.boxes={0: [0,0,1,1]}"], "takes words as names, not numbers"),
+        (["export", "learned=[A,B]"], "take one value"),
+        (
+            ["synthesize", "learned=A", "layout.boxes={0: [0,0,1,1]}"],
+            "incompatible with (str); take words as names",
+        ),
         (["learn", "instances=my/photo"], "take instances=local instances.folder=my/photo"),
         (
             ["learn", "instances.class_names=cat,mug"],
@@ -115,6 +136,7 @@ def test_help_lists_every_task_and_its_keys(mifo, capsys):
         (["synthesize"], "learned must be given"),
         (["synthesize", "learned=nowhere"], "nowhere"),
         (["evaluate", "pictures=nowhere"], "nowhere"),
+        (["speedrun", "leaderboard=."], "leaderboard=. is a folder; name a file, such as leaderboard.csv"),
         (["evaluate", "pictures=nowhere", "metrics=none"], "metrics=none"),
         (["layout", "picture=nowhere.png"], "picture=nowhere.png"),
         (["learn", "seed=-1"], "seed=-1"),
@@ -192,8 +214,9 @@ def test_a_run_without_a_sheet_has_its_scores(mifo, model, tmp_path, capsys):
 
 
 def test_run_makes_everything_and_resuming_it_makes_nothing_anew(mifo, model, tmp_path, capsys):
-    assert mifo("run", *model, "debug=default", "logger=csv") == 0
+    assert mifo("run", *model, "debug=default", "logger=csv", "penalty.reward_steps=2") == 0
     folder = only(tmp_path / "outputs" / "run")
+    assert "mifo, penalty.reward_steps=2<" in (folder / "contact_sheet.html").read_text()
     told = capsys.readouterr().out
     assert "contact_sheet.png" in told and "contact_sheet.html" in told and "editability" in told
     assert status(folder) == "ok"
@@ -270,6 +293,14 @@ def test_pictures_are_scored_against_their_own_instances_and_another_measure_is_
     OmegaConf.save(run, recorded)
     assert mifo("evaluate", "pictures=R") == 0
     assert "made with local, but metrics=miniature" in capsys.readouterr().out
+
+
+def test_what_was_learned_alone_is_not_evaluated(mifo, tmp_path, capsys):
+    (tmp_path / "L" / "learned").mkdir(parents=True)
+    (tmp_path / "L" / "learned" / "learned.json").write_text("{}")
+    for folder in ("L", "L/learned"):
+        assert mifo("evaluate", f"pictures={folder}") == 2
+        assert f"that mifo synthesize learned={folder} makes" in capsys.readouterr().err
 
 
 def test_pictures_that_are_there_are_kept_when_a_sweep_is_repeated_or_resumed(mifo, model, tmp_path, capsys):

@@ -1,7 +1,7 @@
 """The configuration groups: what is composed is what the schema and the papers say."""
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,14 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from hydra.errors import ConfigCompositionException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torchvision.ops import box_iou
 
 from mifo.config import compose, conf_folder, settings_of
 from mifo.config.checks import check
-from mifo.config.compose import explain
+from mifo.config.schema import SCHEMAS
 from mifo.data.layouts import LayoutSettings, layouts
 from mifo.errors import MifoError
 from mifo.method.backbone import DefaultSites
@@ -88,6 +87,13 @@ def test_seeds_share_a_group_and_nothing_else_does(task):
     assert group("group=mine") == "mine"
 
 
+def test_a_method_whose_parts_are_changed_is_told_with_them():
+    given = ["seed=3", "layout=row", "learning.prior.cache=a/b"]
+    assert settings("run", *given).told_method == "mifo"
+    changed = ["penalty=none", "~recipe", "learning.union_sampling=false"]
+    assert settings("run", *changed, *given).told_method == "mifo, penalty=none, ~recipe, " + changed[-1]
+
+
 def test_learning_follows_the_model_unless_it_is_chosen():
     assert settings("learn").learning.semantic.steps < 600
     assert settings("learn", "model=sd21").learning.semantic.steps == 600
@@ -113,31 +119,50 @@ def test_a_reward_that_is_kept_on_is_active_at_every_step(model, weights):
             assert (term.settings.loss, timeline.weight(term, step)) == ("reward", weight)
 
 
-def test_an_experiment_written_for_run_serves_learn():
-    assert settings("learn", "debug=default").learning.semantic.steps == 4
-    demo = settings("run", "experiment=demo")
-    assert settings("learn", "experiment=demo").learning == demo.learning
-    assert demo.layout.boxes.keys() == {f"<asset{i}>" for i in range(3)}
-    with pytest.raises(MifoError, match="mifo learn has no use for layout=row; leave it out"):
-        settings("learn", "layout=row")
+@pytest.mark.parametrize("name", ["demo", "demo_mmdit"])
+@pytest.mark.parametrize("task", ["learn", "synthesize", "evaluate", "layout"])
+def test_an_experiment_written_for_run_serves_every_command(task, name, mifo, capsys):
+    given = {"synthesize": ["learned=L"], "evaluate": ["pictures=P"]}.get(task, [])
+    composed = {}
+    for each in (task, "run"):
+        assert mifo(each, f"experiment={name}", *(given if each == task else []), "--cfg", "job") == 0
+        composed[each] = yaml.safe_load(capsys.readouterr().out)
+    own, run = composed[task], composed["run"]
+    assert own.keys() == asdict(SCHEMAS[task](task=task)).keys() - {"origin"}
+    for section in own.keys() & {"model", "learning", "penalty", "layout", "guidance", "synthesis"}:
+        assert own[section] == run[section]
 
 
 @pytest.mark.parametrize(
-    ("task", "typed", "told"),
+    "typed",
     [
-        (
-            "synthesize",
-            "trainer=cpu",
-            "trainer is a group of other commands, for which mifo synthesize has no",
-        ),
-        ("synthesize", "penalty=none", "penalty is a group of other commands"),
-        ("evaluate", "experiment=demo", "experiment/demo chooses layout, for which mifo evaluate has no use"),
+        "synthesize trainer=cpu",
+        "synthesize penalty=none",
+        "synthesize experiment=demo learning.semantic.steps=3",
+        "learn experiment=demo layout.prompt=x",
+        "learn layout=row",
+        "learn +layout=row",
+        "learn +layout.prompt=x",
+        "evaluate -m experiment=demo layout=row,zigzag",
     ],
 )
-def test_a_group_of_other_commands_is_refused_in_a_sentence(task, typed, told):
-    with pytest.raises(ConfigCompositionException) as raised:
-        compose(task, [typed])
-    assert explain(raised.value, task).startswith(told)
+def test_what_is_typed_for_other_commands_is_refused_in_a_sentence(typed, mifo, capsys):
+    task, *arguments = typed.split()
+    assert mifo(task, *arguments) == 2
+    section = re.split(r"[.=]", arguments[-1].lstrip("+"))[0]
+    told = f"mifo: error: mifo {task} has no use for {section}; leave it out, or see mifo {task} --help"
+    assert capsys.readouterr().err.strip() == told
+
+
+def test_a_choice_of_an_experiment_that_fits_no_section_is_refused(mifo, tmp_path, capsys):
+    (tmp_path / "experiment").mkdir()
+    text = "defaults:\n  - override /optimizer@learning.semntic.optimizer: prodigy\nseed: 7\n"
+    (tmp_path / "experiment" / "my.yaml").write_text(f"# @package _global_\n{text}")
+    given = ["experiment=my", "--config-dir", ".", "--cfg", "job"]
+    assert mifo("run", *given) == 2
+    assert "Did you mean to override one of optimizer@learning.finetuning" in capsys.readouterr().err
+    assert mifo("layout", *given) == 0
+    assert "\nseed: 7\n" in capsys.readouterr().out
 
 
 def arranged(arrange, number):

@@ -56,7 +56,7 @@ def test_it_is_refused_without_a_login(mifo, capsys, monkeypatch):
 
 
 def test_a_setting_that_no_run_has_groups_nothing(mifo, capsys, monkeypatch):
-    monkeypatch.setattr("mifo.commands.dashboard.has_wandb_key", lambda: True)
+    monkeypatch.setattr("mifo.commands.dashboard.has_wandb_key", lambda: False)  # which is asked last
     assert mifo("dashboard", "entity=team", "group_by=methd") == 2
     assert "group_by=methd is no choice and no setting" in capsys.readouterr().err
 

@@ -88,6 +88,15 @@ def test_runs_are_filtered_by_any_setting_and_sorted_by_any_score(listed):
     assert len(listed("sheet=true")) == 301 and listed("sheet=false") == []
     assert len(listed("multirun/run/sweep0")) == 150
     assert listed("method=mifo", "sort=leakage")[-1]["seed"] == "1000"  # without the score: at the end
+    assert listed("limit=3", "sort=") == listed("limit=3")
+
+
+@pytest.mark.parametrize("sign", ["=", "=="])
+def test_a_fraction_is_found_by_the_digits_that_a_list_shows(listed, sign):
+    assert [row["seed"] for row in listed(f"leakage{sign}0.3333", "columns=seed")] == ["100"]
+    assert len(listed("leakage!=0.3333")) == 300 and listed(f"leakage{sign}0.333") == []
+    assert [row["seed"] for row in listed(f"leakage{sign}0", "columns=seed")] == ["0"]
+    assert listed(f"leakage{sign}") == []
 
 
 def test_a_label_with_a_comma_is_one_value(runs, listed):

@@ -124,7 +124,8 @@ def test_a_part_of_the_rows_is_asked_by_their_labels(folder, made):
 
 
 def test_a_scene_may_stand_in_several_sets_and_is_run_once(folder, made):
-    table(["small", "table.scenes={all: ['alike-2-*-same-*'], one hue: ['alike-2-hue0-same-*']}"])
+    both = "['alike-2-*-same-*', 'alike-2-hue0-same-*']"
+    table(["small", f"table.scenes={{all: {both}, one hue: ['alike-2-hue0-same-*']}}"])
     assert len(made) == 3 * 2 * 2
     with open(results(folder) / "table.csv") as file:
         numbers = {(row["row"], row["scenes"]): row["runs"] for row in csv.DictReader(file)}
@@ -390,6 +391,8 @@ def test_figures_of_different_evaluators_are_refused(folder, made):
         (["small", "table.columns=[beauty]"], "beauty"),
         (["small", "table.scenes={a: [nothing]}"], "nothing"),
         (["small", "table.seeds=[]"], "seeds"),
+        (["small", "table.seeds=[0,1,0]"], r"seeds=\[0, 1, 0\] names a seed twice"),
+        (["small", "table.pages=[tree_cars]"], "table.pages: tree_cars is no scene.*did you mean three_cars"),
         (["small", "table.workers=many"], "table.workers: Value 'many'"),
         (["small", "table.per_job=0"], "table.per_job"),
         (["small", "hydra/launcher=jobs"], "hydra/launcher=jobs does not exist; .*use one of"),
@@ -509,7 +512,7 @@ def test_a_page_shows_each_row_on_one_scene_and_seed(folder, made, monkeypatch):
     assert not table(["small", "table.workers=0", "table.results=spoilt", "table.seeds=[1]"])
     assert (folder / "spoilt" / "table.md").is_file() and not list((folder / "spoilt").glob("*.jpg"))
 
-    table(["small", "table.workers=0", "table.results=none", "table.pages=[alike_two_cups]"])
+    table(["small", "table.workers=0", "table.results=none", "table.pages=[]"])
     assert (
         not list((folder / "none").glob("*.jpg")) and "jpg" not in (folder / "none" / "table.md").read_text()
     )

@@ -19,11 +19,9 @@ def dashboard(settings: DashboardSettings) -> None:
     """Send the workspace and the report; prints where they are.
 
     Raises:
-        MifoError: nobody is logged in, `group_by` is no setting, the table cannot be read, the extra is not
+        MifoError: `group_by` is no setting, the table cannot be read, nobody is logged in, the extra is not
             installed, or the server does not take them.
     """
-    if not has_wandb_key():
-        raise MifoError("mifo dashboard needs a login to Weights & Biases; run wandb login first")
     given = settings.group_by if isinstance(settings.group_by, list) else [settings.group_by]
     about: dict[str, Any] = {
         "group_by": [logged_key(str(name)) for name in given],
@@ -31,6 +29,8 @@ def dashboard(settings: DashboardSettings) -> None:
     }
     if settings.table:
         about = _about_table(Path(settings.table), settings.results)
+    if not has_wandb_key():
+        raise MifoError("mifo dashboard needs a login to Weights & Biases; run wandb login first")
     try:
         from mifo.report.dashboard import Comparison, ablation_report, ablation_workspace
     except ImportError as error:

@@ -48,7 +48,7 @@ def doctor(settings: RunSettings) -> list[tuple[str, str, str]]:
 
 def _settings(setup: Setup) -> str:
     check(setup.settings)
-    return f"method {setup.settings.method}, seed {setup.settings.seed}"
+    return f"method {setup.settings.told_method}, seed {setup.settings.seed}"
 
 
 class _Warnings(logging.Handler):

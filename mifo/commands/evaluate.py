@@ -79,7 +79,14 @@ def scored(
 def pictures_folder(given: str) -> Path:
     """The folder of pictures, given itself or the run that holds it."""
     folder = existing_folder("pictures", given, "what mifo synthesize or mifo run made")
-    return folder / "pictures" if (folder / "pictures").is_dir() else folder
+    if (folder / "pictures").is_dir():
+        return folder / "pictures"
+    if (folder / "learned").is_dir() or (folder / "learned.json").is_file():
+        raise MifoError(
+            f"pictures={folder} holds what mifo learn made, and no pictures; give the folder that "
+            f"mifo synthesize learned={folder} makes"
+        )
+    return folder
 
 
 def recorded_instances(pictures: Path) -> InstancesSettings:

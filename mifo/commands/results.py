@@ -27,18 +27,20 @@ HELP = """usage: mifo results [FOLDER ...] [KEY=VALUE | 'KEY>VALUE' ...] [sort=K
   mifo results table=methods sort=-editability format=csv > runs.csv
 
 A KEY is a setting (see mifo run --help), a score, status, folder, or where a run comes from:
-choices.GROUP, overrides, sweep, table, row, set, code, dirty. Operators are = != < <= > >=.
+choices.GROUP, overrides, sweep, table, row, set, code, dirty. Operators are = != < <= > >=; a fraction
+equals another where a list shows them alike, in four digits.
 sort=-KEY begins with the largest. A table shows limit=40 runs, CSV and JSON all; limit=0 is no limit."""
 
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq,
+    "==": operator.eq,
     "!=": operator.ne,
     "<": operator.lt,
     "<=": operator.le,
     ">": operator.gt,
     ">=": operator.ge,
 }
-_FILTER = re.compile(r"([\w.@/-]+?)(!=|<=|>=|=|<|>)(.*)", re.DOTALL)
+_FILTER = re.compile(r"([\w.@/-]+?)(!=|<=|>=|==?|<|>)(.*)", re.DOTALL)
 _SCORES = ("editability", "instance_consistency", "identification", "leakage")
 _COLUMNS = ("status", "choices.method", "choices.penalty", "instances.name", "seed", *_SCORES)
 _UNTOLD = re.compile(r"folder|paths\..*|logger\..*|callbacks\..*|pid|host|group|overrides")
@@ -76,7 +78,7 @@ def _list(arguments: Sequence[str]) -> None:
             continue
         key, sign, text = match.groups()
         if key in options and sign == "=":
-            options[key] = _value(key, text)
+            options[key] = _value(key, text) if text else options[key]
         else:
             filters.append((key, sign, text))
     if options["format"] not in ("table", "csv", "json"):
@@ -130,6 +132,9 @@ def _compared(compare: Callable[[Any, Any], bool], value: Any, wanted: Any) -> b
         value, wanted = (None, None) if value is None else (str(value), str(wanted))
     if value is None:
         return compare is operator.ne
+    same = compare in (operator.eq, operator.ne)
+    if same and isinstance(value, float) and isinstance(wanted, int | float):
+        value, wanted = _told(value), _told(float(wanted))
     return compare(value, wanted)
 
 

@@ -70,7 +70,11 @@ def run(settings: RunSettings) -> Path:
             class_names=instances.class_names or (None,) * len(instances.tokens),
             pictures=pictures,
             evaluation=evaluation,
-            facts={"model": settings.model.name, "method": settings.method, "seed": str(settings.seed)},
+            facts={
+                "model": settings.model.name,
+                "seed": str(settings.seed),
+                "method": settings.told_method,  # last, since it may be long
+            },
         )
         write_sheet(folder, sheet)
     if evaluation is not None:

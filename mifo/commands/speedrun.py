@@ -42,6 +42,8 @@ def speedrun(settings: SpeedrunSettings) -> Path:
             "a speedrun needs metrics, and two instances or more that can be taken for each other"
         )
     board = Path(settings.leaderboard)
+    if board.is_dir():
+        raise MifoError(f"leaderboard={board} is a folder; name a file, such as {board / 'leaderboard.csv'}")
     check_room(board.parent, 2**20)
     _read_board(board)
     device, folder = prepare(settings), claim_folder(settings)

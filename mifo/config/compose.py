@@ -12,6 +12,8 @@ import hydra
 from hydra._internal.core_plugins import file_config_source
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.sweeper import Sweeper
@@ -33,9 +35,16 @@ register_resolvers()
 class FileConfigSource(file_config_source.FileConfigSource):
     """Hydra's reader of files, which names the file and the line of what cannot be read.
 
-    An option of `instances` without a file may be the name of a drawn scene (`mifo.world.drawn`). This
-    reader takes the place of Hydra's own by bearing the same name.
+    An option of `instances` without a file may be the name of a drawn scene (`mifo.world.drawn`). An option
+    that changes several sections serves every task: what it sets or chooses for those that `task` does not
+    have is dropped. This reader takes the place of Hydra's own by bearing the same name.
     """
+
+    task = "run"  # what is composed; a launcher's process gets it with the reader
+
+    def __init__(self, provider: str, path: str) -> None:
+        super().__init__(provider, path)
+        self.task = FileConfigSource.task
 
     def is_config(self, config_path: str) -> bool:
         return super().is_config(config_path) or self._drawn(config_path) is not None
@@ -64,7 +73,38 @@ class FileConfigSource(file_config_source.FileConfigSource):
                 f"{place}: this is not YAML that MIFO reads ({' '.join(str(told).split())})"
             ) from error
         header = self._get_header_dict(stream.getvalue())
+        if header["package"] == "_global_" and isinstance(config, DictConfig):
+            _drop_elsewhere(config, self.task)
         return ConfigResult(self.provider, self.full_path(), config, header)
+
+
+def _drop_elsewhere(option: DictConfig, task: str) -> None:
+    """Drop what an option sets and chooses for sections that other tasks alone have."""
+    for key in _elsewhere(task) & option.keys():
+        del option[key]
+    if "defaults" in option:
+        groups = {path.name for path in conf_folder().iterdir() if path.is_dir()} - _groups(task)
+        option.defaults = [each for each in option.defaults if _group(each) not in groups]
+
+
+def _elsewhere(task: str) -> set[str]:
+    """Keys and sections that other tasks alone have."""
+    every = {field.name for schema in SCHEMAS.values() for field in fields(schema)}
+    return every - {field.name for field in fields(SCHEMAS[task])}
+
+
+@cache
+def _groups(task: str) -> set[str]:
+    """The groups that a task's file lists, or that of the task on which it builds."""
+    listed = OmegaConf.load(conf_folder() / f"{task}.yaml").defaults
+    inner = [_groups(each) for each in listed if each in SCHEMAS]
+    return {_group(each) for each in listed}.union(*inner)
+
+
+def _group(default: Any) -> str:
+    """`penalty` of `penalty: mifo` and `override /penalty: mifo`; nothing of `_self_`."""
+    (key,) = default if isinstance(default, DictConfig) else ("",)
+    return re.split("[/@]", str(key).split()[-1].lstrip("/"))[0] if key else ""
 
 
 SourcesRegistry.instance().types["file"] = FileConfigSource
@@ -111,6 +151,21 @@ def register_schemas() -> None:
         store.store(group="schema", name=task, node=keys, package="_global_")
 
 
+def check_options(overrides: Sequence[str]) -> None:
+    """Refuse a group that is given no option, for which Hydra raises errors of Python without the key."""
+    for given in OverridesParser.create().parse_overrides([*overrides]):
+        if not (conf_folder() / given.key_or_group).is_dir():
+            continue
+        value = given.value()
+        for option in value.list if isinstance(value, ChoiceSweep) else [value]:
+            names = option if isinstance(option, list) and not given.is_delete() else [option]
+            is_section = option is None if given.is_delete() else isinstance(option, dict)
+            if not is_section and not all(isinstance(name, str) for name in names):
+                raise MifoError(
+                    f"{given.input_line} is no option of conf/{given.key_or_group}; name one, or leave it out"
+                )
+
+
 def compose(task: str, overrides: list[str], **place: str | None) -> DictConfig:
     """The configuration of `task` outside a Hydra application, for notebooks, tables and tests.
 
@@ -118,6 +173,8 @@ def compose(task: str, overrides: list[str], **place: str | None) -> DictConfig:
         place: fields of `Origin` that the overrides do not tell.
     """
     register_schemas()
+    check_options(overrides)
+    FileConfigSource.task = task
     with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
         config = hydra.compose(task, overrides, return_hydra_config=True)
     with open_dict(config):
@@ -153,19 +210,12 @@ def settings_of(config: DictConfig) -> Any:
         # Hydra closes its composition against new keys; what is open is the schema's to say
         given = OmegaConf.create(OmegaConf.to_container(config))
         typed = OmegaConf.structured(SCHEMAS[config.task])
-        # an experiment written for `run` serves `learn` too, which has no use for some of its sections
-        elsewhere = {field.name for schema in SCHEMAS.values() for field in fields(schema)} - set(typed)
-        merged = OmegaConf.merge(
-            typed, OmegaConf.masked_copy(given, [key for key in given if key not in elsewhere])
-        )
+        merged = OmegaConf.merge(typed, given)
         OmegaConf.resolve(merged)
         missing = OmegaConf.missing_keys(merged)
         if missing:
             raise MifoError(f"{', '.join(sorted(missing))} must be given, for example {min(missing)}=…")
         _check_elements(merged)
-        for text in merged.origin.overrides:
-            if re.split(r"[.@=]", text.lstrip("+~"))[0] in elsewhere:
-                raise MifoError(f"mifo {config.task} has no use for {text}; leave it out")
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise MifoError(explain(error, config.task)) from error
@@ -207,27 +257,15 @@ def as_plain(settings: Any) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.create(asdict(settings)), enum_to_str=True)
 
 
-PLAIN = {
-    "is not a ListConfig": "takes a list; put one value in brackets, too: [value]",
-    "merge DictConfig with": "takes names with their values, as {name: value}",
-    "convert 'ListConfig'": "takes one value, not a list",
-    "convert 'DictConfig'": "takes one value, not names with values",
-    "is not Optional": "cannot be none; leave it out to keep its default",
-    "is incompatible with (str)": "takes words as names, not numbers",
-}
-"""What OmegaConf says of a value of another kind, and what a user is told after the key."""
-
-
 def explain(error: Exception, task: str) -> str:
     """One sentence for what Hydra or OmegaConf refused, with the nearest existing name where one is near."""
     if isinstance(error, MifoError):  # a sentence already, perhaps of a file that no task's schema describes
         return str(error)
-    overridden = re.search(r"(?:In '([^']+)': )?Could not override '([^']+)'", str(error))
-    if overridden:
-        chooser, key = overridden.groups()
-        if (conf_folder() / key.partition("@")[0]).is_dir():
-            what = f"{chooser} chooses {key}" if chooser else f"{key} is a group of other commands"
-            return f"{what}, for which mifo {task} has no use; leave it out, or see mifo {task} --help"
+    useless = f"mifo {task} has no use for {{}}; leave it out, or see mifo {task} --help"
+    if overridden := re.search(r"Could not override '([^']+)'(\. No match)?", str(error)):
+        key, unmatched = overridden.groups()
+        if unmatched and (conf_folder() / key.partition("@")[0]).is_dir():
+            return useless.format(key)
         if told := renamed(key):
             return told
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
@@ -235,7 +273,7 @@ def explain(error: Exception, task: str) -> str:
         if group.startswith("instances/"):
             path = error.missing_cfg_file.partition("/")[2]
             return f"instances={path} is no option; for a folder take instances=local instances.folder={path}"
-        options = error.options or []
+        options = error.options or sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
         extra = option.partition("_")[0]
         if group == "hydra/launcher" and extra in ("joblib", "ray", "submitit"):
             return f"{group}={option} is not installed; pip install 'mifo[{extra}]' brings it"
@@ -256,6 +294,8 @@ def explain(error: Exception, task: str) -> str:
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         key = cause.full_key
         if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+            if key in _elsewhere(task):
+                return useless.format(key)
             if told := renamed(key):
                 return told
             near = nearest(key, [name for name, _ in _walk(SCHEMAS[task]())])
@@ -263,11 +303,29 @@ def explain(error: Exception, task: str) -> str:
         if (group := key.rpartition(".")[2]) in ("optimizer", "lr_scheduler"):
             known = ", ".join(sorted(file.stem for file in (conf_folder() / group).glob("*.yaml")))
             return f"{key} is a _target_ with its arguments; choose one by {group}@{key}=OPTION of {known}"
-        told = (cause.msg or str(cause)).splitlines()[0]
-        return next((f"{key} {plain}" for part, plain in PLAIN.items() if part in told), f"{key}: {told}")
+        return f"{key}: {refused(cause)}"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}; check the path, and that it can be written"
-    return " ".join(str(error).split())
+    return " ".join(str(error).partition("\nTo append")[0].split())
+
+
+_FIXES = {
+    "converted to Integer": "take a whole number",
+    "converted to Float": "take a number",
+    "a valid bool": "take true or false",
+    "'ListConfig' to string": "take one value",
+    "not a ListConfig": "write it as [ONE, OTHER]",
+    "merge DictConfig with": "write it as {NAME: VALUE}",
+    "incompatible with (str)": "take words as names",
+    "Incompatible value 'None'": "leave it out for its default",
+    "is not Optional": "leave it out for its default",
+}
+
+
+def refused(error: OmegaConfBaseException) -> str:
+    """What OmegaConf says of a value that it refuses, and which one to take."""
+    said = (error.msg or str(error)).splitlines()[0].rstrip(".")
+    return "; ".join([said, *(fix for part, fix in _FIXES.items() if part in said)])
 
 
 def reason(error: BaseException) -> str:

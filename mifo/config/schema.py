@@ -3,6 +3,7 @@
 Settings of a part stand beside the code that reads them; only what belongs to no part stands here.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +88,14 @@ class LearnSettings(ModelTaskSettings):
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
     synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
     metrics: MetricsSettings | None = field(default_factory=MetricsSettings)  # None: no scores
+
+    @property
+    def told_method(self) -> str:
+        """The method with what was typed to change its parts, as `mifo, penalty=none`; a place is no part."""
+        parts = ("penalty", "learning", "recipe", "optimizer", "lr_scheduler")
+        typed = [text.lstrip("+") for text in self.origin.overrides if "/" not in text]
+        changed = [text for text in typed if re.split("[.@=]", text.lstrip("~"))[0] in parts]
+        return ", ".join([self.method, *changed])
 
 
 @dataclass

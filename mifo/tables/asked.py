@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
+from mifo.config.compose import refused
 from mifo.errors import MifoError, nearest
 from mifo.files import read_yaml
 
@@ -83,7 +84,7 @@ def _explain(
     labelled: Sequence[str],
 ) -> str:
     """One sentence for what OmegaConf refused, in `file` or `changed` by the command line."""
-    reason = (error.msg or str(error)).splitlines()[0]
+    reason = refused(error)
     if not error.full_key:
         return f"{file}: {reason}"
     first, _, label = error.full_key.partition(".")

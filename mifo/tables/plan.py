@@ -19,7 +19,7 @@ from mifo.config.schema import RunSettings
 from mifo.config.sections import section as typed_section
 from mifo.data.photo_folder import folder_digest
 from mifo.data.settings import InstancesSettings
-from mifo.errors import MifoError
+from mifo.errors import MifoError, nearest
 from mifo.tables.asked import is_wanted, key_of
 from mifo.tables.settings import TableSettings
 
@@ -66,10 +66,18 @@ def plan(name: str, settings: TableSettings, overrides: list[str]) -> list[Run]:
     """Every run of the table `name`, composed and checked; a refused one spoils no other.
 
     Raises:
-        MifoError: an override of every run sets a key in which rows differ.
+        MifoError: an override of every run sets a key in which rows differ, a seed stands there twice, or a
+            page is asked of a scene that the table does not have.
     """
+    if len({*settings.seeds}) < len(settings.seeds):
+        raise MifoError(f"seeds={settings.seeds} names a seed twice, which would count twice; name it once")
     _check_differences(settings, overrides)
     scenes = _scenes(settings)
+    known = [option for _, option in scenes]
+    for page in settings.pages or []:
+        if page not in known:
+            near = nearest(page, known)
+            raise MifoError(f"table.pages: {page} is no scene of this table; {near}take one of its scenes")
     runs = []
     for row, deltas in track(_rows(settings), "plan", console=Console(stderr=True)):
         cells = {}
@@ -204,7 +212,7 @@ def _rows(settings: TableSettings) -> list[tuple[str, list[str]]]:
 
 
 def _scenes(settings: TableSettings) -> list[tuple[str, str]]:
-    found = []
+    found: dict[tuple[str, str], None] = {}  # in order; two patterns of a set may fit one scene
     for name, patterns in settings.scenes.items():
         for pattern in patterns:
             matching = scenes_called(pattern)
@@ -212,5 +220,5 @@ def _scenes(settings: TableSettings) -> list[tuple[str, str]]:
                 raise MifoError(
                     f"table.scenes.{name}: no option of conf/instances and no drawn scene is called {pattern}"
                 )
-            found += [(name, option) for option in matching]
-    return found
+            found |= dict.fromkeys((name, option) for option in matching)
+    return [*found]
