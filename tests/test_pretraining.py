@@ -157,7 +157,7 @@ def test_parts_are_refused_by_name(tmp_path):
 
 
 def test_what_would_train_nothing_is_refused(tmp_path):
-    with pytest.raises(MifoError, match=r"pretraining.parts: '' is no part"):
+    with pytest.raises(MifoError, match=r"pretraining.parts=\[\] trains nothing"):
         pretrain(tiny([], 1), tmp_path, tmp_path)
     with pytest.raises(MifoError, match=r"pretraining.segmenter.steps=0 is too small; take at least 1"):
         pretrain(tiny(["segmenter"], 0), tmp_path, tmp_path)

@@ -49,7 +49,7 @@ def pretrain(settings: PretrainSettings, work: Path, weights: Path, logger=True)
     Returns for each part whether it reached its number of steps; with ``settings.minutes`` a part may stop
     earlier. Raises MifoError for an unknown part or for one whose forerunner has not been made.
     """
-    unknown = [part for part in settings.parts or [""] if part not in PARTS]
+    unknown = [part for part in settings.parts if part not in PARTS]
     if unknown:
         raise MifoError(f"pretraining.parts: '{unknown[0]}' is no part; choose from {', '.join(PARTS)}.")
     check_least("pretraining", settings, scenes=1)
@@ -57,6 +57,8 @@ def pretrain(settings: PretrainSettings, work: Path, weights: Path, logger=True)
         check_least(f"pretraining.{part}", getattr(settings, part), steps=1, batch_size=1)
     if not 0 <= settings.words <= 1:
         raise MifoError(f"pretraining.words={settings.words} is no share; take 0 to 1.")
+    if not (settings.parts or settings.after or settings.start):
+        raise MifoError(f"pretraining.parts=[] trains nothing; choose from {', '.join(PARTS)}.")
     if settings.after:
         _take_over(Path(settings.after), work)
     if settings.start:
