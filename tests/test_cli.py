@@ -110,6 +110,7 @@ def test_help_lists_every_task_and_its_keys(mifo, capsys):
         (["quality", "parts=[none]", "guidance.shapes_from=0"], "guidance.shapes_from=0"),
         (["quality", "box_prompts=0"], "error: box_prompts=0 is too small; take at least 1"),
         (["quality", "scenes=4"], "error: scenes=4 is too small; take at least 64"),
+        (["quality", "parts=[]"], "parts=[] measures nothing; choose from reconstruction"),
         (["calibrate", "scenes=three_cars"], "list or tuple; write it as [ONE, OTHER]"),
         (["calibrate", "metrics=none"], "not Optional; leave it out for its default"),
         (["calibrate", "scenes=[one_car,three_cars]"], "one_car has one thing, which cannot be swapped"),

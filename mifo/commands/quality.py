@@ -66,6 +66,8 @@ def quality(settings: QualitySettings) -> Path:
     }
     if unknown := [part for part in settings.parts if part not in parts]:
         raise MifoError(f"parts: '{unknown[0]}' is no part of quality; choose from {', '.join(parts)}")
+    if not settings.parts:
+        raise MifoError(f"parts=[] measures nothing; choose from {', '.join(parts)}")
     for part in settings.parts:
         if lost := [judge for judge in JUDGES.get(part, ()) if not (weights / judge).is_dir()]:
             raise MifoError(
