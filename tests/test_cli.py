@@ -49,7 +49,7 @@ def test_help_lists_every_task_and_its_keys(mifo, capsys):
         (["learn", "learning.semantic.step=3"], "did you mean learning.semantic.steps?"),
         (["learn", "learning.semantic.steps=ten"], "learning.semantic.steps: Value 'ten'"),
         (["learn", "seed=x"], "could not be converted to Integer; take a whole number"),
-        (["learn", "seed=null"], "for field of type 'int'; leave it out for its default"),
+        (["learn", "seed=null"], "for field of type 'int'; give a value, or leave it out for its default"),
         (["learn", "penalty.terms.penalty.weight=x"], "could not be converted to Float; take a number"),
         (["learn", "learning.union_sampling=x"], "is not a valid bool (type str); take true or false"),
         (
@@ -112,7 +112,7 @@ def test_help_lists_every_task_and_its_keys(mifo, capsys):
         (["quality", "scenes=4"], "error: scenes=4 is too small; take at least 64"),
         (["quality", "parts=[]"], "parts=[] measures nothing; choose from reconstruction"),
         (["calibrate", "scenes=three_cars"], "list or tuple; write it as [ONE, OTHER]"),
-        (["calibrate", "metrics=none"], "not Optional; leave it out for its default"),
+        (["calibrate", "metrics=none"], "not Optional; give a value, or leave it out for its default"),
         (["calibrate", "scenes=[one_car,three_cars]"], "one_car has one thing, which cannot be swapped"),
         (
             ["masks", "picture=a.png", "boxes=[[0,0,1,1]]"],

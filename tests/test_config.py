@@ -15,6 +15,7 @@ from torchvision.ops import box_iou
 
 from mifo.config import compose, conf_folder, settings_of
 from mifo.config.checks import check
+from mifo.config.compose import check_options
 from mifo.config.schema import SCHEMAS
 from mifo.data.layouts import LayoutSettings, layouts
 from mifo.errors import MifoError
@@ -163,6 +164,29 @@ def test_a_choice_of_an_experiment_that_fits_no_section_is_refused(mifo, tmp_pat
     assert "Did you mean to override one of optimizer@learning.finetuning" in capsys.readouterr().err
     assert mifo("layout", *given) == 0
     assert "\nseed: 7\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("defaults", ["", "demo", "[3]", "[{}]", "[{/model: a, /layout: b}]"])
+def test_defaults_of_another_form_are_told_by_file(mifo, tmp_path, capsys, defaults):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "my.yaml").write_text(f"# @package _global_\ndefaults: {defaults}\nseed: 7\n")
+    assert mifo("learn", "experiment=my", "--config-dir", ".", "--cfg", "job") == 2
+    assert "experiment/my.yaml: defaults must be a list of NAME and of GROUP: NAME" in capsys.readouterr().err
+
+
+def test_an_experiment_of_which_a_command_reads_nothing_is_refused(mifo, capsys):
+    assert mifo("pretrain", "experiment=demo", "--cfg", "job") == 2
+    assert (
+        "experiment/demo.yaml sets nothing that mifo pretrain reads; leave it out" in capsys.readouterr().err
+    )
+
+
+def test_sweeps_over_the_options_of_a_group_are_none_without_an_option():
+    check_options(
+        ["penalty=glob(d*)", "penalty='mifo','dice'", "callbacks=[progress],[tokens]", "layout={boxes: {}}"]
+    )
+    with pytest.raises(MifoError, match="penalty='mifo',3 is no option of conf/penalty"):
+        check_options(["penalty='mifo',3"])
 
 
 def arranged(arrange, number):

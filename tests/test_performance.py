@@ -306,7 +306,13 @@ def test_class_pictures_are_rounded_as_learning_is(source, tmp_path):
 
 def test_a_graph_that_cannot_be_captured_is_an_ordinary_call_told_once(monkeypatch, caplog):
     def broken(*args, **options):
-        raise RuntimeError("capture failed\nlong story")
+        try:
+            raise KeyError("handled")
+        except KeyError:
+            try:
+                raise RuntimeError("capture failed\nlong story")
+            finally:
+                raise RuntimeError("something failed before")  # as the end of a capture tells
 
     monkeypatch.setattr("mifo.acceleration.graphs.capture", broken)
     layer = nn.Linear(2, 2)

@@ -97,6 +97,8 @@ def test_a_fraction_is_found_by_the_digits_that_a_list_shows(listed, sign):
     assert len(listed("leakage!=0.3333")) == 300 and listed(f"leakage{sign}0.333") == []
     assert [row["seed"] for row in listed(f"leakage{sign}0", "columns=seed")] == ["0"]
     assert listed(f"leakage{sign}") == []
+    assert "100" in [row["seed"] for row in listed("leakage<=0.3333", "columns=seed")]
+    assert len(listed(f"limit{sign}3")) == 3
 
 
 def test_a_label_with_a_comma_is_one_value(runs, listed):

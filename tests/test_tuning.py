@@ -155,3 +155,11 @@ def test_the_trials_of_the_repository_follow_from_their_runs(tmp_path, monkeypat
     for one, other in zip(again, recorded, strict=True):
         assert (one["method"], one["values"]) == (other["method"], other["values"])
         assert float(one["objective"]) == pytest.approx(float(other["objective"]), abs=2e-5)
+
+
+def test_the_table_of_tuned_methods_has_the_values_that_were_chosen():
+    chosen, table = (
+        yaml.safe_load((ROOT / f"experiments/{file}").read_text())["rows"]
+        for file in ("tuning/miniature/chosen.yaml", "tuned/table.yaml")
+    )
+    assert table == chosen

@@ -191,8 +191,9 @@ def _gradients_dtype(parameter: nn.Parameter) -> torch.dtype:
     return getattr(parameter, "grad_dtype", None) or parameter.dtype
 
 
-def _tell(error: BaseException) -> None:
-    while error.__context__:  # the end of a failed capture says only that something failed before
+def _tell(error: RuntimeError) -> None:
+    # the end of a failed capture says only that something failed before
+    while isinstance(error.__context__, RuntimeError) and not error.__suppress_context__:
         error = error.__context__
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     log.warning("No CUDA graph could be captured (%s): going on without.", reason)

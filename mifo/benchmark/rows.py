@@ -337,8 +337,10 @@ def processes(bench: Bench) -> Measurement:
             start = perf_counter()
             _Process(command, Path(folder) / "log", caches).wait()
             whole = perf_counter() - start
-            learned = Record.read(next(records.glob("*.json"))).rows["both_stages"]
-            assert learned.seconds
+            (record,) = map(Record.read, records.glob("*.json"))
+            learned = record.rows["both_stages"]
+            if learned.seconds is None:
+                raise MifoError(f"both stages failed in a process: {learned.notes.get('failed')}")
             found.append((learned.seconds + float(learned.notes[SAVING]), whole))
     (first, first_whole), (second, second_whole) = found
     row = measured([second], Memory(bench.device).peak_gib())

@@ -27,8 +27,8 @@ HELP = """usage: mifo results [FOLDER ...] [KEY=VALUE | 'KEY>VALUE' ...] [sort=K
   mifo results table=methods sort=-editability format=csv > runs.csv
 
 A KEY is a setting (see mifo run --help), a score, status, folder, or where a run comes from:
-choices.GROUP, overrides, sweep, table, row, set, code, dirty. Operators are = != < <= > >=; a fraction
-equals another where a list shows them alike, in four digits.
+choices.GROUP, overrides, sweep, table, row, set, code, dirty. Operators are = != < <= > >=; fractions
+are equal where a list shows them alike, in four digits.
 sort=-KEY begins with the largest. A table shows limit=40 runs, CSV and JSON all; limit=0 is no limit."""
 
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
@@ -77,7 +77,7 @@ def _list(arguments: Sequence[str]) -> None:
         if match is None or Path(argument).is_dir():
             continue
         key, sign, text = match.groups()
-        if key in options and sign == "=":
+        if key in options and sign in ("=", "=="):
             options[key] = _value(key, text) if text else options[key]
         else:
             filters.append((key, sign, text))
@@ -132,9 +132,8 @@ def _compared(compare: Callable[[Any, Any], bool], value: Any, wanted: Any) -> b
         value, wanted = (None, None) if value is None else (str(value), str(wanted))
     if value is None:
         return compare is operator.ne
-    same = compare in (operator.eq, operator.ne)
-    if same and isinstance(value, float) and isinstance(wanted, int | float):
-        value, wanted = _told(value), _told(float(wanted))
+    if isinstance(value, float) and isinstance(wanted, int | float) and _told(value) == _told(float(wanted)):
+        value = wanted  # a list shows them alike
     return compare(value, wanted)
 
 

@@ -13,11 +13,11 @@ from hydra._internal.core_plugins import file_config_source
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep
+from hydra.core.override_parser.types import ChoiceSweep, Glob, QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.sweeper import Sweeper
-from omegaconf import Container, DictConfig, OmegaConf, open_dict
+from omegaconf import Container, DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
@@ -73,18 +73,32 @@ class FileConfigSource(file_config_source.FileConfigSource):
                 f"{place}: this is not YAML that MIFO reads ({' '.join(str(told).split())})"
             ) from error
         header = self._get_header_dict(stream.getvalue())
-        if header["package"] == "_global_" and isinstance(config, DictConfig):
-            _drop_elsewhere(config, self.task)
+        if isinstance(config, DictConfig):
+            defaults = config.get("defaults", [])
+            if not isinstance(defaults, list | ListConfig) or not all(map(_is_default, defaults)):
+                raise MifoError(f"{path}: defaults must be a list of NAME and of GROUP: NAME")
+            if header["package"] == "_global_" and config and not _keep_own(config, self.task):
+                raise MifoError(f"{path} sets nothing that mifo {self.task} reads; leave it out")
         return ConfigResult(self.provider, self.full_path(), config, header)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a launcher's process, where Hydra makes more readers for `hydra.searchpath`."""
+        self.__dict__ |= state
+        FileConfigSource.task = self.task
 
-def _drop_elsewhere(option: DictConfig, task: str) -> None:
-    """Drop what an option sets and chooses for sections that other tasks alone have."""
+
+def _is_default(given: Any) -> bool:
+    return isinstance(given, str) or (isinstance(given, DictConfig) and len(given) == 1)
+
+
+def _keep_own(option: DictConfig, task: str) -> bool:
+    """Drop what an option sets and chooses for sections that other tasks alone have; whether some is left."""
     for key in _elsewhere(task) & option.keys():
         del option[key]
     if "defaults" in option:
         groups = {path.name for path in conf_folder().iterdir() if path.is_dir()} - _groups(task)
         option.defaults = [each for each in option.defaults if _group(each) not in groups]
+    return bool(option.keys() - {"defaults"} or option.get("defaults"))
 
 
 def _elsewhere(task: str) -> set[str]:
@@ -157,7 +171,10 @@ def check_options(overrides: Sequence[str]) -> None:
         if not (conf_folder() / given.key_or_group).is_dir():
             continue
         value = given.value()
-        for option in value.list if isinstance(value, ChoiceSweep) else [value]:
+        if isinstance(value, Glob):
+            continue
+        for each in value.list if isinstance(value, ChoiceSweep) else [value]:
+            option = each.text if isinstance(each, QuotedString) else each
             names = option if isinstance(option, list) and not given.is_delete() else [option]
             is_section = option is None if given.is_delete() else isinstance(option, dict)
             if not is_section and not all(isinstance(name, str) for name in names):
@@ -270,9 +287,10 @@ def explain(error: Exception, task: str) -> str:
             return told
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
-        if group.startswith("instances/"):
-            path = error.missing_cfg_file.partition("/")[2]
-            return f"instances={path} is no option; for a folder take instances=local instances.folder={path}"
+        if not group.startswith("hydra/") and "/" in group:  # a path was typed
+            group, _, option = error.missing_cfg_file.partition("/")
+        if group == "instances" and "/" in option:
+            return f"{group}={option} is no option; for a folder take {group}=local {group}.folder={option}"
         options = error.options or sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
         extra = option.partition("_")[0]
         if group == "hydra/launcher" and extra in ("joblib", "ray", "submitit"):
@@ -317,8 +335,8 @@ _FIXES = {
     "not a ListConfig": "write it as [ONE, OTHER]",
     "merge DictConfig with": "write it as {NAME: VALUE}",
     "incompatible with (str)": "take words as names",
-    "Incompatible value 'None'": "leave it out for its default",
-    "is not Optional": "leave it out for its default",
+    "Incompatible value 'None'": "give a value, or leave it out for its default",
+    "is not Optional": "give a value, or leave it out for its default",
 }
 
 

@@ -91,9 +91,9 @@ class LearnSettings(ModelTaskSettings):
 
     @property
     def told_method(self) -> str:
-        """The method with what was typed to change its parts, as `mifo, penalty=none`; a place is no part."""
-        parts = ("penalty", "learning", "recipe", "optimizer", "lr_scheduler")
-        typed = [text.lstrip("+") for text in self.origin.overrides if "/" not in text]
+        """The method with what was typed to change its parts, as `mifo, penalty=none`."""
+        parts, place = ("penalty", "learning", "recipe", "optimizer", "lr_scheduler"), "learning.prior.cache="
+        typed = [text.lstrip("+") for text in self.origin.overrides if not text.lstrip("+").startswith(place)]
         changed = [text for text in typed if re.split("[.@=]", text.lstrip("~"))[0] in parts]
         return ", ".join([self.method, *changed])
 
