@@ -138,12 +138,11 @@ def _run(arguments: Sequence[str]) -> None:
 def _run_with_hydra(task: str, arguments: Sequence[str]) -> None:
     import hydra
 
-    from mifo.config.compose import FileConfigSource, check_options, register_schemas
+    from mifo.config.compose import check_options, register_schemas
     from mifo.config.location import conf_folder
     from mifo.config.resume import RESUMED, folder_to_resume, resume
 
-    register_schemas()
-    FileConfigSource.task = task
+    register_schemas(task)
     folder, arguments = folder_to_resume(arguments)
     overrides, flags = _overrides_and_flags(task, arguments)
     if folder is not None:

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from mifo.backbones.imported import merge_adapters
-from mifo.backbones.kinds import family_of
+from mifo.backbones.kinds import Family, family_of
+from mifo.backbones.latent import LatentModel
 from mifo.backbones.learned import load_learned, read_learned
 from mifo.backbones.loading import load_model, load_outline, model_folder
 from mifo.backbones.model import DiffusionModel
-from mifo.backbones.settings import ModelSettings
 from mifo.backbones.tokens import is_known
 from mifo.commands.setup import prepare
 from mifo.commands.synthesize import learned_folder
@@ -48,8 +48,9 @@ def export(settings: ExportTaskSettings) -> Path:
     kind, absent = family.pipeline, absent_parts(family.pipeline, family.parts)
     if settings.weights != "pipeline":
         check_words(kind)
-    tokenizer = load_outline(full).tokenizer
-    if settings.format == "diffusers" and (taken := [word for word in words if is_known(tokenizer, word)]):
+    outline = load_outline(full)
+    taken = [word for word in words if is_known(outline.tokenizer, word)]
+    if taken and settings.format == "diffusers":
         raise MifoError(
             f"words: the model knows '{taken[0]}' already; take a new word, such as my{taken[0]}."
         )
@@ -69,7 +70,7 @@ def export(settings: ExportTaskSettings) -> Path:
                 write_tensors(unfinished / name, tensors)
         found = _write_lora(settings, model, unfinished, dtype) if settings.weights == "lora" else None
         if settings.weights == "pipeline":
-            _write_pipeline(full, model, words, kind, unfinished / "pipeline", dtype)
+            _write_pipeline(outline, model, words, family, unfinished / "pipeline", dtype)
         picture = _write_thumbnail(source, unfinished)
         scores = source.parent / SCORES
         scored = Evaluation.read(scores).scores if has_scores(scores) else ()
@@ -97,22 +98,20 @@ def _write_lora(
 
 
 def _write_pipeline(
-    settings: ModelSettings,
+    outline: LatentModel,
     model: DiffusionModel,
     words: list[str],
-    kind: str,
+    family: Family,
     folder: Path,
     dtype: torch.dtype,
 ) -> None:
-    outline = load_outline(settings)
-    names = family_of(model_folder(settings, weights=False), settings.t5).parts
-    parts = {name: getattr(outline if name.startswith("tokenizer") else model, name) for name in names}
+    parts = {name: getattr(outline if name.startswith("tokenizer") else model, name) for name in family.parts}
     parts["scheduler"] = outline.noise_scheduler
     parts["force_zeros_for_empty_prompt"] = getattr(outline, "zero_empty_prompt", False)
     parts["is_distilled"] = outline.distilled
     for name in {*model.networks, "vae"}:
         parts[name] = torch.nn.Module.to(parts[name], dtype)
-    save_pipeline(folder, kind, model.networks, parts, words)
+    save_pipeline(folder, family.pipeline, model.networks, parts, words)
 
 
 def _write_thumbnail(source: Path, folder: Path) -> str | None:

@@ -10,9 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
+from mifo.config.compose import key_of
 from mifo.config.launch import launcher
 from mifo.errors import MifoError
-from mifo.tables.asked import key_of, of_hydra
+from mifo.tables.asked import of_hydra
 from mifo.tables.execute import Done, execute, finished
 from mifo.tables.plan import Run, plan
 from mifo.tables.record import EVALUATORS, Entry, read_record

@@ -21,7 +21,7 @@ from omegaconf import Container, DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from mifo.config.identity import register_resolvers
+from mifo.config.identity import listed_defaults, register_resolvers
 from mifo.config.location import conf_folder
 from mifo.config.renamed import renamed
 from mifo.config.schema import SCHEMAS
@@ -110,14 +110,14 @@ def _elsewhere(task: str) -> set[str]:
 @cache
 def _groups(task: str) -> set[str]:
     """The groups that a task's file lists, or that of the task on which it builds."""
-    listed = OmegaConf.load(conf_folder() / f"{task}.yaml").defaults
-    inner = [_groups(each) for each in listed if each in SCHEMAS]
+    listed = listed_defaults(task)
+    inner = [_groups(each) for each in listed if isinstance(each, str) and each in SCHEMAS]
     return {_group(each) for each in listed}.union(*inner)
 
 
 def _group(default: Any) -> str:
     """`penalty` of `penalty: mifo` and `override /penalty: mifo`; nothing of `_self_`."""
-    (key,) = default if isinstance(default, DictConfig) else ("",)
+    (key,) = default if isinstance(default, Mapping) else ("",)
     return re.split("[/@]", str(key).split()[-1].lstrip("/"))[0] if key else ""
 
 
@@ -134,8 +134,7 @@ def _check_first_of_each_kind(sweeper: Sweeper, batch: Sequence[Sequence[str]]) 
 
     def kind(override: str) -> str:
         key = override.partition("=")[0]
-        is_group = "/" in key or (conf_folder() / key.lstrip("+~").partition("@")[0]).is_dir()
-        return override if is_group else key
+        return override if "/" in key or _is_group(key) else key
 
     firsts: dict[tuple[str, ...], Sequence[str]] = {}
     for job in batch:
@@ -146,8 +145,23 @@ def _check_first_of_each_kind(sweeper: Sweeper, batch: Sequence[Sequence[str]]) 
 Sweeper.validate_batch_is_legal = _check_first_of_each_kind
 
 
+def key_of(override: str) -> str:
+    """The key of an override of Hydra, which may add or delete it or name a package."""
+    return override.partition("=")[0].lstrip("+~").partition("@")[0]
+
+
+def _is_group(override: str) -> bool:
+    return (conf_folder() / key_of(override)).is_dir()
+
+
+def register_schemas(task: str) -> None:
+    """Have `task` composed: its files begin with its schema, and options are read for it."""
+    FileConfigSource.task = task
+    _store_schemas()
+
+
 @cache
-def register_schemas() -> None:
+def _store_schemas() -> None:
     """Let each task's primary config begin with every key of its schema and that key's default.
 
     They are stored untyped: a bad value then fails in its own job when `settings_of` types it, whereas Hydra
@@ -168,7 +182,7 @@ def register_schemas() -> None:
 def check_options(overrides: Sequence[str]) -> None:
     """Refuse a group that is given no option, for which Hydra raises errors of Python without the key."""
     for given in OverridesParser.create().parse_overrides([*overrides]):
-        if not (conf_folder() / given.key_or_group).is_dir():
+        if not _is_group(given.key_or_group):
             continue
         value = given.value()
         if isinstance(value, Glob):
@@ -189,9 +203,8 @@ def compose(task: str, overrides: list[str], **place: str | None) -> DictConfig:
     Args:
         place: fields of `Origin` that the overrides do not tell.
     """
-    register_schemas()
+    register_schemas(task)
     check_options(overrides)
-    FileConfigSource.task = task
     with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
         config = hydra.compose(task, overrides, return_hydra_config=True)
     with open_dict(config):
@@ -281,7 +294,7 @@ def explain(error: Exception, task: str) -> str:
     useless = f"mifo {task} has no use for {{}}; leave it out, or see mifo {task} --help"
     if overridden := re.search(r"Could not override '([^']+)'(\. No match)?", str(error)):
         key, unmatched = overridden.groups()
-        if unmatched and (conf_folder() / key.partition("@")[0]).is_dir():
+        if unmatched and _is_group(key):
             return useless.format(key)
         if told := renamed(key):
             return told

@@ -81,10 +81,17 @@ def run_signature(settings: Mapping[str, Any], files: str | None) -> str:
 
 
 @cache
+def listed_defaults(task: str) -> list[Any]:
+    """What a task's file is composed of: groups with their options, and names of other files."""
+    listed: list[Any] = read_yaml(conf_folder() / f"{task}.yaml")["defaults"]
+    return listed
+
+
+@cache
 def _defaults(task: str) -> dict[str, str]:
     """The option of each group that a task takes unless another one is typed."""
-    listed = read_yaml(conf_folder() / f"{task}.yaml")["defaults"]
-    return {group: option for each in listed if isinstance(each, dict) for group, option in each.items()}
+    groups = (each for each in listed_defaults(task) if isinstance(each, dict))
+    return {group: option for each in groups for group, option in each.items()}
 
 
 def _called(seed: int | None = None, *, _root_: DictConfig) -> str:

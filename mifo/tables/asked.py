@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from mifo.config.compose import refused
+from mifo.config.compose import key_of, refused
 from mifo.errors import MifoError, nearest
 from mifo.files import read_yaml
 
@@ -101,11 +101,6 @@ def of_hydra(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The arguments that choose how Hydra launches, and the others."""
     own = [text for text in arguments if key_of(text).startswith(("hydra/", "hydra."))]
     return own, [text for text in arguments if text not in own]
-
-
-def key_of(override: str) -> str:
-    """The key of an override of Hydra, which may add or delete it or name a package."""
-    return override.partition("=")[0].lstrip("+~").partition("@")[0]
 
 
 def check_only(key: str, only: Sequence[str], labels: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 
 from mifo.config.checks import check
-from mifo.config.compose import REFUSALS, compose, explain, settings_of
+from mifo.config.compose import REFUSALS, compose, explain, key_of, settings_of
 from mifo.config.identity import fingerprint
 from mifo.config.location import scenes_called
 from mifo.config.schema import RunSettings
@@ -20,7 +20,7 @@ from mifo.config.sections import section as typed_section
 from mifo.data.photo_folder import folder_digest
 from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError, nearest
-from mifo.tables.asked import is_wanted, key_of
+from mifo.tables.asked import is_wanted
 from mifo.tables.settings import TableSettings
 
 Composed = tuple[RunSettings | None, str | None]  # settings, or why they are refused

@@ -7,9 +7,10 @@ from unicodedata import category
 
 from omegaconf import MISSING
 
+from mifo.config.compose import key_of
 from mifo.errors import MifoError, check_known
 from mifo.metrics.scores import RANGES
-from mifo.tables.asked import check_only, key_of, read_asked
+from mifo.tables.asked import check_only, read_asked
 
 FILE = "table.yaml"
 LABELLED = ("rows", "grid", "scenes")  # their keys are the user's
