@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 import torch
 
-from mifo.commands.calibrate import named_scenes, report_correlations
+from mifo.commands.calibrate import calibrate, named_scenes, report_correlations
+from mifo.config import compose, settings_of
 from mifo.data.instance_names import find_source
 from mifo.data.instances import read_instances
 from mifo.data.layouts import LayoutSettings, layouts
@@ -79,3 +80,12 @@ def test_correlations_are_within_scenes_and_turned_where_lower_is_better():
     assert "|identification|1.00|1.00|-1.00|" in told
     assert "|leakage|1.00|1.00|1.00|" in told
     assert "|missing|0.00|0.00|0.00|" in told
+
+
+def test_scenes_of_one_thing_have_the_cases_that_need_no_other_thing(tmp_path):
+    options = ["scenes=[one_cat]", "endings=[in the snow]", f"hydra.run.dir={tmp_path}"]
+    calibrate(settings_of(compose("calibrate", [*options, f"paths.output={tmp_path}"])))
+    found = pd.read_csv(tmp_path / "pictures.csv").set_index("case")
+    assert list(found.index) == ["perfect", "strangers"]
+    assert found.instance_consistency["perfect"] > 0.8 > found.instance_consistency["strangers"]
+    assert not (tmp_path / "faults.csv").exists()

@@ -80,6 +80,11 @@ def other_kind(folder):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"in_channels": 9}))
 
 
+def tiny_picture(folder):
+    for file in (folder / "photo").iterdir():
+        Image.open(file).resize((12, 8)).save(file)
+
+
 def no_mask(folder):
     for mask in (folder / "photo").glob("mask*"):
         mask.unlink()
@@ -104,6 +109,7 @@ def no_mask(folder):
             lambda f: white(f / "photo", "mask1.png", [30, 30, 33, 33]),
             *([], "warning", "sizes", "<asset1> is too small to be seen where attention has 8×8"),
         ),
+        (tiny_picture, [], "warning", "sizes", "has 12×8 pixels and is enlarged to 32×32"),
         (None, ["instances.class_names=[car]"], "error", "picture", "instances.class_names names 1"),
         (None, ["model=miniature", "model.source=embedded"], "warning", "picture", "draws a cartoon"),
         (None, ["instances.initializers=['',cat]"], "error", "picture", "empty word"),

@@ -150,3 +150,17 @@ def test_a_deterministic_run_repeats_bit_for_bit(profile, tmp_path):
 
     first, second = made("first"), made("second")
     assert len(first) > 2 and first == second
+
+
+def test_a_capture_that_fails_leaves_the_random_generator_at_work(caplog):
+    def waits(x):
+        return (x + torch.rand_like(x)) * x.sum().item()
+
+    x = torch.ones(4, device="cuda")
+    drawing = GraphedFunction(lambda x: x + torch.rand_like(x), wanted=True)
+    drawing(x)
+    assert GraphedFunction(waits, wanted=True)(x).isfinite().all()
+    assert "No CUDA graph could be captured (CUDA error: operation not permitted" in caplog.text
+    caplog.clear()
+    assert torch.randn(3, device="cuda").isfinite().all()
+    assert not torch.equal(drawing(x).clone(), drawing(x))

@@ -1,11 +1,13 @@
 """The speedrun: its clock stands while pictures are judged, it stops at the target, and its rows add up."""
 
+from threading import Event, Thread
+
 import pandas as pd
 import pytest
 
 from mifo.backbones.loading import load_model
 from mifo.callbacks import speedrun as stopwatch
-from mifo.commands.speedrun import speedrun
+from mifo.commands.speedrun import alone, speedrun
 from mifo.config import compose, settings_of
 from mifo.errors import MifoError
 from mifo.metrics.evaluation import Evaluation, PictureEvaluator
@@ -129,3 +131,21 @@ def test_rows_that_others_add_meanwhile_are_kept(judged, tmp_path, monkeypatch):
     monkeypatch.setattr("mifo.commands.speedrun.load_model", meanwhile)
     judged("two", *target, "seed=3")
     assert pd.read_csv(tmp_path / "board.csv")["seed"].tolist() == [0, 3]
+
+
+def test_two_speedruns_write_the_leaderboard_one_after_the_other(tmp_path):
+    told, inside = [], Event()
+
+    def second():
+        inside.wait()
+        with alone(tmp_path):
+            told.append("second")
+
+    other = Thread(target=second)
+    other.start()
+    with alone(tmp_path):
+        inside.set()
+        other.join(0.2)
+        told.append("first")
+    other.join()
+    assert told == ["first", "second"]

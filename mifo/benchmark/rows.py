@@ -296,20 +296,31 @@ def optimizers(bench: Bench) -> Measurement:
     for name, node in OPTIMIZERS.items():
         stage = replace(bench.learning.finetuning, optimizer=node)
         one = replace(bench, learning=replace(bench.learning, finetuning=stage))
-        losses, times, memory = Losses(), StepTimes(bench.settings.warmup), Memory(bench.device)
         try:
-            one.learn((0, bench.settings.warmup + bench.settings.steps), [times, losses])
+            curves[name], told = _finetuned(one)
         except MifoError as error:  # a package that is not installed
             notes[name] = str(error)
             continue
-        curves[name] = losses.values()
-        notes[f"{name}, seconds"] = median(times.seconds)
-        notes[f"{name}, GiB"] = memory.peak_gib()
-        notes[f"{name}, mean loss"] = curves[name].mean().item()
+        notes |= {f"{name}, {key}": value for key, value in told.items()}
     for name, curve in curves.items():
         apart = (curve - curves["adamw"]).abs() / curves["adamw"]
         notes[f"{name}, largest relative difference from adamw"] = apart.max().item()
     return Measurement(samples=bench.settings.steps, notes=notes)
+
+
+def _finetuned(bench: Bench) -> tuple[torch.Tensor, dict[str, float]]:
+    """The losses of some steps of fine-tuning, and a step's time, peak memory and mean loss.
+
+    The callbacks end here: as long as they live, they keep the trainer with its weights in memory.
+    """
+    losses, times, memory = Losses(), StepTimes(bench.settings.warmup), Memory(bench.device)
+    bench.learn((0, bench.settings.warmup + bench.settings.steps), [times, losses])
+    curve = losses.values()
+    return curve, {
+        "seconds": median(times.seconds),
+        "GiB": memory.peak_gib(),
+        "mean loss": curve.mean().item(),
+    }
 
 
 def both_stages(bench: Bench) -> Measurement:

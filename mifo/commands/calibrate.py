@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 import torch
@@ -23,7 +23,7 @@ from mifo.errors import MifoError
 from mifo.files import read_yaml, write_whole
 from mifo.metrics.evaluation import METRICS, PictureEvaluator
 from mifo.metrics.settings import Fit
-from mifo.miniature.calibration import CASES, FAULTS, calibration_picture, faulty_picture
+from mifo.miniature.calibration import CASES, CASES_OF_ONE, FAULTS, calibration_picture, faulty_picture
 from mifo.report.tables import markdown_table, write_csv
 from mifo.tables.collect import estimate
 from mifo.world.drawn import drawn_option
@@ -33,6 +33,8 @@ from mifo.world.spec import SceneSpec
 
 def calibrate(settings: CalibrateSettings) -> Path:
     """Measure every case on every scene; write `pictures.csv`, `faults.csv` and `calibration.{md,jpg}`.
+
+    A scene of one thing has the cases that need no other thing, and no faults.
 
     Returns their folder. Raises MifoError when no scene fits the names or the folder holds a calibration.
     """
@@ -50,7 +52,8 @@ def calibrate(settings: CalibrateSettings) -> Path:
         assert isinstance(spec, SceneSpec)  # `named_scenes` gives nothing else
         placed = layouts(layout, instances.tokens)
         shown = [instances.image.float() / 255]
-        for case in CASES:
+        several = len(instances.tokens) > 1
+        for case in CASES if several else CASES_OF_ONE:
             pictures = [
                 calibration_picture(spec, case, each, ending, settings.seed + number)
                 for number, (each, ending) in enumerate(zip(placed, settings.endings, strict=True))
@@ -63,13 +66,16 @@ def calibrate(settings: CalibrateSettings) -> Path:
                 for ending, scores in zip(settings.endings, found, strict=True)
             ]
         sheet.append(torch.cat(shown, 2))
-        faulty += _faulty_rows(given.name, spec, placed, settings, evaluator, instances)
+        if several:
+            faulty += _faulty_rows(given.name, spec, placed, settings, evaluator, instances)
     table = pd.DataFrame(rows)
-    blind = pd.DataFrame(faulty)
-    markdown = report(table, evaluator, settings.metrics.fit) + report_correlations(blind)
+    markdown = report(table, evaluator, settings.metrics.fit)
+    if faulty:
+        blind = pd.DataFrame(faulty)
+        markdown += report_correlations(blind)
+        write_csv(folder / "faults.csv", blind, digits=5)
     write_whole(folder / "calibration.md", markdown)
     as_image(torch.cat(sheet, 1)).save(folder / "calibration.jpg", quality=85)
-    write_csv(folder / "faults.csv", blind, digits=5)
     write_csv(folder / "pictures.csv", table, digits=5)  # the last, since it says that the rest is there
     print(markdown)
     print(f"calibration: {folder}")
@@ -136,10 +142,6 @@ def named_scenes(patterns: list[str]) -> list[InstancesSettings]:
     scenes = [OmegaConf.to_object(OmegaConf.merge(schema, each)) for each in given if "scene" in each]
     if not scenes:
         raise MifoError(f"scenes={','.join(patterns)} fits no drawn scene; try [alike_*]")
-    if alone := [each.name for each in scenes if len(cast(SceneSpec, find_source(each)).things) == 1]:
-        raise MifoError(
-            f"scenes: {alone[0]} has one thing, which cannot be swapped with another; try [alike_*]"
-        )
     return scenes
 
 
@@ -151,6 +153,7 @@ def report(table: pd.DataFrame, evaluator: PictureEvaluator, fit: Fit) -> str:
         "all scenes": "",
         **{kind: kind for kind in (re.split("[_-]", name)[0] for name in scenes.scene)},
     }
+    cases = {case: about for case, about in CASES.items() if case in set(table.case)}
     heads = [f"{name} {'↑' if METRICS[name].higher_is_better else '↓'}" for name in metrics]
     lines = [
         "# The measures on drawn pictures",
@@ -159,11 +162,11 @@ def report(table: pd.DataFrame, evaluator: PictureEvaluator, fit: Fit) -> str:
         f"by {evaluator.image.evaluator} and {evaluator.image_text.evaluator}. "
         "Mean ± 95 % interval over scenes.",
         "",
-        *(f"- **{case}**: {about}" for case, about in CASES.items()),
+        *(f"- **{case}**: {about}" for case, about in cases.items()),
     ]
     for title, start in kinds.items():
         part = scenes[scenes.scene.str.startswith(start)]
-        found = {case: part[part.case == case][metrics] for case in CASES}
+        found = {case: part[part.case == case][metrics] for case in cases}
         rows = [
             [case, *(str(estimate(own[metric].dropna().tolist(), len(own))) for metric in metrics)]
             for case, own in found.items()

@@ -1,5 +1,6 @@
 """`mifo pretrain`: the miniature's weights, part by part."""
 
+import logging
 from pathlib import Path
 
 from mifo.commands.setup import open_loggers, prepare
@@ -8,10 +9,13 @@ from mifo.config.schema import PretrainTaskSettings
 from mifo.miniature.pretraining.run import CHECKPOINTS
 from mifo.miniature.pretraining.run import pretrain as make_weights
 
+log = logging.getLogger(__name__)
+
 
 def pretrain(settings: PretrainTaskSettings) -> Path:
     """Train the named parts and write them as model folders; returns the folder of the weights."""
-    prepare(settings)
+    if prepare(settings).type == "cpu":
+        log.warning("A part takes up to half an hour of one H100; without a GPU it takes days.")
     folder = claim_folder(settings)
     weights = folder / "weights"
     with open_loggers(settings) as loggers:

@@ -79,7 +79,14 @@ def picture(setup: Setup) -> str:
 
 def sizes(setup: Setup) -> str:
     """Whether each instance is seen in the latents, and where attention is compared with its mask."""
-    sites, masks = setup.model.default_sites, setup.instances.resized(setup.model.image_size)[1]
+    side, (height, width) = setup.model.image_size, setup.instances.image.shape[1:]
+    if 2 * min(height, width) < side:
+        log.warning(
+            "The picture has %d×%d pixels and is enlarged to %d×%d for this model, so that it shows few "
+            "details to learn; take a larger one.",
+            *(width, height, side, side),
+        )
+    sites, masks = setup.model.default_sites, setup.instances.resized(side)[1]
     wanted = sorted({site.size for site in (*sites.semantic, *sites.finetuning)})
     found = MaskPyramid.of(masks, wanted, setup.model.latent_shape[1:])
     found.check()

@@ -28,6 +28,7 @@ from mifo.config.schema import (
     LearnSettings,
     ModelTaskSettings,
     PretrainTaskSettings,
+    QualitySettings,
     TaskSettings,
 )
 from mifo.errors import MifoError
@@ -59,6 +60,7 @@ def prepare(settings: TaskSettings) -> torch.device:
     device = device_of(settings)
     if isinstance(settings, ModelTaskSettings):
         load_libraries(device)
+    if isinstance(settings, ModelTaskSettings | QualitySettings):
         import_module("diffusers.utils.logging").disable_progress_bar()  # tasks without a model import none
     return device
 

@@ -1,5 +1,9 @@
 """`mifo speedrun`: seconds of learning until pictures of held-out prompts are good, on a leaderboard."""
 
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -90,10 +94,22 @@ def speedrun(settings: SpeedrunSettings) -> Path:
         "seed": settings.seed,
         "overrides": " ".join(settings.origin.overrides),
     }
-    # read again: another speedrun may have added a row meanwhile
-    write_csv(board, pd.DataFrame([*_read_board(board), row]), digits=4)
+    with alone(board.parent):  # read again: another speedrun may have added a row meanwhile
+        write_csv(board, pd.DataFrame([*_read_board(board), row]), digits=4)
     print(f"{row['seconds']} s on {here.device}: {board}")
     return board
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until no other speedrun writes into the folder, and keep others waiting."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
 
 
 def _read_board(board: Path) -> list[dict[str, str]]:

@@ -70,6 +70,8 @@ def layouts(settings: LayoutSettings, tokens: Sequence[str]) -> list[Layout]:
         named = re.sub(r"\{(instances|subset)\}", " and ".join(subset), settings.prompt)
         for ending in settings.endings:
             prompt = " ".join(named.replace("{ending}", ending).split())
+            if not prompt:
+                raise MifoError("layout.prompt is empty and says nothing to draw; give a prompt")
             check_instances(prompt, own, tokens)
             found.append(Layout(prompt, checked))
     return found

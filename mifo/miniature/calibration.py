@@ -25,6 +25,9 @@ CASES = {
 what the evaluator takes for identity: paint or shape, and these very things or any of their words.
 """
 
+CASES_OF_ONE = ("perfect", "strangers")
+"""The cases that need no second thing."""
+
 
 def calibration_picture(
     spec: SceneSpec, case: str, layout: Layout, background: str, seed: int = 0

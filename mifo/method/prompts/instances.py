@@ -75,7 +75,8 @@ def check_instances(prompt: str, keys: Iterable[str], known: Collection[str]) ->
             raise MifoError(f"{name} is not one of the learned instances ({has}); correct prompt and boxes.")
     for key in keys:
         words = " ".join(key.lower().split())
-        if not words or words not in " ".join(prompt.lower().split()):
+        whole = re.escape(words) if INSTANCE.fullmatch(words) else rf"(?<!\w){re.escape(words)}(?!\w)"
+        if not words or not re.search(whole, " ".join(prompt.lower().split())):
             raise MifoError(_lacking(prompt, key))
 
 

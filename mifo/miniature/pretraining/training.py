@@ -157,7 +157,7 @@ def fit(module: Pretraining, folder: Path, minutes: float | None = None, logger=
         callbacks=[
             RichProgressBar(refresh_rate=50),
             ModelCheckpoint(folder, filename="{step}", save_last=True, every_n_train_steps=1000),
-            *([Minutes(timedelta(minutes=minutes))] if minutes else []),
+            *([Minutes(timedelta(minutes=minutes))] if minutes is not None else []),
         ],
         enable_model_summary=False,
     )
