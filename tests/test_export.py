@@ -253,6 +253,7 @@ def test_the_script_of_the_card_works_without_mifo(mifo, family, tmp_path):
         ({"rank": 0}, "rank=0 is too small"),
         ({"format": "webui", "weights": "pipeline"}, "weights=pipeline is a folder of diffusers"),
         ({"words": ["one"]}, "words=one must be 2 different words"),
+        ({"words": ["cat", "Cat"]}, "capitals make no difference"),
         ({"words": ["a/b", "c"]}, "'a/b' is no name of a word"),
     ],
 )
