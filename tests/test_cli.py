@@ -110,9 +110,10 @@ def test_help_lists_every_task_and_its_keys(mifo, capsys):
         (["quality", "parts=[none]", "guidance.shapes_from=0"], "guidance.shapes_from=0"),
         (["quality", "box_prompts=0"], "error: box_prompts=0 is too small; take at least 1"),
         (["quality", "scenes=4"], "error: scenes=4 is too small; take at least 64"),
-        (["pretrain", "pretraining.minutes=-1"], "pretraining.minutes=-1.0 is no time; take more than 0"),
+        (["pretrain", "pretraining.minutes=-1"], "pretraining.minutes=-1.0 must be above 0"),
         (["quality", "parts=[]"], "parts=[] measures nothing; choose from reconstruction"),
         (["calibrate", "scenes=three_cars"], "list or tuple; write it as [ONE, OTHER]"),
+        (["calibrate", "scenes=[one_car,three_cars]"], "one_car has one thing and others have several"),
         (["calibrate", "metrics=none"], "not Optional; give a value, or leave it out for its default"),
         (
             ["masks", "picture=a.png", "boxes=[[0,0,1,1]]"],
@@ -140,7 +141,10 @@ def test_help_lists_every_task_and_its_keys(mifo, capsys):
         (["evaluate", "pictures=nowhere", "metrics=none"], "metrics=none"),
         (["layout", "picture=nowhere.png"], "picture=nowhere.png"),
         (["layout", "layout.prompt=a carpet", "layout.boxes={car: [0, 0, 1, 1]}"], "a box for 'car', but"),
-        (["layout", "layout.prompt=''", "layout.boxes={}"], "layout.prompt is empty and says nothing"),
+        (
+            ["layout", "layout.prompt=''", "layout.boxes={}"],
+            "layout.prompt and its ending leave an empty",
+        ),
         (["learn", "seed=-1"], "seed=-1"),
         (["learn", "model.dtype=int8"], "model.dtype=int8 is not known; take one of float32"),
         (["run", "model=local", "model.source=/etc/passwd"], "model.source=/etc/passwd is a single file"),

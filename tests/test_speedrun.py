@@ -138,12 +138,12 @@ def test_two_speedruns_write_the_leaderboard_one_after_the_other(tmp_path):
 
     def second():
         inside.wait()
-        with alone(tmp_path):
+        with alone(tmp_path / "board.csv"):
             told.append("second")
 
-    other = Thread(target=second)
+    other = Thread(target=second, daemon=True)
     other.start()
-    with alone(tmp_path):
+    with alone(tmp_path / "board.csv"):
         inside.set()
         other.join(0.2)
         told.append("first")

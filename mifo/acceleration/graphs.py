@@ -138,13 +138,13 @@ def capture(function: Callable[..., Any], inputs: Sequence[Any]) -> Callable[...
     with torch.cuda.stream(stream):
         function(*buffers)  # libraries set themselves up, and what is kept gets computed
     torch.cuda.current_stream().wait_stream(stream)
-    # relaxed: other threads may use the GPU meanwhile, as they do to load its libraries
     try:
+        # relaxed: other threads may use the GPU meanwhile, as they do to load its libraries
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
             outputs = function(*buffers)
     except RuntimeError:
-        # the GPU's random generator waits for the end of the capture that failed, and draws nothing
-        # ("Offset increment outside graph capture") until another one has ended
+        # after a failed capture, drawing random numbers on the GPU raises "Offset increment outside graph
+        # capture" until another capture ends; so one ends here
         with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="relaxed"):
             torch.zeros(1, device="cuda")
         raise

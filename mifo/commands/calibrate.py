@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -34,11 +34,13 @@ from mifo.world.spec import SceneSpec
 def calibrate(settings: CalibrateSettings) -> Path:
     """Measure every case on every scene; write `pictures.csv`, `faults.csv` and `calibration.{md,jpg}`.
 
-    A scene of one thing has the cases that need no other thing, and no faults.
+    Scenes of one thing have the cases that need no other thing, and no faults, which are shares of the boxes.
 
-    Returns their folder. Raises MifoError when no scene fits the names or the folder holds a calibration.
+    Returns their folder. Raises MifoError when no scene fits the names, some have one thing and others
+    several, or the folder holds a calibration.
     """
     scenes = named_scenes(settings.scenes)
+    several = _several_things(scenes)
     device = prepare(settings)
     folder = claim_folder(settings)
     if (folder / "pictures.csv").exists():
@@ -52,7 +54,6 @@ def calibrate(settings: CalibrateSettings) -> Path:
         assert isinstance(spec, SceneSpec)  # `named_scenes` gives nothing else
         placed = layouts(layout, instances.tokens)
         shown = [instances.image.float() / 255]
-        several = len(instances.tokens) > 1
         for case in CASES if several else CASES_OF_ONE:
             pictures = [
                 calibration_picture(spec, case, each, ending, settings.seed + number)
@@ -143,6 +144,17 @@ def named_scenes(patterns: list[str]) -> list[InstancesSettings]:
     if not scenes:
         raise MifoError(f"scenes={','.join(patterns)} fits no drawn scene; try [alike_*]")
     return scenes
+
+
+def _several_things(scenes: Sequence[InstancesSettings]) -> bool:
+    """Whether the drawn scenes have several things each, not one; refuses a mixture, which has no mean."""
+    alone = [each.name for each in scenes if len(cast(SceneSpec, find_source(each)).things) == 1]
+    if alone and len(alone) < len(scenes):
+        raise MifoError(
+            f"scenes: {alone[0]} has one thing and others have several, which have other cases; calibrate "
+            "them apart"
+        )
+    return not alone
 
 
 def report(table: pd.DataFrame, evaluator: PictureEvaluator, fit: Fit) -> str:

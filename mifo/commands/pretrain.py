@@ -3,6 +3,8 @@
 import logging
 from pathlib import Path
 
+import torch
+
 from mifo.commands.setup import open_loggers, prepare
 from mifo.config.jobs import claim_folder
 from mifo.config.schema import PretrainTaskSettings
@@ -14,8 +16,9 @@ log = logging.getLogger(__name__)
 
 def pretrain(settings: PretrainTaskSettings) -> Path:
     """Train the named parts and write them as model folders; returns the folder of the weights."""
-    if prepare(settings).type == "cpu":
-        log.warning("A part takes up to half an hour of one H100; without a GPU it takes days.")
+    prepare(settings)
+    if not torch.cuda.is_available():
+        log.warning("Without a GPU pretraining may take days; the denoiser takes half an hour of one H100.")
     folder = claim_folder(settings)
     weights = folder / "weights"
     with open_loggers(settings) as loggers:

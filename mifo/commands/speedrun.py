@@ -1,9 +1,9 @@
 """`mifo speedrun`: seconds of learning until pictures of held-out prompts are good, on a leaderboard."""
 
+import errno
 import fcntl
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -94,22 +94,23 @@ def speedrun(settings: SpeedrunSettings) -> Path:
         "seed": settings.seed,
         "overrides": " ".join(settings.origin.overrides),
     }
-    with alone(board.parent):  # read again: another speedrun may have added a row meanwhile
+    with alone(board):  # read again: another speedrun may have added a row meanwhile
         write_csv(board, pd.DataFrame([*_read_board(board), row]), digits=4)
     print(f"{row['seconds']} s on {here.device}: {board}")
     return board
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Wait until no other speedrun writes into the folder, and keep others waiting."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
+def alone(board: Path) -> Iterator[None]:
+    """Wait until no other speedrun writes the leaderboard, and keep others waiting."""
+    lock = board.with_name(f".{board.name}.lock")
+    with lock.open("w") as opened:
+        try:
             fcntl.flock(opened, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
+                raise
         yield
-    finally:
-        os.close(opened)
 
 
 def _read_board(board: Path) -> list[dict[str, str]]:

@@ -44,8 +44,8 @@ def layouts(settings: LayoutSettings, tokens: Sequence[str]) -> list[Layout]:
     """Every layout that `settings` describe for the instance `tokens`, by subset and then by ending.
 
     Raises:
-        MifoError: a box is impossible, or a prompt lacks a box's key, names an unknown instance or holds an
-            unknown placeholder.
+        MifoError: a box is impossible, or a prompt is empty, lacks a box's key, names an unknown instance or
+            holds an unknown placeholder.
     """
     check_known("layout.arrange", settings.arrange or "null", (*ARRANGEMENTS, "null"))
     # Hydra's command line takes no "<" in a key, so that asset0 stands for <asset0> too
@@ -71,7 +71,7 @@ def layouts(settings: LayoutSettings, tokens: Sequence[str]) -> list[Layout]:
         for ending in settings.endings:
             prompt = " ".join(named.replace("{ending}", ending).split())
             if not prompt:
-                raise MifoError("layout.prompt is empty and says nothing to draw; give a prompt")
+                raise MifoError("layout.prompt and its ending leave an empty prompt; give words to draw")
             check_instances(prompt, own, tokens)
             found.append(Layout(prompt, checked))
     return found

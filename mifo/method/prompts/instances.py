@@ -55,7 +55,8 @@ def check_instances(prompt: str, keys: Iterable[str], known: Collection[str]) ->
     """Check a prompt and the names of its boxes without a tokenizer.
 
     Args:
-        keys: names of the layout's boxes: instance tokens, or words that occur in the prompt.
+        keys: names of the layout's boxes: instance tokens, or whole words that follow each other in the
+            prompt.
         known: the learned instance tokens.
 
     Raises:
@@ -75,8 +76,10 @@ def check_instances(prompt: str, keys: Iterable[str], known: Collection[str]) ->
             raise MifoError(f"{name} is not one of the learned instances ({has}); correct prompt and boxes.")
     for key in keys:
         words = " ".join(key.lower().split())
-        whole = re.escape(words) if INSTANCE.fullmatch(words) else rf"(?<!\w){re.escape(words)}(?!\w)"
-        if not words or not re.search(whole, " ".join(prompt.lower().split())):
+        pattern = re.escape(words)
+        if not INSTANCE.fullmatch(words):  # its brackets part it from letters beside it
+            pattern = rf"(?<![^\W\d_]){pattern}(?![^\W\d_])"
+        if not words or not re.search(pattern, " ".join(prompt.lower().split())):
             raise MifoError(_lacking(prompt, key))
 
 

@@ -4,6 +4,7 @@ import shutil
 import time
 from functools import cache
 from importlib.resources import files
+from math import inf
 from pathlib import Path
 
 import torch
@@ -55,8 +56,8 @@ def pretrain(settings: PretrainSettings, work: Path, weights: Path, logger=True)
     check_least("pretraining", settings, scenes=1)
     for part in settings.parts:
         check_least(f"pretraining.{part}", getattr(settings, part), steps=1, batch_size=1)
-    if settings.minutes is not None and settings.minutes <= 0:
-        raise MifoError(f"pretraining.minutes={settings.minutes} is no time; take more than 0, or null.")
+    if settings.minutes is not None and not 0 < settings.minutes < inf:
+        raise MifoError(f"pretraining.minutes={settings.minutes} must be above 0; null sets no limit.")
     if not 0 <= settings.words <= 1:
         raise MifoError(f"pretraining.words={settings.words} is no share; take 0 to 1.")
     if not (settings.parts or settings.after or settings.start):
