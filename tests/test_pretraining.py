@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, ViTImageProcessor, ViTModel
 from mifo.backbones.loading import load_model
 from mifo.backbones.settings import ModelSettings
 from mifo.errors import MifoError
+from mifo.files import WEIGHTS
 from mifo.method.guidance.settings import GuidanceSettings
 from mifo.method.synthesis.sampler import Sampler
 from mifo.method.synthesis.settings import SynthesisSettings
@@ -29,7 +30,7 @@ from mifo.miniature.pretraining.corpus import (
     with_siblings,
 )
 from mifo.miniature.pretraining.denoiser import DenoiserPretraining, build_scheduler
-from mifo.miniature.pretraining.run import EMBEDDED, PARTS, pretrain
+from mifo.miniature.pretraining.run import PARTS, pretrain
 from mifo.miniature.pretraining.segmenter import BACKGROUND, class_maps, draw_class_maps, load_segmenter
 from mifo.miniature.pretraining.settings import PartSettings, PretrainSettings
 from mifo.miniature.pretraining.text_encoder import WIDTH, TextEncoderPretraining, build_text_encoder
@@ -186,7 +187,7 @@ def test_the_corpus_holds_each_scene_with_its_words(tmp_path):
     assert isinstance(corpus, Corpus) and len(corpus) == 16 and corpus.captions.shape[:2] == (16, 2)
     for row in range(16):
         named = set(tokenizer.decode(corpus.captions[row, 0], skip_special_tokens=True).split())
-        assert {THINGS[i] for i in corpus.thing[row, : corpus.count[row]].tolist()} <= named
+        assert {THINGS[i] for i in corpus.identities.thing[row, : corpus.count[row]].tolist()} <= named
 
 
 def test_a_caption_says_things_by_words_of_their_own(tmp_path):
@@ -267,8 +268,8 @@ def test_the_denoiser_goes_on_from_a_pipeline(tmp_path):
     settings = replace(tiny(["denoiser"], 1), start="embedded", words=0.6)
     settings.denoiser.learning_rate = 0.0
     pretrain(settings, tmp_path / "work", tmp_path / "weights", logger=False)
-    for file in EMBEDDED.rglob("*.safetensors"):
-        made = load_file(tmp_path / "weights" / "pipeline" / file.relative_to(EMBEDDED))
+    for file in (WEIGHTS / "pipeline").rglob("*.safetensors"):
+        made = load_file(tmp_path / "weights" / "pipeline" / file.relative_to(WEIGHTS / "pipeline"))
         assert all(torch.equal(made[name], value) for name, value in load_file(file).items())
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mifo.method.backbone import Rule
 from mifo.method.prompts.instances import PromptTokens
 from mifo.method.regions.grids import rasterise_boxes
 from mifo.method.regions.rules import SubjectWords, pixel_rule, region_rules, word_rule
@@ -31,6 +32,13 @@ def test_subjects_words_and_the_end_are_found_by_their_places(words):
     assert words.end.nonzero().flatten().tolist() == [9]
     assert words.leading.tolist() == [4, 7]
     assert [row.nonzero().flatten().tolist() for row in words.context[0]] == [[4, 9], [6, 7, 9]]
+
+
+def test_who_sees_whom():
+    query_bits = torch.tensor([[1, 6, -(2**31)]], dtype=torch.int32)
+    key_bits = torch.tensor([[3, 8], [-1, -(2**31)]], dtype=torch.int32)
+    expected = [[[1, 0], [1, 0], [0, 0]], [[1, 0], [1, 0], [1, 1]]]
+    assert torch.equal(Rule(query_bits, key_bits).allowed(), torch.tensor(expected).bool())
 
 
 @pytest.mark.parametrize("guidance", [False, True])

@@ -9,7 +9,6 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from vector_model import VectorModel, prompt
 
-from mifo.acceleration.bounded_attention import sees
 from mifo.backbones.attention import bias_of
 from mifo.method.backbone import Rule
 from mifo.method.guidance.settings import GuidanceSettings
@@ -206,7 +205,6 @@ def test_a_bias_closes_what_has_no_bit_in_common():
     )
     expected = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 1], [1, 1, 0, 1]]).bool()
     assert torch.equal(rule.allowed()[0], expected)
-    assert torch.equal(sees(*rule)[0], expected)
     assert torch.equal(bias_of(rule, torch.float16)[0, 0] == 0, expected)
     assert bias_of(rule, torch.float16)[0, 0][~expected].isneginf().all()
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from mifo.acceleration.kernels import RECOMPILE_LIMIT
+
 SHORT = 1024  # the mask of a shorter sequence takes less than 2 MiB a sample, and no kernel to be compiled
 
 
@@ -55,5 +57,5 @@ def _attend(compiled: bool) -> Any:
     if not compiled:
         return flex_attention
     # a kernel for each length, batch and kind of pass; beyond the limit, scores would lie in memory
-    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     return torch.compile(flex_attention, dynamic=False)

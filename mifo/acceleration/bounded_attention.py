@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from mifo.acceleration.kernels import kernels_take
 
@@ -22,15 +21,14 @@ def bounded_attention(
 ) -> Tensor:
     """softmax(scale · Q Kᵀ) V over the keys that each query sees, which must be one at least.
 
-    On a GPU with Triton one kernel computes it with probabilities rounded to 16 bits, as flash attention
-    does, and two its gradients, of which those of key and value only if they are wanted. They give the same
-    bits at each call, and can be captured in a CUDA graph after a first call, which compiles them. Elsewhere,
-    under `torch.compile` and for what they do not take, it is PyTorch's own with a mask.
+    One kernel computes it with probabilities rounded to 16 bits, as flash attention does, and two its
+    gradients, of which those of key and value only if they are wanted. They give the same bits at each call,
+    and can be captured in a CUDA graph after a first call, which compiles them. Ask `runs_as_kernels` first.
 
     Args:
         query: (B, heads, n, d); the kernels take float16 and bfloat16, and a d of `WIDTHS`.
         key, value: (B, heads, m, d), of the same dtype on the kernels' path.
-        query_bits: int32 (B or 1, n), see `sees`.
+        query_bits: int32 (B or 1, n), see `Rule`.
         key_bits: int32 (B or 1, m).
         scale: of the scores; the kernels take what is positive.
 
@@ -38,23 +36,8 @@ def bounded_attention(
         (B, heads, n, d), of the query's dtype; on the kernels' path it lies in memory as (B, n, heads, d), so
         that merging heads is a view, and so do the gradients.
     """
-    if runs_as_kernels(query, key, value, scale):
-        return _BoundedAttention.apply(query, key, value, query_bits, key_bits, scale)
-    mask = sees(query_bits, key_bits)[:, None]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-
-
-def sees(query_bits: Tensor, key_bits: Tensor) -> Tensor:
-    """Which queries see which keys: those with a bit in common.
-
-    Args:
-        query_bits: integers (B or 1, n).
-        key_bits: integers (B or 1, m).
-
-    Returns:
-        Bool (B or 1, n, m).
-    """
-    return query_bits[:, :, None] & key_bits[:, None] != 0
+    attended: Tensor = _BoundedAttention.apply(query, key, value, query_bits, key_bits, scale)
+    return attended
 
 
 def runs_as_kernels(query: Tensor, key: Tensor, value: Tensor, scale: float) -> bool:

@@ -1,4 +1,6 @@
-"""Whether kernels of our own can run: they need a GPU, and Triton, which PyTorch brings along on Linux.
+"""Whether kernels of our own can run, and blocks that PyTorch compiles.
+
+Ours need a GPU, and Triton, which PyTorch brings along on Linux.
 
 A benchmark lets PyTorch or its compiler compute in a kernel's place, to measure what the kernel gains.
 """
@@ -10,9 +12,10 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 BLOCK = 256  # numbers of an 8-bit state of an optimiser that share a scale
+RECOMPILE_LIMIT = 64  # kernels of one function, one for each shape that it meets
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _others: dict[str, str] = {}  # who computes in place of some accelerations
 
@@ -65,7 +68,15 @@ def plain(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return _compiled(function) if _others.get(name) == "compiler" else function
 
 
+def compile_blocks(network: nn.Module, *kinds: type[nn.Module]) -> None:
+    """Compile a network block by block: as fast as the whole network, in a third of the time."""
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    for block in network.modules():
+        if isinstance(block, kinds):
+            block.compile(dynamic=False)
+
+
 @cache
 def _compiled(function: Callable[..., Tensor]) -> Any:
-    torch._dynamo.config.recompile_limit = 64  # a kernel for each shape
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     return torch.compile(function, dynamic=False)

@@ -15,9 +15,10 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from mifo.acceleration.channels_last import keep_channels_last
 from mifo.acceleration.float8 import keep_in_float8
+from mifo.acceleration.kernels import compile_blocks
 from mifo.acceleration.rms_norm import fuse_rms_norms
 from mifo.acceleration.settings import PerformanceSettings
-from mifo.errors import MifoError
+from mifo.errors import MifoError, check_known
 
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 
@@ -64,8 +65,7 @@ def check_performance(settings: PerformanceSettings) -> None:
         ("learning_precision", ("auto", *PRECISIONS)),
         ("synthesis_precision", ("auto", *PRECISIONS)),
     ):
-        if (value := getattr(settings, key)) not in known:
-            raise MifoError(f"performance.{key}={value} is not known; take one of {', '.join(known)}.")
+        check_known(f"performance.{key}", getattr(settings, key), known)
     if settings.threads is not None and settings.threads < 0:
         raise MifoError(
             f"performance.threads={settings.threads} is no number of threads; take at least 1, or null."
@@ -174,10 +174,8 @@ def _lay_out(model: Accelerated, settings: PerformanceSettings) -> None:
             part.to(memory_format=torch.channels_last)
             keep_channels_last(part)
     if settings.compile:
-        torch._dynamo.config.recompile_limit = 64
-        for block in (each for network in model.networks.values() for each in network.modules()):
-            if isinstance(block, _COMPILED):
-                block.compile(dynamic=False)
+        for network in model.networks.values():
+            compile_blocks(network, *_COMPILED)
 
 
 def _compiles(device: torch.device | str) -> bool:

@@ -5,7 +5,6 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from mifo.backbones.qwen import TOKENS
 from mifo.backbones.settings import ModelSettings
 from mifo.backbones.weights import fingerprint, first_rows, weight_files, weight_patterns
 from mifo.errors import MifoError, check_known, check_package
-from mifo.files import check_entries
+from mifo.files import WEIGHTS, check_entries
 
 EMBEDDED = {"embedded": "pipeline", "embedded_mmdit": "pipeline_mmdit"}  # folders of the package's weights
 DTYPES = ("float32", "float16", "bfloat16")
@@ -49,7 +48,7 @@ def model_folder(settings: ModelSettings, weights: bool = True) -> Path:
     if settings.config:
         raise MifoError(f"model.config={settings.config} is for a single file; leave it out for a folder.")
     if settings.source in EMBEDDED:
-        folder = Path(str(files("mifo"))) / "miniature" / "weights" / EMBEDDED[settings.source]
+        folder = WEIGHTS / EMBEDDED[settings.source]
     elif local.is_dir():
         folder = local
     else:

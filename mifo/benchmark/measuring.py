@@ -1,9 +1,7 @@
 """Stopwatches, memory and operations, on a GPU and without one."""
 
 import gc
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +10,8 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer
 from torch.utils.flop_counter import FlopCounterMode
+
+from mifo.training.memory import peak_memory
 
 
 @dataclass
@@ -52,10 +52,7 @@ class Memory:
             torch.cuda.reset_peak_memory_stats(device)
 
     def peak_gib(self) -> float:
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device) / 2**30
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+        return peak_memory(self._device) / 2**30
 
 
 def stopwatch(device: torch.device, function: Callable[[], object]) -> float:

@@ -54,13 +54,12 @@ class Circumstances:
 
     @classmethod
     def now(cls, device: torch.device, profile: str, shapes: str, code: str) -> "Circumstances":
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
         versions = {"python": python_version(), "torch": torch.__version__}
         versions |= {package: version(package) for package in PACKAGES}
         if device.type == "cuda":
             versions["cuda"] = str(torch.version.cuda)
         date = datetime.now().astimezone().isoformat(timespec="seconds")
-        return cls(name, profile, shapes, date, code, versions)
+        return cls(device_name(device), profile, shapes, date, code, versions)
 
 
 @dataclass(frozen=True)
@@ -69,14 +68,11 @@ class Record(Circumstances):
 
     rows: dict[str, Measurement]
 
-    @classmethod
-    def read(cls, file: Path) -> "Record":
-        """Raises MifoError where the file is damaged."""
-        return read_record(file, cls)
 
-
-def processor_name() -> str:
-    """The processor, and how many threads torch uses on it."""
+def device_name(device: torch.device) -> str:
+    """The GPU, or the processor and how many threads torch uses on it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -92,7 +88,8 @@ def write_record(file: Path, circumstances: Circumstances, rows: dict[str, Measu
 
 def write_table(folder: Path) -> Path:
     """Write `folder/README.md`: of each machine, shapes and profile the newest of each row and each idea."""
-    records = sorted(map(Record.read, folder.glob("*.json")), key=lambda record: record.date)
+    read = (read_record(file, Record) for file in folder.glob("*.json"))
+    records = sorted(read, key=lambda record: record.date)
     newest = {
         (record.device, record.shapes, record.profile, name): (record, row)
         for record in records

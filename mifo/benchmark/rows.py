@@ -35,6 +35,7 @@ from mifo.benchmark.settings import BenchmarkSettings
 from mifo.benchmark.shapes import find_shapes, random_instances, random_model, row_of_boxes
 from mifo.data.layouts import Layout
 from mifo.errors import MifoError
+from mifo.files import read_record
 from mifo.making.pictures import make_pictures, picture_sampler
 from mifo.method.guidance.settings import GuidanceSettings
 from mifo.method.losses.settings import PenaltySettings
@@ -348,7 +349,7 @@ def processes(bench: Bench) -> Measurement:
             start = perf_counter()
             _Process(command, Path(folder) / "log", caches).wait()
             whole = perf_counter() - start
-            (record,) = map(Record.read, records.glob("*.json"))
+            (record,) = (read_record(file, Record) for file in records.glob("*.json"))
             learned = record.rows["both_stages"]
             if learned.seconds is None:
                 raise MifoError(f"both stages failed in a process: {learned.notes.get('failed')}")

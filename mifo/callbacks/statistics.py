@@ -1,13 +1,12 @@
 """Gradient norm, steps a second and memory."""
 
-import resource
-import sys
 from time import perf_counter
 
 import torch
 from lightning import Callback, Trainer
 from torch.optim import Optimizer
 
+from mifo.training.memory import peak_memory
 from mifo.training.stages import LearningStage
 
 
@@ -40,16 +39,8 @@ class LearningStatistics(Callback):
         values = {
             "learning_rate": self._rate,
             "steps_per_second": (step - start) / (now - before),
-            "peak_gib": _peak_memory(pl_module.device) / 2**30,
+            "peak_gib": peak_memory(pl_module.device) / 2**30,
         }
         if pl_module.gradient_norm is not None:
             values["gradient_norm"] = pl_module.gradient_norm
         pl_module.log_dict({f"{pl_module.stage}/{name}": float(value) for name, value in values.items()})
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

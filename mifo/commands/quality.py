@@ -16,7 +16,7 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 from mifo.acceleration.profile import available
 from mifo.backbones.loading import load_model
 from mifo.backbones.settings import ModelSettings
-from mifo.benchmark.records import processor_name
+from mifo.benchmark.records import device_name
 from mifo.commands.setup import prepare
 from mifo.config.identity import told_code
 from mifo.config.jobs import claim_folder
@@ -24,9 +24,8 @@ from mifo.config.schema import QualitySettings
 from mifo.data.layouts import Layout
 from mifo.data.saved_pictures import as_image
 from mifo.errors import MifoError
-from mifo.files import write_whole
+from mifo.files import WEIGHTS, write_whole
 from mifo.making.pictures import make_pictures
-from mifo.metrics.evaluators import EMBEDDED
 from mifo.miniature import quality as measures
 from mifo.miniature.pretraining.segmenter import load_segmenter
 from mifo.report.tables import markdown_table
@@ -43,7 +42,7 @@ def quality(settings: QualitySettings) -> Path:
 
     Returns their folder. Raises MifoError for an unknown part or for weights that a part lacks.
     """
-    weights, synthesis = Path(settings.weights or EMBEDDED), settings.synthesis
+    weights, synthesis = Path(settings.weights or WEIGHTS), settings.synthesis
     pipeline = weights / settings.pipeline
     if not pipeline.is_dir():
         raise MifoError(
@@ -71,7 +70,7 @@ def quality(settings: QualitySettings) -> Path:
     for part in settings.parts:
         if lost := [judge for judge in JUDGES.get(part, ()) if not (weights / judge).is_dir()]:
             raise MifoError(
-                f"parts: {part} needs {weights / lost[0]}/; copy {EMBEDDED / lost[0]} there, "
+                f"parts: {part} needs {weights / lost[0]}/; copy {WEIGHTS / lost[0]} there, "
                 f"or leave {part} out"
             )
     device = prepare(settings)
@@ -116,7 +115,7 @@ def about(device: torch.device) -> dict[str, str]:
     return {
         "date": date.today().isoformat(),
         "code": told_code(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
+        "device": device_name(device),
         "libraries": ", ".join([f"Python {platform.python_version()}", *named]),
     }
 

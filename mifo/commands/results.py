@@ -83,7 +83,7 @@ def _list(arguments: Sequence[str]) -> None:
             filters.append((key, sign, text))
     if options["format"] not in ("table", "csv", "json"):
         raise MifoError(f"format={options['format']} is not known; take table, csv or json")
-    index = Index(folders or [Path("outputs"), Path("multirun")])
+    index = Index(folders) if folders else Index()
     runs = _chosen(index, filters, str(options["sort"]))
     columns = options["columns"] or [key for key in _COLUMNS if index.has(key)]
     if not isinstance(columns, list):

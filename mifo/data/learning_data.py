@@ -97,17 +97,13 @@ class LearningData(lightning.LightningDataModule):
             self.class_ids = self.model.tokenize(told)
             self._longest = max(self._longest, self.class_ids[0], key=lambda ids: ids.shape[-1])
             self.class_latents: dict[_Turned, tuple[Tensor, Tensor]] = {}
-            rank, accumulated = 0, 1
-            if self.trainer is not None:
-                rank, accumulated = self.trainer.global_rank, self.trainer.accumulate_grad_batches
-            # one more, as the trainer draws a batch ahead
-            steps = range(self.steps * accumulated + 1)
+            rank = self.trainer.global_rank if self.trainer is not None else 0
+            steps = range(self.steps + 1)  # one more, as the trainer draws a batch ahead
             self._encode(pair for i in steps for pair in self._choices(self._generator(i, rank))[2])
 
     def train_dataloader(self) -> DataLoader:
         """Batches from the trainer's step on; without workers, since nothing is read or decoded."""
-        first = self.trainer.global_step * self.trainer.accumulate_grad_batches
-        return DataLoader(_Draws(self, first), batch_size=None)
+        return DataLoader(_Draws(self, self.trainer.global_step), batch_size=None)
 
     def draw(self, step: int, rank: int = 0) -> LearningBatch:
         """The batch of a step, after `setup`; union sampling: Break-a-Scene (arXiv 2305.16311)."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mifo.errors import MifoError, check_known
+from mifo.errors import MifoError, check_known, check_least
 
 
 @dataclass
@@ -25,8 +25,7 @@ def check_export(settings: ExportSettings) -> None:
     check_known("format", settings.format, ("diffusers", "webui"))
     check_known("weights", settings.weights, ("lora", "pipeline", "none"))
     check_known("precision", settings.precision, ("float32", "float16"))
-    if settings.rank < 1:
-        raise MifoError(f"rank={settings.rank} is too small; take at least 1.")
+    check_least("", settings, rank=1)
     if settings.format == "webui" and settings.weights == "pipeline":
         raise MifoError(
             "weights=pipeline is a folder of diffusers, which webui does not read; take "

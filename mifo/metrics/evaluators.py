@@ -8,7 +8,6 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
 from zipfile import BadZipFile
@@ -21,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mifo.errors import MifoError, check_package
+from mifo.files import WEIGHTS
 from mifo.metrics.crops import pad_square
 from mifo.metrics.scores import Evaluator
 from mifo.metrics.settings import Fit, ImageSettings, ImageTextSettings, MetricsSettings
 
 DREAMSIM_SIZE = 224  # side of the pictures that DreamSim was trained on
-EMBEDDED = Path(str(files("mifo"))) / "miniature" / "weights"
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +179,7 @@ def load_image_text_encoder(
     """Load the open_clip model of `settings`, on the CPU in fp32. Raises MifoError without its weights."""
     name, weights = settings.name, settings.pretrained
     if name == "embedded":
-        name = f"local-dir:{EMBEDDED / 'clip'}"
+        name = f"local-dir:{WEIGHTS / 'clip'}"
     with _loading("metrics.image_text", f"{settings.name}-{weights}" if weights else settings.name):
         known = open_clip.get_pretrained_cfg(name, weights) if weights else {}
         model = open_clip.create_model(
@@ -225,7 +224,7 @@ def load_image_encoder(
     name, _, variant = settings.source.partition(":")
     if name == "dreamsim":
         return _load_dreamsim(settings, variant or "ensemble", batch_size, fit, device)
-    source = str(EMBEDDED / "vit") if settings.source == "embedded" else settings.source
+    source = str(WEIGHTS / "vit") if settings.source == "embedded" else settings.source
     revision = settings.revision or "main"
     with _loading("metrics.image", settings.source):
         model = transformers.AutoModel.from_pretrained(source, revision=revision, dtype=torch.float32)

@@ -118,17 +118,18 @@ def evaluators(weights: Path, device: torch.device, scenes: int, per_category: i
     generator = torch.Generator(device).manual_seed(HELD_OUT_SEED)
     crops = crop(corpus.images[single].float() / 255, jitter(corpus.boxes[single, 0], 0.15, generator))
     features, whole = judge.pictures(crops), judge.pictures(corpus.images[single])
-    thing = corpus.thing[single, 0]
+    known = corpus.identities
+    thing = known.thing[single, 0]
     out = {
         "clip thing": share(judge.which_thing(features) == thing),
-        "clip colour": share(judge.which_colour(features, thing) == corpus.colour[single, 0]),
+        "clip colour": share(judge.which_colour(features, thing) == known.colour[single, 0]),
         "clip background": share(judge.which_background(whole, thing) == corpus.background[single]),
         "clip thing, whole picture": share(judge.which_thing(whole) == thing),
-        "clip colour, whole picture": share(judge.which_colour(whole, thing) == corpus.colour[single, 0]),
+        "clip colour, whole picture": share(judge.which_colour(whole, thing) == known.colour[single, 0]),
     }
-    double = torch.nonzero((corpus.count == 2) & (corpus.thing[:, 0] != corpus.thing[:, 1])).squeeze(1)
+    double = torch.nonzero((corpus.count == 2) & (known.thing[:, 0] != known.thing[:, 1])).squeeze(1)
     pairs = judge.which_pair(judge.pictures(corpus.images[double])).sort(1).values
-    both = corpus.thing[double, :2].sort(1).values
+    both = known.thing[double, :2].sort(1).values
     out["clip both things, whole picture"] = share((pairs == both).all(1))
     vit = ViTModel.from_pretrained(weights / "vit", add_pooling_layer=False, dtype=torch.float32)
     vit = vit.to(device).eval()

@@ -145,7 +145,7 @@ def pictures(folder: Path) -> list[tuple[Image.Image, str]]:
 
 def runs(learned: bool = False) -> list[tuple[str, str]]:
     """Title and folder of the runs that `mifo results` lists, or of those that learned, the newest first."""
-    index = Index([Path("outputs"), Path("multirun")])
+    index = Index()
     names = index.column("instances.name")
     return [
         (f"{names.get(index.runs[run], '')} · {Path(run).parent.name} {Path(run).name[:19]}", near(run))
@@ -156,7 +156,7 @@ def runs(learned: bool = False) -> list[tuple[str, str]]:
 
 def table() -> dict[str, list[Any]]:
     """The runs that `mifo results` lists, with settings and scores."""
-    index = Index([Path("outputs"), Path("multirun")])
+    index = Index()
     columns = {key.rpartition(".")[2]: index.column(key) for key in COLUMNS if index.has(key)}
     rows = [[near(run), *(each.get(index.runs[run]) for each in columns.values())] for run in _newest(index)]
     return {"headers": ["folder", *columns], "data": rows}

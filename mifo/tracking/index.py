@@ -35,11 +35,10 @@ class Index:
 
     Args:
         folders: which are searched for folders of runs; a folder of a run is one with `status.json`.
-        path: of the index; None: in the user's cache.
     """
 
-    def __init__(self, folders: Sequence[Path], path: Path | None = None) -> None:
-        self._database = _opened(path or user_cache() / "results.sqlite")
+    def __init__(self, folders: Sequence[Path] = (Path("outputs"), Path("multirun"))) -> None:
+        self._database = _opened(user_cache() / "results.sqlite")
         self.runs: dict[str, int] = {}  # folder → number
         try:
             self._refresh([os.path.abspath(folder) for folder in folders])

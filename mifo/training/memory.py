@@ -6,6 +6,8 @@ Without it, the count is within 15 % of the records in `experiments/benchmark` (
 of pictures whose passes are CUDA graphs leave out the graphs' own memory, which is counted here.
 """
 
+import resource
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
@@ -35,6 +37,14 @@ RESERVE = 2.0**30
 WORKSPACE = 2.0**30  # at most, of the autoencoder's convolutions, as three records have it
 _AUTOCAST = 0.75  # share of activations of 32 bits: under autocast some have 16
 _BOXES = {"car": (0.1, 0.2, 0.4, 0.8), "cat": (0.6, 0.2, 0.9, 0.8)}  # of a prompt that stands for others
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took of a GPU since its statistics began; without a GPU, this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,8 @@ class ClipPretraining(Pretraining):
         near = rows[whole:]
         draw = torch.rand(n - whole, generator=generator, device=device)
         slot = (draw * corpus.count[near]).long()
-        thing, colour, pattern = (part[near, slot] for part in (corpus.thing, corpus.colour, corpus.pattern))
+        known = corpus.identities
+        thing, colour, pattern = (part[near, slot] for part in (known.thing, known.colour, known.pattern))
         boxes = jitter(corpus.boxes[near, slot], 0.3, generator)
         images = torch.cat([corpus.images[rows[:whole]].float(), crop(corpus.images[near].float(), boxes)])
         images = soften(warp(images / 255, generator), generator)
@@ -106,7 +107,7 @@ class ClipPretraining(Pretraining):
         target = same / same.sum(1, keepdim=True)
         contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         # Whole pictures of one thing are asked the questions of crops too; others have no single answer.
-        count, things, colours = (part[rows[:whole]] for part in (corpus.count, corpus.thing, corpus.colour))
+        count, things, colours = (part[rows[:whole]] for part in (corpus.count, known.thing, known.colour))
         lonely = count == 1
         asked = torch.cat([lonely, torch.ones_like(thing, dtype=torch.bool)])
         thing, colour = torch.cat([things[:, 0], thing]), torch.cat([colours[:, 0], colour])

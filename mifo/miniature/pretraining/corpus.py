@@ -43,18 +43,6 @@ class Corpus:
     captions: Tensor
     slots: Tensor
 
-    @property
-    def thing(self) -> Tensor:
-        return self.identities.thing
-
-    @property
-    def colour(self) -> Tensor:
-        return self.identities.colour
-
-    @property
-    def pattern(self) -> Tensor:
-        return self.identities.pattern
-
     def __len__(self) -> int:
         return len(self.images)
 

@@ -11,6 +11,7 @@ from diffusers.models.transformers import Transformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from mifo.acceleration.kernels import compile_blocks
 from mifo.miniature.pretraining.corpus import Corpus
 from mifo.miniature.pretraining.settings import PretrainSettings
 from mifo.miniature.pretraining.text_encoder import WIDTH
@@ -109,7 +110,7 @@ class DenoiserPretraining(ReplayedPretraining):
             name for name, _ in self.network.named_parameters() if name.endswith("token_embedding.weight")
         )
         if settings.compile:
-            self.compile_blocks(ResnetBlock2D, Transformer2DModel)
+            compile_blocks(self.network, ResnetBlock2D, Transformer2DModel)
 
     def parameter_groups(self) -> list[dict]:
         """The text encoder, which already reads, learns at a lower rate than the U-Net."""

@@ -3,7 +3,6 @@
 import shutil
 import time
 from functools import cache
-from importlib.resources import files
 from math import inf
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPi
 from transformers import ViTImageProcessor
 
 from mifo.errors import MifoError, check_least
+from mifo.files import WEIGHTS
 from mifo.miniature.pretraining.autoencoder import (
     AutoencoderPretraining,
     DecoderPretraining,
@@ -35,8 +35,6 @@ CHECKPOINTS = "checkpoints"
 
 FACTOR = "scaling_factor.pt"
 """File in that folder of the factor by which latents come to unit size."""
-
-EMBEDDED = Path(str(files("mifo"))) / "miniature" / "weights" / "pipeline"
 
 SHARD = "12MB"
 """Largest file of a saved model, so that the weights travel in small pieces."""
@@ -65,7 +63,7 @@ def pretrain(settings: PretrainSettings, work: Path, weights: Path, logger=True)
     if settings.after:
         _take_over(Path(settings.after), work)
     if settings.start:
-        _begin_with(EMBEDDED if settings.start == "embedded" else Path(settings.start), work)
+        _begin_with(WEIGHTS / "pipeline" if settings.start == "embedded" else Path(settings.start), work)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     tokenizer = build_tokenizer(work / "tokenizer")

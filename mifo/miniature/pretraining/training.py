@@ -106,13 +106,6 @@ class ReplayedPretraining(Pretraining):
         for parameter, gradient in zip(self._learned(), self._gradients, strict=True):
             parameter.grad = gradient
 
-    def compile_blocks(self, *kinds: type[nn.Module]) -> None:
-        """Compile the network block by block: as fast as the whole network, in a third of the time."""
-        torch._dynamo.config.recompile_limit = 64
-        for block in self.network.modules():
-            if isinstance(block, kinds):
-                block.compile(dynamic=False)
-
     def _learned(self) -> list[nn.Parameter]:
         return list(self.network.parameters())
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from mifo.acceleration.kernels import compile_blocks
 from mifo.method.diffusion.flow import Flow
 from mifo.miniature.pretraining.corpus import Corpus
 from mifo.miniature.pretraining.denoiser import EMPTY_PROMPTS, TEXT_RATE
@@ -113,7 +114,7 @@ class TransformerPretraining(ReplayedPretraining):
         empty = torch.tensor(tokenizer("", padding="max_length").input_ids)
         self.register_buffer("empty", empty, persistent=False)
         if settings.compile:
-            self.compile_blocks(JointTransformerBlock)
+            compile_blocks(self.network, JointTransformerBlock)
 
     def parameter_groups(self) -> list[dict]:
         """The first text encoder, which already reads, learns at a lower rate."""
