@@ -6,6 +6,7 @@ anything, waits for a pipe, or reads more than its limit.
 """
 
 import csv
+import errno
 import hashlib
 import json
 import math
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 # in which a run says what it is, what was typed for it, and how it ended
 CONFIG, COMMAND, STATUS = "config.yaml", "command.json", "status.json"
 WEIGHTS = Path(__file__).parent / "miniature" / "weights"  # of the embedded miniature
+LOCKLESS = (errno.ENOLCK, errno.EOPNOTSUPP)  # errors of locks, on file systems that have none
 MOST_TEXT = 64 * 2**20  # bytes of a JSON or YAML file; the largest record of a table is a tenth of that
 
 T = TypeVar("T", bound="DataclassInstance")

@@ -21,10 +21,11 @@ import pandas as pd
 from scipy import stats
 
 import mifo
-from mifo.commands.calibrate import named_scenes
+from mifo.commands.calibrate import named_scenes, several_things
 from mifo.data.instance_names import find_source
 from mifo.data.layouts import ARRANGEMENTS
 from mifo.data.saved_pictures import as_image
+from mifo.errors import MifoError
 from mifo.files import whole_folder
 from mifo.metrics.evaluation import Evaluation
 from mifo.world.scenes import redraw_scene, render_scene
@@ -172,7 +173,10 @@ def main(arguments: list[str]) -> None:
     own = {"workers": "1", "seeds": "0,1,2", "scenes": "alike_*"}
     own |= dict(each.split("=", 1) for each in arguments if each.split("=")[0] in own)
     given = [each for each in arguments if each.split("=")[0] not in own]
-    scenes = [scene.name for scene in named_scenes(own["scenes"].split(","))]
+    found = named_scenes(own["scenes"].split(","))
+    if not several_things(found):
+        raise MifoError(f"scenes={own['scenes']}: one thing alone cannot be learned apart; try alike_*")
+    scenes = [scene.name for scene in found]
     pairs = list(product(scenes, map(int, own["seeds"].split(","))))
     learning = [
         (name, seed, number, given)

@@ -26,15 +26,15 @@ def bounded_attention(
     and can be captured in a CUDA graph after a first call, which compiles them. Ask `runs_as_kernels` first.
 
     Args:
-        query: (B, heads, n, d); the kernels take float16 and bfloat16, and a d of `WIDTHS`.
-        key, value: (B, heads, m, d), of the same dtype on the kernels' path.
+        query: (B, heads, n, d), float16 or bfloat16, with a d of `WIDTHS`.
+        key, value: (B, heads, m, d), of the same dtype.
         query_bits: int32 (B or 1, n), see `Rule`.
         key_bits: int32 (B or 1, m).
-        scale: of the scores; the kernels take what is positive.
+        scale: of the scores, above 0.
 
     Returns:
-        (B, heads, n, d), of the query's dtype; on the kernels' path it lies in memory as (B, n, heads, d), so
-        that merging heads is a view, and so do the gradients.
+        (B, heads, n, d), of the query's dtype; it lies in memory as (B, n, heads, d), so that merging heads
+        is a view, and so do the gradients.
     """
     attended: Tensor = _BoundedAttention.apply(query, key, value, query_bits, key_bits, scale)
     return attended

@@ -40,7 +40,7 @@ def calibrate(settings: CalibrateSettings) -> Path:
     several, or the folder holds a calibration.
     """
     scenes = named_scenes(settings.scenes)
-    several = _several_things(scenes)
+    several = several_things(scenes)
     device = prepare(settings)
     folder = claim_folder(settings)
     if (folder / "pictures.csv").exists():
@@ -146,12 +146,12 @@ def named_scenes(patterns: list[str]) -> list[InstancesSettings]:
     return scenes
 
 
-def _several_things(scenes: Sequence[InstancesSettings]) -> bool:
-    """Whether the drawn scenes have several things each, not one; refuses a mixture, which has no mean."""
+def several_things(scenes: Sequence[InstancesSettings]) -> bool:
+    """Whether the drawn scenes have several things each, not one; refuses a mixture."""
     alone = [each.name for each in scenes if len(cast(SceneSpec, find_source(each)).things) == 1]
     if alone and len(alone) < len(scenes):
         raise MifoError(
-            f"scenes: {alone[0]} has one thing and others have several, which have other cases; calibrate "
+            f"scenes: {alone[0]} has one thing and others have several, which are measured otherwise; name "
             "them apart"
         )
     return not alone

@@ -1,9 +1,6 @@
 """`mifo pretrain`: the miniature's weights, part by part."""
 
-import logging
 from pathlib import Path
-
-import torch
 
 from mifo.commands.setup import open_loggers, prepare
 from mifo.config.jobs import claim_folder
@@ -11,14 +8,10 @@ from mifo.config.schema import PretrainTaskSettings
 from mifo.miniature.pretraining.run import CHECKPOINTS
 from mifo.miniature.pretraining.run import pretrain as make_weights
 
-log = logging.getLogger(__name__)
-
 
 def pretrain(settings: PretrainTaskSettings) -> Path:
     """Train the named parts and write them as model folders; returns the folder of the weights."""
     prepare(settings)
-    if not torch.cuda.is_available():
-        log.warning("Without a GPU pretraining may take days; the denoiser takes half an hour of one H100.")
     folder = claim_folder(settings)
     weights = folder / "weights"
     with open_loggers(settings) as loggers:

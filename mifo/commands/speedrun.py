@@ -1,6 +1,5 @@
 """`mifo speedrun`: seconds of learning until pictures of held-out prompts are good, on a leaderboard."""
 
-import errno
 import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from mifo.config.identity import told_code
 from mifo.config.jobs import claim_folder
 from mifo.config.schema import SpeedrunSettings
 from mifo.errors import MifoError
-from mifo.files import check_room, finite_number, read_csv
+from mifo.files import LOCKLESS, check_room, finite_number, read_csv
 from mifo.making.pictures import make_pictures
 from mifo.metrics.evaluation import PictureEvaluator
 from mifo.report.tables import write_csv
@@ -108,7 +107,7 @@ def alone(board: Path) -> Iterator[None]:
         try:
             fcntl.flock(opened, fcntl.LOCK_EX)
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
+            if error.errno not in LOCKLESS:
                 raise
         yield
 

@@ -1,6 +1,5 @@
 """The life of one job: its own folder, its recorded configuration, its status; and the summary of a sweep."""
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -29,7 +28,7 @@ from mifo.config.resume import FREE, Command, read_settings
 from mifo.config.schema import Origin, TaskSettings
 from mifo.data.photo_folder import folder_digest
 from mifo.errors import MifoError, refuse
-from mifo.files import COMMAND, CONFIG, STATUS, read_record, remove, write_whole
+from mifo.files import COMMAND, CONFIG, LOCKLESS, STATUS, read_record, remove, write_whole
 
 LOCK = ".lock"
 
@@ -99,7 +98,7 @@ def lock_folder(folder: Path, wait: bool = False) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         # on a file system without locks the signs of life of a run must do
-        lockless = error.errno in (errno.ENOLCK, errno.EOPNOTSUPP)
+        lockless = error.errno in LOCKLESS
         if not lockless or (read_status(folder) or {}).get("status") == "running":
             os.close(handle)
             if not lockless and not isinstance(error, BlockingIOError):

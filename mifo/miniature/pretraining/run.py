@@ -1,5 +1,6 @@
 """Makes the miniature's weights: draws the corpus, trains the named parts, writes ordinary model folders."""
 
+import logging
 import shutil
 import time
 from functools import cache
@@ -39,6 +40,8 @@ FACTOR = "scaling_factor.pt"
 SHARD = "12MB"
 """Largest file of a saved model, so that the weights travel in small pieces."""
 
+log = logging.getLogger(__name__)
+
 
 def pretrain(settings: PretrainSettings, work: Path, weights: Path, logger=True) -> dict[str, bool]:
     """Train ``settings.parts`` in order, each going on from its checkpoint in ``work``, and write what is
@@ -65,6 +68,8 @@ def pretrain(settings: PretrainSettings, work: Path, weights: Path, logger=True)
     if settings.start:
         _begin_with(WEIGHTS / "pipeline" if settings.start == "embedded" else Path(settings.start), work)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        log.warning("Without a GPU pretraining may take days; the denoiser takes half an hour of one H100.")
     torch.set_float32_matmul_precision("high")
     tokenizer = build_tokenizer(work / "tokenizer")
     corpus = cache(lambda words: draw_corpus(settings.scenes, settings.seed, device, tokenizer, words=words))
