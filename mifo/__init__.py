@@ -29,7 +29,7 @@ def synthesize(*overrides: str, **keys: Any) -> Any:
 
 
 def evaluate(*overrides: str, **keys: Any) -> Any:
-    """Score pictures; returns `mifo.metrics.evaluation.Evaluation` (`mifo evaluate`)."""
+    """Score pictures; returns `mifo.metrics.scores.Evaluation` (`mifo evaluate`)."""
     return _call("evaluate", overrides, keys)
 
 

@@ -3,13 +3,13 @@
 import os
 import re
 from collections.abc import Iterator, Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from mifo.config.compose import REFUSALS, compose, explain, settings_of, written
 from mifo.config.jobs import Job, unlock_folder
 from mifo.config.launch import perform
+from mifo.config.location import fresh_folder
 from mifo.errors import MifoError
 
 
@@ -25,8 +25,7 @@ def call(task: str, overrides: tuple[str, ...], keys: Mapping[str, Any]) -> Any:
         MifoError: a setting is refused.
     """
     own = dict(keys)
-    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")
-    place = own.pop("folder", None) or Path("outputs") / task / now
+    place = own.pop("folder", None) or fresh_folder(task)
     if not isinstance(place, str | os.PathLike):
         raise MifoError(f"folder={place!r} is no path; name the run's folder, or leave it out")
     if others := [text for text in overrides if not isinstance(text, str)]:

@@ -188,7 +188,7 @@ def run_job(config: "DictConfig") -> Any:
     from hydra.types import RunMode
 
     from mifo.config.compose import add_origin, explain, settings_of
-    from mifo.config.gpus import claim_gpu
+    from mifo.config.gpus import claim_if_asked
     from mifo.config.jobs import Job, unlock_folders
     from mifo.config.resume import recorded_command
     from mifo.config.sweeps import is_kept, remember
@@ -202,8 +202,7 @@ def run_job(config: "DictConfig") -> Any:
             return _objectives(config, folder)
         job.tell("running")
         # before diffusers or lightning are imported, which makes CUDA list the GPUs for good
-        if config.exclusive_gpu or here.runtime.choices["hydra/launcher"] == "gpus":
-            claim_gpu()
+        claim_if_asked(config.exclusive_gpu)
         if alone:
             add_origin(config, here)
         else:

@@ -49,6 +49,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]}? Or " if near else ""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def refuse(reason: str) -> NoReturn:
     """End the process with one sentence and exit code 2."""
     print("mifo: error:", " ".join(reason.split()), file=sys.stderr)

@@ -1,15 +1,18 @@
 """The commands as Python functions, and the notebook that uses them."""
 
 import json
+import re
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 import mifo
 from mifo.calls import call
-from mifo.errors import MifoError
+from mifo.config.location import conf_folder, fresh_folder
+from mifo.errors import MifoError, first_line
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "notebook.ipynb"
 
@@ -43,6 +46,20 @@ def test_functions_take_what_the_command_line_takes(tmp_path, monkeypatch):
     folder = Path(settings.paths.output)
     assert folder.parent == tmp_path / "outputs" / "run"
     assert json.loads((folder / "status.json").read_text())["status"] == "ok"
+
+
+def test_folders_of_calls_are_named_as_those_of_the_command_line():
+    (form,) = set(re.findall(r"\$\{now:(.*?)\}", (conf_folder() / "hydra" / "default.yaml").read_text()))
+    assert fresh_folder("learn").parent == Path("outputs/learn")
+    assert datetime.strptime(fresh_folder("learn").name, form).date() == datetime.now().date()
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [("", "ValueError"), ("\nlost\nat sea", "lost"), ("lost\nat sea", "lost"), (" ", "ValueError")],
+)
+def test_the_first_line_of_an_error_says_something(said, line):
+    assert first_line(ValueError(said)) == line
 
 
 def test_functions_take_boxes_of_any_words(monkeypatch, tmp_path):

@@ -475,7 +475,6 @@ def drawn(
         pictures = partial(class_pictures, model, prompts, draw.prior, seed, performance)
     data = LearningData(model, instances, draw, steps, batch_size, SIZES, seed, stream, pictures, performance)
     data.trainer = trainer
-    data.prepare_data()
     data.setup("fit")
     return data
 
@@ -548,7 +547,7 @@ def test_a_draw_depends_on_its_step_alone(model, instances):
     for _ in range(3):
         again.draw(1)
     assert all(map(torch.equal, fields(data.draw(7)), fields(again.draw(7))))
-    noise = [data.draw(7).inputs.noise, data.draw(8).inputs.noise, data.draw(7, rank=1).inputs.noise]
+    noise = [data.draw(7).inputs.noise, data.draw(8).inputs.noise]
     noise += [
         drawn(model, instances, batch_size=2, **other).draw(7).inputs.noise
         for other in ({"seed": 1}, {"stream": 1})
@@ -620,12 +619,12 @@ def encoded(model, monkeypatch):
     return sizes
 
 
-def replayed(instances, latents, step, rank=0):
+def replayed(instances, latents, step):
     """Class picture, mirror, latents, noise and times of a step of one sample, drawn number by number.
 
     `latents`: mean and deviation (2, B, 4, h, w) of all class pictures and their mirror images.
     """
-    entropy = np.random.SeedSequence([0, 0, rank, step]).generate_state(1, np.uint64)
+    entropy = np.random.SeedSequence([0, 0, 0, step]).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(entropy[0]))
     number = len(instances.tokens)
     torch.randint(number, (1,), generator=generator)
@@ -639,22 +638,20 @@ def replayed(instances, latents, step, rank=0):
     return (picture, mirror), mean + deviation * sample[0], noise, times
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_only_what_is_drawn_of_the_class_pictures_is_encoded(model, instances, own_pictures, encoded, rank):
+def test_only_what_is_drawn_of_the_class_pictures_is_encoded(model, instances, own_pictures, encoded):
     pictures, _ = taken(model, ["a car"], own_pictures, seed=0)
     latents = [
         torch.stack(ways)
         for ways in zip(*(model.encode_images(each) for each in (pictures, pictures.flip(-1))), strict=True)
     ]
     encoded.clear()
-    trainer = SimpleNamespace(global_rank=rank)
-    data = drawn(model, instances, True, steps=20, trainer=trainer, prior=own_pictures)
+    data = drawn(model, instances, True, steps=20, prior=own_pictures)
     assert encoded[0] == 2 and set(encoded[1:-1]) <= {16} and encoded[-1] <= 16
     found = set()
     for step in range(21):  # the trainer draws one ahead
-        pair, latent, noise, times = replayed(instances, latents, step, rank)
+        pair, latent, noise, times = replayed(instances, latents, step)
         found.add(pair)
-        inputs = data.draw(step, rank).inputs
+        inputs = data.draw(step).inputs
         torch.testing.assert_close(inputs.latents[0], latent, rtol=0, atol=1e-5)
         assert torch.equal(inputs.noise, noise) and torch.equal(inputs.times, times)
     assert sum(encoded[1:]) == len(found) < 60
@@ -676,7 +673,7 @@ def test_steps_beyond_those_of_the_stage_are_drawn_alike(model, instances, own_p
 
 
 def test_a_run_resumed_in_the_middle_draws_the_same(model, instances, own_pictures):
-    trainer = SimpleNamespace(global_rank=0, global_step=0)
+    trainer = SimpleNamespace(global_step=0)
     whole, resumed = (
         drawn(model, instances, True, steps=9, trainer=copy(trainer), prior=own_pictures) for _ in range(2)
     )

@@ -89,10 +89,14 @@ def test_one_device_starts_no_mpi(model, instances, settings, tmp_path, monkeypa
     asked = []
     monkeypatch.setattr(MPIEnvironment, "detect", lambda: asked.append("mpi"))
     settings.semantic.steps, settings.finetuning.steps = 1, 0
-    for number, trainer in enumerate((TRAINER | {"devices": 1}, TRAINER)):
-        fresh, folder = copy.deepcopy(model), tmp_path / str(number)
-        learn(fresh, instances, settings, penalty(), folder, trainer=trainer)
-        assert len(asked) == number
+    learn(model, instances, settings, penalty(), tmp_path, trainer=TRAINER)
+    assert not asked
+
+
+@pytest.mark.parametrize("several", [{"devices": 2}, {"devices": "auto"}, {"num_nodes": 2}])
+def test_a_run_learns_on_one_device(model, instances, settings, tmp_path, several):
+    with pytest.raises(MifoError, match=r"trainer\.devices and trainer\.num_nodes must be 1"):
+        learn(model, instances, settings, penalty(), tmp_path, trainer=TRAINER | several)
 
 
 def test_finetuning_changes_unet_and_text_encoder_but_no_known_word(model, instances, settings, tmp_path):

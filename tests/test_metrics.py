@@ -468,7 +468,7 @@ def test_what_the_evaluator_cuts_is_recorded_with_the_scores(tmp_path, caplog, m
     evaluation.save(tmp_path / "scores.json")
     assert Evaluation.read(tmp_path / "scores.json").warnings == ("a long prompt is cut",)
     before = json.loads((tmp_path / "scores.json").read_text())
-    del before["warnings"], before["checksum"]  # of before December 2026
+    del before["warnings"], before["checksum"]  # as in older files
     (tmp_path / "scores.json").write_text(json.dumps(before))
     assert Evaluation.read(tmp_path / "scores.json").warnings == ()
 

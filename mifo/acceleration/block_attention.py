@@ -3,14 +3,11 @@
 For long sequences: blocks of 128 queries and keys that do not see each other cost nothing.
 """
 
-from functools import cache
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from mifo.acceleration.kernels import RECOMPILE_LIMIT
+from mifo.acceleration.compiling import compiled
 
 SHORT = 1024  # the mask of a shorter sequence takes less than 2 MiB a sample, and no kernel to be compiled
 
@@ -48,14 +45,6 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, 
     Returns:
         (B, heads, n, d).
     """
-    attended: Tensor = _attend(query.is_cuda)(query, key, value, block_mask=mask, scale=scale)
+    attend = compiled(flex_attention) if query.is_cuda else flex_attention
+    attended: Tensor = attend(query, key, value, block_mask=mask, scale=scale)
     return attended
-
-
-@cache
-def _attend(compiled: bool) -> Any:
-    if not compiled:
-        return flex_attention
-    # a kernel for each length, batch and kind of pass; beyond the limit, scores would lie in memory
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    return torch.compile(flex_attention, dynamic=False)

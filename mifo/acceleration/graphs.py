@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from mifo.acceleration.kernels import own
 from mifo.acceleration.weight_gradients import WeightGradientsBeside
+from mifo.errors import first_line
 
 log = logging.getLogger(__name__)
 
@@ -202,5 +203,4 @@ def _tell(error: RuntimeError) -> None:
     # the end of a failed capture says only that something failed before
     while isinstance(error.__context__, RuntimeError) and not error.__suppress_context__:
         error = error.__context__
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    log.warning("No CUDA graph could be captured (%s): going on without.", reason)
+    log.warning("No CUDA graph could be captured (%s): going on without.", first_line(error))

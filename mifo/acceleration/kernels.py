@@ -1,6 +1,6 @@
-"""Whether kernels of our own can run, and blocks that PyTorch compiles.
+"""Whether kernels of our own can run.
 
-Ours need a GPU, and Triton, which PyTorch brings along on Linux.
+They need a GPU, and Triton, which PyTorch brings along on Linux.
 
 A benchmark lets PyTorch or its compiler compute in a kernel's place, to measure what the kernel gains.
 """
@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from mifo.acceleration.compiling import compiled
 
 BLOCK = 256  # numbers of an 8-bit state of an optimiser that share a scale
-RECOMPILE_LIMIT = 64  # kernels of one function, one for each shape that it meets
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _others: dict[str, str] = {}  # who computes in place of some accelerations
 
@@ -65,18 +65,4 @@ def own(name: str) -> bool:
 
 def plain(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """What computes where the kernels of a name do not: PyTorch's function as it is, or compiled."""
-    return _compiled(function) if _others.get(name) == "compiler" else function
-
-
-def compile_blocks(network: nn.Module, *kinds: type[nn.Module]) -> None:
-    """Compile a network block by block: as fast as the whole network, in a third of the time."""
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    for block in network.modules():
-        if isinstance(block, kinds):
-            block.compile(dynamic=False)
-
-
-@cache
-def _compiled(function: Callable[..., Tensor]) -> Any:
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    return torch.compile(function, dynamic=False)
+    return compiled(function) if _others.get(name) == "compiler" else function

@@ -14,8 +14,8 @@ from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from mifo.acceleration.channels_last import keep_channels_last
+from mifo.acceleration.compiling import compile_blocks
 from mifo.acceleration.float8 import keep_in_float8
-from mifo.acceleration.kernels import compile_blocks
 from mifo.acceleration.rms_norm import fuse_rms_norms
 from mifo.acceleration.settings import PerformanceSettings
 from mifo.errors import MifoError, check_known

@@ -12,7 +12,7 @@ class PerformanceSettings:
     threads: int | None = None  # of the processor; None: as many as torch chooses
     learning_precision: str = "auto"  # of products under autocast; weights that learn stay in float32
     autocast: bool = True  # false: learning steps wholly in learning_precision, on rounded weights
-    synthesis_precision: str = "auto"  # of U-Net and VAE; auto: bfloat16 on a GPU that has it, else float32
+    synthesis_precision: str = "auto"  # of denoiser and VAE; auto: bfloat16 on a GPU with it, or float32
     channels_last: bool = False  # layout of the U-Net's and the VAE's convolutions
     cuda_graphs: bool = False  # the learning step and the passes of synthesis, replayed without Python
     compile: bool = False  # residual and feed-forward blocks, Qwen3's layers; worth its minutes on long runs

@@ -33,7 +33,7 @@ class Learned:
 
     Attributes:
         stages: the steps that each stage took, by its name.
-        checksums: SHA-256 of each other file, by its name; results of before December 2026 lack some.
+        checksums: SHA-256 of each other file, by its name; older results lack some.
     """
 
     tokens: list[str]

@@ -23,7 +23,7 @@ from mifo.backbones.mmdit.model import T5_TOKENS
 from mifo.backbones.qwen import TOKENS
 from mifo.backbones.settings import ModelSettings
 from mifo.backbones.weights import fingerprint, first_rows, weight_files, weight_patterns
-from mifo.errors import MifoError, check_known, check_package
+from mifo.errors import MifoError, check_known, check_package, first_line
 from mifo.files import WEIGHTS, check_entries
 
 EMBEDDED = {"embedded": "pipeline", "embedded_mmdit": "pipeline_mmdit"}  # folders of the package's weights
@@ -275,7 +275,7 @@ def _refusing_damage(settings: ModelSettings, folder: Path) -> Iterator[None]:
     except MifoError:
         raise
     except Exception as error:  # the tokenizers library raises this very class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise MifoError(
             f"model.source={settings.source} could not be loaded from {folder} ({reason}); "
             "is the folder complete and in the diffusers layout with safetensors weights?"

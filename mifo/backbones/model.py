@@ -43,7 +43,7 @@ class DiffusionModel(Backbone, ABC):
     @property
     @abstractmethod
     def denoiser(self) -> Any:
-        """The network that predicts the noise."""
+        """The denoising network."""
 
     @property
     @abstractmethod

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AddedToken, CLIPTokenizer, PreTrainedModel
 
+from mifo.backbones.clip import END_OF_WORD
 from mifo.errors import MifoError
 
 # of the table's standard deviation, as transformers has it, which makes new rows in the published code
@@ -70,7 +71,7 @@ def add_rows(
 
 def is_known(tokenizer: CLIPTokenizer, word: str) -> bool:
     """Whether the tokenizer's table has the word: as it stands, or as CLIP or Qwen spell it."""
-    return bool({word, f"{word.lower()}</w>", f"Ġ{word}"} & {*tokenizer.get_vocab()})
+    return bool({word, word.lower() + END_OF_WORD, f"Ġ{word}"} & {*tokenizer.get_vocab()})
 
 
 def extend(tokenizer: CLIPTokenizer, tokens: Sequence[str]) -> None:

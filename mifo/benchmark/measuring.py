@@ -36,9 +36,9 @@ class Measurement:
     notes: dict[str, float | int | bool | str] = field(default_factory=dict)
 
 
-def measured(seconds: Sequence[float], peak_gib: float, tflop: float | None = None) -> Measurement:
+def measured(seconds: Sequence[float], peak_gib: float) -> Measurement:
     """The row of these samples."""
-    return Measurement(statistics.median(seconds), min(seconds), max(seconds), len(seconds), peak_gib, tflop)
+    return Measurement(statistics.median(seconds), min(seconds), max(seconds), len(seconds), peak_gib)
 
 
 class Memory:

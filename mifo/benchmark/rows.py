@@ -34,7 +34,7 @@ from mifo.benchmark.records import Record
 from mifo.benchmark.settings import BenchmarkSettings
 from mifo.benchmark.shapes import find_shapes, random_instances, random_model, row_of_boxes
 from mifo.data.layouts import Layout
-from mifo.errors import MifoError
+from mifo.errors import MifoError, first_line
 from mifo.files import read_record
 from mifo.making.pictures import make_pictures, picture_sampler
 from mifo.method.guidance.settings import GuidanceSettings
@@ -521,4 +521,4 @@ def tried(row: Callable[[Bench], Measurement], bench: Bench) -> Measurement:
     try:
         return row(bench)
     except (MifoError, RuntimeError) as error:
-        return Measurement(notes={"failed": (str(error).splitlines() or [type(error).__name__])[0]})
+        return Measurement(notes={"failed": first_line(error)})

@@ -13,13 +13,6 @@ class StageProgress(ProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self._bar: Progress | None = None
-        self._enabled = True
-
-    def disable(self) -> None:
-        self._enabled = False
-
-    def enable(self) -> None:
-        self._enabled = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LearningStage) -> None:
         super().on_train_start(trainer, pl_module)
@@ -29,7 +22,6 @@ class StageProgress(ProgressBar):
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[loss]}"),
-            disable=not self._enabled,
         )
         self._task = self._bar.add_task(
             pl_module.stage, total=trainer.max_steps, completed=trainer.global_step, loss=""

@@ -21,7 +21,7 @@ from mifo.data.saved_pictures import as_image
 from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
 from mifo.files import read_yaml, write_whole
-from mifo.metrics.evaluation import METRICS, PictureEvaluator
+from mifo.metrics.evaluation import METRICS, PictureEvaluator, arrow
 from mifo.metrics.settings import Fit
 from mifo.miniature.calibration import CASES, CASES_OF_ONE, FAULTS, calibration_picture, faulty_picture
 from mifo.report.tables import markdown_table, write_csv
@@ -166,7 +166,7 @@ def report(table: pd.DataFrame, evaluator: PictureEvaluator, fit: Fit) -> str:
         **{kind: kind for kind in (re.split("[_-]", name)[0] for name in scenes.scene)},
     }
     cases = {case: about for case, about in CASES.items() if case in set(table.case)}
-    heads = [f"{name} {'↑' if METRICS[name].higher_is_better else '↓'}" for name in metrics]
+    heads = [f"{name} {arrow(name)}" for name in metrics]
     lines = [
         "# The measures on drawn pictures",
         "",

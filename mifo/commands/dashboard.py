@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mifo.commands.setup import has_wandb_key
-from mifo.config.compose import reason
+from mifo.config.compose import root_cause
 from mifo.config.location import conf_folder
 from mifo.config.schema import DashboardSettings, Origin, RunSettings
 from mifo.errors import MifoError, nearest
@@ -47,7 +47,8 @@ def dashboard(settings: DashboardSettings) -> None:
             print(f"{name}: {made.url}")
     except Exception as error:  # of wandb, of its service and of requests, which share no class
         raise MifoError(
-            f"Weights & Biases did not take the dashboard ({reason(error)}); check entity, login and network"
+            f"Weights & Biases did not take the dashboard ({root_cause(error)}); check entity, login and "
+            "network"
         ) from error
 
 

@@ -16,7 +16,7 @@ from mifo.backbones.model import DiffusionModel
 from mifo.callbacks.samples import SamplePictures
 from mifo.commands.readiness import Setup, check_ready
 from mifo.commands.setup import open_loggers, prepare
-from mifo.config.compose import reason
+from mifo.config.compose import root_cause
 from mifo.config.jobs import CONFIG, claim_folder
 from mifo.config.schema import LearnSettings
 from mifo.data.instances import InstanceSet
@@ -77,5 +77,5 @@ def _callback(name: str, node: dict[str, Any], instances: InstanceSet) -> Callba
         if isinstance(callback, SamplePictures):
             callback.check(instances.tokens)
     except (InstantiationException, MifoError) as error:
-        raise MifoError(f"callbacks.{name} does not take its arguments: {reason(error)}") from error
+        raise MifoError(f"callbacks.{name} does not take its arguments: {root_cause(error)}") from error
     return callback

@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from mifo.acceleration.libraries import load_libraries
 from mifo.acceleration.repeatable import compute_repeatably
-from mifo.config.compose import as_plain, reason
+from mifo.config.compose import as_plain, root_cause
 from mifo.config.schema import (
     EvaluateSettings,
     LearnSettings,
@@ -133,7 +133,7 @@ def open_logger(name: str, node: dict[str, Any], folder: Path, facts: dict[str, 
         define_metrics(logger)
         return logger
     except (InstantiationException, TypeError) as error:
-        raise MifoError(f"logger.{name} does not take its arguments: {reason(error)}") from error
+        raise MifoError(f"logger.{name} does not take its arguments: {root_cause(error)}") from error
 
 
 def tell_memory(needed: "Memory", device: torch.device) -> str:

@@ -150,9 +150,3 @@ def _check_trainer(arguments: dict[str, Any]) -> None:
     every = arguments.get("log_every_n_steps", 1)
     if type(every) is not int or every < 1:
         raise MifoError("trainer.log_every_n_steps must be at least 1; take logger=none to log nothing")
-    # each process would make a folder of its own
-    if str(arguments.get("devices", 1)) not in ("1", "[0]") or arguments.get("num_nodes", 1) != 1:
-        raise MifoError(
-            "trainer.devices and trainer.num_nodes must be 1, since a run learns on one device; start "
-            "several runs by hydra/launcher=gpus for several GPUs, and choose one by CUDA_VISIBLE_DEVICES=N"
-        )

@@ -6,6 +6,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
+
 from mifo.errors import MifoError
 
 _claim: int | None = None  # file descriptor of the lock, which is held as long as the process lives
@@ -21,6 +23,12 @@ def visible_gpus() -> list[str]:
     except FileNotFoundError:
         return []
     return [str(number) for number in range(len(listed.stdout.splitlines()))] if not listed.returncode else []
+
+
+def claim_if_asked(exclusive: bool) -> None:
+    """`claim_gpu` for a job that asks for a GPU of its own, itself or by `hydra/launcher=gpus`."""
+    if exclusive or HydraConfig.get().runtime.choices["hydra/launcher"] == "gpus":
+        claim_gpu()
 
 
 def claim_gpu() -> None:

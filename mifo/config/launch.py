@@ -16,7 +16,7 @@ from hydra.utils import get_method
 from omegaconf import DictConfig
 
 from mifo.config.compose import REFUSALS, explain
-from mifo.config.gpus import claim_gpu
+from mifo.config.gpus import claim_if_asked
 from mifo.config.location import conf_folder
 from mifo.config.schema import TaskSettings
 from mifo.errors import MifoError
@@ -47,10 +47,8 @@ class _Call:
     exclusive_gpu: bool
 
     def __call__(self, config: DictConfig) -> None:
-        here = HydraConfig.get()
-        if self.exclusive_gpu or here.runtime.choices["hydra/launcher"] == "gpus":
-            claim_gpu()
-        get_method(self.function)(*self.jobs[here.job.num])
+        claim_if_asked(self.exclusive_gpu)
+        get_method(self.function)(*self.jobs[HydraConfig.get().job.num])
 
 
 def launcher(function: str, overrides: Sequence[str], folder: Path, exclusive_gpu: bool = False) -> Launch:

@@ -1,5 +1,6 @@
-"""Where the Hydra configuration lies, and the scenes by name."""
+"""Where the Hydra configuration lies, where a new run goes, and the scenes by name."""
 
+from datetime import datetime
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -11,6 +12,11 @@ def conf_folder() -> Path:
     package = Path(__file__).resolve().parents[1]
     packaged = package / "conf"
     return packaged if packaged.is_dir() else package.parent / "conf"
+
+
+def fresh_folder(task: str) -> Path:
+    """Where a run of a task goes that names no folder, as conf/hydra/default.yaml has it."""
+    return Path("outputs") / task / datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")
 
 
 def scenes_called(pattern: str) -> list[str]:

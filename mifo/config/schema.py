@@ -54,7 +54,7 @@ class TaskSettings:
     task: str = MISSING
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda
-    exclusive_gpu: bool = False  # take a GPU that no other job of this host has; for hydra/launcher=gpus
+    exclusive_gpu: bool = False  # take a GPU that no other job of this host has, as hydra/launcher=gpus does
     # for the logger: runs that differ by their seed alone share it
     group: str | None = None
     tags: list[str] = field(default_factory=list)  # for the logger, and for finding runs again
@@ -226,7 +226,7 @@ class QualitySettings(TaskSettings):
 
 @dataclass
 class BenchmarkTaskSettings(ModelTaskSettings):
-    """`mifo benchmark`; of `model` it reads the dtype, of `learning` the steps in row both_stages alone."""
+    """`mifo benchmark`. Rows read the dtype of `model`, and set the numbers of steps, except both_stages."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
     learning: LearningSettings = field(default_factory=LearningSettings)

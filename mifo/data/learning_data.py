@@ -54,8 +54,8 @@ class LearningData(lightning.LightningDataModule):
     Args:
         sizes: of the attention maps that are compared with masks.
         stream: tells the random draws of the stages apart.
-        class_pictures: gives the class pictures and the prompt of each, made at its first call in one
-            process; None: no class samples.
+        class_pictures: gives the class pictures and the prompt of each, made at its first call; None: no
+            class samples.
         performance: how class pictures are encoded; None: in float32.
     """
 
@@ -79,11 +79,6 @@ class LearningData(lightning.LightningDataModule):
         self._class_pictures = class_pictures
         self._prompt = cache(self._tokenized)
 
-    def prepare_data(self) -> None:
-        """Make the class pictures that are missing, in one process only."""
-        if self._class_pictures:
-            self._class_pictures()
-
     def setup(self, stage: str) -> None:
         """Encode, once, the image, its mirror image and the class pictures that the steps will draw."""
         image, masks = self.instances.resized(self.model.image_size)
@@ -97,17 +92,16 @@ class LearningData(lightning.LightningDataModule):
             self.class_ids = self.model.tokenize(told)
             self._longest = max(self._longest, self.class_ids[0], key=lambda ids: ids.shape[-1])
             self.class_latents: dict[_Turned, tuple[Tensor, Tensor]] = {}
-            rank = self.trainer.global_rank if self.trainer is not None else 0
             steps = range(self.steps + 1)  # one more, as the trainer draws a batch ahead
-            self._encode(pair for i in steps for pair in self._choices(self._generator(i, rank))[2])
+            self._encode(pair for i in steps for pair in self._choices(self._generator(i))[2])
 
     def train_dataloader(self) -> DataLoader:
         """Batches from the trainer's step on; without workers, since nothing is read or decoded."""
         return DataLoader(_Draws(self, self.trainer.global_step), batch_size=None)
 
-    def draw(self, step: int, rank: int = 0) -> LearningBatch:
+    def draw(self, step: int) -> LearningBatch:
         """The batch of a step, after `setup`; union sampling: Break-a-Scene (arXiv 2305.16311)."""
-        generator = self._generator(step, rank)
+        generator = self._generator(step)
         selections, flips, pictures = self._choices(generator)
         prompts = [self._prompt(chosen) for chosen in selections]
         number = len(self.instances.tokens)
@@ -143,8 +137,9 @@ class LearningData(lightning.LightningDataModule):
             ),
         )
 
-    def _generator(self, step: int, rank: int) -> torch.Generator:
-        entropy = np.random.SeedSequence([self.seed, self.stream, rank, step]).generate_state(1, np.uint64)
+    def _generator(self, step: int) -> torch.Generator:
+        # the 0 was the number of a process; it stays, so that the draws do
+        entropy = np.random.SeedSequence([self.seed, self.stream, 0, step]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(entropy[0]))
 
     def _choices(self, generator: torch.Generator) -> tuple[list[tuple[int, ...]], list[int], list[_Turned]]:
@@ -222,5 +217,4 @@ class _Draws(IterableDataset):
         self.first = first
 
     def __iter__(self) -> Iterator[LearningBatch]:
-        rank = self.data.trainer.global_rank
-        return (self.data.draw(step, rank) for step in count(self.first))
+        return map(self.data.draw, count(self.first))

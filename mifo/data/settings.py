@@ -27,7 +27,7 @@ class PriorSettings:
     prompts: list[str] = field(default_factory=lambda: ["a photo of {class}"])
     folder: str | None = None  # pictures of one's own, used instead of pictures made by the base model
     cache: str | None = None  # where made pictures are kept; None: the user's cache folder
-    steps: int = 50  # DDIM steps of a made picture
+    steps: int = 50  # sampling steps of a made picture
     guidance_scale: float = 7.5
     batch_size: int | None = None  # pictures made at once; None: what suits the device
 

@@ -35,7 +35,7 @@ def class_pictures(
 ) -> tuple[ClassPictures, list[str]]:
     """Class pictures at the model's size, made where they are missing, and the prompt of each.
 
-    They lie in `settings.folder`, or are made by plain DDIM sampling, once for each model, prompt, size,
+    They lie in `settings.folder`, or are made by plain sampling, once for each model, prompt, size,
     seed and number of steps: picture i of a prompt is the same, up to rounding, however many are asked for
     and in whichever precision.
 

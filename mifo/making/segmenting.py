@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import Sam2Model, Sam2Processor
 
-from mifo.errors import MifoError
+from mifo.errors import MifoError, first_line
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Segmenter:
             self._processor = Sam2Processor.from_pretrained(folder)
             self._model = Sam2Model.from_pretrained(folder).to(device).eval()
         except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise MifoError(
                 f"segmenter={source} cannot be loaded ({reason}); connect once to fetch its weights, or name "
                 "a folder of a Segment Anything 2."

@@ -54,6 +54,16 @@ def best_of(metric: str) -> str:
     return "max" if METRICS[metric].higher_is_better else "min"
 
 
+def arrow(metric: str) -> str:
+    """The direction in which a metric is better."""
+    return {"max": "↑", "min": "↓"}[best_of(metric)]
+
+
+def titled(metric: str) -> str:
+    """A metric's name with the direction in which it is better."""
+    return f"{metric.replace('_', ' ')} {arrow(metric)}"
+
+
 class PictureEvaluator:
     """Holds the two evaluators and measures sets of pictures.
 

@@ -97,7 +97,7 @@ class Evaluation:
     def read(cls, path: Path | str) -> "Evaluation":
         """The evaluation in a file of `save`; refuses damage, unknown metrics and values out of range."""
         content = read_json(Path(path))
-        # files of before December 2026 have no checksum
+        # older files have no checksum
         checksum = content.pop("checksum", None) if isinstance(content, dict) else None
         found = as_record(content, cls, Path(path))
         if unknown := {score.metric for score in found.scores}.union(*found.pictures) - RANGES.keys():

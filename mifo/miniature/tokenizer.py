@@ -7,10 +7,10 @@ from pathlib import Path
 from open_clip.tokenizer import bytes_to_unicode
 from transformers import CLIPTokenizer
 
+from mifo.backbones.clip import END_OF_WORD
 from mifo.world.vocabulary import words
 
 MAX_LENGTH = 32  # tokens of a prompt, start and end included
-END_OF_WORD = "</w>"
 
 
 def _merge(symbols: list[str], merges: dict[tuple[str, str], int]) -> list[str]:

@@ -10,7 +10,7 @@ import wandb_workspaces.reports.v2 as reports
 import wandb_workspaces.workspaces as workspaces
 from wandb_workspaces import expr
 
-from mifo.metrics.evaluation import METRICS, best_of
+from mifo.metrics.evaluation import METRICS, arrow, best_of, titled
 
 LOSSES = ("total", "denoising", "attention", "prior")
 STAGES = ("semantic", "finetuning")
@@ -77,9 +77,7 @@ def ablation_report(compared: Comparison) -> reports.Report:
         filters=compared.filters,
         pinned_columns=compared.shown,
     )
-    directions = ", ".join(
-        f"{name} {'↑' if METRICS[name].higher_is_better else '↓'}" for name in compared.columns
-    )
+    directions = ", ".join(f"{name} {arrow(name)}" for name in compared.columns)
     finished: list[reports.Block] = []
     if compared.finished:
         table_run = reports.Runset(
@@ -122,7 +120,7 @@ def summary_key(metric: str) -> str:
 def _scores(compared: Comparison) -> list[reports.BarPlot]:
     return [
         reports.BarPlot(
-            title=f"{metric.replace('_', ' ')} {'↑' if METRICS[metric].higher_is_better else '↓'}",
+            title=titled(metric),
             metrics=[summary_key(metric)],
             groupby=reports.Config(compared.group_by[0]),
             groupby_aggfunc="mean",

@@ -8,13 +8,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from mifo.config.jobs import read_status
+from mifo.config.location import fresh_folder
 from mifo.data.pictures import read_picture
 from mifo.data.saved_pictures import as_image, read_pictures
 from mifo.errors import MifoError
@@ -34,7 +34,7 @@ class Jobs:
 
     def start(self, task: str, arguments: Sequence[str]) -> Path:
         """Start `mifo TASK` in a new folder, which is returned."""
-        folder = Path("outputs") / task / datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")
+        folder = fresh_folder(task)
         self._start(folder, [task, *arguments, f"hydra.run.dir={folder}"])
         return folder
 

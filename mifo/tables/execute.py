@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from mifo.config.compose import compose, reason, settings_of
+from mifo.config.compose import compose, root_cause, settings_of
 from mifo.config.identity import code_version
 from mifo.config.jobs import STATUS, lock_folder, read_status, unlock_folder, write_status
 from mifo.config.launch import Launch, perform
@@ -109,7 +109,7 @@ def _launch(jobs: Sequence[list[Group]], launch: Launch) -> None:
         states = [{_state(folder) for missing, _ in job for _, folder, *_ in missing} for job in jobs]
         broken = [job for job, state in zip(jobs, states, strict=True) if state & _UNDER_WAY]
         if not broken:
-            raise MifoError(f"the launcher failed: {reason(error)}; the same command goes on") from error
+            raise MifoError(f"the launcher failed: {root_cause(error)}; the same command goes on") from error
         for missing, folders in chain.from_iterable(broken):
             for run in missing:  # one at a time: the run that kills its process stops no other
                 with suppress(Exception):

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from mifo.metrics.evaluation import METRICS
+from mifo.metrics.evaluation import titled
 from mifo.metrics.scores import RANGES
 from mifo.report.palette import PALETTE, hexadecimal, instance_colour
 from mifo.tables.collect import Estimate, pareto_front
@@ -23,11 +23,6 @@ def draw_table(cells: Cells, columns: Sequence[str], kind: str, title: str) -> F
     return figure
 
 
-def name(metric: str) -> str:
-    """A metric's name with the direction in which it is better."""
-    return f"{metric.replace('_', ' ')} {'↑' if METRICS[metric].higher_is_better else '↓'}"
-
-
 def _dots(cells: Cells, columns: Sequence[str]) -> Figure:
     rows, sets = _names(cells)
     figure, panels = _panels(len(columns), 2.5, 1.0 + 0.24 * len(rows) * (1 + 0.5 * (len(sets) - 1)))
@@ -38,7 +33,7 @@ def _dots(cells: Cells, columns: Sequence[str]) -> Figure:
             _errorbars(axes, means, [i + shift for i in at], place, scenes, x=halves)
         axes.set_yticks(range(len(rows)), rows if axes is panels[0] else [""] * len(rows))
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_title(name(metric), fontsize=9)
+        axes.set_title(titled(metric), fontsize=9)
         axes.grid(axis="y", visible=False)
     if len(sets) > 1:
         _legend(figure, panels[-1])
@@ -54,7 +49,7 @@ def _lines(cells: Cells, columns: Sequence[str]) -> Figure:
             shift = 0.06 * (index - (len(rows) - 1) / 2)
             _errorbars(axes, [i + shift for i in at], means, index, row, y=halves, line="-")
         axes.set_xticks(range(len(sets)), sets)
-        axes.set_title(name(metric), fontsize=9)
+        axes.set_title(titled(metric), fontsize=9)
     _legend(figure, panels[-1])
     return figure
 
@@ -82,7 +77,7 @@ def _pareto(cells: Cells, columns: Sequence[str]) -> Figure:
         for limit, values in zip((axes.set_xlim, axes.set_ylim), zip(*points, strict=True), strict=True):
             margin = 0.15 * (max(values) - min(values)) or 0.05
             limit(min(values) - margin, max(values) + margin)
-        axes.set(xlabel=name(across), ylabel=name(up))
+        axes.set(xlabel=titled(across), ylabel=titled(up))
         axes.set_title(scenes, fontsize=9)
     colours = [hexadecimal(instance_colour(0 if row in fronts else 7)) for row in rows]
     figure.legend(

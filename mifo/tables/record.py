@@ -117,7 +117,7 @@ def read_record(folder: Path) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for line, row in enumerate(read_csv(path, columns), start=2):
         entry = _entry(row, measures)
-        # records of before December 2026 have no checksums
+        # older records have no checksums
         if row.get("checksum", own := _checksum(entry)) != own:
             raise MifoError(f"{path} is damaged: line {line} or {EVALUATORS} is not what was written")
         # two rows of a table may be one run

@@ -13,13 +13,13 @@ import pandas as pd
 
 from mifo.errors import MifoError
 from mifo.files import read_json, whole_file, write_whole
-from mifo.metrics.evaluation import METRICS
+from mifo.metrics.evaluation import METRICS, titled
 from mifo.report.tables import markdown_code, markdown_table, markdown_text, write_csv
 from mifo.tables.collect import Estimate, Measured, cells, differences, measured
 from mifo.tables.execute import Done
 from mifo.tables.pages import draw_pages
 from mifo.tables.plan import Run
-from mifo.tables.plot import draw_table, name
+from mifo.tables.plot import draw_table
 from mifo.tables.record import RUNS, Entry, write_record
 from mifo.tables.settings import TableSettings
 
@@ -177,7 +177,7 @@ def _markdown_table(
         ]
         for (row, scenes), estimates in found.items()
     ]
-    heads = ["row", "scenes", *map(name, columns), "n", "runs"]
+    heads = ["row", "scenes", *map(titled, columns), "n", "runs"]
     best = _best(found, columns) if bold else set()
     marks = [[(*cell, column) in best for column in ("", "", *columns, "", "")] for cell in found]
     return markdown_table(pd.DataFrame(rows, columns=heads), pd.DataFrame(marks, columns=heads))

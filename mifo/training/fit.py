@@ -44,7 +44,7 @@ from mifo.training.stages import LearningStage
 from mifo.training.targets import check_optimizer, make, target
 
 CHECKPOINTS = "checkpoints"  # the folder in a run's folder; it goes when the result is saved
-TRAINER = {"_target_": "lightning.Trainer"}
+TRAINER = {"_target_": "lightning.Trainer", "devices": 1}
 # arguments of the trainer that learning decides
 FIXED = "max_steps max_epochs default_root_dir enable_checkpointing logger plugins callbacks".split()
 
@@ -91,6 +91,12 @@ def check_trainer(arguments: Mapping[str, Any]) -> None:
     for name in FIXED:
         if name in arguments:
             raise MifoError(f"trainer.{name} is fixed by learning and callbacks; take it out of trainer.")
+    # each process would make a folder of its own, and draw the same
+    if str(arguments.get("devices", 1)) not in ("1", "[0]") or arguments.get("num_nodes", 1) != 1:
+        raise MifoError(
+            "trainer.devices and trainer.num_nodes must be 1, since a run learns on one device; start "
+            "several runs by hydra/launcher=gpus for several GPUs, and choose one by CUDA_VISIBLE_DEVICES=N"
+        )
     found = target("trainer", {**TRAINER, **arguments})
     if not (isinstance(found, type) and issubclass(found, lightning.Trainer)):
         raise MifoError(f"trainer._target_={arguments['_target_']} is no Trainer of Lightning; name one")
@@ -219,7 +225,7 @@ def room(
         numbers = sum(each.numel() for each in learning)
         result = numbers * 2 if half else sum(each.numel() * each.element_size() for each in learning)
         if stage.steps and stage.checkpoint_every:
-            states = (2 + 8 / 256 if "8bit" in stage.optimizer["_target_"] else 8) * numbers
+            states = stage.state_bytes * numbers
             kept = 1 if stage.checkpoint_every >= stage.steps else 2
             there = sum(file.stat().st_size for file in (checkpoints / name).glob("*.ckpt"))
             total += max(0, int(kept * (numbers * 4 + states)) - there)
@@ -274,13 +280,13 @@ def _trainer(
     callbacks: Sequence[Callback],
     loggers: Sequence[Logger],
 ) -> lightning.Trainer:
-    savers = []
+    arguments, savers = {**TRAINER, **arguments}, []
     if stage.checkpoint_every and not arguments.get("fast_dev_run"):
         every = min(stage.checkpoint_every, stage.steps)
         savers = [SaveCheckpoints(checkpoints / name / NEWEST, every)]
     return make(
         "trainer",
-        {**TRAINER, **arguments},
+        arguments,
         usual={"enable_model_summary": False, "log_every_n_steps": 10, **_device(arguments)},
         max_steps=stage.steps,
         max_epochs=-1,

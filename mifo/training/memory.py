@@ -145,7 +145,6 @@ def _stage(
     copies = 0
     if rounded and model.dtype == torch.float32 and not performance.gradient_checkpointing:
         copies = 2 * sum(each.numel() for each in _parameters(model))
-    states = 2 + 8 / 256 if "8bit" in stage.optimizer["_target_"] else 8
     classes, dtype = stage.batch_size if prior_weight else 0, model.dtype
     if performance.autocast:
         activations = _step(model, sites, stage.batch_size, classes)
@@ -159,7 +158,7 @@ def _stage(
     return [
         Memory(_bytes(model)),  # before weights are kept in 8 bits
         Memory(weights, encoding=encoding),
-        Memory(weights + copies, gradients, states * learning, activations),
+        Memory(weights + copies, gradients, stage.state_bytes * learning, activations),
     ]
 
 

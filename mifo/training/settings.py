@@ -49,6 +49,11 @@ class StageSettings:
     gradient_clip: float = 1.0  # largest norm of the gradient; 0 leaves it unclipped
     checkpoint_every: int = 100  # steps between checkpoints for `resume`; 0: none, the stage begins anew
 
+    @property
+    def state_bytes(self) -> float:
+        """Bytes of the optimiser's two states of a weight: 8 bits each with a scale for 256, or float32."""
+        return 2 + 8 / 256 if "8bit" in self.optimizer["_target_"] else 8
+
 
 def _finetuning() -> StageSettings:
     return StageSettings(

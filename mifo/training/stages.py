@@ -77,13 +77,10 @@ class LearningStage(lightning.LightningModule):
         }
 
     def on_fit_start(self) -> None:
-        # a graph would leave out what Lightning or PyTorch does to gradients on their way
-        reason = "float16 scales the gradients" if self.trainer.precision == "16-mixed" else None
-        if self.trainer.world_size > 1:
-            reason = "several processes share their gradients"
-        if self._graphs and reason:
+        # a graph would leave out what Lightning does to gradients on their way
+        if self._graphs and self.trainer.precision == "16-mixed":
             self._graphs = False
-            log.warning("Learning goes on without CUDA graphs, since %s.", reason)
+            log.warning("Learning goes on without CUDA graphs, since float16 scales the gradients.")
 
     def training_step(self, batch: LearningBatch, batch_index: int) -> None:
         terms, weights = self._terms(self.global_step)

@@ -8,6 +8,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
+from mifo.backbones.clip import END_OF_WORD
 from mifo.miniature.tokenizer import MAX_LENGTH
 from mifo.world.scenes import (
     SIZE,
@@ -73,7 +74,7 @@ def tokenise_captions(tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
     for text in texts:
         words = [word.partition(SLOT_MARK) for word in text.lower().split()]
         padding = MAX_LENGTH - 1 - len(words)
-        ids.append([start, *(vocabulary[word + "</w>"] for word, _, _ in words)] + [end] * padding)
+        ids.append([start, *(vocabulary[word + END_OF_WORD] for word, _, _ in words)] + [end] * padding)
         slots.append([-1, *(int(slot or -1) for _, _, slot in words)] + [-1] * padding)
     return torch.tensor(ids), torch.tensor(slots)
 

@@ -11,7 +11,7 @@ from diffusers.models.transformers import Transformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from mifo.acceleration.kernels import compile_blocks
+from mifo.acceleration.compiling import compile_blocks
 from mifo.miniature.pretraining.corpus import Corpus
 from mifo.miniature.pretraining.settings import PretrainSettings
 from mifo.miniature.pretraining.text_encoder import WIDTH

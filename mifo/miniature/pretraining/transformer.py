@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from mifo.acceleration.kernels import compile_blocks
+from mifo.acceleration.compiling import compile_blocks
 from mifo.method.diffusion.flow import Flow
 from mifo.miniature.pretraining.corpus import Corpus
 from mifo.miniature.pretraining.denoiser import EMPTY_PROMPTS, TEXT_RATE

@@ -1,0 +1,71 @@
+"""How well pictures of known words that describe an instance fit its prompts, beside the table's rows.
+
+    python experiments/text_space/described.py [scenes=one_*] [seeds=0,1] [KEY=VALUE ...]
+
+Each scene of one thing is drawn in the table's box on its ten backgrounds by colour, pattern and class
+("yellow checked car"), and scored as the table's pictures are: against the prompt with the class alone.
+Other keys are overrides of a run. outputs/described holds runs.csv, which is written after each scene and
+seed.
+"""
+
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pandas as pd
+from rich.progress import track
+
+from mifo.backbones.loading import load_model
+from mifo.commands.calibrate import named_scenes
+from mifo.config.compose import compose, settings_of
+from mifo.data.instance_names import find_source
+from mifo.data.instances import read_instances
+from mifo.data.layouts import Layout, layouts
+from mifo.data.settings import InstancesSettings
+from mifo.making.pictures import make_pictures
+from mifo.metrics.evaluation import PictureEvaluator
+from mifo.world.scenes import describe
+from mifo.world.spec import SceneSpec
+
+OUTPUT = Path("outputs/described")
+METRICS = ["editability", "instance_consistency", "class_accuracy_whole"]
+
+
+def described(scene: InstancesSettings) -> str:
+    spec = find_source(scene)
+    assert isinstance(spec, SceneSpec)  # `named_scenes` gives nothing else
+    (thing,) = spec.things
+    return describe(thing.thing, thing.colour, thing.pattern)
+
+
+def main(arguments: list[str]) -> None:
+    own = {"scenes": "one_*", "seeds": "0,1"}
+    own |= dict(each.split("=", 1) for each in arguments if each.split("=")[0] in own)
+    given = [each for each in arguments if each.split("=")[0] not in own]
+    run = settings_of(
+        compose("run", ["layout=benchmark_one", "synthesis.samples=1", "paths.output=unused", *given])
+    )
+    model = load_model(run.model)
+    evaluator = PictureEvaluator.from_settings(run.metrics)
+    scenes = named_scenes(own["scenes"].split(","))
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for scene, seed in track(list(product(scenes, map(int, own["seeds"].split(",")))), "scenes and seeds"):
+        instances, words = read_instances(scene), described(scene)
+        placed = layouts(run.layout, instances.tokens)
+        (token,) = instances.tokens
+        wanted = [Layout(each.prompt.replace(token, words), {words: each.boxes[token]}) for each in placed]
+        made = make_pictures(model, wanted, run.synthesis, run.guidance, seed, bar=False)
+        pictures = [
+            replace(picture, prompt=each.prompt, boxes=each.boxes)
+            for picture, each in zip(made, placed, strict=True)
+        ]
+        scores = {each.metric: each.value for each in evaluator.evaluate(pictures, instances).scores}
+        rows.append({"instances": scene.name, "seed": seed, "words": words} | {m: scores[m] for m in METRICS})
+        pd.DataFrame(rows).round(4).to_csv(OUTPUT / "runs.csv", index=False)
+    print(pd.DataFrame(rows)[METRICS].mean().round(3))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
