@@ -21,8 +21,7 @@ import pandas as pd
 from scipy import stats
 
 import mifo
-from mifo.commands.calibrate import named_scenes, several_things
-from mifo.data.instance_names import find_source
+from mifo.commands.calibrate import drawn_spec, named_scenes, several_things
 from mifo.data.layouts import ARRANGEMENTS
 from mifo.data.saved_pictures import as_image
 from mifo.errors import MifoError
@@ -50,9 +49,7 @@ def _without(given: list[str], *sections: str) -> list[str]:
 
 def read_scene(name: str) -> SceneSpec:
     (scene,) = named_scenes([name])
-    spec = find_source(scene)
-    assert isinstance(spec, SceneSpec)  # `named_scenes` gives nothing else
-    return spec
+    return drawn_spec(scene)
 
 
 def photo(name: str, number: int) -> Path:

@@ -17,25 +17,21 @@ import pandas as pd
 from rich.progress import track
 
 from mifo.backbones.loading import load_model
-from mifo.commands.calibrate import named_scenes
+from mifo.commands.calibrate import drawn_spec, named_scenes
 from mifo.config.compose import compose, settings_of
-from mifo.data.instance_names import find_source
 from mifo.data.instances import read_instances
 from mifo.data.layouts import Layout, layouts
 from mifo.data.settings import InstancesSettings
 from mifo.making.pictures import make_pictures
 from mifo.metrics.evaluation import PictureEvaluator
 from mifo.world.scenes import describe
-from mifo.world.spec import SceneSpec
 
 OUTPUT = Path("outputs/described")
 METRICS = ["editability", "instance_consistency", "class_accuracy_whole"]
 
 
 def described(scene: InstancesSettings) -> str:
-    spec = find_source(scene)
-    assert isinstance(spec, SceneSpec)  # `named_scenes` gives nothing else
-    (thing,) = spec.things
+    (thing,) = drawn_spec(scene).things
     return describe(thing.thing, thing.colour, thing.pattern)
 
 

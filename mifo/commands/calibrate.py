@@ -50,8 +50,7 @@ def calibrate(settings: CalibrateSettings) -> Path:
     rows, faulty, sheet = [], [], []
     for given in track(scenes, "calibration"):
         instances = read_instances(given)
-        spec = find_source(given)
-        assert isinstance(spec, SceneSpec)  # `named_scenes` gives nothing else
+        spec = drawn_spec(given)
         placed = layouts(layout, instances.tokens)
         shown = [instances.image.float() / 255]
         for case in CASES if several else CASES_OF_ONE:
@@ -146,9 +145,14 @@ def named_scenes(patterns: list[str]) -> list[InstancesSettings]:
     return scenes
 
 
+def drawn_spec(scene: InstancesSettings) -> SceneSpec:
+    """What is drawn in a scene of `named_scenes`, which gives no folders."""
+    return cast(SceneSpec, find_source(scene))
+
+
 def several_things(scenes: Sequence[InstancesSettings]) -> bool:
     """Whether the drawn scenes have several things each, not one; refuses a mixture."""
-    alone = [each.name for each in scenes if len(cast(SceneSpec, find_source(each)).things) == 1]
+    alone = [each.name for each in scenes if len(drawn_spec(each).things) == 1]
     if alone and len(alone) < len(scenes):
         raise MifoError(
             f"scenes: {alone[0]} has one thing and others have several, which are measured otherwise; name "

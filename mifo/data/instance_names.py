@@ -9,7 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mifo.data.photo_folder import image_file, mask_sources
 from mifo.data.settings import InstancesSettings
-from mifo.errors import MifoError, check_known
+from mifo.errors import MifoError, check_known, first_line
 from mifo.files import as_record, read_yaml
 from mifo.world.drawn import DrawnSettings
 from mifo.world.spec import SceneSpec, check_scene
@@ -35,7 +35,7 @@ def find_source(settings: InstancesSettings) -> Path | SceneSpec:
         try:
             spec = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), settings.scene))
         except OmegaConfBaseException as error:
-            raise MifoError(f"instances.scene.{error.full_key}: {str(error).splitlines()[0]}.") from error
+            raise MifoError(f"instances.scene.{error.full_key}: {first_line(error)}.") from error
         if isinstance(spec, DrawnSettings):
             from mifo.world.drawing import draw_spec  # imported here, since it needs torch
 

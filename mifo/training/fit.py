@@ -91,15 +91,16 @@ def check_trainer(arguments: Mapping[str, Any]) -> None:
     for name in FIXED:
         if name in arguments:
             raise MifoError(f"trainer.{name} is fixed by learning and callbacks; take it out of trainer.")
+    wanted = {**TRAINER, **arguments}
     # each process would make a folder of its own, and draw the same
-    if str(arguments.get("devices", 1)) not in ("1", "[0]") or arguments.get("num_nodes", 1) != 1:
+    if str(wanted["devices"]) not in ("1", "[0]") or wanted.get("num_nodes", 1) != 1:
         raise MifoError(
             "trainer.devices and trainer.num_nodes must be 1, since a run learns on one device; start "
             "several runs by hydra/launcher=gpus for several GPUs, and choose one by CUDA_VISIBLE_DEVICES=N"
         )
-    found = target("trainer", {**TRAINER, **arguments})
+    found = target("trainer", wanted)
     if not (isinstance(found, type) and issubclass(found, lightning.Trainer)):
-        raise MifoError(f"trainer._target_={arguments['_target_']} is no Trainer of Lightning; name one")
+        raise MifoError(f"trainer._target_={wanted['_target_']} is no Trainer of Lightning; name one")
 
 
 def _names_instances_once(template: str) -> bool:
