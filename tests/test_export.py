@@ -15,7 +15,7 @@ from tiny import tiny_pipeline, tiny_sd3_pipeline, tiny_sdxl_pipeline, two_insta
 from transformers import CLIPTextModel
 
 from mifo.backbones.learned import Learned, load_learned, save_learned
-from mifo.backbones.loading import load_model
+from mifo.backbones.loading import load_model, load_outline
 from mifo.backbones.settings import ModelSettings
 from mifo.data.saved_pictures import as_image
 from mifo.errors import MifoError
@@ -292,12 +292,13 @@ def test_words_and_loras_of_another_kind_are_refused_by_name(source, tmp_path):
         ({"words": {"<x>": f"{tmp_path}/many.safetensors"}}, "3 vectors"),
         ({"words": {"car": f"{tmp_path}/many.safetensors"}}, "'car', which the model knows"),
         ({"words": {"<x>": f"{tmp_path}/old.pt"}}, r"old\.pt is damaged"),
-        ({"lora": f"{tmp_path}/lora.safetensors"}, r"lora\.safetensors"),
-        ({"lora": f"{tmp_path}/plain.safetensors"}, r"plain\.safetensors does not fit"),
         ({"lora": f"{tmp_path}/none.safetensors"}, r"none\.safetensors cannot be read"),
     ):
-        with pytest.raises(MifoError, match=told):
-            load_model(ModelSettings("tiny", source, **given))
+        with pytest.raises(MifoError, match=told):  # before weights are read
+            load_outline(ModelSettings("tiny", source, **given))
+    for name in ("lora", "plain"):
+        with pytest.raises(MifoError, match=rf"{name}\.safetensors does not fit"):
+            load_model(ModelSettings("tiny", source, lora=f"{tmp_path}/{name}.safetensors"))
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from mifo.acceleration.settings import PerformanceSettings
 from mifo.backbones.joint.attention import joint_heads, joint_rule
 from mifo.backbones.learned import load_learned
 from mifo.backbones.loading import load_model, load_outline
+from mifo.backbones.schedulers import flow_of
 from mifo.backbones.settings import ModelSettings
 from mifo.benchmark.rows import Bench, diffusers_step, stage2_step
 from mifo.benchmark.settings import BenchmarkSettings
@@ -161,7 +162,7 @@ def test_both_tables_learn_together(model):
 @pytest.mark.parametrize("steps", [1, 4, 28])
 def test_times_and_steps_are_those_of_the_models_scheduler(pipeline, steps):
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
-    flow = Flow.from_scheduler(scheduler)
+    flow = flow_of(scheduler)
     scheduler.set_timesteps(steps)
     times = flow.times(steps)
     torch.testing.assert_close(torch.tensor(times), scheduler.timesteps, rtol=1e-6, atol=0)

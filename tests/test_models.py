@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_pipeline
 
 from mifo.backbones.loading import load_model, load_outline
+from mifo.backbones.schedulers import ddim_of
 from mifo.backbones.settings import ModelSettings
 from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
 from mifo.making.class_pictures import class_pictures
-from mifo.method.diffusion.ddim import DDIM
 
 
 def test_sizes_dtypes_and_frozen_weights(source):
@@ -235,8 +235,8 @@ def test_a_scheduler_of_another_class_is_read_with_the_defaults_of_its_class(sou
     """Stable Diffusion 1.x and 2.1 base have PNDM, which knows no `clip_sample` and ends at timestep 0."""
     pndm = {"_class_name": "PNDMScheduler", "clip_sample": ..., "set_alpha_to_one": ..., "thresholding": ...}
     settings = copy_of(source, tmp_path / "copy", scheduler=pndm)
-    ours = DDIM.from_scheduler(load_model(settings).noise_scheduler)
-    expected = DDIM.from_scheduler(model.noise_scheduler)
+    ours = ddim_of(load_model(settings).noise_scheduler)
+    expected = ddim_of(model.noise_scheduler)
     assert torch.equal(ours.alphas_cumprod, expected.alphas_cumprod)
     assert replace(ours, alphas_cumprod=None) == replace(expected, alphas_cumprod=None)
     assert (ours.timestep_spacing, ours.steps_offset, ours.set_alpha_to_one) == ("leading", 1, False)

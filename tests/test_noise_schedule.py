@@ -5,8 +5,8 @@ import torch
 from diffusers import DDIMScheduler
 from torch.nn import functional as F
 
+from mifo.backbones.schedulers import ddim_of
 from mifo.errors import MifoError
-from mifo.method.diffusion.ddim import DDIM
 from mifo.method.objective import denoising_loss
 
 BETAS = ("scaled_linear", "linear", "squaredcos_cap_v2")
@@ -32,7 +32,7 @@ def latents():
 @pytest.mark.parametrize("betas", BETAS)
 def test_noise_and_velocity_equal_those_of_diffusers(betas, latents):
     scheduler = scheduler_of("v_prediction", betas)
-    process = DDIM.from_scheduler(scheduler)
+    process = ddim_of(scheduler)
     clean, noise, timesteps = latents[0], latents[1], torch.tensor([7, 800])
     torch.testing.assert_close(
         process.add_noise(clean, noise, timesteps), scheduler.add_noise(clean, noise, timesteps)
@@ -44,7 +44,7 @@ def test_noise_and_velocity_equal_those_of_diffusers(betas, latents):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_a_perfect_prediction_gives_back_picture_and_noise(prediction_type, latents):
-    process = DDIM.from_scheduler(scheduler_of(prediction_type))
+    process = ddim_of(scheduler_of(prediction_type))
     clean, noise, timesteps = latents[0], latents[1], torch.tensor([7, 600])
     noisy = process.add_noise(clean, noise, timesteps)
     found = process.clean_and_noise(noisy, process.target(clean, noise, timesteps), timesteps)
@@ -52,7 +52,7 @@ def test_a_perfect_prediction_gives_back_picture_and_noise(prediction_type, late
 
 
 def test_latents_in_half_precision_stay_so(latents):
-    process = DDIM.from_scheduler(scheduler_of("epsilon"))
+    process = ddim_of(scheduler_of("epsilon"))
     noisy = process.add_noise(latents[0].half(), latents[1].half(), torch.tensor([7, 600]))
     assert noisy.dtype == torch.float16
 
@@ -73,7 +73,7 @@ def test_ddim_equals_diffusers_to_its_last_step(
         rescale_betas_zero_snr=rescale,
         set_alpha_to_one=set_alpha_to_one,
     )
-    process = DDIM.from_scheduler(scheduler)
+    process = ddim_of(scheduler)
     for steps in (1, 7, 20):
         scheduler.set_timesteps(steps)
         timesteps = process.times(steps)
@@ -88,7 +88,7 @@ def test_ddim_equals_diffusers_to_its_last_step(
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_timesteps_are_those_of_diffusers_for_every_number_of_steps(spacing):
     scheduler = DDIMScheduler.from_config(scheduler_of("epsilon").config, timestep_spacing=spacing)
-    process = DDIM.from_scheduler(scheduler)
+    process = ddim_of(scheduler)
     for steps in range(1, 1001):
         scheduler.set_timesteps(steps)
         # for some numbers diffusers adds one step too many, at the timestep -1
@@ -97,7 +97,7 @@ def test_timesteps_are_those_of_diffusers_for_every_number_of_steps(spacing):
 
 @pytest.mark.parametrize(("steps", "offset", "most"), [(0, 0, 1000), (1001, 0, 1000), (1000, 1, 500)])
 def test_impossible_numbers_of_steps_are_refused(steps, offset, most):
-    process = DDIM.from_scheduler(scheduler_of("epsilon", offset=offset))
+    process = ddim_of(scheduler_of("epsilon", offset=offset))
     with pytest.raises(MifoError, match=f"{steps} sampling steps .* choose 1 to {most}"):
         process.times(steps)
     assert process.times(most)[0] == 999
@@ -117,16 +117,16 @@ def test_impossible_numbers_of_steps_are_refused(steps, offset, most):
 def test_what_the_sampler_does_not_do_is_refused(changes, reason):
     scheduler = DDIMScheduler.from_config(scheduler_of("epsilon").config, **changes)
     with pytest.raises(MifoError, match=reason):
-        DDIM.from_scheduler(scheduler)
+        ddim_of(scheduler)
 
 
 def test_prediction_of_the_picture_itself_is_refused():
     with pytest.raises(MifoError, match="prediction_type is 'sample'"):
-        DDIM.from_scheduler(scheduler_of("sample"))
+        ddim_of(scheduler_of("sample"))
 
 
 def test_time_is_told_as_a_share_of_the_whole():
-    process = DDIM.from_scheduler(scheduler_of("v_prediction"))
+    process = ddim_of(scheduler_of("v_prediction"))
     assert process.length == 1000
     assert process.share(torch.tensor([0, 500, 999])).tolist() == pytest.approx([0.0, 0.5, 0.999])
 

@@ -43,7 +43,7 @@ def sweep(tmp_path, monkeypatch):
             for key, value in changes.items():
                 OmegaConf.update(config, key.replace("__", "."), value)
             config.seed, config.hydra = seed, {"sweep": {"dir": folder}, "job": {"num": number}}
-            place = Path(os.path.abspath(os.path.join(folder, place_of_job(config))))
+            place = Path(os.path.abspath(os.path.join(folder, place_of_job(_root_=config))))
             places.append(str(place.relative_to(tmp_path)))
             del config["hydra"]
             if not is_kept(place, config):

@@ -9,6 +9,7 @@ from tiny import tiny_pipeline
 from vector_model import VectorModel, prompt
 
 from mifo.backbones.loading import load_model
+from mifo.backbones.schedulers import ddim_of
 from mifo.backbones.settings import ModelSettings
 from mifo.errors import MifoError
 from mifo.method.diffusion.ddim import DDIM
@@ -138,7 +139,7 @@ def test_without_boxes_it_is_plain_ddim_to_the_last_step(vectors, vector_unet, p
         without, within = both.sample.chunk(2)
         expected = scheduler.step(without + 7.5 * (within - without), time, expected).prev_sample
     reports = []
-    process = DDIM.from_scheduler(scheduler)
+    process = ddim_of(scheduler)
     latents = run(vector_unet, v, {}, process=process, on_step=reports.append)
     torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-5)
     assert [report.timestep for report in reports] == scheduler.timesteps.tolist()

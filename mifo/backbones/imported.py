@@ -16,6 +16,7 @@ from mifo.backbones.latent import LatentModel
 from mifo.backbones.settings import ModelSettings
 from mifo.backbones.tokens import is_known
 from mifo.errors import MifoError
+from mifo.files import regular_file
 from mifo.tensors import read_tensors
 
 _OF_WEBUI = ("clip_l", "clip_g")  # a word's rows for two encoders, in one file
@@ -38,6 +39,15 @@ def teach_words(settings: ModelSettings, tokenizers: Sequence[CLIPTokenizer]) ->
             tokenizer.add_tokens([AddedToken(word, normalized=False, single_word=True)])
 
 
+def check_imports(settings: ModelSettings, widths: Sequence[int]) -> None:
+    """Refuse files that are missing, and words that are not for text encoders of such widths."""
+    for word, given in settings.words.items():
+        _rows(word, given, widths)
+    if settings.lora is not None:
+        with regular_file(Path(settings.lora).expanduser()):
+            pass  # whether it fits, the weights tell
+
+
 @torch.no_grad()
 def with_imports(model: LatentModel, family: Family, settings: ModelSettings) -> LatentModel:
     """The model with the rows of `model.words` in its tables and `model.lora` in its weights.
@@ -51,7 +61,8 @@ def with_imports(model: LatentModel, family: Family, settings: ModelSettings) ->
         return model
     digest, told = hashlib.sha256(model.fingerprint.encode()), [model.name]
     for word, given in settings.words.items():
-        rows = _rows(word, given, list(model.text_encoders.values()))
+        widths = [encoder.config.hidden_size for encoder in model.text_encoders.values()]
+        rows = _rows(word, given, widths)
         for tokenizer, encoder, row in zip(model.tokenizers, model.text_encoders.values(), rows, strict=True):
             number, table = tokenizer.convert_tokens_to_ids(word), encoder.get_input_embeddings()
             if number >= table.num_embeddings:
@@ -73,15 +84,14 @@ def with_imports(model: LatentModel, family: Family, settings: ModelSettings) ->
     return replace(model, name=" + ".join(told), fingerprint=digest.hexdigest())
 
 
-def _rows(word: str, given: Any, encoders: Sequence[Any]) -> list[Tensor]:
-    """The row (width,) of a word for each text encoder."""
+def _rows(word: str, given: Any, widths: Sequence[int]) -> list[Tensor]:
+    """The row (width,) of a word for each text encoder, which reads rows of such a width."""
     files = [Path(each).expanduser() for each in ([given] if isinstance(given, str) else given)]
     found: list[Tensor] = []
     for file in files:
         tensors = read_tensors(file, None)
         names = _OF_WEBUI[: len(tensors)] if {*tensors} <= {*_OF_WEBUI} else [*tensors]
         found += [tensors[name].float() for name in names]
-    widths = [encoder.config.hidden_size for encoder in encoders]
     for row in found:
         if row.ndim == 2 and len(row) > 1:
             raise MifoError(

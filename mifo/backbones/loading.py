@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, PreTrainedModel, Qwen2Tokenizer, T5Tokenizer
 
-from mifo.backbones.imported import teach_words, with_imports
+from mifo.backbones.imported import check_imports, teach_words, with_imports
 from mifo.backbones.kinds import FAMILIES, WITH_T5, Family, check_kind, family_of, pipeline_index
 from mifo.backbones.latent import LatentModel
 from mifo.backbones.mmdit.model import T5_TOKENS
@@ -218,6 +218,8 @@ def load_outline(settings: ModelSettings) -> LatentModel:
             if part not in family.networks
         }
         teach_words(settings, list(tokenizers.values()))
+        readers = [configs[part.replace("tokenizer", "text_encoder")] for part in tokenizers]
+        check_imports(settings, [each.get("hidden_size") or each["d_model"] for each in readers])
         denoiser = family.model.part
         index = {"force_zeros_for_empty_prompt": family.zero_empty_prompt} | pipeline_index(folder)
         with torch.device("meta"):

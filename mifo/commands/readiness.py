@@ -107,7 +107,7 @@ def words(setup: Setup) -> str:
     learning = setup.settings.learning
     named = learning.template.format(" and ".join(setup.instances.tokens))
     used = len(setup.model.words(named).words)
-    if learning.finetuning.steps and learning.prior.weight:
+    if learning.has_prior:
         if learning.prior.folder is None:
             setup.model.check_scale("learning.prior.guidance_scale", learning.prior.guidance_scale)
         for prompt in class_prompts(setup.instances, learning.prior):
@@ -151,7 +151,7 @@ def disk(setup: Setup) -> str:
     learning, output = setup.settings.learning, Path(setup.settings.paths.output)
     needed = room(setup.model, learning.stages, output / CHECKPOINTS, learning.save_half)
     check_room(output, needed)
-    if learning.finetuning.steps and learning.prior.weight and learning.prior.folder is None:
+    if learning.has_prior and learning.prior.folder is None:
         check_room(cache_folder(learning.prior), learning.prior.pictures * setup.model.image_size**2 * 3)
     return f"{output} has room for {needed / 2**30:.2f} GiB"
 

@@ -160,9 +160,9 @@ def _column(index: Index, key: str, runs: Sequence[int] | None) -> dict[int, Any
         for number in [
             number for number, status in values.items() if status == "running" and number in folders
         ]:
-            from mifo.config.jobs import read_status
+            from mifo.config.jobs import state_of
 
-            values[number] = (read_status(Path(folders[number])) or {}).get("status")
+            values[number] = state_of(Path(folders[number]))
     return values
 
 

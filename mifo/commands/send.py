@@ -59,12 +59,9 @@ def _send_all(name: str, title: str, table: Path, ended: Sequence[Done]) -> None
 
 def _settings(done: Done, folder: Path, planned: RunSettings) -> RunSettings:
     """The settings of a finished run, with a logger of Weights & Biases and the code that made the run."""
-    origin = planned.origin
     chosen = [] if "wandb" in planned.logger else ["logger=wandb"]
     given = [*done.run.overrides, *chosen, f"paths.output='{folder}'"]
-    settings: RunSettings = settings_of(
-        compose("run", given, table=origin.table, row=origin.row, set=origin.set)
-    )
+    settings: RunSettings = settings_of(compose("run", given, **planned.origin.place))
     settings.logger = {"wandb": settings.logger["wandb"]}
     if (about := done.entry().about) is not None:
         settings.origin.code, settings.origin.dirty = about.commit or about.digest, about.code.dirty

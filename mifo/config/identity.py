@@ -7,7 +7,6 @@ import subprocess
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -141,13 +140,8 @@ def _steps_of(model: str) -> str:
     return "miniature" if model.startswith("miniature") else "published"
 
 
-def _place_of_job(*, _root_: DictConfig) -> str:
-    return import_module("mifo.config.sweeps").place_of_job(_root_)
-
-
 def register_resolvers() -> None:
     """Make what conf/ computes known to OmegaConf, such as `${called:}`."""
-    OmegaConf.register_new_resolver("place_of_job", _place_of_job, replace=True)
     OmegaConf.register_new_resolver("called", _called, replace=True)
     OmegaConf.register_new_resolver("of_all_seeds", _of_all_seeds, replace=True)
     OmegaConf.register_new_resolver("steps_of", _steps_of, replace=True)

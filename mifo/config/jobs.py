@@ -99,7 +99,7 @@ def lock_folder(folder: Path, wait: bool = False) -> None:
     except OSError as error:
         # on a file system without locks the signs of life of a run must do
         lockless = error.errno in LOCKLESS
-        if not lockless or (read_status(folder) or {}).get("status") == "running":
+        if not lockless or state_of(folder) == "running":
             os.close(handle)
             if not lockless and not isinstance(error, BlockingIOError):
                 raise
@@ -148,6 +148,11 @@ def write_status(folder: Path, status: str, overrides: list[str], error: str | N
     record = asdict(Status(status, error, overrides, *process))
     told = {name: value for name, value in record.items() if value is not None or name == "error"}
     write_whole(folder / STATUS, json.dumps(told, indent=2) + "\n")
+
+
+def state_of(folder: Path) -> str | None:
+    """How a job's folder stands, as `read_status` says it."""
+    return (read_status(folder) or {}).get("status")
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:

@@ -46,6 +46,11 @@ class Origin:
     code: str | None = None  # commit, or version and digest of the package; see `CodeVersion.name`
     dirty: bool | None = None  # changes were not committed; None: no git knows
 
+    @property
+    def place(self) -> dict[str, str | None]:
+        """Where in a table a run stands."""
+        return {"table": self.table, "row": self.row, "set": self.set}
+
 
 @dataclass
 class TaskSettings:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mifo.config.compose import as_plain, settings_of
 from mifo.config.identity import code_version, run_signature
-from mifo.config.jobs import lock_folder, read_status, unlock_folder
+from mifo.config.jobs import lock_folder, state_of, unlock_folder
 from mifo.config.resume import read_settings, recorded_command
 from mifo.data.photo_folder import folder_digest
 from mifo.errors import MifoError
@@ -23,13 +23,13 @@ _LINK = "run"
 _same: set[Path] = set()  # folders of this process's jobs that are known to hold the run that is asked for
 
 
-def place_of_job(config: DictConfig) -> str:
+def place_of_job(*, _root_: DictConfig) -> str:
     """`${place_of_job:}` in `hydra.sweep.subdir`: the folder of the run that the job is, or a new one.
 
     A folder is new if its number is that of the job, or the next one that is free. While another process
     makes the same run, the job waits. What is locked stays so until the job ends.
     """
-    number = config.hydra.job.num
+    config, number = _root_, _root_.hydra.job.num
     sweep = Path(os.path.abspath(config.hydra.sweep.dir))
     if config.task not in _RESULTS:
         return str(number)
@@ -51,10 +51,12 @@ def place_of_job(config: DictConfig) -> str:
         return str(number)
 
 
+OmegaConf.register_new_resolver("place_of_job", place_of_job, replace=True)
+
+
 def is_kept(folder: Path, config: DictConfig) -> bool:
     """Whether the run that `config` asks for is finished in `folder`."""
-    status = read_status(folder)
-    if config.task not in _RESULTS or status is None or status["status"] != "ok":
+    if config.task not in _RESULTS or state_of(folder) != "ok":
         return False
     try:
         if config.task == "learn" or config.metrics is not None:
@@ -103,10 +105,8 @@ def _take(folder: Path, task: str, mine: str | None) -> bool:
         lock_folder(folder)
     except (MifoError, FileExistsError):  # in use, or no folder
         return False
-    status = read_status(folder)
     # a run that is killed at its very beginning has the one file and not yet the other
-    begun = any((folder / name).exists() for name in (COMMAND, CONFIG))
-    begun = begun or (status is not None and status["status"] == "ok")
+    begun = any((folder / name).exists() for name in (COMMAND, CONFIG)) or state_of(folder) == "ok"
     _same.discard(folder)
     if begun and mine is not None and _recorded(folder, task) == mine:
         _same.add(folder)

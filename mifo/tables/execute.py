@@ -16,7 +16,7 @@ import torch
 
 from mifo.config.compose import compose, root_cause, settings_of
 from mifo.config.identity import code_version
-from mifo.config.jobs import STATUS, lock_folder, read_status, unlock_folder, write_status
+from mifo.config.jobs import STATUS, lock_folder, read_status, state_of, unlock_folder, write_status
 from mifo.config.launch import Launch, perform
 from mifo.errors import MifoError
 from mifo.files import read_record, whole_folder, write_whole
@@ -86,9 +86,13 @@ def execute(
     for same in found.values():
         named = [(f"{next(number)} of {total}: {run}", run) for run in same.values()]
         left = [(label, run) for label, run in named if not _done(run, pool, any_code, record)]
-        missing = [(label, _folder(run, pool), run.overrides, _place(run)) for label, run in left]
+        missing = [
+            (label, _folder(run, pool), run.overrides, run.settings.origin.place)
+            for label, run in left
+            if run.settings
+        ]
         for _, folder, *_ in missing:
-            if _state(folder) != "running":  # how it ended before says nothing of this attempt
+            if state_of(folder) != "running":  # how it ended before says nothing of this attempt
                 (folder / STATUS).unlink(missing_ok=True)
         if missing:
             groups.append((missing, [_folder(run, pool) for run in same.values()]))
@@ -106,7 +110,7 @@ def _launch(jobs: Sequence[list[Group]], launch: Launch) -> None:
     try:
         launch(jobs)
     except Exception as error:
-        states = [{_state(folder) for missing, _ in job for _, folder, *_ in missing} for job in jobs]
+        states = [{state_of(folder) for missing, _ in job for _, folder, *_ in missing} for job in jobs]
         broken = [job for job, state in zip(jobs, states, strict=True) if state & _UNDER_WAY]
         if not broken:
             raise MifoError(f"the launcher failed: {root_cause(error)}; the same command goes on") from error
@@ -116,10 +120,6 @@ def _launch(jobs: Sequence[list[Group]], launch: Launch) -> None:
                     launch([[([run], folders)]])
         if rest := [job for job, state in zip(jobs, states, strict=True) if state == {None}]:
             _launch(rest, launch)
-
-
-def _state(folder: Path) -> str | None:
-    return (read_status(folder) or {}).get("status")
 
 
 def make_runs(*groups: Group) -> None:
@@ -191,15 +191,9 @@ def _folder(run: Run, pool: Path) -> Path:
     return pool.absolute() / f"{run.key}-{code_version().digest}"
 
 
-def _place(run: Run) -> dict[str, str | None]:
-    assert run.settings is not None  # it was launched
-    origin = run.settings.origin
-    return {"table": origin.table, "row": origin.row, "set": origin.set}
-
-
 def _is_done(folder: Path) -> bool:
     """Whether a run is finished; one whose files are damaged is made again from what is left of it."""
-    if _state(folder) != "ok":
+    if state_of(folder) != "ok":
         return False
     try:
         _entry(folder)

@@ -64,8 +64,7 @@ def check_learning(settings: LearningSettings) -> None:
             check_optimizer(name, stage)
     if settings.semantic.trainable != "tokens":
         raise MifoError("learning.semantic.trainable must be tokens: the first stage learns words alone.")
-    finetuned = settings.finetuning.steps > 0
-    if finetuned and settings.finetuning.trainable == "lora":
+    if settings.finetuning.steps and settings.finetuning.trainable == "lora":
         check_package("learning.finetuning.trainable=lora", "peft", "low_vram")
     if not _names_instances_once(settings.template):
         raise MifoError(
@@ -82,7 +81,7 @@ def check_learning(settings: LearningSettings) -> None:
         raise MifoError("learning.prior.prompts is empty; give a prompt, such as a photo of {class}.")
     for prompt in prior.prompts:
         check_placeholders("learning.prior.prompts", prompt, ("class",))
-    if finetuned and prior.weight and prior.folder is not None:
+    if settings.has_prior and prior.folder is not None:
         own_picture_files(prior.folder)
 
 
@@ -164,7 +163,7 @@ def learn(
     for rest in (*Path(folder).glob(".learned*"), *checkpoints.glob("*/.*.unfinished")):
         remove(rest)
     prompts = class_prompts(instances, settings.prior)
-    if settings.finetuning.steps and settings.prior.weight:
+    if settings.has_prior:
         check_cache(model, prompts, settings.prior, seed)
     lightning.seed_everything(seed, verbose=False)
     model.add_words(instances.tokens, instances.initializers, seed)

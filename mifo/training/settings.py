@@ -76,6 +76,11 @@ class LearningSettings(DrawSettings):
     save_half: bool = False  # save fine-tuned weights in half precision, half the size and rounded
 
     @property
+    def has_prior(self) -> bool:
+        """Whether class pictures are learned too."""
+        return self.finetuning.steps > 0 and self.prior.weight > 0
+
+    @property
     def stages(self) -> list[tuple["Stage", StageSettings, float]]:
         """Name, settings and weight of the prior of each stage, in their order; some may have no steps."""
         return [("semantic", self.semantic, 0.0), ("finetuning", self.finetuning, self.prior.weight)]

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from mifo.backbones.configs import Config, Configs
 from mifo.backbones.joint.network import JointNetwork
 from mifo.backbones.latent import LatentModel
+from mifo.backbones.schedulers import flow_of
 from mifo.backbones.settings import ModelSettings
 from mifo.errors import check_known
 from mifo.method.diffusion.flow import Flow, Timesteps
@@ -37,7 +38,7 @@ class JointModel(LatentModel):
 
     @cached_property
     def process(self) -> Flow:
-        return Flow.from_scheduler(self.noise_scheduler, self.timesteps)
+        return flow_of(self.noise_scheduler, self.timesteps)
 
     def identity(self) -> dict[str, str | None]:
         return super().identity() | {"vae_shift_factor": str(self.vae.config.get("shift_factor") or 0)}

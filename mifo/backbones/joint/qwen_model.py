@@ -12,6 +12,7 @@ from torch import Tensor
 from mifo.backbones.configs import Config, Configs
 from mifo.backbones.joint.model import JointModel
 from mifo.backbones.qwen import prompt_words, tokenize
+from mifo.backbones.schedulers import flow_of
 from mifo.backbones.settings import ModelSettings
 from mifo.errors import MifoError
 from mifo.method.diffusion.flow import Flow
@@ -55,7 +56,7 @@ class QwenModel(JointModel):
 
     @cached_property
     def process(self) -> Flow:
-        return Flow.from_scheduler(self.noise_scheduler, self.timesteps, even=True, level=self.shift_level)
+        return flow_of(self.noise_scheduler, self.timesteps, even=True, level=self.shift_level)
 
     @property
     def image_size(self) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 from mifo.backbones.attention import AttentiveNetwork, Biases, Keep
 from mifo.backbones.configs import Config, Configs
 from mifo.backbones.latent import LatentModel
+from mifo.backbones.schedulers import ddim_of
 from mifo.backbones.settings import ModelSettings
 from mifo.backbones.unet.attention import BoundedAttention, FusedAttention, ReadAttention
 from mifo.backbones.unet.sites import choose_sites, network_sites
@@ -80,7 +81,7 @@ class UNetModel(LatentModel):
     def process(self) -> DDIM:  # type: ignore[override]  # whose times are whole numbers
         schedule = self._process.get(self.device)
         if schedule is None:
-            schedule = self._process[self.device] = DDIM.from_scheduler(self.noise_scheduler, self.device)
+            schedule = self._process[self.device] = ddim_of(self.noise_scheduler, self.device)
         return schedule
 
     @property

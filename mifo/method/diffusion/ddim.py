@@ -5,7 +5,6 @@ Notation of DDPM (arXiv 2006.11239): x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) ·
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -45,39 +44,6 @@ class DDIM:
                 f"The scheduler's steps_offset is {self.steps_offset!r}; "
                 "set a whole number from 0 in scheduler/scheduler_config.json."
             )
-
-    @classmethod
-    def from_scheduler(cls, scheduler: Any, device: torch.device | str = "cpu") -> Self:
-        """Take over a diffusers scheduler whose betas were computed on the CPU.
-
-        Raises:
-            MifoError: the scheduler clips or thresholds samples; its betas do not fit its timesteps; or its
-                last timestep is pure noise, where a prediction of the noise tells nothing of the picture.
-        """
-        config, alphas = scheduler.config, scheduler.alphas_cumprod
-        for key in ("clip_sample", "thresholding"):
-            if config.get(key):
-                raise MifoError(
-                    f"The scheduler's {key} is true, which is for pictures and not for latents; "
-                    f"set {key} to false in scheduler/scheduler_config.json."
-                )
-        if len(alphas) != config.num_train_timesteps:
-            raise MifoError(
-                f"The scheduler has {len(alphas)} betas, but num_train_timesteps is "
-                f"{config.num_train_timesteps}; correct scheduler/scheduler_config.json."
-            )
-        if config.prediction_type == "epsilon" and alphas[-1] == 0:
-            raise MifoError(
-                "The scheduler's last timestep is pure noise (rescale_betas_zero_snr), which a model of "
-                "prediction_type epsilon cannot start from; use a model that predicts v_prediction."
-            )
-        return cls(
-            alphas.to(device),
-            config.prediction_type,
-            config.get("timestep_spacing", "leading"),
-            config.get("steps_offset", 0),
-            config.get("set_alpha_to_one", False),
-        )
 
     @property
     def length(self) -> int:

@@ -1,10 +1,8 @@
 """Rectified flow (arXiv 2209.03003, as Stable Diffusion 3 has it, 2403.03206): straight lines to noise."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -17,14 +15,6 @@ class Timesteps(StrEnum):
 
     logit_normal = "logit_normal"
     uniform = "uniform"
-
-
-# options of the scheduler that change its times in another way than by `shift`
-_OTHER = (
-    "invert_sigmas shift_terminal use_karras_sigmas use_exponential_sigmas use_beta_sigmas "
-    "stochastic_sampling"
-).split()
-MANY = 200  # sampling steps, from which on more of them change no shift
 
 
 @dataclass(frozen=True)
@@ -41,41 +31,6 @@ class Flow:
     shift_of: Callable[[int], float] | None = None  # the shift of a picture of so many steps; None: `shift`
 
     prediction_type = "velocity"
-
-    @classmethod
-    def from_scheduler(
-        cls,
-        scheduler: Any,
-        timesteps: Timesteps = Timesteps.logit_normal,
-        even: bool = False,
-        level: Callable[[int], float] | None = None,
-    ) -> Self:
-        """Take over diffusers' `FlowMatchEulerDiscreteScheduler`, unless it places its times otherwise.
-
-        Args:
-            even: whether the family's pipeline gives the scheduler its times.
-            level: by a number of steps, the logarithm of the shift that the family's pipeline gives a
-                scheduler that has none of its own. Times of learning are shifted as in `MANY` steps.
-        """
-        config = scheduler.config
-        for key in _OTHER:
-            if config.get(key):
-                raise MifoError(
-                    f"The scheduler's {key} is {config[key]}, which MIFO does not know; use a model whose "
-                    "scheduler has a fixed shift alone."
-                )
-        if not config.get("use_dynamic_shifting"):
-            return cls(config.shift, config.num_train_timesteps, timesteps, even)
-        if level is None or config.get("time_shift_type", "exponential") != "exponential":
-            raise MifoError(
-                "The scheduler's use_dynamic_shifting is True, in a way that MIFO does not know; use a model "
-                "whose scheduler has a fixed shift."
-            )
-
-        def shift_of(steps: int) -> float:
-            return math.exp(level(steps))
-
-        return cls(shift_of(MANY), config.num_train_timesteps, timesteps, even, shift_of)
 
     def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
         """The times (count,) of a learning step."""

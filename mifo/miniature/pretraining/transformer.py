@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from mifo.acceleration.compiling import compile_blocks
-from mifo.method.diffusion.flow import Flow
+from mifo.backbones.schedulers import flow_of
 from mifo.miniature.pretraining.corpus import Corpus
 from mifo.miniature.pretraining.denoiser import EMPTY_PROMPTS, TEXT_RATE
 from mifo.miniature.pretraining.settings import PretrainSettings
@@ -110,7 +110,7 @@ class TransformerPretraining(ReplayedPretraining):
         network.start_from(text_encoder)
         super().__init__(network, settings.transformer, settings.seed)
         self.corpus, self.latents = corpus, latents
-        self.flow = Flow.from_scheduler(build_flow_scheduler())
+        self.flow = flow_of(build_flow_scheduler())
         empty = torch.tensor(tokenizer("", padding="max_length").input_ids)
         self.register_buffer("empty", empty, persistent=False)
         if settings.compile:
