@@ -632,6 +632,32 @@ def test_the_pareto_front_holds_what_nothing_beats():
     assert pareto_front([(0.2, 0.2), (0.2, 0.2)]) in ([0], [1])
 
 
+@pytest.mark.parametrize("kind", ["dots", "lines", "pareto"])
+def test_a_plot_shows_which_rows_lack_scenes(kind):
+    """Such a row may have the easy scenes alone: its point is hollow, and on no front."""
+    names = ["editability", "instance_consistency"]
+    found = {
+        (row, "a"): {name: estimate(values, 2) for name in names}
+        for row, values in {"MIFO": [0.2, 0.4], "none": [0.3, 0.4], "part": [0.9]}.items()
+    }
+
+    def hollow(given):
+        figure = draw_table(given, names, kind, "Title")
+        points = [line for axes in figure.axes for line in axes.lines if line.get_marker() == "o"]
+        front = [axes.lines[0].get_xydata().tolist() for axes in figure.axes]
+        data = {
+            tuple(line.get_xydata()[0].round(6)) for line in points if line.get_markerfacecolor() == "white"
+        }
+        return data, front
+
+    data, front = hollow(found)
+    if kind == "pareto":
+        assert front == [[[0.35, 0.35]]]
+    else:
+        assert len(data) == 1 and all(0.9 in point for point in data)
+    assert not hollow({cell: each for cell, each in found.items() if cell[0] != "part"})[0]
+
+
 @pytest.mark.parametrize("kind", ["dots", "lines"])
 def test_intervals_end_where_the_range_does(kind):
     found = {("A", scenes): {"leakage": estimate([0.2, 0.9], 2)} for scenes in ("2", "3")}

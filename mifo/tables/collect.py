@@ -27,6 +27,10 @@ class Estimate:
         return f"{self.mean:.3f}" + ("" if self.half is None else f" ± {self.half:.3f}")
 
 
+Cells = Mapping[tuple[str, str], Mapping[str, Estimate]]
+"""(row, set of scenes) → metric → estimate."""
+
+
 @dataclass(frozen=True)
 class Measured:
     """One finished run in a table: where it belongs, and its value of each metric."""
@@ -93,6 +97,12 @@ def differences(
             if paired := {key: own[key] - other[key] for key in own.keys() & other.keys()}:
                 found.setdefault((row, scenes), {})[metric] = estimate_runs(paired)
     return found
+
+
+def is_partial(found: Cells, cell: tuple[str, str], metric: str) -> bool:
+    """Whether a row has fewer scenes of a set than another one: it may have the easy ones alone."""
+    counts = [each[metric].count for (_, of), each in found.items() if of == cell[1] and metric in each]
+    return found[cell][metric].count < max(counts)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:

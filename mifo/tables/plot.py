@@ -1,6 +1,6 @@
 """A table as a picture, every mean with its interval, cut off where the metric's range ends."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -10,9 +10,7 @@ from matplotlib.lines import Line2D
 from mifo.metrics.evaluation import titled
 from mifo.metrics.scores import RANGES
 from mifo.report.palette import PALETTE, hexadecimal, instance_colour
-from mifo.tables.collect import Estimate, pareto_front
-
-Cells = Mapping[tuple[str, str], Mapping[str, Estimate]]
+from mifo.tables.collect import Cells, Estimate, is_partial, pareto_front
 
 
 def draw_table(cells: Cells, columns: Sequence[str], kind: str, title: str) -> Figure:
@@ -29,14 +27,14 @@ def _dots(cells: Cells, columns: Sequence[str]) -> Figure:
     for axes, metric in zip(panels, columns, strict=True):
         for place, scenes in enumerate(sets):
             shift = 0.6 * (place - (len(sets) - 1) / 2) / len(sets)
-            at, means, halves = _found(cells, [(row, scenes) for row in rows], metric)
-            _errorbars(axes, means, [i + shift for i in at], place, scenes, x=halves)
+            at, means, halves, partial = _found(cells, [(row, scenes) for row in rows], metric)
+            _errorbars(axes, means, [i + shift for i in at], place, scenes, x=halves, hollow=partial)
         axes.set_yticks(range(len(rows)), rows if axes is panels[0] else [""] * len(rows))
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_title(titled(metric), fontsize=9)
         axes.grid(axis="y", visible=False)
-    if len(sets) > 1:
-        _legend(figure, panels[-1])
+    if len(sets) > 1 or _lacks_scenes(cells):
+        _legend(figure, panels[-1], cells)
     return figure
 
 
@@ -45,12 +43,13 @@ def _lines(cells: Cells, columns: Sequence[str]) -> Figure:
     figure, panels = _panels(len(columns), 2.7, 2.6)
     for axes, metric in zip(panels, columns, strict=True):
         for index, row in enumerate(rows):
-            at, means, halves = _found(cells, [(row, scenes) for scenes in sets], metric)
+            at, means, halves, partial = _found(cells, [(row, scenes) for scenes in sets], metric)
             shift = 0.06 * (index - (len(rows) - 1) / 2)
-            _errorbars(axes, [i + shift for i in at], means, index, row, y=halves, line="-")
+            at = [i + shift for i in at]
+            _errorbars(axes, at, means, index, row, y=halves, line="-", hollow=partial)
         axes.set_xticks(range(len(sets)), sets)
         axes.set_title(titled(metric), fontsize=9)
-    _legend(figure, panels[-1])
+    _legend(figure, panels[-1], cells)
     return figure
 
 
@@ -64,9 +63,15 @@ def _pareto(cells: Cells, columns: Sequence[str]) -> Figure:
     for axes, scenes in zip(panels, sets, strict=True):
         found = {row: cells[row, scenes] for row in rows if {*metrics} <= cells.get((row, scenes), {}).keys()}
         points = [(each[across].mean, each[up].mean) for each in found.values()]
-        front = pareto_front(points)
+        whole = [
+            index
+            for index, row in enumerate(found)
+            if not any(is_partial(cells, (row, scenes), metric) for metric in metrics)
+        ]
+        front = [whole[index] for index in pareto_front([points[index] for index in whole])]
         fronts |= {row for index, row in enumerate(found) if index in front}
-        axes.plot(*zip(*[points[index] for index in front], strict=True), "-", color="#9ca3af", zorder=1)
+        best_points = [[points[index][side] for index in front] for side in (0, 1)]
+        axes.plot(*best_points, "-", color="#9ca3af", zorder=1)
         for index, (row, each) in enumerate(found.items()):
             best = index in front
             (x, y), (wide, high) = points[index], ([_half_widths(each[key], key)] for key in metrics)
@@ -84,7 +89,7 @@ def _pareto(cells: Cells, columns: Sequence[str]) -> Figure:
         [Line2D([], [], linestyle="", marker="o", color=colour) for colour in colours],
         [f"{i}  {row}" for i, row in enumerate(rows, start=1)],
         loc="outside right center",
-        title="blue: on the front that nothing beats\nfaint: 95 % intervals, cut off at the edge",
+        title="blue: beaten by no row, and of all scenes\nfaint: 95 % intervals, cut off at the edge",
         **{"fontsize": 7, "title_fontsize": 7, "alignment": "left", "frameon": False},
     )
     return figure
@@ -95,10 +100,13 @@ _DRAW = {"dots": _dots, "lines": _lines, "pareto": _pareto}
 
 def _found(
     cells: Cells, keys: Sequence[tuple[str, str]], metric: str
-) -> tuple[list[int], list[float], list[tuple[float, float]]]:
-    """Of the `keys` that have the metric: places among them, means, half-widths."""
-    at = [(i, cells[key][metric]) for i, key in enumerate(keys) if metric in cells.get(key, {})]
-    return [i for i, _ in at], [each.mean for _, each in at], [_half_widths(each, metric) for _, each in at]
+) -> tuple[list[float], list[float], list[tuple[float, float]], list[bool]]:
+    """Of the `keys` that have the metric: places among them, means, half-widths, whether they are partial."""
+    at = [(i, key) for i, key in enumerate(keys) if metric in cells.get(key, {})]
+    found = [cells[key][metric] for _, key in at]
+    halves = [_half_widths(each, metric) for each in found]
+    partial = [is_partial(cells, key, metric) for _, key in at]
+    return [i for i, _ in at], [each.mean for each in found], halves, partial
 
 
 def _names(cells: Cells) -> tuple[list[str], list[str]]:
@@ -116,8 +124,16 @@ def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]
     return figure, panels
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def _lacks_scenes(cells: Cells) -> bool:
+    return any(is_partial(cells, cell, metric) for cell in cells for metric in cells[cell])
+
+
+def _legend(figure: Figure, axes: Axes, cells: Cells) -> None:
     handles, labels = axes.get_legend_handles_labels()
+    if _lacks_scenes(cells):
+        style = {"marker": "o", "markersize": 4, "color": "#6b7280", "markerfacecolor": "white"}
+        handles.append(Line2D([], [], linestyle="", **style))
+        labels.append("of fewer scenes than another row has")
     inches = 0.6 + 0.06 * max(map(len, labels))
     columns = min(len(labels), max(1, int(figure.get_figwidth() / inches)))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
@@ -140,6 +156,7 @@ def _errorbars(
     y: Sequence[tuple[float, float]] | None = None,
     line: str = "",
     faint: bool = False,
+    hollow: Sequence[bool] = (),
 ) -> None:
     """Points with half-widths `x`, `y`, or both, below and above each point; `faint` behind large points."""
     errors = {
@@ -153,6 +170,11 @@ def _errorbars(
     drawn = axes.errorbar(
         across, up, fmt=marker, markersize=9 if faint else 4, linewidth=1, **width, **style, **errors
     )
+    for place in [place for place, each in enumerate(hollow) if each]:
+        edge = style["color"]
+        axes.plot(
+            across[place], up[place], marker, markersize=4, color=edge, markerfacecolor="white", zorder=3
+        )
     if faint:
         _, caps, bars = drawn
         for each in (*caps, *bars):

@@ -13,9 +13,9 @@ import pandas as pd
 
 from mifo.errors import MifoError
 from mifo.files import read_json, whole_file, write_whole
-from mifo.metrics.evaluation import METRICS, titled
+from mifo.metrics.evaluation import best_of, titled
 from mifo.report.tables import markdown_code, markdown_table, markdown_text, write_csv
-from mifo.tables.collect import Estimate, Measured, cells, differences, measured
+from mifo.tables.collect import Cells, Measured, cells, differences, is_partial, measured
 from mifo.tables.execute import Done
 from mifo.tables.pages import draw_pages
 from mifo.tables.plan import Run
@@ -110,7 +110,7 @@ def write_table(folder: Path, command: str, settings: TableSettings, ended: Sequ
     return markdown
 
 
-def _write_estimates(path: Path, found: Mapping[tuple[str, str], Mapping[str, Estimate]]) -> None:
+def _write_estimates(path: Path, found: Cells) -> None:
     rows = [
         (row, scenes, metric, each.mean, each.half, each.count, each.runs)
         for (row, scenes), estimates in found.items()
@@ -127,7 +127,7 @@ def _markdown(
     failed: Sequence[Done],
     runs: Sequence[Measured],
     columns: Sequence[str],
-    found: Mapping[tuple[str, str], Mapping[str, Estimate]],
+    found: Cells,
     pages: Mapping[str, str],
 ) -> str:
     codes = Counter(str(entry.code or "unknown") for _, entry in entries)
@@ -164,9 +164,7 @@ def _markdown(
     return "\n".join(lines)
 
 
-def _markdown_table(
-    found: Mapping[tuple[str, str], Mapping[str, Estimate]], columns: Sequence[str], bold: bool = False
-) -> list[str]:
+def _markdown_table(found: Cells, columns: Sequence[str], bold: bool = False) -> list[str]:
     rows = [
         [
             *(row, scenes, *(str(estimates.get(column, "–")) for column in columns)),
@@ -183,13 +181,10 @@ def _markdown_table(
     return markdown_table(pd.DataFrame(rows, columns=heads), pd.DataFrame(marks, columns=heads))
 
 
-def _latex(
-    title: str, found: Mapping[tuple[str, str], Mapping[str, Estimate]], columns: Sequence[str]
-) -> str:
+def _latex(title: str, found: Cells, columns: Sequence[str]) -> str:
     """A `booktabs` table."""
     best = _best(found, columns)
-    arrows = {True: r"$\uparrow$", False: r"$\downarrow$"}
-    heads = [f"{c.replace('_', ' ')} {arrows[METRICS[c].higher_is_better]}" for c in columns]
+    heads = [titled(c).replace("↑", r"$\uparrow$").replace("↓", r"$\downarrow$") for c in columns]
     rows = []
     for (row, scenes), estimates in found.items():
         shown = []
@@ -208,20 +203,16 @@ def _latex(
     return f"% {title}\n" + written.replace("α", r"$\alpha$")
 
 
-def _best(
-    found: Mapping[tuple[str, str], Mapping[str, Estimate]], columns: Sequence[str]
-) -> set[tuple[str, str, str]]:
-    """(row, scenes, metric) of the best mean of each set of scenes with several rows.
-
-    A row with fewer scenes than others is no candidate: it may have the easy ones alone.
-    """
+def _best(found: Cells, columns: Sequence[str]) -> set[tuple[str, str, str]]:
+    """(row, scenes, metric) of the best mean of each set of scenes with several rows, of all its scenes."""
     best = set()
     for scenes in {scenes for _, scenes in found}:
         for column in columns:
-            own = {row: each[column] for (row, of), each in found.items() if of == scenes and column in each}
-            most = max((each.count for each in own.values()), default=0)
-            means = {row: each.mean for row, each in own.items() if each.count == most}
+            own = [cell for cell in found if cell[1] == scenes and column in found[cell]]
             if len(own) > 1:
-                choose = max if METRICS[column].higher_is_better else min
-                best.add((choose(means, key=means.__getitem__), scenes, column))
+                whole = {
+                    cell[0]: found[cell][column].mean for cell in own if not is_partial(found, cell, column)
+                }
+                choose = {"max": max, "min": min}[best_of(column)]
+                best.add((choose(whole, key=whole.__getitem__), scenes, column))
     return best
