@@ -138,7 +138,7 @@ def _run(arguments: Sequence[str]) -> None:
 def _run_with_hydra(task: str, arguments: Sequence[str]) -> None:
     import hydra
 
-    import mifo.config.sweeps  # noqa: F401, conf/ asks it where jobs of a sweep go
+    import mifo.config.sweeps  # noqa: F401, registers ${place_of_job:}, which conf/hydra asks
     from mifo.config.compose import check_options, register_schemas
     from mifo.config.location import conf_folder
     from mifo.config.resume import RESUMED, folder_to_resume, resume

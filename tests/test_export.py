@@ -277,7 +277,7 @@ def test_a_word_that_the_base_model_knows_is_no_name_in_diffusers(mifo, source, 
     assert export(mifo, source, f"weights={weights}", "words=[mine,mycar]") == 0
 
 
-def test_words_and_loras_of_another_kind_are_refused_by_name(source, tmp_path):
+def test_words_and_loras_of_another_kind_are_refused_by_name(mifo, source, tmp_path):
     write_tensors(tmp_path / "wide.safetensors", {"x": torch.zeros(1, 24)})
     write_tensors(tmp_path / "many.safetensors", {"x": torch.zeros(3, 16)})
     write_tensors(tmp_path / "number.safetensors", {"x": torch.zeros(())})
@@ -294,8 +294,11 @@ def test_words_and_loras_of_another_kind_are_refused_by_name(source, tmp_path):
         ({"words": {"<x>": f"{tmp_path}/old.pt"}}, r"old\.pt is damaged"),
         ({"lora": f"{tmp_path}/none.safetensors"}, r"none\.safetensors cannot be read"),
     ):
-        with pytest.raises(MifoError, match=told):  # before weights are read
+        with pytest.raises(MifoError, match=told):
             load_outline(ModelSettings("tiny", source, **given))
+    wide = f"model.words.mycat={tmp_path}/wide.safetensors"  # refused before a run claims its folder
+    assert mifo("learn", "model=local", f"model.source={source}", wide) == 2
+    assert not [*tmp_path.glob("outputs/learn/*/config.yaml")]
     for name in ("lora", "plain"):
         with pytest.raises(MifoError, match=rf"{name}\.safetensors does not fit"):
             load_model(ModelSettings("tiny", source, lora=f"{tmp_path}/{name}.safetensors"))

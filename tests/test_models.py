@@ -251,6 +251,11 @@ def test_a_tokenizer_without_a_length_takes_that_of_the_text_encoder(source, tmp
     )
 
 
+def test_a_text_encoder_that_leaves_its_width_out_has_that_of_its_class(source, tmp_path):
+    unnamed, wide = {"hidden_size": ...}, {"cross_attention_dim": 512}
+    load_outline(copy_of(source, tmp_path / "copy", text_encoder=unnamed, unet=wide))
+
+
 def test_class_pictures_of_other_timesteps_are_made_anew(source, model, tmp_path):
     prior = PriorSettings(pictures=1, steps=1, cache=str(tmp_path))
     (first,) = class_pictures(model, ["a car"], prior, 0)[0].files

@@ -17,6 +17,7 @@ import pytest
 import torch
 import wandb
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from offline_wandb import read_offline_run
 from PIL import Image
 from scipy import stats
@@ -641,21 +642,18 @@ def test_a_plot_shows_which_rows_lack_scenes(kind):
         for row, values in {"MIFO": [0.2, 0.4], "none": [0.3, 0.4], "part": [0.9]}.items()
     }
 
-    def hollow(given):
+    def drawn(given):
         figure = draw_table(given, names, kind, "Title")
         points = [line for axes in figure.axes for line in axes.lines if line.get_marker() == "o"]
-        front = [axes.lines[0].get_xydata().tolist() for axes in figure.axes]
-        data = {
-            tuple(line.get_xydata()[0].round(6)) for line in points if line.get_markerfacecolor() == "white"
-        }
-        return data, front
+        hollow = [line.get_xydata()[0] for line in points if line.get_markerfacecolor() == "white"]
+        told = [each.get_text() for legend in figure.legends for each in legend.findobj(Text)]
+        return figure, hollow, any("of fewer scenes than another row has" in each for each in told)
 
-    data, front = hollow(found)
+    figure, hollow, told = drawn(found)
+    assert len(hollow) == len(figure.axes) and all(0.9 in point for point in hollow) and told
     if kind == "pareto":
-        assert front == [[[0.35, 0.35]]]
-    else:
-        assert len(data) == 1 and all(0.9 in point for point in data)
-    assert not hollow({cell: each for cell, each in found.items() if cell[0] != "part"})[0]
+        assert figure.axes[0].lines[0].get_xydata().tolist() == [[0.35, 0.35]]
+    assert drawn({cell: each for cell, each in found.items() if cell[0] != "part"})[1:] == ([], False)
 
 
 @pytest.mark.parametrize("kind", ["dots", "lines"])

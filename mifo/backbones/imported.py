@@ -40,7 +40,11 @@ def teach_words(settings: ModelSettings, tokenizers: Sequence[CLIPTokenizer]) ->
 
 
 def check_imports(settings: ModelSettings, widths: Sequence[int]) -> None:
-    """Refuse files that are missing, and words that are not for text encoders of such widths."""
+    """Check the files of `model.words` and `model.lora` before weights are read.
+
+    Raises:
+        MifoError: one cannot be read, or a word's rows do not have these widths of the text encoders.
+    """
     for word, given in settings.words.items():
         _rows(word, given, widths)
     if settings.lora is not None:
@@ -60,8 +64,8 @@ def with_imports(model: LatentModel, family: Family, settings: ModelSettings) ->
     if not settings.words and settings.lora is None:
         return model
     digest, told = hashlib.sha256(model.fingerprint.encode()), [model.name]
+    widths = [encoder.config.hidden_size for encoder in model.text_encoders.values()]
     for word, given in settings.words.items():
-        widths = [encoder.config.hidden_size for encoder in model.text_encoders.values()]
         rows = _rows(word, given, widths)
         for tokenizer, encoder, row in zip(model.tokenizers, model.text_encoders.values(), rows, strict=True):
             number, table = tokenizer.convert_tokens_to_ids(word), encoder.get_input_embeddings()

@@ -218,8 +218,12 @@ def load_outline(settings: ModelSettings) -> LatentModel:
             if part not in family.networks
         }
         teach_words(settings, list(tokenizers.values()))
-        readers = [configs[part.replace("tokenizer", "text_encoder")] for part in tokenizers]
-        check_imports(settings, [each.get("hidden_size") or each["d_model"] for each in readers])
+        readers = [part.replace("tokenizer", "text_encoder") for part in tokenizers]
+        classes = [family.parts[part].config_class for part in readers]
+        check_imports(
+            settings,
+            [kind.from_dict(configs[part]).hidden_size for kind, part in zip(classes, readers, strict=True)],
+        )
         denoiser = family.model.part
         index = {"force_zeros_for_empty_prompt": family.zero_empty_prompt} | pipeline_index(folder)
         with torch.device("meta"):

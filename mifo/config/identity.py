@@ -141,7 +141,7 @@ def _steps_of(model: str) -> str:
 
 
 def register_resolvers() -> None:
-    """Make what conf/ computes known to OmegaConf, such as `${called:}`."""
+    """Make what the tasks of conf/ compute known to OmegaConf, such as `${called:}`."""
     OmegaConf.register_new_resolver("called", _called, replace=True)
     OmegaConf.register_new_resolver("of_all_seeds", _of_all_seeds, replace=True)
     OmegaConf.register_new_resolver("steps_of", _steps_of, replace=True)

@@ -151,7 +151,7 @@ def write_status(folder: Path, status: str, overrides: list[str], error: str | N
 
 
 def state_of(folder: Path) -> str | None:
-    """How a job's folder stands, as `read_status` says it."""
+    """The status running | ok | failed | interrupted | died of a job's folder; None where it has none."""
     return (read_status(folder) or {}).get("status")
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import chain, count
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -18,6 +19,7 @@ from mifo.config.compose import compose, root_cause, settings_of
 from mifo.config.identity import code_version
 from mifo.config.jobs import STATUS, lock_folder, read_status, state_of, unlock_folder, write_status
 from mifo.config.launch import Launch, perform
+from mifo.config.schema import RunSettings
 from mifo.errors import MifoError
 from mifo.files import read_record, whole_folder, write_whole
 from mifo.metrics.scores import SCORES, Evaluation
@@ -87,9 +89,8 @@ def execute(
         named = [(f"{next(number)} of {total}: {run}", run) for run in same.values()]
         left = [(label, run) for label, run in named if not _done(run, pool, any_code, record)]
         missing = [
-            (label, _folder(run, pool), run.overrides, run.settings.origin.place)
+            (label, _folder(run, pool), run.overrides, cast(RunSettings, run.settings).origin.place)
             for label, run in left
-            if run.settings
         ]
         for _, folder, *_ in missing:
             if state_of(folder) != "running":  # how it ended before says nothing of this attempt

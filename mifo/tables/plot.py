@@ -1,6 +1,7 @@
 """A table as a picture, every mean with its interval, cut off where the metric's range ends."""
 
 from collections.abc import Sequence
+from itertools import compress
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -73,10 +74,15 @@ def _pareto(cells: Cells, columns: Sequence[str]) -> Figure:
         best_points = [[points[index][side] for index in front] for side in (0, 1)]
         axes.plot(*best_points, "-", color="#9ca3af", zorder=1)
         for index, (row, each) in enumerate(found.items()):
-            best = index in front
+            best, partial = index in front, index not in whole
             (x, y), (wide, high) = points[index], ([_half_widths(each[key], key)] for key in metrics)
-            _errorbars(axes, [x], [y], 0 if best else 7, None, wide, high, faint=True)
-            number = {"color": "white", "fontsize": 6, "ha": "center", "va": "center_baseline"}
+            _errorbars(axes, [x], [y], 0 if best else 7, None, wide, high, faint=True, hollow=[partial])
+            number = {
+                "color": "black" if partial else "white",
+                "fontsize": 6,
+                "ha": "center",
+                "va": "center_baseline",
+            }
             axes.annotate(str(rows.index(row) + 1), points[index], zorder=5 + best, **number)
         # of sweeps over a few scenes the intervals are many times as long as the points are apart
         for limit, values in zip((axes.set_xlim, axes.set_ylim), zip(*points, strict=True), strict=True):
@@ -85,16 +91,19 @@ def _pareto(cells: Cells, columns: Sequence[str]) -> Figure:
         axes.set(xlabel=titled(across), ylabel=titled(up))
         axes.set_title(scenes, fontsize=9)
     colours = [hexadecimal(instance_colour(0 if row in fronts else 7)) for row in rows]
+    told = ["blue: beaten by no row that has as many scenes", "faint: 95 % intervals, cut off at the edge"]
+    told += [f"hollow: {_FEWER}"] * _lacks_scenes(cells)
     figure.legend(
         [Line2D([], [], linestyle="", marker="o", color=colour) for colour in colours],
         [f"{i}  {row}" for i, row in enumerate(rows, start=1)],
         loc="outside right center",
-        title="blue: beaten by no row, and of all scenes\nfaint: 95 % intervals, cut off at the edge",
+        title="\n".join(told),
         **{"fontsize": 7, "title_fontsize": 7, "alignment": "left", "frameon": False},
     )
     return figure
 
 
+_FEWER = "of fewer scenes than another row has"
 _DRAW = {"dots": _dots, "lines": _lines, "pareto": _pareto}
 
 
@@ -133,7 +142,7 @@ def _legend(figure: Figure, axes: Axes, cells: Cells) -> None:
     if _lacks_scenes(cells):
         style = {"marker": "o", "markersize": 4, "color": "#6b7280", "markerfacecolor": "white"}
         handles.append(Line2D([], [], linestyle="", **style))
-        labels.append("of fewer scenes than another row has")
+        labels.append(_FEWER)
     inches = 0.6 + 0.06 * max(map(len, labels))
     columns = min(len(labels), max(1, int(figure.get_figwidth() / inches)))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
@@ -158,7 +167,10 @@ def _errorbars(
     faint: bool = False,
     hollow: Sequence[bool] = (),
 ) -> None:
-    """Points with half-widths `x`, `y`, or both, below and above each point; `faint` behind large points."""
+    """Points with half-widths `x`, `y`, or both, below and above each point; `faint` behind large points.
+
+    hollow: by point, whether it is drawn so.
+    """
     errors = {
         side: list(zip(*halves, strict=True))
         for side, halves in (("xerr", x), ("yerr", y))
@@ -167,14 +179,10 @@ def _errorbars(
     style = {"color": hexadecimal(instance_colour(colour)), "linestyle": line, "label": label}
     width = {"elinewidth": 1.2, "capsize": 2}
     marker = "osD"[colour // len(PALETTE) % 3]  # colours repeat
-    drawn = axes.errorbar(
-        across, up, fmt=marker, markersize=9 if faint else 4, linewidth=1, **width, **style, **errors
-    )
-    for place in [place for place, each in enumerate(hollow) if each]:
-        edge = style["color"]
-        axes.plot(
-            across[place], up[place], marker, markersize=4, color=edge, markerfacecolor="white", zorder=3
-        )
+    size = 9 if faint else 4
+    drawn = axes.errorbar(across, up, fmt=marker, markersize=size, linewidth=1, **width, **style, **errors)
+    for point in compress(zip(across, up, strict=True), hollow):
+        axes.plot(*point, marker, markersize=size, color=style["color"], markerfacecolor="white", zorder=3)
     if faint:
         _, caps, bars = drawn
         for each in (*caps, *bars):

@@ -204,7 +204,7 @@ def _latex(title: str, found: Cells, columns: Sequence[str]) -> str:
 
 
 def _best(found: Cells, columns: Sequence[str]) -> set[tuple[str, str, str]]:
-    """(row, scenes, metric) of the best mean of each set of scenes with several rows, of all its scenes."""
+    """(row, scenes, metric) of the best mean of each set of scenes with several rows; see `is_partial`."""
     best = set()
     for scenes in {scenes for _, scenes in found}:
         for column in columns:
