@@ -138,12 +138,13 @@ def _run(arguments: Sequence[str]) -> None:
 def _run_with_hydra(task: str, arguments: Sequence[str]) -> None:
     import hydra
 
-    import mifo.config.sweeps  # noqa: F401, registers ${place_of_job:}, which conf/hydra asks
     from mifo.config.compose import check_options, register_schemas
     from mifo.config.location import conf_folder
     from mifo.config.resume import RESUMED, folder_to_resume, resume
+    from mifo.config.sweeps import register_place_of_job
 
     register_schemas(task)
+    register_place_of_job()
     folder, arguments = folder_to_resume(arguments)
     overrides, flags = _overrides_and_flags(task, arguments)
     if folder is not None:

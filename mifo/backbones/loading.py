@@ -218,12 +218,12 @@ def load_outline(settings: ModelSettings) -> LatentModel:
             if part not in family.networks
         }
         teach_words(settings, list(tokenizers.values()))
-        readers = [part.replace("tokenizer", "text_encoder") for part in tokenizers]
-        classes = [family.parts[part].config_class for part in readers]
-        check_imports(
-            settings,
-            [kind.from_dict(configs[part]).hidden_size for kind, part in zip(classes, readers, strict=True)],
-        )
+        widths = [
+            family.parts[part].config_class.from_dict(configs[part]).hidden_size
+            for part in family.networks
+            if part.startswith("text_encoder")
+        ]
+        check_imports(settings, widths)
         denoiser = family.model.part
         index = {"force_zeros_for_empty_prompt": family.zero_empty_prompt} | pipeline_index(folder)
         with torch.device("meta"):

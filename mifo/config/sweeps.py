@@ -51,7 +51,9 @@ def place_of_job(*, _root_: DictConfig) -> str:
         return str(number)
 
 
-OmegaConf.register_new_resolver("place_of_job", place_of_job, replace=True)
+def register_place_of_job() -> None:
+    """Make `${place_of_job:}` known to OmegaConf."""
+    OmegaConf.register_new_resolver("place_of_job", place_of_job, replace=True)
 
 
 def is_kept(folder: Path, config: DictConfig) -> bool:

@@ -99,10 +99,18 @@ def differences(
     return found
 
 
-def is_partial(found: Cells, cell: tuple[str, str], metric: str) -> bool:
-    """Whether a row has fewer scenes of a set than another one: it may have the easy ones alone."""
-    counts = [each[metric].count for (_, of), each in found.items() if of == cell[1] and metric in each]
-    return found[cell][metric].count < max(counts)
+def partial_cells(found: Cells) -> set[tuple[str, str, str]]:
+    """(row, scenes, metric) where another row has more scenes: this one may have the easy ones alone."""
+    most: dict[tuple[str, str], int] = {}
+    for (_, scenes), estimates in found.items():
+        for metric, each in estimates.items():
+            most[scenes, metric] = max(each.count, most.get((scenes, metric), 0))
+    return {
+        (row, scenes, metric)
+        for (row, scenes), estimates in found.items()
+        for metric, each in estimates.items()
+        if each.count < most[scenes, metric]
+    }
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:

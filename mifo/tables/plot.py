@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from mifo.metrics.evaluation import titled
 from mifo.metrics.scores import RANGES
 from mifo.report.palette import PALETTE, hexadecimal, instance_colour
-from mifo.tables.collect import Cells, Estimate, is_partial, pareto_front
+from mifo.tables.collect import Cells, Estimate, pareto_front, partial_cells
 
 
 def draw_table(cells: Cells, columns: Sequence[str], kind: str, title: str) -> Figure:
@@ -23,52 +23,50 @@ def draw_table(cells: Cells, columns: Sequence[str], kind: str, title: str) -> F
 
 
 def _dots(cells: Cells, columns: Sequence[str]) -> Figure:
-    rows, sets = _names(cells)
+    (rows, sets), lacking = _names(cells), partial_cells(cells)
     figure, panels = _panels(len(columns), 2.5, 1.0 + 0.24 * len(rows) * (1 + 0.5 * (len(sets) - 1)))
     for axes, metric in zip(panels, columns, strict=True):
         for place, scenes in enumerate(sets):
             shift = 0.6 * (place - (len(sets) - 1) / 2) / len(sets)
-            at, means, halves, partial = _found(cells, [(row, scenes) for row in rows], metric)
-            _errorbars(axes, means, [i + shift for i in at], place, scenes, x=halves, hollow=partial)
+            at, means, halves = _found(cells, [(row, scenes) for row in rows], metric)
+            hollow = [(rows[i], scenes, metric) in lacking for i in at]
+            _errorbars(axes, means, [i + shift for i in at], place, scenes, x=halves, hollow=hollow)
         axes.set_yticks(range(len(rows)), rows if axes is panels[0] else [""] * len(rows))
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_title(titled(metric), fontsize=9)
         axes.grid(axis="y", visible=False)
-    if len(sets) > 1 or _lacks_scenes(cells):
-        _legend(figure, panels[-1], cells)
+    if len(sets) > 1 or lacking:
+        _legend(figure, panels[-1], bool(lacking))
     return figure
 
 
 def _lines(cells: Cells, columns: Sequence[str]) -> Figure:
-    rows, sets = _names(cells)
+    (rows, sets), lacking = _names(cells), partial_cells(cells)
     figure, panels = _panels(len(columns), 2.7, 2.6)
     for axes, metric in zip(panels, columns, strict=True):
         for index, row in enumerate(rows):
-            at, means, halves, partial = _found(cells, [(row, scenes) for scenes in sets], metric)
+            at, means, halves = _found(cells, [(row, scenes) for scenes in sets], metric)
+            hollow = [(row, sets[i], metric) in lacking for i in at]
             shift = 0.06 * (index - (len(rows) - 1) / 2)
-            at = [i + shift for i in at]
-            _errorbars(axes, at, means, index, row, y=halves, line="-", hollow=partial)
+            places = [i + shift for i in at]
+            _errorbars(axes, places, means, index, row, y=halves, line="-", hollow=hollow)
         axes.set_xticks(range(len(sets)), sets)
         axes.set_title(titled(metric), fontsize=9)
-    _legend(figure, panels[-1], cells)
+    _legend(figure, panels[-1], bool(lacking))
     return figure
 
 
 def _pareto(cells: Cells, columns: Sequence[str]) -> Figure:
     """Points with numbers, named beside the panels, since those of a sweep lie close together."""
     metrics = across, up = "editability", "instance_consistency"
-    rows, sets = _names(cells)
+    (rows, sets), lacking = _names(cells), partial_cells(cells)
     figure, panels = _panels(len(sets), 4.6, 4.2)
     figure.set_figwidth(figure.get_figwidth() + 0.06 * max(map(len, rows)))
     fronts: set[str] = set()
     for axes, scenes in zip(panels, sets, strict=True):
         found = {row: cells[row, scenes] for row in rows if {*metrics} <= cells.get((row, scenes), {}).keys()}
         points = [(each[across].mean, each[up].mean) for each in found.values()]
-        whole = [
-            index
-            for index, row in enumerate(found)
-            if not any(is_partial(cells, (row, scenes), metric) for metric in metrics)
-        ]
+        whole = [i for i, row in enumerate(found) if not {(row, scenes, each) for each in metrics} & lacking]
         front = [whole[index] for index in pareto_front([points[index] for index in whole])]
         fronts |= {row for index, row in enumerate(found) if index in front}
         best_points = [[points[index][side] for index in front] for side in (0, 1)]
@@ -92,7 +90,7 @@ def _pareto(cells: Cells, columns: Sequence[str]) -> Figure:
         axes.set_title(scenes, fontsize=9)
     colours = [hexadecimal(instance_colour(0 if row in fronts else 7)) for row in rows]
     told = ["blue: beaten by no row that has as many scenes", "faint: 95 % intervals, cut off at the edge"]
-    told += [f"hollow: {_FEWER}"] * _lacks_scenes(cells)
+    told += [f"hollow: {_FEWER}"] * bool(lacking)
     figure.legend(
         [Line2D([], [], linestyle="", marker="o", color=colour) for colour in colours],
         [f"{i}  {row}" for i, row in enumerate(rows, start=1)],
@@ -109,13 +107,10 @@ _DRAW = {"dots": _dots, "lines": _lines, "pareto": _pareto}
 
 def _found(
     cells: Cells, keys: Sequence[tuple[str, str]], metric: str
-) -> tuple[list[float], list[float], list[tuple[float, float]], list[bool]]:
-    """Of the `keys` that have the metric: places among them, means, half-widths, whether they are partial."""
-    at = [(i, key) for i, key in enumerate(keys) if metric in cells.get(key, {})]
-    found = [cells[key][metric] for _, key in at]
-    halves = [_half_widths(each, metric) for each in found]
-    partial = [is_partial(cells, key, metric) for _, key in at]
-    return [i for i, _ in at], [each.mean for each in found], halves, partial
+) -> tuple[list[int], list[float], list[tuple[float, float]]]:
+    """Of the `keys` that have the metric: places among them, means, half-widths."""
+    at = [(i, cells[key][metric]) for i, key in enumerate(keys) if metric in cells.get(key, {})]
+    return [i for i, _ in at], [each.mean for _, each in at], [_half_widths(each, metric) for _, each in at]
 
 
 def _names(cells: Cells) -> tuple[list[str], list[str]]:
@@ -133,13 +128,10 @@ def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]
     return figure, panels
 
 
-def _lacks_scenes(cells: Cells) -> bool:
-    return any(is_partial(cells, cell, metric) for cell in cells for metric in cells[cell])
-
-
-def _legend(figure: Figure, axes: Axes, cells: Cells) -> None:
+def _legend(figure: Figure, axes: Axes, lacking: bool) -> None:
+    """`lacking`: some points are hollow."""
     handles, labels = axes.get_legend_handles_labels()
-    if _lacks_scenes(cells):
+    if lacking:
         style = {"marker": "o", "markersize": 4, "color": "#6b7280", "markerfacecolor": "white"}
         handles.append(Line2D([], [], linestyle="", **style))
         labels.append(_FEWER)

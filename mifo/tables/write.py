@@ -15,7 +15,7 @@ from mifo.errors import MifoError
 from mifo.files import read_json, whole_file, write_whole
 from mifo.metrics.evaluation import best_of, titled
 from mifo.report.tables import markdown_code, markdown_table, markdown_text, write_csv
-from mifo.tables.collect import Cells, Measured, cells, differences, is_partial, measured
+from mifo.tables.collect import Cells, Measured, cells, differences, measured, partial_cells
 from mifo.tables.execute import Done
 from mifo.tables.pages import draw_pages
 from mifo.tables.plan import Run
@@ -204,15 +204,15 @@ def _latex(title: str, found: Cells, columns: Sequence[str]) -> str:
 
 
 def _best(found: Cells, columns: Sequence[str]) -> set[tuple[str, str, str]]:
-    """(row, scenes, metric) of the best mean of each set of scenes with several rows; see `is_partial`."""
-    best = set()
+    """(row, scenes, metric) of the best mean of each set of scenes with several rows; see `partial_cells`."""
+    best, partial = set(), partial_cells(found)
     for scenes in {scenes for _, scenes in found}:
         for column in columns:
-            own = [cell for cell in found if cell[1] == scenes and column in found[cell]]
+            own = {
+                row: each[column].mean for (row, of), each in found.items() if of == scenes and column in each
+            }
             if len(own) > 1:
-                whole = {
-                    cell[0]: found[cell][column].mean for cell in own if not is_partial(found, cell, column)
-                }
+                whole = {row: mean for row, mean in own.items() if (row, scenes, column) not in partial}
                 choose = {"max": max, "min": min}[best_of(column)]
                 best.add((choose(whole, key=whole.__getitem__), scenes, column))
     return best
