@@ -28,6 +28,7 @@ from mifo.benchmark.settings import BenchmarkSettings
 from mifo.benchmark.shapes import SHAPES, random_model
 from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
+from mifo.method.backbone import Rule
 from mifo.method.diffusion.flow import Flow, Timesteps
 from mifo.method.guidance.settings import GuidanceSettings
 from mifo.method.losses.settings import PenaltySettings
@@ -373,10 +374,12 @@ def test_a_bounded_word_moves_the_pixels_of_its_own_box_alone_in_one_layer(share
 
 
 @torch.no_grad()
-def test_block_masks_bound_as_biases_do(rules):
-    joint = joint_rule(rules, SIZE)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_block_masks_bound_as_biases_do(rules, rows):
+    """Also where two samples share one row of bits."""
+    joint = Rule(*(bits[-rows:] for bits in joint_rule(rules, SIZE)))
     query, key, value = torch.randn(3, 2, 2, PIXELS + LENGTH, 16, generator=torch.Generator().manual_seed(0))
-    found = block_attention(query, key, value, block_mask(*joint), 0.25)
+    found = block_attention(query, key, value, block_mask(*joint, 2), 0.25)
     expected = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=joint.allowed()[:, None], scale=0.25
     )
@@ -461,7 +464,7 @@ def test_passes_replayed_from_graphs_are_the_same(shared, recordings):
 @torch.no_grad()
 def test_block_masks_are_made_within_a_graph(rules, recordings):
     def blocks(*bits):
-        mask = block_mask(*bits)
+        mask = block_mask(*bits, 2)
         return mask.kv_num_blocks, mask.kv_indices
 
     joint = joint_rule(rules, SIZE)
@@ -532,7 +535,7 @@ def test_block_masks_bound_on_a_gpu_and_pass_gradients(width, length):
     for dtype, off in ((torch.float32, 1e-2), (torch.bfloat16, 2e-2)):
         inputs = torch.randn(3, 2, 4, 4096 + length, width, device="cuda", dtype=dtype).requires_grad_()
         grad = torch.randn(2, 4, 4096 + length, width, device="cuda", dtype=dtype)
-        found = block_attention(*inputs, block_mask(*joint), width**-0.5)
+        found = block_attention(*inputs, block_mask(*joint, 2), width**-0.5)
         expected = torch.nn.functional.scaled_dot_product_attention(
             *inputs, attn_mask=joint.allowed()[:, None], scale=width**-0.5
         )

@@ -19,21 +19,19 @@ def runs_in_blocks(query: Tensor) -> bool:
     return query.is_cuda and length >= SHORT and fits
 
 
-def block_mask(query_bits: Tensor, key_bits: Tensor) -> BlockMask:
-    """Which blocks of queries see which blocks of keys.
+def block_mask(query_bits: Tensor, key_bits: Tensor, samples: int) -> BlockMask:
+    """Which blocks of queries see which blocks of keys, in each of B samples.
 
     Args:
         query_bits: integers (B or 1, n). key_bits: integers (B or 1, m).
     """
-    rows = max(len(query_bits), len(key_bits))
-    query_bits, key_bits = (bits.expand(rows, -1).contiguous() for bits in (query_bits, key_bits))
+    query_bits, key_bits = (bits.expand(samples, -1).contiguous() for bits in (query_bits, key_bits))
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return query_bits[row, query] & key_bits[row, key] != 0
 
-    return create_block_mask(
-        sees, rows, None, query_bits.shape[1], key_bits.shape[1], device=query_bits.device
-    )
+    lengths = query_bits.shape[1], key_bits.shape[1]
+    return create_block_mask(sees, samples, None, *lengths, device=query_bits.device)
 
 
 def block_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:

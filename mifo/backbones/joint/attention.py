@@ -74,7 +74,7 @@ class JointRules:
             bias = self.bias(rule, query.dtype)
             return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
         if id(rule) not in self._blocks:
-            self._blocks[id(rule)] = block_mask(*rule)
+            self._blocks[id(rule)] = block_mask(*rule, len(query))
         return block_attention(query, key, value, self._blocks[id(rule)], scale)
 
 
