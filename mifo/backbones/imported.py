@@ -48,8 +48,11 @@ def check_imports(settings: ModelSettings, widths: Sequence[int]) -> None:
     for word, given in settings.words.items():
         _rows(word, given, widths)
     if settings.lora is not None:
-        with regular_file(Path(settings.lora).expanduser()):
-            pass  # whether it fits, the weights tell
+        try:
+            with regular_file(Path(settings.lora).expanduser()):
+                pass  # whether it fits, the weights tell
+        except MifoError as error:
+            raise MifoError(f"model.lora: {error}") from error
 
 
 @torch.no_grad()

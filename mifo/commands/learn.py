@@ -65,9 +65,9 @@ def learned_model(
         config=(folder / CONFIG).read_text(),
         performance=settings.performance,
     )
-    called = f"{instances.name}-{settings.method}-seed-{settings.seed}"
     with at_no_cost():
-        log_learned(loggers, folder / "learned", called, settings.group)
+        named = instances.name, settings.method, settings.seed, settings.group
+        log_learned(loggers, folder / "learned", *named)
     return model.to(device)
 
 

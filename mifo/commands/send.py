@@ -76,8 +76,8 @@ def _send(folder: Path, settings: RunSettings) -> None:
         for path in sorted(folder.glob("csv/**/metrics.csv")):
             log_curves(loggers, path)
         if (folder / "learned").is_dir():
-            called = f"{instances.name}-{settings.method}-seed-{settings.seed}"
-            log_learned(loggers, folder / "learned", called, settings.group)
+            named = instances.name, settings.method, settings.seed, settings.group
+            log_learned(loggers, folder / "learned", *named)
         steps = settings.learning.finetuning.steps or settings.learning.semantic.steps
         log_evaluation(loggers, evaluation, pictures, instances, steps)
     (folder / _BEGUN).unlink()
