@@ -11,6 +11,7 @@ import pytest
 
 import mifo
 from mifo.calls import call
+from mifo.config.jobs import claim_folder
 from mifo.config.location import conf_folder, fresh_folder
 from mifo.errors import MifoError, first_line
 
@@ -46,6 +47,16 @@ def test_functions_take_what_the_command_line_takes(tmp_path, monkeypatch):
     folder = Path(settings.paths.output)
     assert folder.parent == tmp_path / "outputs" / "run"
     assert json.loads((folder / "status.json").read_text())["status"] == "ok"
+
+
+def test_a_folder_records_what_a_call_was_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mifo.calls.perform", claim_folder)
+    folder = mifo.learn("instances=three_cars", seed=3)
+    assert json.loads((folder / "command.json").read_text())["overrides"] == [
+        "instances=three_cars",
+        "seed=3",
+    ]
 
 
 def test_folders_of_calls_are_named_as_those_of_the_command_line():

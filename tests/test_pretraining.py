@@ -47,6 +47,8 @@ from mifo.miniature.tokenizer import build_tokenizer
 from mifo.world.scenes import captions, sample_scenes
 from mifo.world.vocabulary import THINGS
 
+CPU = torch.device("cpu")
+
 
 def tiny(parts, steps):
     few = {part: PartSettings(steps, 4, 1e-3) for part in PARTS}
@@ -58,9 +60,9 @@ def made(tmp_path_factory):
     """All parts after one step, then taken to the second from their checkpoints."""
     work = tmp_path_factory.mktemp("work")
     folder = tmp_path_factory.mktemp("weights")
-    assert pretrain(tiny(PARTS, 1), work, folder, logger=False) == dict.fromkeys(PARTS, True)
+    assert pretrain(tiny(PARTS, 1), work, folder, CPU, logger=False) == dict.fromkeys(PARTS, True)
     first = {part: torch.load(work / f"{part}.pt", weights_only=True) for part in PARTS}
-    assert pretrain(tiny(PARTS, 2), work, folder, logger=False) == dict.fromkeys(PARTS, True)
+    assert pretrain(tiny(PARTS, 2), work, folder, CPU, logger=False) == dict.fromkeys(PARTS, True)
     return work, folder, first
 
 
@@ -85,7 +87,7 @@ def test_stopping_and_going_on_changes_nothing(tmp_path):
         for steps in stops:
             torch.manual_seed(0)
             module = TextEncoderPretraining(corpus, tokenizer, tiny(["text_encoder"], steps))
-            fit(module, tmp_path / folder, logger=False)
+            fit(module, tmp_path / folder, CPU, logger=False)
         return module
 
     whole, parted = learned("whole", 3), learned("parted", 1, 3)
@@ -99,7 +101,7 @@ def test_each_call_has_its_own_minutes(tmp_path):
     steps = []
     for _ in range(2):
         module = TextEncoderPretraining(corpus, tokenizer, tiny(["text_encoder"], 100))
-        assert not fit(module, tmp_path / "part", minutes=1e-6, logger=False)
+        assert not fit(module, tmp_path / "part", CPU, minutes=1e-6, logger=False)
         steps.append(module.global_step)
     assert 0 < steps[0] < steps[1] < 100
 
@@ -152,18 +154,18 @@ def test_class_maps_agree_with_the_drawings():
 
 def test_parts_are_refused_by_name(tmp_path):
     with pytest.raises(MifoError, match="'unet' is no part"):
-        pretrain(tiny(["unet"], 1), tmp_path, tmp_path)
+        pretrain(tiny(["unet"], 1), tmp_path, tmp_path, CPU)
     with pytest.raises(MifoError, match="'autoencoder' must be made first"):
-        pretrain(tiny(["denoiser"], 1), tmp_path / "work", tmp_path / "weights", logger=False)
+        pretrain(tiny(["denoiser"], 1), tmp_path / "work", tmp_path / "weights", CPU, logger=False)
 
 
 def test_what_would_train_nothing_is_refused(tmp_path):
     with pytest.raises(MifoError, match=r"pretraining.parts=\[\] trains nothing"):
-        pretrain(tiny([], 1), tmp_path, tmp_path)
+        pretrain(tiny([], 1), tmp_path, tmp_path, CPU)
     with pytest.raises(MifoError, match=r"pretraining.segmenter.steps=0 is too small; take at least 1"):
-        pretrain(tiny(["segmenter"], 0), tmp_path, tmp_path)
+        pretrain(tiny(["segmenter"], 0), tmp_path, tmp_path, CPU)
     with pytest.raises(MifoError, match=r"pretraining.scenes=0 is too small"):
-        pretrain(replace(tiny(["segmenter"], 1), scenes=0), tmp_path, tmp_path)
+        pretrain(replace(tiny(["segmenter"], 1), scenes=0), tmp_path, tmp_path, CPU)
     assert not any(tmp_path.iterdir())
 
 
@@ -262,12 +264,12 @@ def test_without_words_of_their_own_the_denoiser_learns_as_the_shipped_one_did(t
 
 def test_the_denoiser_goes_on_from_a_pipeline(tmp_path):
     with pytest.raises(MifoError, match=r"pretraining\.words=1\.5"):
-        pretrain(replace(tiny([], 1), words=1.5), tmp_path / "work", tmp_path, logger=False)
+        pretrain(replace(tiny([], 1), words=1.5), tmp_path / "work", tmp_path, CPU, logger=False)
     with pytest.raises(MifoError, match=r"pretraining\.start"):
-        pretrain(replace(tiny([], 1), start=str(tmp_path)), tmp_path / "work", tmp_path, logger=False)
+        pretrain(replace(tiny([], 1), start=str(tmp_path)), tmp_path / "work", tmp_path, CPU, logger=False)
     settings = replace(tiny(["denoiser"], 1), start="embedded", words=0.6)
     settings.denoiser.learning_rate = 0.0
-    pretrain(settings, tmp_path / "work", tmp_path / "weights", logger=False)
+    pretrain(settings, tmp_path / "work", tmp_path / "weights", CPU, logger=False)
     for file in (WEIGHTS / "pipeline").rglob("*.safetensors"):
         made = load_file(tmp_path / "weights" / "pipeline" / file.relative_to(WEIGHTS / "pipeline"))
         assert all(torch.equal(made[name], value) for name, value in load_file(file).items())
@@ -277,7 +279,7 @@ def test_the_denoiser_goes_on_from_a_pipeline(tmp_path):
 def test_the_transformer_goes_on_from_its_checkpoint_and_is_an_ordinary_pipeline(tmp_path):
     for steps in (2, 3):
         settings = replace(tiny(["transformer"], steps), start="embedded")
-        assert pretrain(settings, tmp_path / "work", tmp_path / "weights", logger=False) == {
+        assert pretrain(settings, tmp_path / "work", tmp_path / "weights", CPU, logger=False) == {
             "transformer": True
         }
     checkpoint = torch.load(tmp_path / "work" / "transformer" / "last.ckpt", weights_only=False)
@@ -302,10 +304,10 @@ def test_the_transformer_goes_on_from_its_checkpoint_and_is_an_ordinary_pipeline
 def test_finished_parts_are_taken_over_from_another_run(tmp_path):
     run, work = tmp_path / "run", tmp_path / "work"
     with pytest.raises(MifoError, match=r"pretraining\.after"):
-        pretrain(replace(tiny([], 1), after=str(run)), work, tmp_path / "weights", logger=False)
+        pretrain(replace(tiny([], 1), after=str(run)), work, tmp_path / "weights", CPU, logger=False)
     (run / "checkpoints").mkdir(parents=True)
-    pretrain(tiny(["segmenter"], 1), run / "checkpoints", tmp_path / "first", logger=False)
-    pretrain(replace(tiny([], 1), after=str(run)), work, tmp_path / "weights", logger=False)
+    pretrain(tiny(["segmenter"], 1), run / "checkpoints", tmp_path / "first", CPU, logger=False)
+    pretrain(replace(tiny([], 1), after=str(run)), work, tmp_path / "weights", CPU, logger=False)
     taken, made = (
         load_segmenter(tmp_path / name / "segmenter").state_dict() for name in ("weights", "first")
     )

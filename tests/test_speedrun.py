@@ -77,6 +77,18 @@ def test_learning_stops_at_the_target_and_a_row_is_added(judged):
     assert {"date", "commit", "device", "overrides"} <= {*rows} and "seed=3" in rows["overrides"][1]
 
 
+def test_what_an_earlier_speedrun_made_is_not_left_out_of_the_time(judged, tmp_path):
+    given = "one", "identification=0.5", "leakage=0.5", "leaderboard=board.csv", "learning.prior.cache=made"
+    judged(*given)
+    assert not (tmp_path / "one" / "checkpoints").exists()
+    (tmp_path / "made").mkdir(exist_ok=True)
+    with pytest.raises(MifoError, match="made exists already"):
+        judged(*given)
+    with pytest.raises(MifoError, match=r"learning\.prior\.cache=null.*leave it out"):
+        judged("two", "learning.prior.cache=null")
+    assert len(pd.read_csv(tmp_path / "board.csv")) == 1
+
+
 def test_a_target_that_is_not_reached_leaves_no_row(judged, tmp_path):
     with pytest.raises(MifoError, match=r"not reached; the best was identification 1\.200"):
         judged("run", "identification=1.3", "leaderboard=board.csv")
@@ -110,7 +122,12 @@ def test_a_damaged_leaderboard_is_refused_before_anything_is_learned(judged, mon
 
 @pytest.mark.parametrize(
     ("override", "told"),
-    [("every=0", "at least 1"), ("metrics=none", "needs metrics"), ("instances=one_car", "two")],
+    [
+        ("every=0", "at least 1"),
+        ("metrics=none", "needs metrics"),
+        ("instances=one_car", "two"),
+        ("layout=plain", "take a layout that has boxes"),
+    ],
 )
 def test_what_cannot_be_judged_is_refused(judged, override, told):
     layout = ["layout=benchmark_one"] if "one_car" in override else []

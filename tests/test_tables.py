@@ -32,6 +32,7 @@ from mifo.data.saved_pictures import Picture, save_pictures
 from mifo.errors import MifoError
 from mifo.metrics.scores import Evaluation, Evaluator, Score, has_scores
 from mifo.report.comparison import SIDE
+from mifo.report.content import LABELS
 from mifo.tables import execute, plan
 from mifo.tables.collect import (
     Estimate,
@@ -45,7 +46,7 @@ from mifo.tables.collect import (
 from mifo.tables.plan import Run
 from mifo.tables.plot import draw_table
 from mifo.tables.record import About, Entry, read_record, write_record
-from mifo.tables.settings import TableSettings, read_table
+from mifo.tables.settings import PARETO, TableSettings, read_table
 from mifo.tables.write import _best, claim_results, write_table
 
 ROOT = Path(__file__).parents[1]
@@ -292,6 +293,29 @@ def test_runs_that_learn_the_same_learn_once(folder, made):
     assert made == [("mifo", 3, "learned"), ("mifo", 3)]
 
 
+def test_runs_lie_in_folders_of_any_name(folder, made):
+    """Runs and results below folders whose names the command line must quote."""
+    assert table(["small", "table.runs=it's, all", "table.results=say 'it'", "table.seeds=[0]"]) == 0
+    assert len(made) == 2 and len([*Path("it's, all").iterdir()]) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "own"),
+    [
+        (["exclusive_gpu=true"], True),
+        (["++exclusive_gpu=True"], True),
+        (["exclusive_gpu=true", "exclusive_gpu=false"], False),
+        ([], False),
+    ],
+)
+def test_a_launcher_is_told_whether_a_process_wants_a_gpu_of_its_own(folder, monkeypatch, given, own):
+    asked = []
+    monkeypatch.setattr("mifo.commands.table.launcher", lambda *arguments: asked.append(arguments[-1]))
+    with pytest.raises(MifoError, match="no run of the table is finished"):
+        table(["small", *given, "table.missing=leave"])
+    assert asked == [own]
+
+
 def test_a_bad_row_and_a_failing_run_spoil_nothing_else_and_are_named(folder, made, monkeypatch, capsys):
     whole = execute.perform
     monkeypatch.setattr(execute, "perform", lambda s: 1 / 0 if s.seed == 1 else whole(s))
@@ -463,11 +487,11 @@ def test_a_folder_of_results_holds_one_table_ever(folder, made):
 
 
 def test_a_row_that_lacks_scenes_is_not_the_best():
-    whole = {"leakage": Estimate(0.2, 0.1, 3, 3)}
-    found = {("MIFO", "a"): whole, ("none", "a"): {"leakage": Estimate(0.3, 0.1, 3, 3)}}
+    whole = {"leakage": Estimate(0.2, 0.1, 3, 3, 3)}
+    found = {("MIFO", "a"): whole, ("none", "a"): {"leakage": Estimate(0.3, 0.1, 3, 3, 3)}}
     assert _best(found, ["leakage"]) == {("MIFO", "a", "leakage")}
-    part = {("part", "a"): {"leakage": Estimate(0.1, 0.1, 2, 2)}}
-    assert _best(found | part, ["leakage"]) == {("MIFO", "a", "leakage")}
+    for part in (Estimate(0.1, 0.1, 2, 2, 2), estimate_runs({("one", seed): 0.1 for seed in range(5)})):
+        assert _best(found | {("part", "a"): {"leakage": part}}, ["leakage"]) == {("MIFO", "a", "leakage")}
 
 
 def test_the_written_forms_agree(folder, made):
@@ -498,6 +522,7 @@ def test_a_page_shows_each_row_on_one_scene_and_seed(folder, made, monkeypatch):
             save_pictures(Path(settings.paths.output) / "pictures", pictures)
 
     monkeypatch.setattr(execute, "perform", run)
+    monkeypatch.delitem(LABELS, "leakage")  # a metric of one's own has none
     table(["small", "table.workers=0"])
     assert "](pictures-cars.jpg)" in (results(folder) / "table.md").read_text()
     page = np.asarray(Image.open(results(folder) / "pictures-cars.jpg").convert("RGB")) / 255.0
@@ -604,15 +629,15 @@ def test_runs_of_a_table_are_logged_where_a_logger_is_chosen(folder, made, monke
 def test_an_interval_is_that_of_students_t():
     values = [0.3, 0.5, 0.4, 0.9]
     low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
-    found = estimate(values, 8)
+    found = estimate(values, 8, 4)
     assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
     assert (found.count, found.runs) == (4, 8)
-    assert estimate([1.0], 1).half is None
+    assert estimate([1.0], 1, 1).half is None
 
 
 def test_seeds_of_a_scene_count_as_one_value_where_there_are_several_scenes():
     values = {("a", 0): 0.0, ("a", 1): 0.2, ("b", 0): 0.4, ("b", 1): 0.6}
-    assert estimate_runs(values) == estimate([0.1, 0.5], 4)
+    assert estimate_runs(values) == estimate([0.1, 0.5], 4, 2)
     assert estimate_runs({key: value for key, value in values.items() if key[0] == "a"}).count == 2
 
 
@@ -638,7 +663,7 @@ def test_a_plot_shows_which_rows_lack_scenes(kind):
     """Such a row may have the easy scenes alone: its point is hollow, and on no front."""
     names = ["editability", "instance_consistency"]
     found = {
-        (row, "a"): {name: estimate(values, 2) for name in names}
+        (row, "a"): {name: estimate(values, 2, 2) for name in names}
         for row, values in {"MIFO": [0.2, 0.4], "none": [0.3, 0.4], "part": [0.9]}.items()
     }
 
@@ -658,17 +683,17 @@ def test_a_plot_shows_which_rows_lack_scenes(kind):
 
 @pytest.mark.parametrize("kind", ["dots", "lines"])
 def test_intervals_end_where_the_range_does(kind):
-    found = {("A", scenes): {"leakage": estimate([0.2, 0.9], 2)} for scenes in ("2", "3")}
+    found = {("A", scenes): {"leakage": estimate([0.2, 0.9], 2, 2)} for scenes in ("2", "3")}
     (axes,) = draw_table(found, ["leakage"], kind, "Title").axes
     ends = np.concatenate([bar for lines in axes.collections for bar in lines.get_segments()])
     along = ends[:, 0 if kind == "dots" else 1]
-    assert estimate([0.2, 0.9], 2).half > 1 and (along.min(), along.max()) == pytest.approx((0, 1))
+    assert estimate([0.2, 0.9], 2, 2).half > 1 and (along.min(), along.max()) == pytest.approx((0, 1))
 
 
 def test_a_legend_of_many_sets_stays_on_the_page_and_tells_them_apart() -> None:
     sets = [f"a set of scenes, number {index}" for index in range(12)]
     figure = draw_table(
-        {("MIFO", each): {"leakage": Estimate(0.2, 0.1, 8, 8)} for each in sets}, ["leakage"], "dots", ""
+        {("MIFO", each): {"leakage": Estimate(0.2, 0.1, 8, 8, 8)} for each in sets}, ["leakage"], "dots", ""
     )
     figure.draw_without_rendering()
     (legend,) = figure.legends
@@ -686,7 +711,7 @@ def test_a_legend_of_many_sets_stays_on_the_page_and_tells_them_apart() -> None:
 def test_a_plot_shows_every_mean(kind):
     found = {
         (row, scenes): {
-            metric: estimate([0.1 * i, 0.1 * i + 0.05], 2)
+            metric: estimate([0.1 * i, 0.1 * i + 0.05], 2, 2)
             for metric in ("editability", "instance_consistency")
         }
         for i, (row, scenes) in enumerate([("A", "2"), ("B", "2"), ("A", "3"), ("B", "3")])
@@ -700,6 +725,16 @@ def test_a_plot_shows_every_mean(kind):
         for value in [*line.get_xdata(), *line.get_ydata()]
     }
     assert means <= shown
+
+
+def test_a_pareto_plot_without_its_scores_is_refused_and_a_set_without_them_stays_empty(folder):
+    with pytest.raises(MifoError, match=r"pareto.*add editability to table\.columns"):
+        read_table(folder / "small", ["table.plot=pareto", "table.columns=[leakage, instance_consistency]"])
+    whole = {metric: estimate([0.1, 0.2], 2, 2) for metric in PARETO}
+    figure = draw_table(
+        {("A", "2"): whole, ("A", "3"): {"editability": whole["editability"]}}, [], "pareto", ""
+    )
+    assert [len(axes.texts) for axes in figure.axes] == [1, 0]  # a number beside each point
 
 
 def test_an_override_that_levels_what_methods_differ_in_is_refused(folder):

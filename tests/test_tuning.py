@@ -118,6 +118,10 @@ def test_an_objective_replaces_that_of_the_file_and_one_factor_changes_alone(sma
         ("tune.objective={box_adherence: 1}", "box_adherence was not measured.*take.*editability, leakage"),
         ("tune.trails=3", "trails"),
         ("penalty.reward_steps=-1", "refused.*to_step"),
+        ("instances=three_cars", r"set by the tuning's scenes.*'tune\.scenes=\[three_cars\]'"),
+        ("seed=3", r"set by the tuning's seeds.*'tune\.seeds=\[3\]'"),
+        ("penalty.reward_weight=2", "set by the tuning's method 'MIFO'.*small/tune.yaml"),
+        ("penalty=dice", "set by the tuning's method"),
         ("tune.methods.MIFO.search={penalty.reward_weight: [0, 1, 2]}", "least, first and largest"),
     ],
 )

@@ -184,7 +184,7 @@ def report(table: pd.DataFrame, evaluator: PictureEvaluator, fit: Fit) -> str:
         part = scenes[scenes.scene.str.startswith(start)]
         found = {case: part[part.case == case][metrics] for case in cases}
         rows = [
-            [case, *(str(estimate(own[metric].dropna().tolist(), len(own))) for metric in metrics)]
+            [case, *(str(estimate(own[metric].dropna().tolist(), len(own), len(own))) for metric in metrics)]
             for case, own in found.items()
         ]
         lines += ["", f"## {title}", "", *markdown_table(pd.DataFrame(rows, columns=["case", *heads]))]

@@ -1,5 +1,6 @@
 """`mifo masks`: masks of what boxes or clicks point at, or those of a folder, shown over the picture."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from PIL import Image
 
 from mifo.commands.setup import prepare
+from mifo.config.compose import written
 from mifo.config.jobs import claim_folder
 from mifo.config.schema import MasksSettings
 from mifo.data.instances import read_instances
@@ -60,8 +62,9 @@ def masks(settings: MasksSettings) -> Path:
     for i, (name, share) in enumerate(zip(names, found.mean((1, 2)).tolist(), strict=True)):
         print(f"<asset{i}>  {name}: {share:.1%} of the picture")
     if settings.instances is None:
-        print(f"learn: mifo run model=sd15 instances=local instances.folder={folder / 'photo'}", end=" ")
-        print(f"'instances.class_names=[{','.join(names)}]'")
+        given = {"instances.folder": folder / "photo", "instances.class_names": names}
+        chosen = ["model=sd15", "instances=local", *(f"{key}={written(each)}" for key, each in given.items())]
+        print(f"learn: {shlex.join(['mifo', 'run', *chosen])}")
     print(f"masks: {folder / 'masks.png'}")
     return folder / "masks.png"
 

@@ -11,11 +11,10 @@ from mifo.miniature.pretraining.run import pretrain as make_weights
 
 def pretrain(settings: PretrainTaskSettings) -> Path:
     """Train the named parts and write them as model folders; returns the folder of the weights."""
-    prepare(settings)
-    folder = claim_folder(settings)
+    device, folder = prepare(settings), claim_folder(settings)
     weights = folder / "weights"
     with open_loggers(settings) as loggers:
-        finished = make_weights(settings.pretraining, folder / CHECKPOINTS, weights, loggers)
+        finished = make_weights(settings.pretraining, folder / CHECKPOINTS, weights, device, loggers)
     for part, done in finished.items():
         print(f"{part}: {'finished' if done else 'stopped early; go on with resume=' + str(folder)}")
     print(f"weights: {weights}")

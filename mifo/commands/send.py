@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import Logger
 from rich.progress import track
 
 from mifo.commands.setup import has_wandb_key, open_logger, open_loggers
-from mifo.config.compose import compose, settings_of
+from mifo.config.compose import compose, settings_of, written
 from mifo.config.jobs import lock_folder, unlock_folder
 from mifo.config.schema import RunSettings
 from mifo.data.instances import read_instances
@@ -60,7 +60,7 @@ def _send_all(name: str, title: str, table: Path, ended: Sequence[Done]) -> None
 def _settings(done: Done, folder: Path, planned: RunSettings) -> RunSettings:
     """The settings of a finished run, with a logger of Weights & Biases and the code that made the run."""
     chosen = [] if "wandb" in planned.logger else ["logger=wandb"]
-    given = [*done.run.overrides, *chosen, f"paths.output='{folder}'"]
+    given = [*done.run.overrides, *chosen, f"paths.output={written(folder)}"]
     settings: RunSettings = settings_of(compose("run", given, **planned.origin.place))
     settings.logger = {"wandb": settings.logger["wandb"]}
     if (about := done.entry().about) is not None:

@@ -52,15 +52,14 @@ def prepare(settings: TaskSettings) -> torch.device:
         warnings.filterwarnings("ignore", message=hint)
     disable_progress_bar()
     seed_everything(settings.seed, verbose=False)
-    if isinstance(settings, ModelTaskSettings):
+    if isinstance(settings, ModelTaskSettings | QualitySettings):
         torch.set_float32_matmul_precision(settings.performance.matmul_precision)
         compute_repeatably(settings.performance.deterministic)
         if settings.performance.threads:
             torch.set_num_threads(settings.performance.threads)
     device = device_of(settings)
-    if isinstance(settings, ModelTaskSettings):
-        load_libraries(device)
     if isinstance(settings, ModelTaskSettings | QualitySettings):
+        load_libraries(device)
         import_module("diffusers.utils.logging").disable_progress_bar()  # tasks without a model import none
     return device
 

@@ -17,11 +17,11 @@ from mifo.config.identity import told_code
 from mifo.config.jobs import claim_folder
 from mifo.config.schema import SpeedrunSettings
 from mifo.errors import MifoError
-from mifo.files import LOCKLESS, check_room, finite_number, read_csv
+from mifo.files import LOCKLESS, check_room, finite_number, read_csv, refuse_existing
 from mifo.making.pictures import make_pictures
 from mifo.metrics.evaluation import PictureEvaluator
 from mifo.report.tables import write_csv
-from mifo.training.fit import learn
+from mifo.training.fit import CHECKPOINTS, learn
 
 NUMBERS = ("seconds", "step", "identification", "leakage", "seed")
 TEXTS = ("stage", "date", "commit", "device", "torch", "overrides")
@@ -44,12 +44,22 @@ def speedrun(settings: SpeedrunSettings) -> Path:
         raise MifoError(
             "a speedrun needs metrics, and two instances or more that can be taken for each other"
         )
+    if not all(each.boxes for each in setup.layouts):
+        raise MifoError(
+            "a speedrun looks at instances in their boxes; take a layout that has boxes, such as row"
+        )
+    if (cache := settings.learning.prior.cache) is None:
+        raise MifoError(
+            "learning.prior.cache=null takes class pictures of earlier runs, which no clock counts; leave it out"
+        )
     board = Path(settings.leaderboard)
     if board.is_dir():
         raise MifoError(f"leaderboard={board} is a folder; name a file, such as {board / 'leaderboard.csv'}")
     check_room(board.parent, 2**20)
     _read_board(board)
     device, folder = prepare(settings), claim_folder(settings)
+    for made in (folder / CHECKPOINTS, cache):  # no clock would count what is there
+        refuse_existing(made)
     evaluator = PictureEvaluator.from_settings(settings.metrics, device)
     model = load_model(settings.model, device)
     make = partial(

@@ -57,13 +57,13 @@ def synthesize(settings: SynthesizeSettings) -> Path:
             check_apart(settings, wanted)
     device = prepare(settings)
     claim_folder(settings)
+    if finished:
+        print(f"pictures: {target} (made before with the same settings, and kept)")
+        return target
     if len(sources) == 1:
         record_instances(sources[0], target)
     else:
         record_joined(sources, target)
-    if finished:
-        print(f"pictures: {target} (made before with the same settings, and kept)")
-        return target
     if device.type == "cuda":
         shapes, performance = load_shapes(settings.model), available(settings.performance, device)
         tell_memory(synthesis_memory(shapes, settings.synthesis, settings.guidance, performance), device)

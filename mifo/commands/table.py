@@ -13,7 +13,7 @@ from rich.markdown import Markdown
 from mifo.config.compose import key_of
 from mifo.config.launch import launcher
 from mifo.errors import MifoError
-from mifo.tables.asked import of_hydra
+from mifo.tables.asked import of_hydra, wants_own_gpu
 from mifo.tables.execute import Done, execute, finished
 from mifo.tables.plan import Run, plan
 from mifo.tables.record import EVALUATORS, Entry, read_record
@@ -37,7 +37,7 @@ def table(arguments: list[str]) -> int:
     target = Path(settings.results or f"outputs/tables/{name}-{asked}")
     if settings.workers:
         hydra = ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={settings.workers}", *hydra]
-    launch = launcher("mifo.tables.execute.make_runs", hydra, target, "exclusive_gpu=true" in overrides)
+    launch = launcher("mifo.tables.execute.make_runs", hydra, target, wants_own_gpu(overrides))
     runs = plan(name, settings, overrides)
     _tell_refusals(runs)
     record = {key: entry for each in settings.records for key, entry in _record(each, runs).items()}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mifo.config.launch import launcher
-from mifo.tables.asked import of_hydra
+from mifo.tables.asked import of_hydra, wants_own_gpu
 from mifo.tables.record import read_record
 from mifo.tables.tuning import Trial, best_trials, read_tuning, write_tuning
 from mifo.tables.tuning import tune as search
@@ -24,7 +24,7 @@ def tune(arguments: list[str]) -> int:
     settings, overrides = read_tuning(folder, changes)
     name = folder.resolve().name
     target = Path(settings.results or f"outputs/tuning/{name}")
-    launch = launcher("mifo.tables.execute.make_runs", hydra, target, "exclusive_gpu=true" in overrides)
+    launch = launcher("mifo.tables.execute.make_runs", hydra, target, wants_own_gpu(overrides))
     record = read_record(Path(settings.record)) if settings.record else {}
     claim_results(target, settings, overrides, "tune")
     trials: list[Trial] = []

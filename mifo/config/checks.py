@@ -45,7 +45,7 @@ def check(settings: TaskSettings) -> None:
         check_least("metrics", metrics, batch_size=1, windows=1)
     if objectives := getattr(settings, "objectives", []):
         _check_objectives(objectives)
-    if isinstance(settings, ModelTaskSettings):
+    if isinstance(settings, ModelTaskSettings | QualitySettings):
         from mifo.acceleration.profile import check_performance
 
         check_performance(settings.performance)

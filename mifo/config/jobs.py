@@ -14,7 +14,6 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
@@ -22,13 +21,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mifo.config.compose import as_plain, explain
+from mifo.config.compose import as_plain, explain, key_of
 from mifo.config.identity import code_version, run_signature
 from mifo.config.resume import FREE, Command, read_settings
 from mifo.config.schema import Origin, TaskSettings
 from mifo.data.photo_folder import folder_digest
 from mifo.errors import MifoError, refuse
-from mifo.files import COMMAND, CONFIG, LOCKLESS, STATUS, read_record, remove, write_whole
+from mifo.files import COMMAND, CONFIG, LOCKLESS, STATUS, read_record, remove, whole_file, write_whole
 
 LOCK = ".lock"
 
@@ -214,7 +213,8 @@ class Job:
     def fail(self, reason: str) -> None:
         """Record that the job failed, unless the run in its folder was another one, which has not."""
         if self._before is not None and self.folder not in _claimed:
-            (self.folder / STATUS).write_bytes(self._before)
+            with whole_file(self.folder / STATUS) as unfinished:
+                unfinished.write_bytes(self._before)
         else:
             self.tell("failed", reason)
 
@@ -225,7 +225,7 @@ def sweep_folder() -> Path | None:
 
 
 def report_sweep() -> bool:
-    """Print how each job of the sweep ended, if there was a sweep; returns whether there was one."""
+    """Print how each job of the sweep ended, if there was one; returns whether a job of it has a status."""
     global _sweep_folder
     if _sweep_folder is None:
         return False
@@ -296,8 +296,8 @@ def _record_command(folder: Path, settings: TaskSettings) -> None:
                 f"{what} changed since the run in {folder} began; choose another folder for the new run"
             )
         return
-    typed = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     signature = run_signature(as_plain(settings), files) if instances else None
+    typed = [text for text in settings.origin.overrides if key_of(text) != "paths.output"]
     record = asdict(Command(typed, str(Path.cwd()), files, signature))
     write_whole(command, json.dumps(record, indent=2) + "\n")
 

@@ -15,7 +15,7 @@ from hydra.types import HydraContext, RunMode
 from hydra.utils import get_method
 from omegaconf import DictConfig
 
-from mifo.config.compose import REFUSALS, explain
+from mifo.config.compose import REFUSALS, explain, written
 from mifo.config.gpus import claim_if_asked
 from mifo.config.location import conf_folder
 from mifo.config.schema import TaskSettings
@@ -67,7 +67,11 @@ def launcher(function: str, overrides: Sequence[str], folder: Path, exclusive_gp
     Raises:
         MifoError: the launcher is not installed, or has no such key.
     """
-    own = [f"hydra.sweep.dir='{folder.absolute()}'", "hydra.sweep.subdir=.", "hydra.output_subdir=null"]
+    own = [
+        f"hydra.sweep.dir={written(folder.absolute())}",
+        "hydra.sweep.subdir=.",
+        "hydra.output_subdir=null",
+    ]
     quiet = ["hydra/hydra_logging=none", "hydra/job_logging=none", "hydra.job.name=table"]
     with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
         composer = GlobalHydra.instance().hydra

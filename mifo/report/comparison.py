@@ -58,7 +58,7 @@ def draw_comparison(
         for place, line in enumerate(lines):
             _write(draw, MARGIN, y + 22 * place, line, 18, INK)
         for place, (metric, value) in enumerate(row.scores.items()):
-            told = f"{LABELS[metric].lower()} {value:.2f}"
+            told = f"{LABELS.get(metric, metric).lower()} {value:.2f}"
             _write(draw, MARGIN, y + 22 * len(lines) + 10 + 19 * place, told, 14, MUTED)
         for column, picture in enumerate(row.pictures, 1):
             drawn = draw_layout(picture.boxes, as_image(picture.image), SIDE, labels=False)

@@ -1,6 +1,6 @@
 """What a table or a tuning is asked: a file in a folder of experiments/, changed by the command line."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from fnmatch import fnmatch
 from pathlib import Path
@@ -101,6 +101,32 @@ def of_hydra(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The arguments that choose how Hydra launches, and the others."""
     own = [text for text in arguments if key_of(text).startswith(("hydra/", "hydra."))]
     return own, [text for text in arguments if text not in own]
+
+
+def check_fixed(
+    task: str, fixed: Mapping[str, str], overrides: Sequence[str], instead: Callable[[str, str, str], str]
+) -> None:
+    """Refuse `overrides` of every run that would replace what its runs are told apart by.
+
+    Args:
+        task: table | tune. fixed: what sets a key, by the key.
+        instead: the argument that one gives instead, of what sets the key, the key and the value.
+    """
+    if "method" in fixed:  # whose options choose these groups
+        fixed = {**fixed, **dict.fromkeys(("penalty", "recipe"), fixed["method"])}
+    for override in overrides:
+        key, value = key_of(override), override.partition("=")[2]
+        if key in fixed:
+            raise MifoError(
+                f"{key} is set by the {task}'s {fixed[key]}, which {override} would falsify; "
+                f"give '{instead(fixed[key], key, value)}' instead"
+            )
+
+
+def wants_own_gpu(overrides: Sequence[str]) -> bool:
+    """Whether the last override of `exclusive_gpu`, if there is one, says true."""
+    found = [text.partition("=")[2] for text in overrides if key_of(text) == "exclusive_gpu"]
+    return bool(found) and found[-1].lower() == "true"
 
 
 def check_only(key: str, only: Sequence[str], labels: Iterable[str]) -> None:

@@ -13,7 +13,7 @@ from mifo.tables.record import Entry
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean of `count` values from `runs` runs, and half the width of its 95 % interval.
+    """A mean of `count` values from `runs` runs of `scenes`, and half the width of its 95 % interval.
 
     `half` is None where there is one value.
     """
@@ -22,6 +22,7 @@ class Estimate:
     half: float | None
     count: int
     runs: int
+    scenes: int
 
     def __str__(self) -> str:
         return f"{self.mean:.3f}" + ("" if self.half is None else f" ± {self.half:.3f}")
@@ -54,13 +55,13 @@ def measured(entries: Sequence[tuple[Run, Entry]]) -> list[Measured]:
     ]
 
 
-def estimate(values: Sequence[float], runs: int) -> Estimate:
-    """Mean and half-width t₀.₉₇₅(n − 1)·s/√n of independent `values` from so many runs."""
+def estimate(values: Sequence[float], runs: int, scenes: int) -> Estimate:
+    """Mean and half-width t₀.₉₇₅(n − 1)·s/√n of independent `values` from so many runs of so many scenes."""
     count = len(values)
     half = None
     if count > 1:
         half = float(student.ppf(0.975, count - 1) * np.std(values, ddof=1) / np.sqrt(count))
-    return Estimate(float(np.mean(values)), half, count, runs)
+    return Estimate(float(np.mean(values)), half, count, runs, scenes)
 
 
 def estimate_runs(values: Mapping[tuple[str, int], float]) -> Estimate:
@@ -71,9 +72,9 @@ def estimate_runs(values: Mapping[tuple[str, int], float]) -> Estimate:
     """
     scenes = sorted({scene for scene, _ in values})
     if len(scenes) == 1:
-        return estimate(list(values.values()), len(values))
+        return estimate(list(values.values()), len(values), 1)
     of_scenes = ([value for (own, _), value in values.items() if own == scene] for scene in scenes)
-    return estimate([float(np.mean(each)) for each in of_scenes], len(values))
+    return estimate([float(np.mean(each)) for each in of_scenes], len(values), len(scenes))
 
 
 def cells(runs: Sequence[Measured], metrics: Sequence[str]) -> dict[tuple[str, str], dict[str, Estimate]]:
@@ -100,16 +101,19 @@ def differences(
 
 
 def partial_cells(found: Cells) -> set[tuple[str, str, str]]:
-    """(row, scenes, metric) where another row has more scenes: this one may have the easy ones alone."""
-    most: dict[tuple[str, str], int] = {}
+    """(row, scenes, metric) where another row has more scenes: this one may have the easy ones alone.
+
+    So where a set has one scene, and another row has more seeds of it.
+    """
+    most: dict[tuple[str, str], tuple[int, int]] = {}
     for (_, scenes), estimates in found.items():
         for metric, each in estimates.items():
-            most[scenes, metric] = max(each.count, most.get((scenes, metric), 0))
+            most[scenes, metric] = max((each.scenes, each.count), most.get((scenes, metric), (0, 0)))
     return {
         (row, scenes, metric)
         for (row, scenes), estimates in found.items()
         for metric, each in estimates.items()
-        if each.count < most[scenes, metric]
+        if (each.scenes, each.count) < most[scenes, metric]
     }
 
 

@@ -15,7 +15,7 @@ from typing import cast
 
 import torch
 
-from mifo.config.compose import compose, root_cause, settings_of
+from mifo.config.compose import compose, root_cause, settings_of, written
 from mifo.config.identity import code_version
 from mifo.config.jobs import STATUS, lock_folder, read_status, state_of, unlock_folder, write_status
 from mifo.config.launch import Launch, perform
@@ -148,7 +148,7 @@ def _make(folder: Path, overrides: list[str], place: dict[str, str | None]) -> N
     started = time.monotonic()
     status, error = "ok", None
     try:
-        perform(settings_of(compose("run", [*overrides, f"paths.output='{folder}'"], **place)))
+        perform(settings_of(compose("run", [*overrides, f"paths.output={written(folder)}"], **place)))
     except Exception as raised:
         status, error = "failed", f"{type(raised).__name__}: {raised}"
     except BaseException:

@@ -12,6 +12,7 @@ from mifo.metrics.evaluation import titled
 from mifo.metrics.scores import RANGES
 from mifo.report.palette import PALETTE, hexadecimal, instance_colour
 from mifo.tables.collect import Cells, Estimate, pareto_front, partial_cells
+from mifo.tables.settings import PARETO
 
 
 def draw_table(cells: Cells, columns: Sequence[str], kind: str, title: str) -> Figure:
@@ -58,22 +59,22 @@ def _lines(cells: Cells, columns: Sequence[str]) -> Figure:
 
 def _pareto(cells: Cells, columns: Sequence[str]) -> Figure:
     """Points with numbers, named beside the panels, since those of a sweep lie close together."""
-    metrics = across, up = "editability", "instance_consistency"
+    across, up = PARETO
     (rows, sets), lacking = _names(cells), partial_cells(cells)
     figure, panels = _panels(len(sets), 4.6, 4.2)
     figure.set_figwidth(figure.get_figwidth() + 0.06 * max(map(len, rows)))
     fronts: set[str] = set()
     for axes, scenes in zip(panels, sets, strict=True):
-        found = {row: cells[row, scenes] for row in rows if {*metrics} <= cells.get((row, scenes), {}).keys()}
+        found = {row: cells[row, scenes] for row in rows if {*PARETO} <= cells.get((row, scenes), {}).keys()}
         points = [(each[across].mean, each[up].mean) for each in found.values()]
-        whole = [i for i, row in enumerate(found) if not {(row, scenes, each) for each in metrics} & lacking]
+        whole = [i for i, row in enumerate(found) if not {(row, scenes, each) for each in PARETO} & lacking]
         front = [whole[index] for index in pareto_front([points[index] for index in whole])]
         fronts |= {row for index, row in enumerate(found) if index in front}
         best_points = [[points[index][side] for index in front] for side in (0, 1)]
         axes.plot(*best_points, "-", color="#9ca3af", zorder=1)
         for index, (row, each) in enumerate(found.items()):
             best, partial = index in front, index not in whole
-            (x, y), (wide, high) = points[index], ([_half_widths(each[key], key)] for key in metrics)
+            (x, y), (wide, high) = points[index], ([_half_widths(each[key], key)] for key in PARETO)
             _errorbars(axes, [x], [y], 0 if best else 7, None, wide, high, faint=True, hollow=[partial])
             number = {
                 "color": "black" if partial else "white",
@@ -82,8 +83,9 @@ def _pareto(cells: Cells, columns: Sequence[str]) -> Figure:
                 "va": "center_baseline",
             }
             axes.annotate(str(rows.index(row) + 1), points[index], zorder=5 + best, **number)
-        # of sweeps over a few scenes the intervals are many times as long as the points are apart
-        for limit, values in zip((axes.set_xlim, axes.set_ylim), zip(*points, strict=True), strict=True):
+        # of sweeps over a few scenes the intervals are many times as long as the points are apart;
+        # where no row has both scores there is no point
+        for limit, values in zip((axes.set_xlim, axes.set_ylim), zip(*points, strict=True), strict=False):
             margin = 0.15 * (max(values) - min(values)) or 0.05
             limit(min(values) - margin, max(values) + margin)
         axes.set(xlabel=titled(across), ylabel=titled(up))

@@ -10,12 +10,13 @@ from omegaconf import MISSING
 from mifo.config.compose import key_of
 from mifo.errors import MifoError, check_known
 from mifo.metrics.scores import RANGES
-from mifo.tables.asked import check_only, read_asked
+from mifo.tables.asked import check_fixed, check_only, read_asked
 
 FILE = "table.yaml"
 LABELLED = ("rows", "grid", "scenes")  # their keys are the user's
 _COLUMNS = ("editability", "instance_consistency", "identification", "leakage", "class_accuracy")
 PLOTS = ("dots", "lines", "pareto")
+PARETO = ("editability", "instance_consistency")  # across and up
 
 
 @dataclass
@@ -117,23 +118,20 @@ def _check(settings: TableSettings, file: Path) -> None:
         *(("columns", column, RANGES) for column in settings.columns),
     ):
         check_known(f"table.{key}", value, known)
+    if settings.plot == "pareto" and (lacking := {*PARETO} - {*settings.columns}):
+        raise MifoError(f"table.plot=pareto is of two scores; add {min(lacking)} to table.columns")
 
 
 def _check_labels(settings: TableSettings, overrides: list[str]) -> None:
     """Refuse `overrides` of every run that would replace what rows, scenes or seeds are named by."""
     fixed = {key_of(delta): f"row '{label}'" for label, deltas in settings.rows.items() for delta in deltas}
     fixed |= {key_of(key): "grid" for key in settings.grid} | {"instances": "scenes", "seed": "seeds"}
-    if "method" in fixed:  # whose options choose these groups
-        fixed |= dict.fromkeys(("penalty", "recipe"), fixed["method"])
-    for override in overrides:
-        key, value = key_of(override), override.partition("=")[2]
-        if key in fixed:
-            instead = {
-                "scenes": f"table.scenes={{{value}: [{value}]}}",
-                "seeds": f"table.seeds=[{value}]",
-                "grid": f"table.grid={{{key}: [{value}]}}",
-            }.get(fixed[key], f"table.rows={{LABEL: [{override}]}}")
-            raise MifoError(
-                f"{key} is set by the table's {fixed[key]}, which {override} would falsify; "
-                f"give '{instead}' instead"
-            )
+
+    def instead(place: str, key: str, value: str) -> str:
+        return {
+            "scenes": f"table.scenes={{{value}: [{value}]}}",
+            "seeds": f"table.seeds=[{value}]",
+            "grid": f"table.grid={{{key}: [{value}]}}",
+        }.get(place, f"table.rows={{LABEL: [{key}={value}]}}")
+
+    check_fixed("table", fixed, overrides, instead)

@@ -11,12 +11,13 @@ from typing import Any
 import pandas as pd
 from omegaconf import MISSING, OmegaConf
 
+from mifo.config.compose import key_of
 from mifo.config.launch import Launch
 from mifo.errors import MifoError, check_package
 from mifo.files import write_whole
 from mifo.metrics.evaluation import METRICS
 from mifo.report.tables import write_csv
-from mifo.tables.asked import check_only, is_wanted, read_asked
+from mifo.tables.asked import check_fixed, check_only, is_wanted, read_asked
 from mifo.tables.collect import measured
 from mifo.tables.execute import execute
 from mifo.tables.plan import Run, plan
@@ -105,6 +106,14 @@ def read_tuning(folder: Path, arguments: Sequence[str]) -> tuple[TuningSettings,
         for key, values in method.search.items():
             if len(values) != 3 or not 0 < values[0] <= values[1] <= values[2]:
                 raise MifoError(f"{file}: {label}: {key} needs its least, first and largest value, above 0")
+    fixed = {"instances": "scenes", "seed": "seeds"}
+    for label, method in settings.methods.items():
+        fixed |= {key_of(text): f"method '{label}'" for text in (*method.overrides, *method.search)}
+
+    def instead(place: str, key: str, value: str) -> str:
+        return f"tune.{place}=[{value}]" if key in ("instances", "seed") else f"another value in {file}"
+
+    check_fixed("tuning", fixed, overrides, instead)
     check_only("tune.only", settings.only, settings.methods)
     settings.methods = {
         label: each for label, each in settings.methods.items() if is_wanted(label, settings.only)

@@ -144,7 +144,7 @@ def _markdown(
         f"code {', '.join(f'{code} × {count}' for code, count in codes.items())}; measured by {evaluators}.",
         "Mean ± half of the 95 % interval (Student's t) over scenes, whose seeds are averaged first, or over "
         "seeds where there is one scene: n of them. Bold: the best of each set of scenes, of rows with the "
-        "largest n.",
+        "most scenes.",
         "",
         *_markdown_table(found, columns, bold=True),
     ]

@@ -43,7 +43,9 @@ SHARD = "12MB"
 log = logging.getLogger(__name__)
 
 
-def pretrain(settings: PretrainSettings, work: Path, weights: Path, logger=True) -> dict[str, bool]:
+def pretrain(
+    settings: PretrainSettings, work: Path, weights: Path, device: torch.device, logger=True
+) -> dict[str, bool]:
     """Train ``settings.parts`` in order, each going on from its checkpoint in ``work``, and write what is
     there as model folders into ``weights``: ``pipeline/`` and ``pipeline_mmdit/`` (diffusers), ``clip/``
     (open_clip), ``vit/`` (transformers), ``segmenter/``.
@@ -67,7 +69,6 @@ def pretrain(settings: PretrainSettings, work: Path, weights: Path, logger=True)
         _take_over(Path(settings.after), work)
     if settings.start:
         _begin_with(WEIGHTS / "pipeline" if settings.start == "embedded" else Path(settings.start), work)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         log.warning("Without a GPU pretraining may take days; the denoiser takes half an hour of one H100.")
     torch.set_float32_matmul_precision("high")
@@ -104,7 +105,7 @@ def pretrain(settings: PretrainSettings, work: Path, weights: Path, logger=True)
                 empty = torch.tensor(tokenizer("", padding="max_length").input_ids)
                 module = DenoiserPretraining(scenes, latents, text_encoder, empty, settings, unet)
             torch.save(factor, work / FACTOR)
-        finished[part] = fit(module, work / part, settings.minutes, logger)
+        finished[part] = fit(module, work / part, device, settings.minutes, logger)
         average = module.average.module.get_submodule("text_encoder" if part == "text_encoder" else "")
         torch.save(average.state_dict(), work / f"{part}.pt")
         print(f"{part}: {module.global_step} steps in {time.perf_counter() - began:.0f} s", flush=True)

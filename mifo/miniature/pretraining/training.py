@@ -130,14 +130,16 @@ class Minutes(Timer):
         return {}
 
 
-def fit(module: Pretraining, folder: Path, minutes: float | None = None, logger=True) -> bool:
+def fit(
+    module: Pretraining, folder: Path, device: torch.device, minutes: float | None = None, logger=True
+) -> bool:
     """Train ``module`` to its number of steps, from ``folder``/last.ckpt on; → whether it is finished.
 
     After ``minutes`` it stops with a checkpoint, from which the next call goes on.
     """
     folder.mkdir(parents=True, exist_ok=True)
     last = folder / "last.ckpt"
-    cuda = torch.cuda.is_available()
+    cuda = device.type == "cuda"
     trainer = L.Trainer(
         max_steps=module.settings.steps,
         accelerator="gpu" if cuda else "cpu",
