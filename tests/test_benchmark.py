@@ -198,17 +198,23 @@ def test_the_second_process_finds_what_the_first_compiled(tmp_path, monkeypatch)
         write_record(tmp_path / f"{name}.json", taken, {"both_stages": learned})
     program = tmp_path / "python"
     program.write_text(
-        '#!/bin/sh\n[ "$3" = benchmark ] || { echo "not $3"; exit 1; }\n'
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/told\n'
+        '[ "$3" = benchmark ] || { echo "not $3"; exit 1; }\n'
         'for each; do case $each in benchmark.folder=*) records="${each#*=}";; esac; done; mkdir "$records"\n'
         f'cd {tmp_path}; if [ -d "$TRITON_CACHE_DIR" ]; then cp warm.json "$records"\n'
         'else mkdir "$TRITON_CACHE_DIR"; cp cold.json "$records"; fi\n'
     )
     program.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(program))
-    row = processes(Bench(BenchmarkSettings(), PerformanceSettings(), CPU, "float32", None, None))
+    typed = {"performance.compile": "performance.compile=true", "penalty": "penalty=dice"}
+    bench = Bench(BenchmarkSettings(), PerformanceSettings(), CPU, "float32", None, None, typed)
+    row = processes(bench)
     assert row.seconds == 32 and row.notes["first process, no kernel compiled before"] == 52
     with pytest.raises(MifoError, match="a run failed in the benchmark: not run"):
-        ROWS["demo"](Bench(BenchmarkSettings(), PerformanceSettings(), CPU, "float32", None, None))
+        ROWS["demo"](bench)
+    *both, demo = (tmp_path / "told").read_text().splitlines()
+    assert all({*typed.values()} <= {*each.split()} for each in both)
+    assert {*typed.values()} & {*demo.split()} == {"performance.compile=true"}
 
 
 def test_median_spread_and_operations():

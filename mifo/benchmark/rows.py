@@ -52,6 +52,7 @@ class Bench:
     Attributes:
         dtype: of U-Net and text encoder when they are loaded.
         learning, penalty: how it is learned; most rows set the numbers of steps.
+        typed: by key, the overrides of `performance`, `learning`, `penalty` and `model`, for other processes.
         peak: 10¹² operations a second of this machine, once it is measured.
     """
 
@@ -61,6 +62,7 @@ class Bench:
     dtype: str
     learning: LearningSettings
     penalty: PenaltySettings
+    typed: dict[str, str] = field(default_factory=dict)
     peak: dict[str, float] = field(default_factory=dict)
 
     def learn(
@@ -339,7 +341,8 @@ def processes(bench: Bench) -> Measurement:
 
     The first is noted beside, and how long each process took with its imports, random weights and pictures.
     """
-    wanted = ("benchmark.rows=[both_stages]", f"benchmark.shapes={bench.settings.shapes}")
+    typed = [text for key, text in bench.typed.items() if not key.startswith("performance.")]
+    wanted = ("benchmark.rows=[both_stages]", f"benchmark.shapes={bench.settings.shapes}", *typed)
     found = []
     with tempfile.TemporaryDirectory() as folder:
         caches = {name: f"{folder}/{name}" for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
@@ -467,7 +470,8 @@ def _demos(bench: Bench, count: int, *overrides: str) -> float:
 
 def _command(bench: Bench, task: str, folder: str, *overrides: str) -> list[str]:
     """A task of MIFO on this device with this profile, in a folder of its own."""
-    usual = (f"device={bench.device.type}", f"performance={bench.performance.name}")
+    profile = [text for key, text in bench.typed.items() if key.startswith("performance.")]
+    usual = (f"device={bench.device.type}", f"performance={bench.performance.name}", *profile)
     return [sys.executable, "-m", "mifo", task, *usual, f"hydra.run.dir={folder}", *overrides]
 
 
@@ -490,12 +494,7 @@ class _Process:
             raise MifoError(f"a run failed in the benchmark: {reason}")
 
 
-def by_name(*rows: Callable[[Bench], Measurement]) -> dict[str, Callable[[Bench], Measurement]]:
-    """Rows by the names of their functions."""
-    return {row.__name__: row for row in rows}
-
-
-ROWS = by_name(
+_ROWS: tuple[Callable[[Bench], Measurement], ...] = (
     matrix_product,
     stage1_step,
     stage2_step,
@@ -514,6 +513,7 @@ ROWS = by_name(
     by_instances,
     by_resolution,
 )
+ROWS = {row.__name__: row for row in _ROWS}
 
 
 def tried(row: Callable[[Bench], Measurement], bench: Bench) -> Measurement:

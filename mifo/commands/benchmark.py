@@ -14,6 +14,7 @@ from mifo.benchmark.measuring import Measurement
 from mifo.benchmark.records import Circumstances, write_record, write_table
 from mifo.benchmark.rows import ROWS, Bench
 from mifo.commands.setup import prepare
+from mifo.config.compose import key_of
 from mifo.config.identity import told_code
 from mifo.config.location import conf_folder
 from mifo.config.schema import BenchmarkTaskSettings
@@ -42,6 +43,11 @@ def benchmark(settings: BenchmarkTaskSettings) -> Path:
         settings.model.dtype,
         settings.learning,
         settings.penalty,
+        {
+            key: text
+            for text in settings.origin.overrides
+            if (key := key_of(text)).startswith(("performance.", "learning.", "penalty", "model."))
+        },
     )
     profile = profile_and_changes(settings.performance)
     taken = Circumstances.now(device, profile, settings.benchmark.shapes, told_code())

@@ -50,7 +50,7 @@ def speedrun(settings: SpeedrunSettings) -> Path:
         )
     if (cache := settings.learning.prior.cache) is None:
         raise MifoError(
-            "learning.prior.cache=null takes class pictures of earlier runs, which no clock counts; leave it out"
+            "learning.prior.cache=null takes class pictures of earlier runs, which are not timed; leave it out"
         )
     board = Path(settings.leaderboard)
     if board.is_dir():
