@@ -10,7 +10,7 @@ from mifo.config.compose import REFUSALS, compose, explain, settings_of, written
 from mifo.config.jobs import Job, unlock_folder
 from mifo.config.launch import perform
 from mifo.config.location import fresh_folder
-from mifo.errors import MifoError
+from mifo.errors import MifoError, told
 
 
 def call(task: str, overrides: tuple[str, ...], keys: Mapping[str, Any]) -> Any:
@@ -54,7 +54,7 @@ def call(task: str, overrides: tuple[str, ...], keys: Mapping[str, Any]) -> Any:
         job.tell("ok")
         return result
     except BaseException as error:
-        job.fail(str(error) if isinstance(error, MifoError) else f"{type(error).__name__}: {error}")
+        job.fail(told(error))
         raise
     finally:
         unlock_folder(folder)

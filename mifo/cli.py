@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mifo.errors import MifoError, refuse
+from mifo.errors import MifoError, refuse, told
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -220,7 +220,7 @@ def run_job(config: "DictConfig") -> Any:
                 remember(config, folder)
         return result
     except BaseException as error:
-        reason = str(error) if isinstance(error, MifoError) else f"{type(error).__name__}: {error}"
+        reason = told(error)
         code = _signalled(error)
         with _undisturbed() as held:
             with suppress(OSError):  # a full disk may be why the job ends, and must not hide it

@@ -54,6 +54,18 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def root_cause(error: BaseException) -> str:
+    """The first line of what went wrong in the first place, of an exception raised from others."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error)
+
+
+def told(error: BaseException) -> str:
+    """What a record of a failed run says: a refusal's sentence, or the class and the message."""
+    return str(error) if isinstance(error, MifoError) else f"{type(error).__name__}: {error}"
+
+
 def refuse(reason: str) -> NoReturn:
     """End the process with one sentence and exit code 2."""
     print("mifo: error:", " ".join(reason.split()), file=sys.stderr)

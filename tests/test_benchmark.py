@@ -18,7 +18,7 @@ from mifo.benchmark.rows import ROWS, Bench, processes
 from mifo.benchmark.settings import BenchmarkSettings
 from mifo.benchmark.shapes import SHAPES, random_instances, random_model, row_of_boxes
 from mifo.commands.benchmark import benchmark, profile_and_changes
-from mifo.config import compose, settings_of
+from mifo.config.compose import compose, settings_of
 from mifo.config.identity import told_code
 from mifo.errors import MifoError
 from mifo.method.losses.settings import PenaltySettings, TermSettings

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mifo.commands.calibrate import calibrate, named_scenes, report_correlations
-from mifo.config import compose, settings_of
+from mifo.config.compose import compose, settings_of
 from mifo.data.instance_names import find_source
 from mifo.data.instances import read_instances
 from mifo.data.layouts import LayoutSettings, layouts

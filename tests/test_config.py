@@ -13,9 +13,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torchvision.ops import box_iou
 
-from mifo.config import compose, conf_folder, settings_of
 from mifo.config.checks import check
-from mifo.config.compose import check_options
+from mifo.config.compose import check_options, compose, settings_of
+from mifo.config.location import conf_folder
 from mifo.config.schema import SCHEMAS
 from mifo.data.layouts import LayoutSettings, layouts
 from mifo.errors import MifoError

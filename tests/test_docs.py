@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 from test_masks import segmenter  # noqa: F401
 
-from mifo.config import compose, conf_folder
+from mifo.config.compose import compose
+from mifo.config.location import conf_folder
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("experiments/**/*.md"))]

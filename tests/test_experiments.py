@@ -14,9 +14,10 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args, load_sweep_
 
 from mifo.commands.results import _FILTER
 from mifo.commands.run import run
-from mifo.config import compose, conf_folder, settings_of
 from mifo.config.checks import check
+from mifo.config.compose import compose, settings_of
 from mifo.config.launch import launcher
+from mifo.config.location import conf_folder
 from mifo.metrics.evaluation import METRICS
 from mifo.tables.settings import read_table
 from mifo.tables.tuning import read_tuning

@@ -18,7 +18,7 @@ from mifo.acceleration.graphs import GraphedFunction
 from mifo.acceleration.settings import PerformanceSettings
 from mifo.backbones.loading import load_model
 from mifo.backbones.settings import ModelSettings
-from mifo.config import compose, settings_of
+from mifo.config.compose import compose, settings_of
 from mifo.data.settings import PriorSettings
 from mifo.training.fit import learn
 from mifo.training.settings import LearningSettings, StageSettings, adamw, adamw_8bit

@@ -19,7 +19,8 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from mifo.commands.evaluate import pictures_folder, print_scores, recorded_instances, scored
 from mifo.commands.synthesize import learned_folder
-from mifo.config import compose, conf_folder, settings_of
+from mifo.config.compose import compose, settings_of
+from mifo.config.location import conf_folder
 from mifo.data.saved_pictures import Picture, read_pictures, save_pictures
 from mifo.errors import MifoError
 from mifo.metrics.box_adherence import BoxAdherence, find_instance

@@ -9,7 +9,7 @@ import torch
 import yaml
 from torchvision.ops import box_iou
 
-from mifo.config import conf_folder
+from mifo.config.location import conf_folder
 from mifo.data.instances import read_instances
 from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError

@@ -31,8 +31,8 @@ from mifo.acceleration.settings import PerformanceSettings
 from mifo.backbones.attention import draws_in_training
 from mifo.backbones.loading import load_model
 from mifo.backbones.settings import ModelSettings
-from mifo.config import compose, settings_of
 from mifo.config.checks import check
+from mifo.config.compose import compose, settings_of
 from mifo.data.settings import PriorSettings
 from mifo.errors import MifoError
 from mifo.making.class_pictures import class_pictures

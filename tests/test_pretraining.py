@@ -153,7 +153,7 @@ def test_class_maps_agree_with_the_drawings():
 
 
 def test_parts_are_refused_by_name(tmp_path):
-    with pytest.raises(MifoError, match="'unet' is no part"):
+    with pytest.raises(MifoError, match=r"pretraining\.parts=unet is not known"):
         pretrain(tiny(["unet"], 1), tmp_path, tmp_path, CPU)
     with pytest.raises(MifoError, match="'autoencoder' must be made first"):
         pretrain(tiny(["denoiser"], 1), tmp_path / "work", tmp_path / "weights", CPU, logger=False)

@@ -5,7 +5,7 @@ import torch
 from scipy.stats import binomtest
 
 from mifo.commands.quality import quality, report
-from mifo.config import compose, settings_of
+from mifo.config.compose import compose, settings_of
 from mifo.errors import MifoError
 from mifo.method.prompts.instances import check_instances
 from mifo.miniature.pretraining.segmenter import BACKGROUND
@@ -119,7 +119,7 @@ def test_one_command_measures_and_records(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"), [("parts=[taste]", "'taste' is no part"), ("weights=nowhere", "holds no pipeline/")]
+    ("given", "message"), [("parts=[taste]", "parts=taste is not known"), ("weights=nowhere", "holds no pipeline/")]
 )
 def test_what_cannot_be_measured_is_refused(given, message, tmp_path):
     with pytest.raises(MifoError, match=message):

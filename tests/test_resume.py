@@ -15,8 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from mifo.config import compose, settings_of
-from mifo.config.compose import as_plain
+from mifo.config.compose import as_plain, compose, settings_of
 from mifo.config.jobs import read_status, write_status
 from mifo.config.resume import folder_to_resume
 

@@ -8,7 +8,7 @@ import pytest
 from mifo.backbones.loading import load_model
 from mifo.callbacks import speedrun as stopwatch
 from mifo.commands.speedrun import alone, speedrun
-from mifo.config import compose, settings_of
+from mifo.config.compose import compose, settings_of
 from mifo.errors import MifoError
 from mifo.metrics.evaluation import Evaluation, PictureEvaluator
 from mifo.metrics.scores import Evaluator, Score

@@ -14,7 +14,8 @@ import pytest
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 
-from mifo.config import compose, jobs, settings_of
+from mifo.config import jobs
+from mifo.config.compose import compose, settings_of
 from mifo.config.identity import CodeVersion
 from mifo.config.jobs import claim_folder, read_status, unlock_folders, write_status
 from mifo.config.sweeps import is_kept, place_of_job, remember

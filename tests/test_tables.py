@@ -25,8 +25,8 @@ from tiny import tiny_pipeline
 
 from mifo.commands.send import log_curves
 from mifo.commands.table import table
-from mifo.config import identity, settings_of
-from mifo.config.compose import compose
+from mifo.config import identity
+from mifo.config.compose import compose, settings_of
 from mifo.config.identity import CodeVersion
 from mifo.data.saved_pictures import Picture, save_pictures
 from mifo.errors import MifoError

@@ -111,7 +111,7 @@ def test_an_objective_replaces_that_of_the_file_and_one_factor_changes_alone(sma
     [
         ("tune.trials=0", "at least one trial"),
         ("tune.only=[Dice]", "none is called Dice; take some of MIFO"),
-        ("tune.objective={beauty: 1}", r"objective\.beauty is no score"),
+        ("tune.objective={beauty: 1}", r"objective=beauty is not known; take one of editability"),
         ("tune.only=[MIFO, Dice]", "none is called Dice; take some of MIFO"),
         ("tune.only=MIFO", r"tune\.only=MIFO must be written as \[ONE, OTHER\]"),
         ("tune.objective=leakage", r"tune\.objective=leakage must be written as \{LABEL: VALUE\}"),

@@ -20,6 +20,7 @@ import torch
 from mifo.backbones.model import ORIGIN, DiffusionModel, Trainable
 from mifo.errors import MifoError
 from mifo.files import CONFIG, as_record, checksum, read_json, refuse_existing, whole_folder
+from mifo.method.prompts.instances import instance_tokens
 from mifo.tensors import read_tensors, write_tensors
 
 FORMAT = 1
@@ -122,7 +123,7 @@ def read_learned(folder: Path | str) -> Learned:
     learned = as_record(content, Learned, file)
     count = len(learned.tokens)
     wrong = {
-        "tokens": learned.tokens != [f"<asset{i}>" for i in range(count)] or not count,
+        "tokens": learned.tokens != instance_tokens(count) or not count,
         "class_names": learned.class_names is not None and len(learned.class_names) != count,
         "initializers": learned.initializers is not None and len(learned.initializers) != count,
         "trainable": learned.trainable not in get_args(Trainable),

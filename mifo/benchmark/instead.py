@@ -8,7 +8,7 @@ from mifo.acceleration.kernels import computed_by
 from mifo.benchmark.measuring import Measurement
 from mifo.benchmark.records import AGAIN, BASELINE, WITHOUT
 from mifo.benchmark.rows import ROWS, Bench, tried
-from mifo.errors import MifoError
+from mifo.errors import check_known
 from mifo.training.settings import adamw
 
 
@@ -62,10 +62,8 @@ INSTEAD = {
 
 def check_instead(names: Sequence[str]) -> None:
     """Refuse a name that is none of `INSTEAD`."""
-    if unknown := [name for name in names if name not in INSTEAD]:
-        raise MifoError(
-            f"benchmark.instead names {unknown[0]}, which is not known; take some of {', '.join(INSTEAD)}."
-        )
+    for name in names:
+        check_known("benchmark.instead", name, INSTEAD)
 
 
 def plan(rows: Sequence[str], instead: Sequence[str]) -> dict[str, tuple[str, Instead]]:

@@ -39,6 +39,7 @@ from mifo.files import read_record
 from mifo.making.pictures import make_pictures, picture_sampler
 from mifo.method.guidance.settings import GuidanceSettings
 from mifo.method.losses.settings import PenaltySettings
+from mifo.method.prompts.instances import instance_tokens
 from mifo.method.synthesis.settings import SynthesisSettings
 from mifo.training.fit import learn
 from mifo.training.settings import LearningSettings, StageSettings, adamw, adamw_8bit
@@ -115,7 +116,7 @@ class Bench:
         """
         performance = available(self.performance, self.device)
         model = random_model(self.settings.shapes, self.device, self.dtype, side)
-        tokens = [f"<asset{i}>" for i in range(boxes)]
+        tokens = instance_tokens(boxes)
         model.add_words(tokens)
         ready_for_synthesis(model, performance)
         layout = Layout(

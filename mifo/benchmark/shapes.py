@@ -37,7 +37,8 @@ from mifo.backbones.settings import ModelSettings
 from mifo.backbones.unet.model import UNetModel
 from mifo.backbones.z_image.model import ZImageModel
 from mifo.data.instances import InstanceSet
-from mifo.errors import MifoError
+from mifo.errors import check_known
+from mifo.method.prompts.instances import instance_tokens
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,7 @@ class Shapes:
 
 def find_shapes(name: str) -> Shapes:
     """One of the `SHAPES`. Raises MifoError for another name."""
-    if name not in SHAPES:
-        raise MifoError(f"benchmark.shapes={name} is not known; take {' or '.join(SHAPES)}.")
+    check_known("benchmark.shapes", name, SHAPES)
     return SHAPES[name]
 
 
@@ -282,7 +282,7 @@ def random_instances(count: int, side: int) -> InstanceSet:
     image = torch.randint(256, (3, side, side), dtype=torch.uint8, generator=generator)
     columns = torch.arange(side) * count // side
     masks = (columns == torch.arange(count)[:, None]).float()[:, None].expand(-1, side, -1).contiguous()
-    tokens = tuple(f"<asset{i}>" for i in range(count))
+    tokens = tuple(instance_tokens(count))
     return InstanceSet("noise", image, masks, ("car",) * count, (None,) * count, tokens)
 
 

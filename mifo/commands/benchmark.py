@@ -18,7 +18,7 @@ from mifo.config.compose import key_of
 from mifo.config.identity import told_code
 from mifo.config.location import conf_folder
 from mifo.config.schema import BenchmarkTaskSettings
-from mifo.errors import MifoError
+from mifo.errors import MifoError, check_known
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +30,8 @@ def benchmark(settings: BenchmarkTaskSettings) -> Path:
         MifoError: a row that does not exist, or no row could be measured.
     """
     wanted = settings.benchmark.rows or list(ROWS)
-    if unknown := [name for name in wanted if name not in ROWS]:
-        raise MifoError(
-            f"benchmark.rows names {unknown[0]}, which is no row; take some of {', '.join(ROWS)}."
-        )
+    for name in wanted:
+        check_known("benchmark.rows", name, ROWS)
     check_instead(settings.benchmark.instead)
     device = prepare(settings)
     bench = Bench(

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from mifo.commands.setup import has_wandb_key
-from mifo.config.compose import root_cause
 from mifo.config.location import conf_folder
 from mifo.config.schema import DashboardSettings, Origin, RunSettings
-from mifo.errors import MifoError, nearest
+from mifo.errors import MifoError, nearest, root_cause
 from mifo.files import existing_folder, read_text
 from mifo.tables.settings import read_table
 from mifo.tables.write import newest_results

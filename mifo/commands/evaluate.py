@@ -11,14 +11,14 @@ from rich.progress import track
 from rich.table import Table
 
 from mifo.commands.setup import open_loggers, prepare
-from mifo.config.jobs import CONFIG, claim_folder
+from mifo.config.jobs import claim_folder
 from mifo.config.schema import EvaluateSettings
 from mifo.data.instance_names import instances_in
 from mifo.data.instances import InstanceSet, read_instances
 from mifo.data.saved_pictures import Picture, read_pictures
 from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
-from mifo.files import existing_folder, read_yaml
+from mifo.files import CONFIG, existing_folder, read_yaml
 from mifo.method.prompts.instances import INSTANCE
 from mifo.metrics.evaluation import PictureEvaluator
 from mifo.metrics.scores import SCORES, Evaluation, Score, has_scores

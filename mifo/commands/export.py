@@ -16,7 +16,7 @@ from mifo.backbones.model import DiffusionModel
 from mifo.backbones.tokens import is_known
 from mifo.commands.setup import prepare
 from mifo.commands.synthesize import learned_folder
-from mifo.config.jobs import CONFIG, claim_folder
+from mifo.config.jobs import claim_folder
 from mifo.config.schema import ExportTaskSettings
 from mifo.data.instance_names import instances_in
 from mifo.data.instances import read_instances
@@ -26,7 +26,7 @@ from mifo.exporting.formats import holds, lora_name, lora_tensors, word_files
 from mifo.exporting.low_rank import LowRank, low_rank
 from mifo.exporting.pipeline import absent_parts, check_words, save_pipeline
 from mifo.exporting.settings import exported_words
-from mifo.files import refuse_existing, whole_folder, write_whole
+from mifo.files import CONFIG, refuse_existing, whole_folder, write_whole
 from mifo.metrics.scores import SCORES, Evaluation, has_scores
 from mifo.tensors import write_tensors
 

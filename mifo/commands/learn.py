@@ -16,11 +16,11 @@ from mifo.backbones.model import DiffusionModel
 from mifo.callbacks.samples import SamplePictures
 from mifo.commands.readiness import Setup, check_ready
 from mifo.commands.setup import open_loggers, prepare
-from mifo.config.compose import root_cause
-from mifo.config.jobs import CONFIG, claim_folder
+from mifo.config.jobs import claim_folder
 from mifo.config.schema import LearnSettings
 from mifo.data.instances import InstanceSet
-from mifo.errors import MifoError
+from mifo.errors import MifoError, root_cause
+from mifo.files import CONFIG
 from mifo.tracking.results import at_no_cost, log_learned
 from mifo.training.fit import learn as fit
 from mifo.training.fit import remove_checkpoints

@@ -23,7 +23,7 @@ from mifo.config.jobs import claim_folder
 from mifo.config.schema import QualitySettings
 from mifo.data.layouts import Layout
 from mifo.data.saved_pictures import as_image
-from mifo.errors import MifoError
+from mifo.errors import MifoError, check_known
 from mifo.files import WEIGHTS, write_whole
 from mifo.making.pictures import make_pictures
 from mifo.miniature import quality as measures
@@ -63,11 +63,10 @@ def quality(settings: QualitySettings) -> Path:
         "text_to_image": text_to_image,
         "box_control": lambda: _box_control(settings, weights, device, folder),
     }
-    if unknown := [part for part in settings.parts if part not in parts]:
-        raise MifoError(f"parts: '{unknown[0]}' is no part of quality; choose from {', '.join(parts)}")
     if not settings.parts:
         raise MifoError(f"parts=[] measures nothing; choose from {', '.join(parts)}")
     for part in settings.parts:
+        check_known("parts", part, parts)
         if lost := [judge for judge in JUDGES.get(part, ()) if not (weights / judge).is_dir()]:
             raise MifoError(
                 f"parts: {part} needs {weights / lost[0]}/; copy {WEIGHTS / lost[0]} there, "

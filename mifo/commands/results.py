@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from mifo.errors import MifoError, nearest
+from mifo.errors import MifoError, check_known, nearest
 from mifo.files import STATUS
 from mifo.report.tables import spreadsheet_text
 from mifo.tracking.index import Index, near, read_facts
@@ -81,8 +81,7 @@ def _list(arguments: Sequence[str]) -> None:
             options[key] = _value(key, text) if text else options[key]
         else:
             filters.append((key, sign, text))
-    if options["format"] not in ("table", "csv", "json"):
-        raise MifoError(f"format={options['format']} is not known; take table, csv or json")
+    check_known("format", options["format"], ("table", "csv", "json"))
     index = Index(folders) if folders else Index()
     runs = _chosen(index, filters, str(options["sort"]))
     columns = options["columns"] or [key for key in _COLUMNS if index.has(key)]

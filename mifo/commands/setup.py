@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from mifo.acceleration.libraries import load_libraries
 from mifo.acceleration.repeatable import compute_repeatably
-from mifo.config.compose import as_plain, root_cause
+from mifo.config.compose import as_plain
 from mifo.config.schema import (
     EvaluateSettings,
     LearnSettings,
@@ -31,7 +31,7 @@ from mifo.config.schema import (
     QualitySettings,
     TaskSettings,
 )
-from mifo.errors import MifoError
+from mifo.errors import MifoError, root_cause
 from mifo.files import read_text, write_whole
 from mifo.tracking.results import define_metrics
 from mifo.tracking.trackio_logger import TrackioLogger

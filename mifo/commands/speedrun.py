@@ -49,9 +49,7 @@ def speedrun(settings: SpeedrunSettings) -> Path:
             "a speedrun looks at instances in their boxes; take a layout that has boxes, such as row"
         )
     if (cache := settings.learning.prior.cache) is None:
-        raise MifoError(
-            "learning.prior.cache=null takes class pictures of earlier runs, which are not timed; leave it out"
-        )
+        raise MifoError("learning.prior.cache=null takes class pictures that are not timed; leave it out")
     board = Path(settings.leaderboard)
     if board.is_dir():
         raise MifoError(f"leaderboard={board} is a folder; name a file, such as {board / 'leaderboard.csv'}")

@@ -12,14 +12,14 @@ from mifo.backbones.learned import load_learned, read_learned
 from mifo.backbones.loading import load_model, load_outline
 from mifo.backbones.shapes import load_shapes
 from mifo.commands.setup import prepare, tell_memory
-from mifo.config.jobs import CONFIG, claim_folder
+from mifo.config.jobs import claim_folder
 from mifo.config.schema import RunSettings, SynthesizeSettings
 from mifo.data.instance_names import instances_in
 from mifo.data.instances import read_instances, save_side_by_side
 from mifo.data.layouts import Layout, layouts
 from mifo.data.saved_pictures import save_pictures
 from mifo.errors import MifoError
-from mifo.files import existing_folder, whole_folder, write_whole
+from mifo.files import CONFIG, existing_folder, whole_folder, write_whole
 from mifo.making.pictures import make_pictures
 from mifo.making.together import joined_tokens, put_together
 from mifo.method.prompts.instances import INSTANCE, check_placeholders, find_instances

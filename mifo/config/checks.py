@@ -88,8 +88,8 @@ def _check_gpu() -> None:
 
 
 def _check_objectives(objectives: list[str]) -> None:
-    if unknown := [name for name in objectives if name not in RANGES]:
-        raise MifoError(f"objectives: {unknown[0]} is no score; take some of {', '.join(RANGES)}")
+    for name in objectives:
+        check_known("objectives", name, RANGES)
 
 
 def _check_node(group: str, name: str, node: Any, settings: TaskSettings) -> None:

@@ -25,7 +25,7 @@ from mifo.config.identity import listed_defaults, register_resolvers
 from mifo.config.location import conf_folder
 from mifo.config.renamed import renamed
 from mifo.config.schema import SCHEMAS
-from mifo.errors import MifoError, first_line, nearest
+from mifo.errors import MifoError, nearest
 from mifo.files import read_text, refuse_aliases
 from mifo.world.drawn import drawn_option
 
@@ -357,13 +357,6 @@ def refused(error: OmegaConfBaseException) -> str:
     """What OmegaConf says of a value that it refuses, and which one to take."""
     said = (error.msg or str(error)).splitlines()[0].rstrip(".")
     return "; ".join([said, *(fix for part, fix in _FIXES.items() if part in said)])
-
-
-def root_cause(error: BaseException) -> str:
-    """The first line of what went wrong in the first place, of an exception raised from others."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return first_line(error)
 
 
 def _walk(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

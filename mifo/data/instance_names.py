@@ -11,6 +11,7 @@ from mifo.data.photo_folder import image_file, mask_sources
 from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError, check_known, first_line
 from mifo.files import as_record, read_yaml
+from mifo.method.prompts.instances import instance_tokens
 from mifo.world.drawn import DrawnSettings
 from mifo.world.spec import SceneSpec, check_scene
 
@@ -85,7 +86,7 @@ def name_instances(settings: InstancesSettings) -> InstanceNames:
     for key in ("class_names", "initializers"):
         _check_number(key, getattr(settings, key), count)
     return InstanceNames(
-        tokens=tuple(f"<asset{i}>" for i in range(count)),
+        tokens=tuple(instance_tokens(count)),
         class_names=tuple(settings.class_names or known) or None,
         initializers=tuple(settings.initializers or starts),
     )

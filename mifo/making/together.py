@@ -19,7 +19,7 @@ from mifo.backbones.learned import Learned, load_learned, read_learned
 from mifo.backbones.model import DiffusionModel
 from mifo.errors import MifoError
 from mifo.method.backbone import Conditioning, Read, Rules, Site
-from mifo.method.prompts.instances import INSTANCE
+from mifo.method.prompts.instances import INSTANCE, instance_tokens
 from mifo.method.regions.grids import resize_shapes
 from mifo.method.regions.rules import MOST_SUBJECTS
 
@@ -28,7 +28,7 @@ _OWNERS = "owners"  # a part of the conditioning: the member whose word a token 
 
 def joined_tokens(results: Sequence[Learned]) -> list[str]:
     """The words of several results in one prompt: those of the first keep their numbers, others follow."""
-    return [f"<asset{i}>" for i in range(sum(len(each.tokens) for each in results))]
+    return instance_tokens(sum(len(each.tokens) for each in results))
 
 
 @torch.no_grad()

@@ -15,13 +15,13 @@ from typing import cast
 
 import torch
 
-from mifo.config.compose import compose, root_cause, settings_of, written
+from mifo.config.compose import compose, settings_of, written
 from mifo.config.identity import code_version
-from mifo.config.jobs import STATUS, lock_folder, read_status, state_of, unlock_folder, write_status
+from mifo.config.jobs import lock_folder, read_status, state_of, unlock_folder, write_status
 from mifo.config.launch import Launch, perform
 from mifo.config.schema import RunSettings
-from mifo.errors import MifoError
-from mifo.files import read_record, whole_folder, write_whole
+from mifo.errors import MifoError, root_cause, told
+from mifo.files import STATUS, read_record, whole_folder, write_whole
 from mifo.metrics.scores import SCORES, Evaluation
 from mifo.tables.plan import Run
 from mifo.tables.record import About, Entry
@@ -150,7 +150,7 @@ def _make(folder: Path, overrides: list[str], place: dict[str, str | None]) -> N
     try:
         perform(settings_of(compose("run", [*overrides, f"paths.output={written(folder)}"], **place)))
     except Exception as raised:
-        status, error = "failed", f"{type(raised).__name__}: {raised}"
+        status, error = "failed", told(raised)
     except BaseException:
         write_status(folder, "interrupted", overrides, "stopped by a signal; the same command continues it")
         raise

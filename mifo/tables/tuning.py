@@ -13,7 +13,7 @@ from omegaconf import MISSING, OmegaConf
 
 from mifo.config.compose import key_of
 from mifo.config.launch import Launch
-from mifo.errors import MifoError, check_package
+from mifo.errors import MifoError, check_known, check_package
 from mifo.files import write_whole
 from mifo.metrics.evaluation import METRICS
 from mifo.report.tables import write_csv
@@ -100,8 +100,8 @@ def read_tuning(folder: Path, arguments: Sequence[str]) -> tuple[TuningSettings,
     check_package("mifo tune", "optuna", "optuna")
     if not settings.methods or not settings.scenes or not settings.objective or settings.trials < 1:
         raise MifoError(f"{file}: tuning needs methods, scenes, an objective and at least one trial")
-    if unknown := settings.objective.keys() - METRICS.keys():
-        raise MifoError(f"{file}: objective.{min(unknown)} is no score; take some of {', '.join(METRICS)}")
+    for metric in settings.objective:
+        check_known(f"{file}: objective", metric, METRICS)
     for label, method in settings.methods.items():
         for key, values in method.search.items():
             if len(values) != 3 or not 0 < values[0] <= values[1] <= values[2]:

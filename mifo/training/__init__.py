@@ -1,1 +1,1 @@
-"""Learning the instances: the objective of both stages and the LightningModules around it."""
+"""Learning the instances: the LightningModule of both stages, its data and its optimisers."""

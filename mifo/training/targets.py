@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from mifo.errors import MifoError, nearest
+from mifo.errors import MifoError, nearest, root_cause
 from mifo.training.settings import StageSettings
 
 
@@ -73,10 +73,7 @@ def make(key: str, node: Mapping[str, Any], *inputs: Any, usual: Mapping[str, An
     try:
         return instantiate({**node, "_partial_": True, "_convert_": "all"})(*inputs, **usual, **fixed)
     except Exception as error:
-        cause = error.__cause__ or error
-        raise MifoError(
-            f"{key} does not take its arguments: {(str(cause).splitlines() or [''])[0]}"
-        ) from error
+        raise MifoError(f"{key} does not take its arguments: {root_cause(error)}") from error
 
 
 def make_optimizer(

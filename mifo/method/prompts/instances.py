@@ -10,6 +10,11 @@ from mifo.method.prompts.function_words import is_function_word
 INSTANCE = re.compile(r"<asset\d+>")
 
 
+def instance_tokens(count: int) -> list[str]:
+    """The names of so many instances in prompts: <asset0>, <asset1>, …"""
+    return [f"<asset{i}>" for i in range(count)]
+
+
 @dataclass(frozen=True)
 class PromptWords:
     """The words of a prompt as a model reads them."""

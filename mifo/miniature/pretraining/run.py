@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
 from transformers import ViTImageProcessor
 
-from mifo.errors import MifoError, check_least
+from mifo.errors import MifoError, check_known, check_least
 from mifo.files import WEIGHTS
 from mifo.miniature.pretraining.autoencoder import (
     AutoencoderPretraining,
@@ -53,11 +53,9 @@ def pretrain(
     Returns for each part whether it reached its number of steps; with ``settings.minutes`` a part may stop
     earlier. Raises MifoError for an unknown part or for one whose forerunner has not been made.
     """
-    unknown = [part for part in settings.parts if part not in PARTS]
-    if unknown:
-        raise MifoError(f"pretraining.parts: '{unknown[0]}' is no part; choose from {', '.join(PARTS)}.")
     check_least("pretraining", settings, scenes=1)
     for part in settings.parts:
+        check_known("pretraining.parts", part, PARTS)
         check_least(f"pretraining.{part}", getattr(settings, part), steps=1, batch_size=1)
     if settings.minutes is not None and not 0 < settings.minutes < inf:
         raise MifoError(f"pretraining.minutes={settings.minutes} must be above 0; null sets no limit.")
