@@ -223,7 +223,7 @@ FAMILIES = {
 _ALSO = {"Qwen3Model": "Qwen3ForCausalLM"}
 
 
-def family_of(folder: Path, t5: bool = False) -> Family:
+def family_of(folder: Path, t5: bool) -> Family:
     """The family of a pipeline folder; where its index names no known class, told by its parts.
 
     Args:

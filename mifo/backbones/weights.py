@@ -33,7 +33,7 @@ def weight_patterns(variant: str | None, parts: Collection[str]) -> list[str]:
     ]
 
 
-def weight_files(folder: Path, part: str, variant: str | None = None) -> list[Path]:
+def weight_files(folder: Path, part: str, variant: str | None) -> list[Path]:
     """The files from which transformers and diffusers load `part` of the pipeline `folder`.
 
     Raises:

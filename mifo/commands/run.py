@@ -58,9 +58,8 @@ def run(settings: RunSettings) -> Path:
         if settings.metrics is not None:
             with timed("evaluation"):
                 evaluation = scored(settings.metrics, pictures, instances, folder, device)
-            steps = settings.learning.finetuning.steps or settings.learning.semantic.steps
             with at_no_cost():
-                log_evaluation(loggers, evaluation, pictures, instances, steps)
+                log_evaluation(loggers, evaluation, pictures, instances, settings.learning.last_step)
     if settings.sheet and not (folder / "contact_sheet.html").is_file():
         sheet = Sheet(
             title=instances.name.replace("_", " "),

@@ -78,8 +78,7 @@ def _send(folder: Path, settings: RunSettings) -> None:
         if (folder / "learned").is_dir():
             named = instances.name, settings.method, settings.seed, settings.group
             log_learned(loggers, folder / "learned", *named)
-        steps = settings.learning.finetuning.steps or settings.learning.semantic.steps
-        log_evaluation(loggers, evaluation, pictures, instances, steps)
+        log_evaluation(loggers, evaluation, pictures, instances, settings.learning.last_step)
     (folder / _BEGUN).unlink()
 
 

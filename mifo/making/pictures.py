@@ -18,7 +18,7 @@ from mifo.method.synthesis.settings import SynthesisSettings
 
 
 def picture_sampler(
-    model: DiffusionModel, settings: SynthesisSettings, guidance: GuidanceSettings, graphs: bool = False
+    model: DiffusionModel, settings: SynthesisSettings, guidance: GuidanceSettings, graphs: bool
 ) -> Sampler:
     """A sampler of pictures; with `graphs` the network's passes are replayed as CUDA graphs."""
     return Sampler(model, settings, guidance, partial(GraphedFunction, wanted=graphs))

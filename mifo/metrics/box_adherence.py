@@ -23,7 +23,7 @@ class BoxAdherence(Metric):
         super().update(box_iou(found, boxes).diagonal())
 
 
-def find_instance(image: Tensor, reference: Tensor, box: Box, encoder: ImageEncoder, windows: int = 7) -> Box:
+def find_instance(image: Tensor, reference: Tensor, box: Box, encoder: ImageEncoder, windows: int) -> Box:
     """Return the window of `image` (3, H, W) in [0, 1] that is most similar to the feature `reference` (D,).
 
     The windows are the box itself and windows of its size at windows × windows even places over the picture;

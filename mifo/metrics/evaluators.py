@@ -114,7 +114,7 @@ class _BatchedEncoder(nn.Module):
 class OpenClipEncoder(_BatchedEncoder):
     """An open_clip model as evaluator of images and texts."""
 
-    def __init__(self, model: nn.Module, tokenizer, name: str, batch_size: int = 32, fit: Fit = Fit.pad):
+    def __init__(self, model: nn.Module, tokenizer, name: str, batch_size: int, fit: Fit):
         preprocessing = open_clip.get_model_preprocess_cfg(model)
         size = preprocessing["size"]
         super().__init__(
@@ -165,7 +165,7 @@ class DreamSimEncoder(_BatchedEncoder):
     So what a metric measures with it is a similarity as with every encoder, [−1, 1], higher is more alike.
     """
 
-    def __init__(self, model: nn.Module, name: str, batch_size: int = 32, fit: Fit = Fit.pad):
+    def __init__(self, model: nn.Module, name: str, batch_size: int, fit: Fit):
         # DreamSim normalises by itself, for each of its backbones in another way
         super().__init__(model, name, DREAMSIM_SIZE, (0.0,) * 3, (1.0,) * 3, batch_size, fit)
 

@@ -29,9 +29,7 @@ CASES_OF_ONE = ("perfect", "strangers")
 """The cases that need no second thing."""
 
 
-def calibration_picture(
-    spec: SceneSpec, case: str, layout: Layout, background: str, seed: int = 0
-) -> Picture:
+def calibration_picture(spec: SceneSpec, case: str, layout: Layout, background: str, seed: int) -> Picture:
     """Draw `case` of the scene `spec`; `layout` has one box for each of its N things, in their order."""
     own = list(range(len(spec.things)))
     following = [*own[1:], own[0]]
@@ -53,7 +51,7 @@ FAULTS = {
 
 
 def faulty_picture(
-    spec: SceneSpec, fault: str, wrong: int, layout: Layout, background: str, seed: int = 0
+    spec: SceneSpec, fault: str, wrong: int, layout: Layout, background: str, seed: int
 ) -> tuple[Picture, float]:
     """A picture in which `wrong` of the N boxes have a fault, and the share of boxes that have none.
 

@@ -1,7 +1,7 @@
 """What a contact sheet shows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -50,8 +50,8 @@ class Sheet:
     tokens: Sequence[str]
     class_names: Sequence[str | None]
     pictures: Sequence[Picture]
-    evaluation: Evaluation | None = None
-    facts: dict[str, str] = field(default_factory=dict)
+    evaluation: Evaluation | None
+    facts: dict[str, str]
 
     def scores_of(self, index: int) -> dict[str, float]:
         """Scores of picture `index`, by metric."""

@@ -21,7 +21,7 @@ def read_asked(
     example: str,
     schema: type,
     arguments: Sequence[str],
-    labelled: Sequence[str] = (),
+    labelled: Sequence[str],
 ) -> tuple[Any, set[str], list[str]]:
     """Read `folder/TASK.yaml` with the command line on top of it.
 

@@ -81,6 +81,11 @@ class LearningSettings(DrawSettings):
         return self.finetuning.steps > 0 and self.prior.weight > 0
 
     @property
+    def last_step(self) -> int:
+        """How many steps the last stage has."""
+        return self.finetuning.steps or self.semantic.steps
+
+    @property
     def stages(self) -> list[tuple["Stage", StageSettings, float]]:
         """Name, settings and weight of the prior of each stage, in their order; some may have no steps."""
         return [("semantic", self.semantic, 0.0), ("finetuning", self.finetuning, self.prior.weight)]

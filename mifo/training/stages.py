@@ -39,9 +39,9 @@ class LearningStage(lightning.LightningModule):
         instances: InstanceSet,
         settings: StageSettings,
         penalty: PenaltySettings,
-        prior_weight: float = 0.0,
-        graphs: bool = False,
-        passes_in: torch.dtype | None = None,
+        prior_weight: float,
+        graphs: bool,
+        passes_in: torch.dtype | None,
     ) -> None:
         """With `graphs` a step is replayed as a CUDA graph; that needs a GPU of NVIDIA.
 

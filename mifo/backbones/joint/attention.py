@@ -31,7 +31,7 @@ def place(kind: Kind, pixels: int, words_first: bool) -> slice:
 class JointRules:
     """The rules of one pass for the layers of a transformer, and the masks made of them, each made once."""
 
-    def __init__(self, rules: Rules | None, words_first: bool = False) -> None:
+    def __init__(self, rules: Rules | None, words_first: bool) -> None:
         self._rules = rules
         self.words_first = words_first
         self._bias = Biases()
@@ -177,9 +177,7 @@ def joint_rule(rules: Rules, size: tuple[int, int], words_first: bool = False) -
     return Rule(_joined(queries[::order]), _joined(keys[::order]))
 
 
-def row_levels(
-    query: Tensor, key: Tensor, scale: float, rule: Rule | None, padding: Tensor | None = None
-) -> Tensor:
+def row_levels(query: Tensor, key: Tensor, scale: float, rule: Rule | None, padding: Tensor | None) -> Tensor:
     """log Σ exp(scale · q·k) of whole rows, (B, heads, n, 1) in 32 bits, a few queries at a time.
 
     Args:

@@ -49,7 +49,7 @@ class SD3Attention(JointAttention):
 class AttentiveTransformer(JointNetwork):
     """Stable Diffusion 3.5's first blocks attend a second time, among pixels alone."""
 
-    def __init__(self, transformer: SD3Transformer2DModel, whole_row: bool = False) -> None:
+    def __init__(self, transformer: SD3Transformer2DModel, whole_row: bool) -> None:
         layers = []
         for number, block in enumerate(transformer.transformer_blocks):
             layers.append((f"transformer_blocks.{number}.attn", JOINT))
