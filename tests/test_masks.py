@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import yaml
 from PIL import Image
 from tiny import tiny_segmenter
 
-from mifo.config.compose import compose, settings_of
+from mifo.config.compose import compose, settings_of, written
 from mifo.config.launch import perform
 from mifo.data.instances import read_instances
 from mifo.data.photo_folder import folder_digest
@@ -188,13 +189,18 @@ def test_boxes_and_clicks_become_masks_that_can_be_learned(mifo, folder, segment
         "boxes={car: [0.1, 0.1, 0.6, 0.6]}",
         "points={car: [[0.3, 0.3], [0.9, 0.9, 0]], cat: [[0.7, 0.7]]}",
     ]
-    assert mifo("masks", "picture=img.png", f"segmenter={segmenter}", *pointed, "hydra.run.dir=M") == 0
+    place = "hydra.run.dir=" + written("it's M")
+    assert mifo("masks", "picture=img.png", f"segmenter={segmenter}", *pointed, place) == 0
     told = capsys.readouterr().out
     assert "<asset0>  car" in told and "<asset1>  cat" in told and "class_names=[car,cat]" in told
-    masks = [np.asarray(Image.open(folder / "M" / "photo" / f"mask{i}.png")) for i in (0, 1)]
+    masks = [np.asarray(Image.open(folder / "it's M" / "photo" / f"mask{i}.png")) for i in (0, 1)]
     assert all(mask.shape == (32, 32) and {*np.unique(mask)} <= {0, 255} and mask.any() for mask in masks)
-    assert Image.open(folder / "M" / "masks.png").size == (32, 32)
-    assert mifo("masks", "instances=local", "instances.folder=M/photo") == 0
+    assert Image.open(folder / "it's M" / "masks.png").size == (32, 32)
+    learn = told.partition("learn: ")[2].splitlines()[0]
+    assert mifo(*shlex.split(learn)[1:], "--cfg", "job") == 0
+    settings = yaml.safe_load(capsys.readouterr().out)["instances"]
+    assert settings["class_names"] == ["car", "cat"] and Path(settings["folder"], "mask1.png").is_file()
+    assert mifo("masks", "instances=local", f"instances.folder={written(settings['folder'])}") == 0
     assert "of the picture" in capsys.readouterr().out
 
 

@@ -119,7 +119,8 @@ def test_one_command_measures_and_records(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"), [("parts=[taste]", "parts=taste is not known"), ("weights=nowhere", "holds no pipeline/")]
+    ("given", "message"),
+    [("parts=[taste]", "parts=taste is not known"), ("weights=nowhere", "holds no pipeline/")],
 )
 def test_what_cannot_be_measured_is_refused(given, message, tmp_path):
     with pytest.raises(MifoError, match=message):

@@ -262,7 +262,7 @@ def test_two_runs_differ_in_what_is_named_and_a_sheet_is_opened(runs, capsys, mo
         (["sort=leakag"], "did you mean leakage?"),
         (["nosuch"], "nosuch is no folder and no filter"),
         (["leakage>much"], "leakage>much compares with no number"),
-        (["format=xml"], "take table, csv or json"),
+        (["format=xml"], "take one of table, csv, json"),
         (["limit=-1"], "limit=-1 is no number of runs"),
         (["diff", "one"], "diff takes two folders"),
         (["show", "multirun"], "multirun holds no run"),

@@ -1,5 +1,6 @@
 """`mifo masks`: masks of what boxes or clicks point at, or those of a folder, shown over the picture."""
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,19 @@ def masks(settings: MasksSettings) -> Path:
     for i, (name, share) in enumerate(zip(names, found.mean((1, 2)).tolist(), strict=True)):
         print(f"<asset{i}>  {name}: {share:.1%} of the picture")
     if settings.instances is None:
-        given = {"instances.folder": folder / "photo", "instances.class_names": names}
-        chosen = ["model=sd15", "instances=local", *(f"{key}={written(each)}" for key, each in given.items())]
-        print(f"learn: {shlex.join(['mifo', 'run', *chosen])}")
+        chosen = (
+            f"instances.folder={_typed(folder / 'photo')}",
+            f"instances.class_names=[{','.join(map(_typed, names))}]",
+        )
+        print(f"learn: {shlex.join(['mifo', 'run', 'model=sd15', 'instances=local', *chosen])}")
     print(f"masks: {folder / 'masks.png'}")
     return folder / "masks.png"
+
+
+def _typed(value: object) -> str:
+    """A value as one types it for Hydra: in quotes where it would not be read as it is."""
+    text = str(value)
+    return text if re.fullmatch(r"[\w./ -]+", text) else written(text)
 
 
 def _write(folder: Path, picture: Image.Image, found: torch.Tensor, names: tuple[str, ...]) -> None:
