@@ -54,7 +54,7 @@ def test_help_lists_every_task_and_its_keys(mifo, capsys):
         (["learn", "learning.union_sampling=x"], "is not a valid bool (type str); take true or false"),
         (
             ["learn", "tags=x"],
-            "tags: Invalid value assigned: AnyNode is not a ListConfig, list or tuple; write",
+            "tags: Invalid value assigned: one value is not a ListConfig, list or tuple; write",
         ),
         (
             ["export", "learned=[A,B]"],
@@ -329,6 +329,12 @@ def test_pictures_that_are_there_are_kept_when_a_sweep_is_repeated_or_resumed(mi
         assert mifo(*again[:1], *again[2:-1], "seed=1", "hydra.run.dir=S/0") == 2
         assert "already holds pictures" in capsys.readouterr().err
     assert listing.stat().st_mtime_ns == made
+    listing.unlink()  # pictures of somebody else's
+    mine = (tmp_path / "S" / "0" / "pictures" / "000.png").read_bytes()
+    for command in (again[:1] + again[2:-1], ["run", *model, "debug=default"]):
+        assert mifo(*command, "seed=1", "hydra.run.dir=S/0") == 2
+        assert "already holds pictures" in capsys.readouterr().err
+    assert (tmp_path / "S" / "0" / "pictures" / "000.png").read_bytes() == mine
 
 
 def test_results_made_anew_in_one_place_are_not_taken_for_those_before(mifo, model, tmp_path, capsys):

@@ -3,9 +3,11 @@
 import csv
 import io
 import json
+import os
 import shutil
 from dataclasses import asdict
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import yaml
@@ -141,6 +143,12 @@ def test_what_is_no_record_of_a_run_stops_no_list(runs, listed, name, content):
     make(runs / "outputs" / "run" / "odd", 9000, leakage=0.5)
     (runs / "outputs" / "run" / "odd" / name).write_text(content)
     assert len(listed()) == 302
+
+
+def test_a_folder_whose_name_is_no_text_is_left_out_and_named(runs, listed, caplog):
+    make(Path(os.fsdecode(b"outputs/run/bad\xff")), 9000, leakage=0.5)
+    assert len(listed()) == 301
+    assert "bad\\udcff' is left out, since its name is no text" in caplog.text
 
 
 def test_texts_of_a_csv_are_nothing_to_compute(runs, listed):

@@ -795,6 +795,8 @@ def test_parts_that_several_machines_made_become_one_table(folder, made):
     parts = "table.record=[part0, part1]"
     assert table(["small", parts, "table.missing=leave", "table.results=whole", "table.seeds=[0,1]"]) == 0
     assert not made and "4 of 4 runs" in (folder / "whole" / "table.md").read_text()
+    with pytest.raises(MifoError, match=r"table\.seeds=-1 is no seed"):
+        table(["small", "table.seeds=[0, -1]"])
     with pytest.raises(MifoError, match=r"table\.record=7 must be a folder of results, or several"):
         table(["small", "table.record=7"])
 
@@ -804,7 +806,10 @@ def test_a_record_does_not_shrink(folder, made):
     table(asked)
     before = (folder / "first" / "runs.csv").read_text()
     shutil.rmtree(next((folder / "outputs" / "runs").iterdir()))
-    with pytest.raises(MifoError, match=r"first would lose 1 runs .* table\.record=first"):
+    told = (
+        r"first would lose 1 runs .* such as '.*, three_cars, seed \d' \(not made yet\).* table\.record=first"
+    )
+    with pytest.raises(MifoError, match=told):
         table([*asked, "table.missing=leave"])
     assert (folder / "first" / "runs.csv").read_text() == before
     assert table([*asked, "table.missing=leave", "table.record=first"]) == 0

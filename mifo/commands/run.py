@@ -11,7 +11,7 @@ from mifo.commands.evaluate import print_scores, scored
 from mifo.commands.learn import learned_model
 from mifo.commands.readiness import LEARNING, Setup, check_ready, layout
 from mifo.commands.setup import open_loggers, prepare
-from mifo.commands.synthesize import make_and_save, record_instances
+from mifo.commands.synthesize import make_and_save, record_instances, refuse_foreign
 from mifo.config.jobs import claim_folder
 from mifo.config.schema import RunSettings
 from mifo.data.saved_pictures import read_pictures
@@ -34,6 +34,7 @@ def run(settings: RunSettings) -> Path:
     setup = Setup(settings)
     instances, wanted = setup.instances, setup.layouts
     folder = Path(settings.paths.output)
+    refuse_foreign(folder / "pictures")
     pictures_wanted = not (folder / "pictures" / "pictures.json").is_file()
     if pictures_wanted:
         check_ready(setup, (*LEARNING, layout))

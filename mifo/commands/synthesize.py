@@ -49,8 +49,7 @@ def synthesize(settings: SynthesizeSettings) -> Path:
     wanted = layouts(settings.layout, tokens)
     target = Path(settings.paths.output) / "pictures"
     finished = (target / "pictures.json").is_file()
-    if finished and not (target.parent / CONFIG).is_file():
-        raise MifoError(f"{target} already holds pictures, of unknown settings; choose another folder")
+    refuse_foreign(target)
     if not finished:
         check_layouts(settings, wanted, tokens)
         if len(results) > 1 and any(each.trainable != "tokens" for each in results):
@@ -75,6 +74,12 @@ def synthesize(settings: SynthesizeSettings) -> Path:
     make_and_save(model, settings, wanted, target)
     print(f"pictures: {target}")
     return target
+
+
+def refuse_foreign(pictures: Path) -> None:
+    """Refuse a folder of pictures beside which no run has recorded its settings."""
+    if pictures.is_dir() and any(pictures.iterdir()) and not (pictures.parent / CONFIG).is_file():
+        raise MifoError(f"{pictures} already holds pictures, of unknown settings; choose another folder")
 
 
 def make_and_save(

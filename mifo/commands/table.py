@@ -75,8 +75,9 @@ def _keep_all(target: Path, ended: Sequence[Done]) -> None:
         return
     lost = read_record(target).keys() - {done.run.key for done in ended if done.is_finished}
     if lost:
+        named = next((f", such as '{done.run}' ({done.error})" for done in ended if done.run.key in lost), "")
         raise MifoError(
-            f"{target} would lose {len(lost)} runs that are not finished here; keep them by "
+            f"{target} would lose {len(lost)} runs that are not finished here{named}; keep them by "
             f"table.record={target}, or choose another folder by table.results=FOLDER"
         )
 

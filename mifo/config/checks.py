@@ -36,8 +36,7 @@ def check(settings: TaskSettings) -> None:
     check_known("device", settings.device, ("auto", "cpu", "cuda"))
     if settings.device == "cuda":
         _check_gpu()
-    if not 0 <= settings.seed < 2**32:
-        raise MifoError(f"seed={settings.seed} is no seed; take a whole number from 0 to {2**32 - 1}")
+    check_seed("seed", settings.seed)
     for group in ("callbacks", "logger"):
         for name, node in getattr(settings, group, {}).items():
             _check_node(group, name, node, settings)
@@ -69,6 +68,12 @@ def check(settings: TaskSettings) -> None:
             raise MifoError("instances.class_names has an empty name; give each instance a word, such as car")
         if settings.instances.folder:
             settings.instances.folder = str(Path(settings.instances.folder).expanduser().absolute())
+
+
+def check_seed(key: str, seed: int) -> None:
+    """Refuse what no generator takes."""
+    if not 0 <= seed < 2**32:
+        raise MifoError(f"{key}={seed} is no seed; take a whole number from 0 to {2**32 - 1}")
 
 
 def _check_finite(node: Any, key: str = "") -> None:

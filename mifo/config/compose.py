@@ -355,7 +355,7 @@ _FIXES = {
 
 def refused(error: OmegaConfBaseException) -> str:
     """What OmegaConf says of a value that it refuses, and which one to take."""
-    said = (error.msg or str(error)).splitlines()[0].rstrip(".")
+    said = (error.msg or str(error)).splitlines()[0].rstrip(".").replace("AnyNode", "one value")
     return "; ".join([said, *(fix for part, fix in _FIXES.items() if part in said)])
 
 

@@ -7,6 +7,7 @@ from unicodedata import category
 
 from omegaconf import MISSING
 
+from mifo.config.checks import check_seed
 from mifo.config.compose import key_of
 from mifo.errors import MifoError, check_known
 from mifo.metrics.scores import RANGES
@@ -109,6 +110,8 @@ def _check(settings: TableSettings, file: Path) -> None:
         if not label.strip() or any(category(letter).startswith(("Cc", "Zl", "Zp")) for letter in label):
             raise MifoError(f"{file}: the title and every label must be one line of text, unlike {label!r}")
     check_only("table.only", settings.only, settings.rows)
+    for seed in settings.seeds:
+        check_seed("table.seeds", seed)
     if settings.workers < 0 or settings.per_job < 1:
         raise MifoError("table.workers must be at least 0, table.per_job at least 1")
     for key, value, known in (

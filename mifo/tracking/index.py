@@ -6,6 +6,7 @@ makes it again. Of libraries only YAML is imported, also by the readers that are
 """
 
 import json
+import logging
 import os
 import sqlite3
 from collections.abc import Container, Iterator, Sequence
@@ -19,6 +20,8 @@ import yaml
 from mifo.errors import MifoError
 from mifo.files import CONFIG, STATUS, read_json, read_text, refuse_aliases, typed, user_cache
 from mifo.metrics.scores import SCORES, Evaluation
+
+log = logging.getLogger(__name__)
 
 _VERSION = 2  # of the tables below; an index of another version is made again
 _MOST_KEYS = 5000  # of one run: a file from a stranger must not fill the disk
@@ -145,7 +148,11 @@ def flat(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 def _search(folder: str, known: Container[str], found: dict[str, int]) -> None:
     """Add the runs below a folder, with the time at which their status was last written, to `found`."""
     try:
+        folder.encode()  # a byte that is no UTF-8 is no text to SQLite
         entries = [*os.scandir(folder)]
+    except UnicodeEncodeError:
+        log.warning("The folder %a is left out, since its name is no text; rename it.", folder)
+        return
     except OSError:
         return
     for entry in entries:
