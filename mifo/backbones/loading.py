@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, PreTrainedModel, Qwen2Tokenizer, T5Tokenizer
@@ -109,9 +109,10 @@ def _from_hub(settings: ModelSettings, weights: bool) -> Path:
         )
     except (OSError, ValueError) as error:  # every error of the hub's client is one of the two
         revision = f" at revision {settings.revision}" if settings.revision else ""
+        remedy = "unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "check the spelling and the network"
         raise MifoError(
             f"model.source={settings.source}{revision} is neither a local folder nor to be had from the hub "
-            f"({type(error).__name__}); check the spelling and the network, or name a local folder."
+            f"({type(error).__name__}); {remedy}, or name a local folder."
         ) from error
 
 
