@@ -6,7 +6,6 @@ What takes long to import is imported inside the functions, so that a signal fin
 import io
 import logging
 import os
-import re
 import shlex
 import signal
 import sys
@@ -266,8 +265,9 @@ def _way_on(error: BaseException, arguments: Sequence[str]) -> str:
     repeated = [text for text in arguments if not text.startswith("hydra.sweep.dir=")]
     jobs = sys.modules.get("mifo.config.jobs")
     if jobs and (folder := jobs.sweep_folder()):
-        place = str(folder) if re.fullmatch(r"[A-Za-z0-9_./:-]+", str(folder)) else f'"{folder}"'
-        return shlex.join(["mifo", *repeated, f"hydra.sweep.dir={place}"])
+        from mifo.config.compose import quoted
+
+        return shlex.join(["mifo", *repeated, f"hydra.sweep.dir={quoted(folder)}"])
     return shlex.join(["mifo", *arguments])
 
 

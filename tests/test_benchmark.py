@@ -206,15 +206,23 @@ def test_the_second_process_finds_what_the_first_compiled(tmp_path, monkeypatch)
     )
     program.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(program))
-    typed = {"performance.compile": "performance.compile=true", "penalty": "penalty=dice"}
+    optimizer = "optimizer@learning.finetuning.optimizer=adamw"
+    typed = [
+        "performance=default",
+        "performance.compile=true",
+        "penalty=dice",
+        optimizer,
+        "benchmark.steps=3",
+    ]
     bench = Bench(BenchmarkSettings(), PerformanceSettings(), CPU, "float32", None, None, typed)
     row = processes(bench)
     assert row.seconds == 32 and row.notes["first process, no kernel compiled before"] == 52
     with pytest.raises(MifoError, match="a run failed in the benchmark: not run"):
         ROWS["demo"](bench)
     *both, demo = (tmp_path / "told").read_text().splitlines()
-    assert all({*typed.values()} <= {*each.split()} for each in both)
-    assert {*typed.values()} & {*demo.split()} == {"performance.compile=true"}
+    assert all({*typed[:4]} <= {*each.split()} and typed[4] not in each for each in both)
+    assert all(each.count("performance=default") == 1 for each in (*both, demo))
+    assert {*typed} & {*demo.split()} == {*typed[:2]}
 
 
 def test_median_spread_and_operations():

@@ -189,13 +189,13 @@ def test_boxes_and_clicks_become_masks_that_can_be_learned(mifo, folder, segment
         "boxes={car: [0.1, 0.1, 0.6, 0.6]}",
         "points={car: [[0.3, 0.3], [0.9, 0.9, 0]], cat: [[0.7, 0.7]]}",
     ]
-    place = "hydra.run.dir=" + written("it's M")
+    place = "hydra.run.dir=" + written("it's Müll")
     assert mifo("masks", "picture=img.png", f"segmenter={segmenter}", *pointed, place) == 0
     told = capsys.readouterr().out
     assert "<asset0>  car" in told and "<asset1>  cat" in told and "class_names=[car,cat]" in told
-    masks = [np.asarray(Image.open(folder / "it's M" / "photo" / f"mask{i}.png")) for i in (0, 1)]
+    masks = [np.asarray(Image.open(folder / "it's Müll" / "photo" / f"mask{i}.png")) for i in (0, 1)]
     assert all(mask.shape == (32, 32) and {*np.unique(mask)} <= {0, 255} and mask.any() for mask in masks)
-    assert Image.open(folder / "it's M" / "masks.png").size == (32, 32)
+    assert Image.open(folder / "it's Müll" / "masks.png").size == (32, 32)
     learn = told.partition("learn: ")[2].splitlines()[0]
     assert mifo(*shlex.split(learn)[1:], "--cfg", "job") == 0
     settings = yaml.safe_load(capsys.readouterr().out)["instances"]

@@ -737,6 +737,15 @@ def test_a_pareto_plot_without_its_scores_is_refused_and_a_set_without_them_stay
     assert [len(axes.texts) for axes in figure.axes] == [1, 0]  # a number beside each point
 
 
+def test_an_override_of_what_a_row_sets_is_repeated_as_it_was_typed(folder):
+    key = "optimizer@learning.finetuning.optimizer"
+    given = [f"table.rows={{slow: ['{key}=adamw']}}", f"{key}=prodigy"]
+    with pytest.raises(
+        MifoError, match=rf"table's row 'slow'.*give 'table.rows={{LABEL: \[{key}=prodigy\]}}'"
+    ):
+        read_table(folder / "small", given)
+
+
 def test_an_override_that_levels_what_methods_differ_in_is_refused(folder):
     rows = "table.rows={both: [method=mifo], one: [method=stage2_only]}"
     with pytest.raises(MifoError, match=r"steps is \d+ in .*row 'both' and 0 in its row 'one'.*table.rows"):

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -53,7 +54,7 @@ class Bench:
     Attributes:
         dtype: of U-Net and text encoder when they are loaded.
         learning, penalty: how it is learned; most rows set the numbers of steps.
-        typed: by key, the overrides of `performance`, `learning`, `penalty` and `model`, for other processes.
+        typed: the overrides of the command line, for rows that start processes.
         peak: 10¹² operations a second of this machine, once it is measured.
     """
 
@@ -63,7 +64,7 @@ class Bench:
     dtype: str
     learning: LearningSettings
     penalty: PenaltySettings
-    typed: dict[str, str] = field(default_factory=dict)
+    typed: Sequence[str] = ()
     peak: dict[str, float] = field(default_factory=dict)
 
     def learn(
@@ -342,7 +343,8 @@ def processes(bench: Bench) -> Measurement:
 
     The first is noted beside, and how long each process took with its imports, random weights and pictures.
     """
-    typed = [text for key, text in bench.typed.items() if not key.startswith("performance.")]
+    own = ("performance", "device", "benchmark", "paths", "hydra")  # which `_command` and the row set
+    typed = [text for text in bench.typed if re.split("[.=/@]", text.lstrip("+~"))[0] not in own]
     wanted = ("benchmark.rows=[both_stages]", f"benchmark.shapes={bench.settings.shapes}", *typed)
     found = []
     with tempfile.TemporaryDirectory() as folder:
@@ -471,7 +473,7 @@ def _demos(bench: Bench, count: int, *overrides: str) -> float:
 
 def _command(bench: Bench, task: str, folder: str, *overrides: str) -> list[str]:
     """A task of MIFO on this device with this profile, in a folder of its own."""
-    profile = [text for key, text in bench.typed.items() if key.startswith("performance.")]
+    profile = [text for text in bench.typed if text.lstrip("+").startswith("performance.")]
     usual = (f"device={bench.device.type}", f"performance={bench.performance.name}", *profile)
     return [sys.executable, "-m", "mifo", task, *usual, f"hydra.run.dir={folder}", *overrides]
 

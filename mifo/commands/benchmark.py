@@ -14,7 +14,6 @@ from mifo.benchmark.measuring import Measurement
 from mifo.benchmark.records import Circumstances, write_record, write_table
 from mifo.benchmark.rows import ROWS, Bench
 from mifo.commands.setup import prepare
-from mifo.config.compose import key_of
 from mifo.config.identity import told_code
 from mifo.config.location import conf_folder
 from mifo.config.schema import BenchmarkTaskSettings
@@ -41,11 +40,7 @@ def benchmark(settings: BenchmarkTaskSettings) -> Path:
         settings.model.dtype,
         settings.learning,
         settings.penalty,
-        {
-            key: text
-            for text in settings.origin.overrides
-            if (key := key_of(text)).startswith(("performance.", "learning.", "penalty", "model."))
-        },
+        settings.origin.overrides,
     )
     profile = profile_and_changes(settings.performance)
     taken = Circumstances.now(device, profile, settings.benchmark.shapes, told_code())

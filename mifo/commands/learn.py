@@ -66,8 +66,7 @@ def learned_model(
         performance=settings.performance,
     )
     with at_no_cost():
-        named = instances.name, settings.method, settings.seed, settings.group
-        log_learned(loggers, folder / "learned", *named)
+        log_learned(loggers, folder / "learned", settings.told_result(instances.name), settings.group)
     return model.to(device)
 
 

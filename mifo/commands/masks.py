@@ -1,6 +1,5 @@
 """`mifo masks`: masks of what boxes or clicks point at, or those of a folder, shown over the picture."""
 
-import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from PIL import Image
 
 from mifo.commands.setup import prepare
-from mifo.config.compose import written
+from mifo.config.compose import quoted
 from mifo.config.jobs import claim_folder
 from mifo.config.schema import MasksSettings
 from mifo.data.instances import read_instances
@@ -64,18 +63,12 @@ def masks(settings: MasksSettings) -> Path:
         print(f"<asset{i}>  {name}: {share:.1%} of the picture")
     if settings.instances is None:
         chosen = (
-            f"instances.folder={_typed(folder / 'photo')}",
-            f"instances.class_names=[{','.join(map(_typed, names))}]",
+            f"instances.folder={quoted(folder / 'photo')}",
+            f"instances.class_names=[{','.join(map(quoted, names))}]",
         )
         print(f"learn: {shlex.join(['mifo', 'run', 'model=sd15', 'instances=local', *chosen])}")
     print(f"masks: {folder / 'masks.png'}")
     return folder / "masks.png"
-
-
-def _typed(value: object) -> str:
-    """A value as one types it for Hydra: in quotes where it would not be read as it is."""
-    text = str(value)
-    return text if re.fullmatch(r"[\w./ -]+", text) else written(text)
 
 
 def _write(folder: Path, picture: Image.Image, found: torch.Tensor, names: tuple[str, ...]) -> None:

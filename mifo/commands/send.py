@@ -76,8 +76,7 @@ def _send(folder: Path, settings: RunSettings) -> None:
         for path in sorted(folder.glob("csv/**/metrics.csv")):
             log_curves(loggers, path)
         if (folder / "learned").is_dir():
-            named = instances.name, settings.method, settings.seed, settings.group
-            log_learned(loggers, folder / "learned", *named)
+            log_learned(loggers, folder / "learned", settings.told_result(instances.name), settings.group)
         log_evaluation(loggers, evaluation, pictures, instances, settings.learning.last_step)
     (folder / _BEGUN).unlink()
 

@@ -42,8 +42,8 @@ def check(settings: TaskSettings) -> None:
             _check_node(group, name, node, settings)
     if (metrics := getattr(settings, "metrics", None)) is not None:
         check_least("metrics", metrics, batch_size=1, windows=1)
-    if objectives := getattr(settings, "objectives", []):
-        _check_objectives(objectives)
+    for name in getattr(settings, "objectives", []):
+        check_known("objectives", name, RANGES)
     if isinstance(settings, ModelTaskSettings | QualitySettings):
         from mifo.acceleration.profile import check_performance
 
@@ -90,11 +90,6 @@ def _check_gpu() -> None:
 
     if not torch.cuda.is_available():
         raise MifoError("device=cuda, but torch sees no GPU; take device=cpu, or a torch built for this GPU")
-
-
-def _check_objectives(objectives: list[str]) -> None:
-    for name in objectives:
-        check_known("objectives", name, RANGES)
 
 
 def _check_node(group: str, name: str, node: Any, settings: TaskSettings) -> None:

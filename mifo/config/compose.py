@@ -282,6 +282,15 @@ def written(value: Any) -> str:
     return f"'{text}'"
 
 
+def quoted(value: Any) -> str:
+    """A value as one types it for Hydra: in quotes where it would not be read as it is."""
+    text = str(value)
+    if re.fullmatch(r"[A-Za-z0-9_./:-]+", text):
+        return text
+    escaped = text.replace('"', '\\"')
+    return f'"{escaped}"'
+
+
 def as_plain(settings: Any) -> dict[str, Any]:
     """Typed settings in the plain types of YAML, as a run's folder records them."""
     return OmegaConf.to_container(OmegaConf.create(asdict(settings)), enum_to_str=True)

@@ -102,6 +102,10 @@ class LearnSettings(ModelTaskSettings):
         changed = [text for text in typed if re.split("[.@=]", text.lstrip("~"))[0] in parts]
         return ", ".join([self.method, *changed])
 
+    def told_result(self, instances: str) -> str:
+        """What the words and weights learned of these instances are called among those of other runs."""
+        return f"{instances}-{self.method}-seed-{self.seed}"
+
 
 @dataclass
 class SynthesizeSettings(ModelTaskSettings):

@@ -104,22 +104,21 @@ def of_hydra(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def check_fixed(
-    task: str, fixed: Mapping[str, str], overrides: Sequence[str], instead: Callable[[str, str, str], str]
+    task: str, fixed: Mapping[str, str], overrides: Sequence[str], instead: Callable[[str, str], str]
 ) -> None:
     """Refuse `overrides` of every run that would replace what its runs are told apart by.
 
     Args:
         task: table | tune. fixed: what sets a key, by the key.
-        instead: the argument that one gives instead, of what sets the key, the key and the value.
+        instead: the argument that one gives instead, of what sets the key and the override.
     """
     if "method" in fixed:  # whose options choose these groups
         fixed = {**fixed, **dict.fromkeys(("penalty", "recipe"), fixed["method"])}
     for override in overrides:
-        key, value = key_of(override), override.partition("=")[2]
-        if key in fixed:
+        if (key := key_of(override)) in fixed:
             raise MifoError(
                 f"{key} is set by the {task}'s {fixed[key]}, which {override} would falsify; "
-                f"give '{instead(fixed[key], key, value)}' instead"
+                f"give '{instead(fixed[key], override)}' instead"
             )
 
 

@@ -130,11 +130,12 @@ def _check_labels(settings: TableSettings, overrides: list[str]) -> None:
     fixed = {key_of(delta): f"row '{label}'" for label, deltas in settings.rows.items() for delta in deltas}
     fixed |= {key_of(key): "grid" for key in settings.grid} | {"instances": "scenes", "seed": "seeds"}
 
-    def instead(place: str, key: str, value: str) -> str:
+    def instead(place: str, override: str) -> str:
+        key, value = key_of(override), override.partition("=")[2]
         return {
             "scenes": f"table.scenes={{{value}: [{value}]}}",
             "seeds": f"table.seeds=[{value}]",
             "grid": f"table.grid={{{key}: [{value}]}}",
-        }.get(place, f"table.rows={{LABEL: [{key}={value}]}}")
+        }.get(place, f"table.rows={{LABEL: [{override}]}}")
 
     check_fixed("table", fixed, overrides, instead)

@@ -110,8 +110,9 @@ def read_tuning(folder: Path, arguments: Sequence[str]) -> tuple[TuningSettings,
     for label, method in settings.methods.items():
         fixed |= {key_of(text): f"method '{label}'" for text in (*method.overrides, *method.search)}
 
-    def instead(place: str, key: str, value: str) -> str:
-        return f"tune.{place}=[{value}]" if key in ("instances", "seed") else f"another value in {file}"
+    def instead(place: str, override: str) -> str:
+        value = override.partition("=")[2]
+        return f"tune.{place}=[{value}]" if place in ("scenes", "seeds") else f"another value in {file}"
 
     check_fixed("tuning", fixed, overrides, instead)
     check_only("tune.only", settings.only, settings.methods)

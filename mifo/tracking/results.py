@@ -73,16 +73,12 @@ def log_evaluation(
                 logger.experiment.add_image(key, np.asarray(image), step, dataformats="HWC")
 
 
-def log_learned(
-    loggers: Sequence[Logger], learned: Path, instances: str, method: str, seed: int, group: str | None
-) -> None:
-    """Keep the folder `learned/` as an artifact named by what was learned, of which the group is an alias."""
+def log_learned(loggers: Sequence[Logger], learned: Path, name: str, group: str | None) -> None:
+    """Keep the folder `learned/` as the artifact `name`, of which the group is an alias."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             facts = json.loads((learned / "learned.json").read_text())
-            artifact = wandb.Artifact(
-                _plain(f"{instances}-{method}-seed-{seed}"), type="learned", metadata=facts
-            )
+            artifact = wandb.Artifact(_plain(name), type="learned", metadata=facts)
             for path in sorted(learned.iterdir()):
                 if path.stat().st_size > _LARGEST_UPLOAD:
                     artifact.add_reference(path.resolve().as_uri(), name=path.name)
