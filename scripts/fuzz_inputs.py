@@ -119,7 +119,7 @@ def kinds(harness: Harness) -> list[Kind]:
     table = ["table", "given/small", "table.workers=0", "table.missing=leave", "table.record=given/record"]
     table += ["table.results=run", "table.runs=runs"]
     resume = ["learn", "resume=run"]
-    records = ("status.json", "command.json", "config.yaml", ".hydra/*.yaml")
+    records = ("status.json", "command.json", "config.yaml")
     learned, pictures = made / "learn" / "run" / "learned", made / "run" / "run" / "pictures"
     imports = ["model.words={mine: given/word.safetensors}", "model.lora=given/lora.safetensors"]
     return [

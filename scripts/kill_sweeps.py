@@ -183,7 +183,7 @@ class Harness:
             folder = status.parent
             if (folder / "config.yaml").is_file():
                 run = run_of(folder)
-                typed = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())
+                typed = json.loads((folder / "command.json").read_text())["overrides"]
                 if f"seed {next(each[5:] for each in typed if each.startswith('seed='))}" not in run:
                     found.append(("number", f"{folder}: {run}"))
                 if json.loads(status.read_text())["status"] == "ok":

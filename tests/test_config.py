@@ -110,6 +110,14 @@ def test_a_method_chooses_its_losses_and_a_later_choice_wins():
     assert settings("learn", "method=masked_textual_inversion").learning.finetuning.steps == 0
 
 
+@pytest.mark.parametrize("task", ["run", "learn", "quality"])
+@pytest.mark.parametrize("guidance", ["none", "masks"])
+def test_guidance_that_is_off_stays_off(task, guidance):
+    debug = [] if task == "quality" else [["debug=default"]]
+    for own in (["synthesis=miniature"], ["synthesis=distilled"], *debug):
+        assert settings(task, *own, f"guidance={guidance}").guidance.guided_steps == 0
+
+
 @pytest.mark.parametrize(("model", "weights"), [("miniature", (1, 0.1)), ("sd21", (0.01, 0.01))])
 def test_a_reward_that_is_kept_on_is_active_at_every_step(model, weights):
     penalty = settings("learn", "method=reward_kept", f"model={model}").penalty

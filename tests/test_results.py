@@ -39,8 +39,7 @@ def make(folder, number, status="ok", **scores):
     (folder / "status.json").write_text(json.dumps({"status": status, "error": None, "overrides": []}))
     if scores:
         write_scores(folder, scores)
-    for name in ("learned", ".hydra"):
-        (folder / name).mkdir()
+    (folder / "learned").mkdir()
 
 
 def write_scores(folder, scores):

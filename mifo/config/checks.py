@@ -89,7 +89,10 @@ def _check_gpu() -> None:
     import torch
 
     if not torch.cuda.is_available():
-        raise MifoError("device=cuda, but torch sees no GPU; take device=cpu, or a torch built for this GPU")
+        raise MifoError(
+            "device=cuda, which trainer=gpu sets too, but torch sees no GPU; take device=cpu or trainer=cpu, "
+            "or a torch built for this GPU"
+        )
 
 
 def _check_node(group: str, name: str, node: Any, settings: TaskSettings) -> None:

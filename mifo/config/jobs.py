@@ -241,7 +241,9 @@ def report_sweep() -> bool:
     everywhere = (
         set.intersection(*(set(job["overrides"]) for job in jobs.values())) if len(jobs) > 1 else set()
     )
-    table = Table("job", "status", "overrides", "error", title=escape(str(folder)), title_justify="left")
+    table = Table("job", "status", title=escape(str(folder)), title_justify="left")
+    for text in ("overrides", "error"):
+        table.add_column(text, overflow="fold")
     for name, job in jobs.items():
         colour = {"ok": "green", "failed": "red"}.get(job["status"], "yellow")
         own = " ".join(text for text in job["overrides"] if text not in everywhere)
