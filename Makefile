@@ -19,7 +19,7 @@ setup: $(INSTALLED) ## make the virtual environment .venv with MIFO in it
 MODEL ?= miniature
 demo: $(INSTALLED) ## learn three look-alikes from one image, put them into boxes, score the pictures
 	@echo 'Learns three look-alike cars from one drawn image, puts each into its box of new pictures and scores them:'
-	@echo 'learning, synthesis and evaluation, which say how long they took, one and a half to three minutes in all on two cores.'
+	@echo 'learning, synthesis and evaluation, which say how long they took, two to four minutes in all on two cores.'
 	@$(RUN) -m mifo run experiment=$(MODEL:miniature%=demo%)
 
 check: $(INSTALLED) ## check format, style, types and floors
