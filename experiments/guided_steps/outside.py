@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 
+from mifo.data.instance_names import instances_in
 from mifo.data.saved_pictures import read_pictures
 from mifo.files import CONFIG, WEIGHTS
 from mifo.miniature.pretraining.segmenter import SIDE, class_maps, load_segmenter
+from mifo.world.scenes import SIZE
 from mifo.world.vocabulary import THINGS
 
 
@@ -24,7 +25,7 @@ def main(runs: list[str]) -> None:
     segmenter = load_segmenter(WEIGHTS / "segmenter")
     down, across = np.mgrid[0:SIDE, 0:SIDE] + 0.5
     for run in map(Path, runs):
-        (thing,) = {*OmegaConf.load(run / CONFIG).instances.class_names}
+        (thing,) = {*(instances_in(run / CONFIG, "instances").class_names or ())}
         pictures = read_pictures(run / "pictures")
         found = class_maps(segmenter, torch.stack([each.image for each in pictures]))
         shares, farthest = [], []
@@ -35,7 +36,7 @@ def main(runs: list[str]) -> None:
             ]
             distances = np.minimum.reduce(sides)[classes == THINGS.index(thing)]
             shares.append((distances > 0.5).mean())
-            farthest.append(np.quantile(distances, 0.999) * 128 / SIDE)
+            farthest.append(np.quantile(distances, 0.999) * SIZE / SIDE)
         told = f"{np.mean(farthest):.1f} pixels, at most {max(farthest):.1f}"
         print(f"{run}: {np.mean(shares):.3f} outside, {told}")
 

@@ -25,14 +25,13 @@ from rich.progress import track
 from mifo.acceleration.profile import available
 from mifo.backbones.learned import load_learned
 from mifo.backbones.loading import load_model
-from mifo.backbones.model import DiffusionModel
+from mifo.commands.quality import pictures_of
+from mifo.commands.setup import prepare
 from mifo.commands.synthesize import learned_folder
 from mifo.config.compose import compose, settings_of
-from mifo.config.schema import RunSettings
 from mifo.data.instance_names import instances_in
 from mifo.data.instances import read_instances
 from mifo.data.layouts import Layout, layouts
-from mifo.data.saved_pictures import Picture
 from mifo.files import CONFIG, WEIGHTS
 from mifo.making.pictures import make_pictures
 from mifo.metrics.evaluation import PictureEvaluator
@@ -68,22 +67,24 @@ FITTED = "steps == 30 and shapes_from >= guided_steps and shapes_every == 5 and 
 """Settings near enough to each other for a linear fit."""
 
 
-def known_words(make: Callable[[list[Layout]], list[Picture]], prompts: int, seed: int) -> dict[str, float]:
-    """The shares of prompts with all things in their boxes, and with their background named right."""
+class KnownWords:
+    """What is asked of pictures of known words in boxes, with the judges loaded once."""
 
-    def pictures(wanted: list[Layout]) -> torch.Tensor:
-        made.append(torch.stack([each.image for each in make(wanted)]))
-        return made[0]
+    def __init__(self, prompts: int, seed: int, device: torch.device) -> None:
+        self._prompts, self._seed = prompts, seed
+        self._segmenter = load_segmenter(WEIGHTS / "segmenter", device)
+        self._judge = quality.Judge(WEIGHTS / "clip", device)
+        self._backgrounds = quality.boxed_scenes(prompts, seed).background
 
-    made: list[torch.Tensor] = []
-    measured, _, _ = quality.box_control(load_segmenter(WEIGHTS / "segmenter"), pictures, prompts, 8, seed)
-    judge = quality.Judge(WEIGHTS / "clip", torch.device("cpu"))
-    texts = [caption([THINGS[0]], background) for background in BACKGROUNDS]
-    named = judge.best(judge.pictures(made[0]), texts) == quality.boxed_scenes(prompts, seed).background
-    return {
-        "box_control": measured["box control: all things in their boxes"]["value"],
-        "background": named.float().mean().item(),
-    }
+    def __call__(self, make: Callable[[list[Layout]], torch.Tensor]) -> dict[str, float]:
+        """The shares of prompts with all things in their boxes, and with their background named right."""
+        measured, _, pictures = quality.box_control(self._segmenter, make, self._prompts, 8, self._seed)
+        texts = [caption([THINGS[0]], background) for background in BACKGROUNDS]
+        named = self._judge.best(self._judge.pictures(pictures), texts).cpu() == self._backgrounds
+        return {
+            "box_control": measured["box control: all things in their boxes"]["value"],
+            "background": named.float().mean().item(),
+        }
 
 
 def main(arguments: list[str]) -> None:
@@ -95,8 +96,10 @@ def main(arguments: list[str]) -> None:
     given = [each for each in arguments if each.split("=")[0] not in own]
     shared = ["layout=benchmark", ENDINGS, "synthesis.samples=1", "paths.output=unused"]
     run: Any = settings_of(compose("run", [*shared, *given]))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = prepare(run)
+    graphs = available(run.performance, device).cuda_graphs
     evaluator = PictureEvaluator.from_settings(run.metrics, device)
+    known_words = KnownWords(int(own["prompts"]), int(own["box_seed"]), device)
     plain = load_model(run.model, device)
     scenes = []
     for folder in map(learned_folder, filter(None, own["learned"].split(","))):
@@ -108,33 +111,25 @@ def main(arguments: list[str]) -> None:
     rows = []
     for _ in track(range(int(own["settings"])), "settings"):
         chosen = {key: generator.choice(values).item() for key, values in CHOICES.items()}
-        rest = {"steps": run.synthesis.steps, "shapes_from": chosen["guided_steps"]}
-        row = chosen | rest | {"shapes_every": run.guidance.shapes_every}
-        of = partial(make, run=run, chosen=chosen)
-        row |= known_words(partial(of, plain), int(own["prompts"]), int(own["box_seed"]))
+        synthesis = replace(run.synthesis, guidance_scale=chosen["guidance_scale"])
+        own_keys = {key: value for key, value in chosen.items() if key != "guidance_scale"}
+        guidance = replace(run.guidance, **own_keys, shapes_from=chosen["guided_steps"])
+        row = chosen | {
+            "steps": synthesis.steps,
+            "shapes_from": guidance.shapes_from,
+            "shapes_every": guidance.shapes_every,
+        }
+        row |= known_words(partial(pictures_of, plain, synthesis, guidance, seed=run.seed, graphs=graphs))
         scores = [
-            evaluator.evaluate(of(model, wanted), instances).scores for model, instances, wanted in scenes
+            evaluator.evaluate(
+                make_pictures(model, wanted, synthesis, guidance, run.seed, graphs, bar=False), instances
+            ).scores
+            for model, instances, wanted in scenes
         ]
         found = [{each.metric: each.value for each in of_scene} for of_scene in scores]
         rows.append(row | {metric: np.mean([each[metric] for each in found]) for metric in METRICS if found})
         OUTPUT.mkdir(parents=True, exist_ok=True)
         pd.DataFrame(rows).round(4).to_csv(OUTPUT / f"settings-{own['seed']}.csv", index=False)
-
-
-def make(
-    model: DiffusionModel, wanted: list[Layout], run: RunSettings, chosen: dict[str, Any]
-) -> list[Picture]:
-    """Pictures of layouts with the chosen setting; shapes form when guidance ends."""
-    guidance = {key: value for key, value in chosen.items() if key != "guidance_scale"}
-    return make_pictures(
-        model,
-        wanted,
-        replace(run.synthesis, guidance_scale=chosen["guidance_scale"]),
-        replace(run.guidance, **guidance, shapes_from=chosen["guided_steps"]),
-        run.seed,
-        available(run.performance, model.device).cuda_graphs,
-        bar=False,
-    )
 
 
 def fit(rows: pd.DataFrame) -> None:

@@ -5,6 +5,7 @@ import platform
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 
 from mifo.acceleration.profile import available
 from mifo.backbones.loading import load_model
+from mifo.backbones.model import DiffusionModel
 from mifo.backbones.settings import ModelSettings
 from mifo.benchmark.records import device_name
 from mifo.commands.setup import prepare
@@ -26,6 +28,8 @@ from mifo.data.saved_pictures import as_image
 from mifo.errors import MifoError, check_known
 from mifo.files import WEIGHTS, write_whole
 from mifo.making.pictures import make_pictures
+from mifo.method.guidance.settings import GuidanceSettings
+from mifo.method.synthesis.settings import SynthesisSettings
 from mifo.miniature import quality as measures
 from mifo.miniature.pretraining.segmenter import load_segmenter
 from mifo.report.tables import markdown_table
@@ -89,14 +93,10 @@ def quality(settings: QualitySettings) -> Path:
 def _box_control(settings: QualitySettings, weights: Path, device: torch.device, folder: Path) -> dict:
     model = load_model(ModelSettings("miniature", str(weights / settings.pipeline)), device)
 
-    def make(wanted: list[Layout]) -> torch.Tensor:
-        # layouts with as many boxes one after the other, so that they share their CUDA graphs
-        ordered = sorted(wanted, key=lambda layout: len(layout.boxes))
-        graphs = available(settings.performance, device).cuda_graphs
-        made = make_pictures(model, ordered, settings.synthesis, settings.guidance, settings.seed, graphs)
-        images = {id(layout): picture.image for layout, picture in zip(ordered, made, strict=True)}
-        return torch.stack([images[id(layout)] for layout in wanted])
-
+    graphs = available(settings.performance, device).cuda_graphs
+    make = partial(
+        pictures_of, model, settings.synthesis, settings.guidance, seed=settings.seed, graphs=graphs
+    )
     segmenter = load_segmenter(weights / "segmenter", device)
     seed = measures.BOX_SEED if settings.box_seed is None else settings.box_seed
     measured, layouts, pictures = measures.box_control(segmenter, make, settings.box_prompts, seed=seed)
@@ -106,6 +106,22 @@ def _box_control(settings: QualitySettings, weights: Path, device: torch.device,
     ]
     as_image(make_grid(shown, nrow=6)).save(folder / "box_control.jpg", quality=85)
     return measured
+
+
+def pictures_of(
+    model: DiffusionModel,
+    synthesis: SynthesisSettings,
+    guidance: GuidanceSettings,
+    wanted: list[Layout],
+    seed: int,
+    graphs: bool,
+) -> torch.Tensor:
+    """One picture of each layout, (n, 3, H, W) in their order."""
+    # layouts with as many boxes one after the other, so that they share their CUDA graphs
+    ordered = sorted(wanted, key=lambda layout: len(layout.boxes))
+    made = make_pictures(model, ordered, synthesis, guidance, seed, graphs)
+    images = {id(layout): picture.image for layout, picture in zip(ordered, made, strict=True)}
+    return torch.stack([images[id(layout)] for layout in wanted])
 
 
 def about(device: torch.device) -> dict[str, str]:
