@@ -1,5 +1,6 @@
 """A small share of the scripts in `scripts/` and `experiments/`, which are run whole by hand."""
 
+import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -24,14 +25,27 @@ def test_nothing_is_found(script, arguments, counted):
     assert counted in done.stdout
 
 
-def test_words_that_describe_an_instance_are_drawn_and_scored(tmp_path):
+@pytest.mark.parametrize(
+    ("scenes", "layout", "wanted"),
+    [
+        (
+            "one_cup,one_car",
+            "benchmark_one",
+            [["one_cup", "0", "blue cup"], ["one_car", "0", "yellow checked car"]],
+        ),
+        (
+            "mixed-2-apart-0",
+            "benchmark",
+            [["mixed-2-apart-0", "0", "red checked balloon, orange dotted robot"]],
+        ),
+    ],
+)
+def test_words_that_describe_an_instance_are_drawn_and_scored(tmp_path, scenes, layout, wanted):
     script = Path(__file__).parents[1] / "experiments" / "text_space" / "described.py"
     few = ["synthesis.steps=2", "guidance.guided_steps=1", "layout.endings=[at the beach, in the snow]"]
-    command = [sys.executable, str(script), "scenes=one_cup,one_car", "seeds=0", *few]
+    command = [sys.executable, str(script), f"scenes={scenes}", "seeds=0", f"layout={layout}", *few]
     subprocess.run(command, cwd=tmp_path, check=True)
-    rows = (tmp_path / "outputs/described/runs.csv").read_text().splitlines()
-    assert rows[0].startswith("instances,seed,words,editability")
-    assert [row.split(",")[:3] for row in rows[1:]] == [
-        ["one_cup", "0", "blue cup"],
-        ["one_car", "0", "yellow checked car"],
-    ]
+    with (tmp_path / "outputs/described/runs.csv").open(newline="") as file:
+        first, *rows = csv.reader(file)
+    assert first[:4] == ["instances", "seed", "words", "editability"]
+    assert [row[:3] for row in rows] == wanted

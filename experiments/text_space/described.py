@@ -2,10 +2,10 @@
 
     python experiments/text_space/described.py [scenes=one_*] [seeds=0,1] [KEY=VALUE ...]
 
-Each scene of one thing is drawn in the table's box on its ten backgrounds by colour, pattern and class
+Each thing of a scene is drawn in the table's box on its ten backgrounds by colour, pattern and class
 ("yellow checked car"), and scored as the table's pictures are: against the prompt with the class alone.
-Other keys are overrides of a run. outputs/described holds runs.csv, which is written after each scene and
-seed.
+Other keys are overrides of a run; scenes of several things take layout=benchmark. outputs/described holds
+runs.csv, which is written after each scene and seed.
 """
 
 import sys
@@ -21,7 +21,6 @@ from mifo.commands.calibrate import drawn_spec, named_scenes
 from mifo.config.compose import compose, settings_of
 from mifo.data.instances import read_instances
 from mifo.data.layouts import Layout, layouts
-from mifo.data.settings import InstancesSettings
 from mifo.making.pictures import make_pictures
 from mifo.metrics.evaluation import PictureEvaluator
 from mifo.world.scenes import describe
@@ -30,9 +29,12 @@ OUTPUT = Path("outputs/described")
 METRICS = ["editability", "instance_consistency", "class_accuracy_whole"]
 
 
-def described(scene: InstancesSettings) -> str:
-    (thing,) = drawn_spec(scene).things
-    return describe(thing.thing, thing.colour, thing.pattern)
+def described(layout: Layout, words: dict[str, str]) -> Layout:
+    """The layout with `words` in the place of each token."""
+    prompt = layout.prompt
+    for token, description in words.items():
+        prompt = prompt.replace(token, description)
+    return Layout(prompt, {words[token]: box for token, box in layout.boxes.items()})
 
 
 def main(arguments: list[str]) -> None:
@@ -48,17 +50,19 @@ def main(arguments: list[str]) -> None:
     OUTPUT.mkdir(parents=True, exist_ok=True)
     rows = []
     for scene, seed in track(list(product(scenes, map(int, own["seeds"].split(",")))), "scenes and seeds"):
-        instances, words = read_instances(scene), described(scene)
+        instances, things = read_instances(scene), drawn_spec(scene).things
+        descriptions = [describe(each.thing, each.colour, each.pattern) for each in things]
+        words = dict(zip(instances.tokens, descriptions, strict=True))
         placed = layouts(run.layout, instances.tokens)
-        (token,) = instances.tokens
-        wanted = [Layout(each.prompt.replace(token, words), {words: each.boxes[token]}) for each in placed]
+        wanted = [described(each, words) for each in placed]
         made = make_pictures(model, wanted, run.synthesis, run.guidance, seed, bar=False)
         pictures = [
             replace(picture, prompt=each.prompt, boxes=each.boxes)
             for picture, each in zip(made, placed, strict=True)
         ]
         scores = {each.metric: each.value for each in evaluator.evaluate(pictures, instances).scores}
-        rows.append({"instances": scene.name, "seed": seed, "words": words} | {m: scores[m] for m in METRICS})
+        row = {"instances": scene.name, "seed": seed, "words": ", ".join(descriptions)}
+        rows.append(row | {metric: scores[metric] for metric in METRICS})
         pd.DataFrame(rows).round(4).to_csv(OUTPUT / "runs.csv", index=False)
     print(pd.DataFrame(rows)[METRICS].mean().round(3))
 
