@@ -100,6 +100,11 @@ def test_help_lists_every_task_and_its_keys(mifo, capsys):
         (["run", "synthesis.steps=0"], "synthesis.steps=0"),
         (["run", "synthesis.steps=1001"], "1001 sampling steps"),
         (["run", "synthesis.samples=0"], "synthesis.samples=0"),
+        (
+            ["run", "synthesis.guidance_scale=-1"],
+            "synthesis.guidance_scale=-1.0 is too small; take at least 0",
+        ),
+        (["learn", "learning.prior.guidance_scale=-1"], "learning.prior.guidance_scale=-1.0 is too small"),
         (["learn", "synthesis.samples=0"], "synthesis.samples=0"),
         (["run", "synthesis.negative_prompt=" + "x" * 200], "shorten"),
         (["learn", "learning.semantic.learning_rate=-1"], "learning.semantic.learning_rate=-1"),

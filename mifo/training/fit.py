@@ -74,7 +74,7 @@ def check_learning(settings: LearningSettings) -> None:
     if not 0 <= settings.flip_probability <= 1:
         raise MifoError(f"learning.flip_probability={settings.flip_probability} is not between 0 and 1.")
     prior = settings.prior
-    check_least("learning.prior", prior, weight=0)
+    check_least("learning.prior", prior, weight=0, guidance_scale=0)
     if prior.weight and not prior.folder and prior.pictures < 1:
         raise MifoError("learning.prior.pictures must be at least 1; learning.prior.weight=0 needs none.")
     if prior.weight and not prior.prompts:

@@ -17,4 +17,4 @@ class SynthesisSettings:
 
 def check_synthesis(settings: SynthesisSettings) -> None:
     """Refuse impossible settings before any model is loaded; see `check_least`."""
-    check_least("synthesis", settings, steps=1, samples=1)
+    check_least("synthesis", settings, steps=1, samples=1, guidance_scale=0)
