@@ -2,10 +2,10 @@
 
     python experiments/text_space/described.py [scenes=one_*] [seeds=0,1] [KEY=VALUE ...]
 
-Each thing of a scene is drawn in the table's box on its ten backgrounds by colour, pattern and class
+Each thing of a scene is drawn in the table's box on each of its backgrounds by colour, pattern and class
 ("yellow checked car"), and scored as the table's pictures are: against the prompt with the class alone.
-Other keys are overrides of a run; scenes of several things take layout=benchmark. outputs/described holds
-runs.csv, which is written after each scene and seed.
+Other keys are overrides of a run; scenes of several things take layout=benchmark, and no two things that
+words describe alike. outputs/described holds runs.csv, which is written after each scene and seed.
 """
 
 import sys
@@ -18,9 +18,11 @@ from rich.progress import track
 
 from mifo.backbones.loading import load_model
 from mifo.commands.calibrate import drawn_spec, named_scenes
+from mifo.commands.setup import prepare
 from mifo.config.compose import compose, settings_of
 from mifo.data.instances import read_instances
 from mifo.data.layouts import Layout, layouts
+from mifo.errors import MifoError
 from mifo.making.pictures import make_pictures
 from mifo.metrics.evaluation import PictureEvaluator
 from mifo.world.scenes import describe
@@ -44,14 +46,19 @@ def main(arguments: list[str]) -> None:
     run = settings_of(
         compose("run", ["layout=benchmark_one", "synthesis.samples=1", "paths.output=unused", *given])
     )
-    model = load_model(run.model)
-    evaluator = PictureEvaluator.from_settings(run.metrics)
+    device = prepare(run)
+    model = load_model(run.model, device)
+    evaluator = PictureEvaluator.from_settings(run.metrics, device)
     scenes = named_scenes(own["scenes"].split(","))
     OUTPUT.mkdir(parents=True, exist_ok=True)
     rows = []
     for scene, seed in track(list(product(scenes, map(int, own["seeds"].split(",")))), "scenes and seeds"):
         instances, things = read_instances(scene), drawn_spec(scene).things
         descriptions = [describe(each.thing, each.colour, each.pattern) for each in things]
+        if len({*descriptions}) < len(descriptions):
+            raise MifoError(
+                f"{scene.name} has two things that the same words describe; leave it out of scenes."
+            )
         words = dict(zip(instances.tokens, descriptions, strict=True))
         placed = layouts(run.layout, instances.tokens)
         wanted = [described(each, words) for each in placed]
