@@ -9,6 +9,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+DESCRIBED = Path(__file__).parents[1] / "experiments" / "text_space" / "described.py"
 
 
 @pytest.mark.parametrize(
@@ -41,11 +42,18 @@ def test_nothing_is_found(script, arguments, counted):
     ],
 )
 def test_words_that_describe_an_instance_are_drawn_and_scored(tmp_path, scenes, layout, wanted):
-    script = Path(__file__).parents[1] / "experiments" / "text_space" / "described.py"
     few = ["synthesis.steps=2", "guidance.guided_steps=1", "layout.endings=[at the beach, in the snow]"]
-    command = [sys.executable, str(script), f"scenes={scenes}", "seeds=0", f"layout={layout}", *few]
+    command = [sys.executable, str(DESCRIBED), f"scenes={scenes}", "seeds=0", f"layout={layout}", *few]
     subprocess.run(command, cwd=tmp_path, check=True)
     with (tmp_path / "outputs/described/runs.csv").open(newline="") as file:
         first, *rows = csv.reader(file)
     assert first[:4] == ["instances", "seed", "words", "editability"]
     assert [row[:3] for row in rows] == wanted
+
+
+def test_two_things_of_one_description_are_refused(tmp_path):
+    command = [sys.executable, str(DESCRIBED), "scenes=one_cup,alike-2-hue0-same-apart-0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode
+    assert "alike-2-hue0-same-apart-0 has two things that the same words describe" in done.stderr
+    assert not (tmp_path / "outputs").exists()

@@ -22,21 +22,23 @@ from mifo.commands.setup import prepare
 from mifo.config.compose import compose, settings_of
 from mifo.data.instances import read_instances
 from mifo.data.layouts import Layout, layouts
+from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
 from mifo.making.pictures import make_pictures
 from mifo.metrics.evaluation import PictureEvaluator
+from mifo.metrics.prompt_similarity import name_classes
 from mifo.world.scenes import describe
 
 OUTPUT = Path("outputs/described")
 METRICS = ["editability", "instance_consistency", "class_accuracy_whole"]
 
 
-def described(layout: Layout, words: dict[str, str]) -> Layout:
-    """The layout with `words` in the place of each token."""
-    prompt = layout.prompt
-    for token, description in words.items():
-        prompt = prompt.replace(token, description)
-    return Layout(prompt, {words[token]: box for token, box in layout.boxes.items()})
+def descriptions(scene: InstancesSettings) -> list[str]:
+    """The words of each thing of a drawn scene; refuses two things that the same words describe."""
+    told = [describe(each.thing, each.colour, each.pattern) for each in drawn_spec(scene).things]
+    if len({*told}) < len(told):
+        raise MifoError(f"{scene.name} has two things that the same words describe; leave it out of scenes.")
+    return told
 
 
 def main(arguments: list[str]) -> None:
@@ -46,29 +48,31 @@ def main(arguments: list[str]) -> None:
     run = settings_of(
         compose("run", ["layout=benchmark_one", "synthesis.samples=1", "paths.output=unused", *given])
     )
+    scenes = [(scene, descriptions(scene)) for scene in named_scenes(own["scenes"].split(","))]
     device = prepare(run)
     model = load_model(run.model, device)
     evaluator = PictureEvaluator.from_settings(run.metrics, device)
-    scenes = named_scenes(own["scenes"].split(","))
     OUTPUT.mkdir(parents=True, exist_ok=True)
     rows = []
-    for scene, seed in track(list(product(scenes, map(int, own["seeds"].split(",")))), "scenes and seeds"):
-        instances, things = read_instances(scene), drawn_spec(scene).things
-        descriptions = [describe(each.thing, each.colour, each.pattern) for each in things]
-        if len({*descriptions}) < len(descriptions):
-            raise MifoError(
-                f"{scene.name} has two things that the same words describe; leave it out of scenes."
+    asked = list(product(scenes, map(int, own["seeds"].split(","))))
+    for (scene, words), seed in track(asked, "scenes and seeds"):
+        instances = read_instances(scene)
+        tokens = instances.tokens
+        placed = layouts(run.layout, tokens)
+        wanted = [
+            Layout(
+                name_classes(each.prompt, tokens, words),
+                {word: each.boxes[token] for token, word in zip(tokens, words, strict=True)},
             )
-        words = dict(zip(instances.tokens, descriptions, strict=True))
-        placed = layouts(run.layout, instances.tokens)
-        wanted = [described(each, words) for each in placed]
+            for each in placed
+        ]
         made = make_pictures(model, wanted, run.synthesis, run.guidance, seed, bar=False)
         pictures = [
             replace(picture, prompt=each.prompt, boxes=each.boxes)
             for picture, each in zip(made, placed, strict=True)
         ]
         scores = {each.metric: each.value for each in evaluator.evaluate(pictures, instances).scores}
-        row = {"instances": scene.name, "seed": seed, "words": ", ".join(descriptions)}
+        row = {"instances": scene.name, "seed": seed, "words": ", ".join(words)}
         rows.append(row | {metric: scores[metric] for metric in METRICS})
         pd.DataFrame(rows).round(4).to_csv(OUTPUT / "runs.csv", index=False)
     print(pd.DataFrame(rows)[METRICS].mean().round(3))
