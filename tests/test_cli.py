@@ -97,6 +97,11 @@ def test_help_lists_every_task_and_its_keys(mifo, capsys):
         (["run", "guidance.restarts=0"], "guidance.restarts=0"),
         (["run", "guidance.shapes_from=0"], "guidance.shapes_from=0"),
         (["run", "guidance.iterations=-1"], "guidance.iterations=-1"),
+        (["run", "guidance.margin=-0.1"], "guidance.margin=-0.1 is too small; take at least 0"),
+        (
+            ["run", "guidance.margin=0.2"],
+            "is too small: make each side at least 1/16 of the picture and twice",
+        ),
         (["run", "synthesis.steps=0"], "synthesis.steps=0"),
         (["run", "synthesis.steps=1001"], "1001 sampling steps"),
         (["run", "synthesis.samples=0"], "synthesis.samples=0"),

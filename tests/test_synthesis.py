@@ -175,6 +175,17 @@ def test_ablations_are_settings_and_each_changes_the_picture(vectors, vector_une
     torch.testing.assert_close(pictures[-1], run(vector_unet, v, {}), rtol=1e-4, atol=1e-5)
 
 
+def test_a_margin_is_the_same_as_boxes_drawn_so_much_smaller(vectors, vector_unet):
+    v = vectors("synthesis_two_boxes")
+    boxes = boxes_of(v)
+    smaller = {
+        name: (x0 + 0.0625, y0 + 0.0625, x1 - 0.0625, y1 - 0.0625) for name, (x0, y0, x1, y1) in boxes.items()
+    }
+    inside = run(vector_unet, v, boxes, replace(QUICK, margin=0.0625))
+    assert torch.equal(inside, run(vector_unet, v, smaller))
+    assert not torch.allclose(inside, run(vector_unet, v, boxes))
+
+
 def test_reports_tell_losses_and_the_shapes_in_force(vectors, vector_unet):
     v = vectors("synthesis_one_box")
     reports = []
@@ -252,6 +263,7 @@ def test_a_layout_by_names_runs_on_another_topology(tmp_path):
         ({"guidance": GuidanceSettings(shape_layers=[12, 14])}, "one resolution"),
         ({"guidance": GuidanceSettings(shape_layers=[14])}, "self- and a cross-attention"),
         ({"boxes": {"<asset0>": (0.1, 0.1, 0.11, 0.5)}}, "<asset0>.*too small"),
+        ({"guidance": GuidanceSettings(margin=0.4)}, "too small.* and twice guidance.margin"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(vectors, vector_unet, changes, reason):

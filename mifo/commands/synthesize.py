@@ -155,8 +155,8 @@ def check_layouts(
 
     Raises:
         MifoError: a prompt that is too long or lacks the words of a box, a placeholder in the negative
-            prompt, a box smaller than a pixel of the shapes' grid, layers or a number of steps that the model
-            does not have.
+            prompt, a box that holds no pixel of the shapes' grid once guidance.margin is taken off, layers or
+            a number of steps that the model does not have.
     """
     check_placeholders("synthesis.negative_prompt", settings.synthesis.negative_prompt)
     outline = load_outline(settings.model)
@@ -169,4 +169,4 @@ def check_layouts(
     if any(layout.boxes for layout in wanted):
         _, shaping = sites_in_use(outline, settings.guidance)
         for layout in wanted:
-            check_boxes(layout.boxes, shaping[0].size[0])
+            check_boxes(layout.boxes, shaping[0].size[0], settings.guidance.margin)

@@ -20,6 +20,8 @@ from mifo.files import read_yaml
 NOT_IDENTITY = frozenset(
     "task origin paths resume again logger callbacks group tags exclusive_gpu objectives sheet".split()
 )
+# keys that records older than them lack, at the value with which a run computes what it did before
+_YOUNGER = {"guidance": {"margin": 0.0}}
 _STATES = {True: " (dirty)", False: "", None: " (no git)"}
 # overrides that say nothing of what a run is called; its scene and its seed are named anyway
 _UNSAID = NOT_IDENTITY | {"instances", "seed", "device", "trainer", "performance"}
@@ -50,6 +52,9 @@ class CodeVersion:
 def fingerprint(settings: Mapping[str, Any], without: Collection[str] = ()) -> str:
     """A hash of resolved settings that are a run's identity, but for the keys in `without`."""
     kept = {key: value for key, value in settings.items() if key not in NOT_IDENTITY and key not in without}
+    for group, usual in _YOUNGER.items():
+        if kept.get(group):
+            kept[group] = {key: value for key, value in kept[group].items() if value != usual.get(key, ...)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 

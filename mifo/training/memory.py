@@ -101,7 +101,7 @@ def synthesis_memory(
     """
     ready_for_synthesis(model, replace(performance, channels_last=False, compile=False))
     prompt, samples = "a photo of a car and a cat", settings.samples
-    sampler = Sampler(model, settings, replace(guidance, iterations=1))
+    sampler = Sampler(model, settings, replace(guidance, iterations=1, margin=0.0))
     tokens = find_instances(prompt, list(_BOXES), model.words)
     conditioning = model.encode_prompts([""] * samples + [prompt] * samples).to(model.dtype)
     regions = Regions(sampler, _BOXES, tokens, samples, model.device)

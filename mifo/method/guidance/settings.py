@@ -22,6 +22,7 @@ class GuidanceSettings:
     cross_weight: float = 1.5  # of the cross-attention terms of the loss
     self_weight: float = 0.5  # of its self-attention terms
     penalty_scale: float = 1.0  # factor on the scheduled weight α of MIFO's penalty on the background
+    margin: float = 0.0  # share of the picture by which each box's sides move in before attention is bounded
     layers: list[int] | None = None  # `Site.index` of the sites that the loss reads; None: the model's own
     shapes_from: int = 15  # the step before which boxes first give way to the shapes formed inside them
     shapes_every: int = 5  # steps between renewals of the shapes; 0 keeps the boxes
@@ -33,7 +34,7 @@ class GuidanceSettings:
 
 def check_guidance(settings: GuidanceSettings) -> None:
     """Refuse impossible settings before any model is loaded; layers are checked with the model."""
-    check_least("guidance", settings, guided_steps=0, iterations=0, shapes_every=0)
+    check_least("guidance", settings, guided_steps=0, iterations=0, shapes_every=0, margin=0)
     check_least("guidance", settings, clusters_per_subject=1, restarts=1)
     if settings.shapes_every and settings.shapes_from < 1:
         raise MifoError(

@@ -14,16 +14,23 @@ def box_edges(box: Sequence[float], side: int) -> tuple[int, int, int, int]:
     return x0, y0, x1, y1
 
 
-def check_boxes(boxes: Mapping[str, Sequence[float]], side: int | None = None) -> None:
+def inner_box(box: Sequence[float], margin: float) -> tuple[float, float, float, float]:
+    """The box with each side moved in by `margin`, a share of the picture's side."""
+    x0, y0, x1, y1 = box
+    return x0 + margin, y0 + margin, x1 - margin, y1 - margin
+
+
+def check_boxes(boxes: Mapping[str, Sequence[float]], side: int | None = None, margin: float = 0) -> None:
     """Refuse boxes that cannot be drawn.
 
     Args:
         boxes: [x0, y0, x1, y1] in [0, 1] by the name of the subject.
-        side: side of the grid on which shapes are found; each box must hold a pixel of it.
+        side: side of the grid on which shapes are found; each inner box must hold a pixel of it.
+        margin: see `inner_box`.
 
     Raises:
-        MifoError: a box is not four numbers, leaves [0, 1], is upside down, or is smaller than a pixel of the
-            grid.
+        MifoError: a box is not four numbers, leaves [0, 1], or is upside down; or its inner box is smaller
+            than a pixel of the grid.
     """
     for name, box in boxes.items():
         shown = f"The box of {name}, {list(box)},"
@@ -35,6 +42,7 @@ def check_boxes(boxes: Mapping[str, Sequence[float]], side: int | None = None) -
         if x0 >= x1 or y0 >= y1:
             raise MifoError(f"{shown} is upside down or empty: give [x0, y0, x1, y1], x0 < x1, y0 < y1.")
         if side is not None:
-            left, top, right, bottom = box_edges(box, side)
-            if left == right or top == bottom:
-                raise MifoError(f"{shown} is too small: make each side at least 1/{side} of the picture.")
+            left, top, right, bottom = box_edges(inner_box(box, margin), side)
+            if left >= right or top >= bottom:
+                least = f"1/{side} of the picture" + (" and twice guidance.margin" if margin else "")
+                raise MifoError(f"{shown} is too small: make each side at least {least}.")

@@ -19,7 +19,7 @@ from mifo.method.guidance.descent import descend, loss_and_gradient
 from mifo.method.guidance.loss import attention_sums
 from mifo.method.guidance.settings import GuidanceSettings
 from mifo.method.prompts.instances import PromptTokens
-from mifo.method.regions.boxes import check_boxes
+from mifo.method.regions.boxes import check_boxes, inner_box
 from mifo.method.regions.grids import rasterise_boxes, resize_shapes
 from mifo.method.regions.renewal import renew_shapes
 from mifo.method.regions.rules import MOST_SUBJECTS, SubjectWords, region_rules
@@ -216,9 +216,9 @@ class Regions:
         side = shaping[0].size[0]
         if len(boxes) > MOST_SUBJECTS:
             raise MifoError(f"{len(boxes)} boxes are too many: a prompt can have {MOST_SUBJECTS}.")
-        check_boxes(boxes, side)
+        check_boxes(boxes, side, self._guidance.margin)
         self.words = SubjectWords.of([tokens.subjects[name] for name in boxes], tokens, device)
-        edges = list(boxes.values())
+        edges = [inner_box(box, self._guidance.margin) for box in boxes.values()]
         self.boxes = rasterise_boxes(edges, side, device)
         self.shapes = self.boxes.expand(samples, -1, -1, -1)  # in force, (B, S, R, R)
         self._shapes_at: Callable[[tuple[int, int]], Tensor] = lambda size: rasterise_boxes(
