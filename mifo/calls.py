@@ -54,10 +54,20 @@ def call(task: str, overrides: tuple[str, ...], keys: Mapping[str, Any]) -> Any:
         job.tell("ok")
         return result
     except BaseException as error:
-        job.fail(told(error))
+        if _interrupted(error):
+            job.tell("interrupted", "stopped from the keyboard; it can be continued")
+        else:
+            job.fail(told(error))
         raise
     finally:
         unlock_folder(folder)
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C, or a notebook's stop, ended a job; Lightning exits on it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _flat(keys: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

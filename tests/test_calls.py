@@ -1,5 +1,6 @@
 """The commands as Python functions, and the notebook that uses them."""
 
+import itertools
 import json
 import re
 import subprocess
@@ -8,9 +9,11 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import mifo
 from mifo.calls import call
+from mifo.config.compose import quoted, written
 from mifo.config.jobs import claim_folder
 from mifo.config.location import conf_folder, fresh_folder
 from mifo.errors import MifoError, first_line
@@ -79,6 +82,37 @@ def test_functions_take_boxes_of_any_words(monkeypatch, tmp_path):
     boxes = {"<asset0>": [0, 0.25, 0.5, 1], "red ball": [0.5, 0.5, 1, 1]}
     settings = mifo.run(layout={"prompt": "a photo of <asset0> and a red ball", "boxes": boxes})
     assert settings.layout.boxes == {"asset0": boxes["<asset0>"], "red ball": boxes["red ball"]}
+
+
+@pytest.mark.parametrize("name", ["bear's den", "cat, dog", "a: b"])
+def test_names_of_boxes_that_hydra_cannot_read_are_refused(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MifoError, match=f"the name '{name}' has a sign that Hydra does not read in names"):
+        mifo.run(layout={"prompt": f"a photo of a {name}", "boxes": {name: [0, 0, 1, 1]}})
+
+
+def test_any_text_is_read_as_it_was_given():
+    parser = OverridesParser.create()
+    for letters in itertools.chain.from_iterable(itertools.product("a\\'\" ", repeat=n) for n in range(1, 5)):
+        text = "".join(letters)
+        for write in (written, quoted):
+            read = parser.parse_override(f"key={write(text)}").value()
+            assert getattr(read, "text", read) == text
+
+
+def test_a_call_that_is_stopped_is_no_failure(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def stop(settings):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)  # as Lightning does
+
+    monkeypatch.setattr("mifo.calls.perform", stop)
+    with pytest.raises(SystemExit):
+        call("learn", (), {"folder": "L"})
+    assert json.loads((tmp_path / "L" / "status.json").read_text())["status"] == "interrupted"
 
 
 @pytest.mark.parametrize(

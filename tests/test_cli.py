@@ -97,6 +97,9 @@ def test_help_lists_every_task_and_its_keys(mifo, capsys):
         (["run", "guidance.restarts=0"], "guidance.restarts=0"),
         (["run", "guidance.shapes_from=0"], "guidance.shapes_from=0"),
         (["run", "guidance.iterations=-1"], "guidance.iterations=-1"),
+        (["run", "layout.endings=[at sea, in snow]", "layout.prompt=a photo"], "has no {ending}, so that 2"),
+        (["run", "objectives=[leakage]", "metrics=none"], "objectives=leakage is measured by metrics"),
+        (["learn", "learning.prior.batch_size=0"], "learning.prior.batch_size=0 is too small"),
         (["run", "guidance.margin=-0.1"], "guidance.margin=-0.1 is too small; take at least 0"),
         (
             ["run", "guidance.margin=0.2"],

@@ -775,6 +775,17 @@ def test_class_pictures_of_ones_own(model, folder):
         class_pictures(model, ["a car"], PriorSettings(folder=str(folder / "empty")), seed=0)
 
 
+def test_class_pictures_of_ones_own_need_one_prompt(folder, instances):
+    own = PriorSettings(folder=str(folder))
+    with pytest.raises(MifoError, match="does not say which pictures show a car and which an owl"):
+        class_prompts(instances, own)
+    assert class_prompts(instances, dataclasses.replace(own, prompts=["a photo of a thing"])) == [
+        "a photo of a thing"
+    ]
+    alike = dataclasses.replace(instances, class_names=("car", "car"))
+    assert class_prompts(alike, own) == ["a photo of a car"]
+
+
 def test_large_class_pictures_are_encoded_in_the_memory_of_sixteen_of_512() -> None:
     assert [encoded_at_once(size, None) for size in (128, 512, 768, 1024, 4096)] == [16, 16, 7, 4, 1]
     assert encoded_at_once(128, PerformanceSettings(gradient_checkpointing=True)) == 1

@@ -66,6 +66,23 @@ def test_a_good_setup_is_all_right(setup, capsys):
     assert found["layout"] == "prompts: 1, boxes: 2" and "GiB of a GPU's memory" in found["memory"]
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["learning.template='a {x}'"],
+        ["learning.template='a {'"],
+        ["synthesis.samples=0"],
+        ["learning.finetuning.trainable=lora", "learning.finetuning.lora_rank=0"],
+        ["performance.synthesis_precision=bogus"],
+    ],
+)
+def test_settings_on_which_other_checks_break_are_told(setup, capsys, given):
+    lines, failed = told([*setup, *given], capsys)
+    key = given[-1].partition("=")[0]
+    assert failed and [text for level, *_, text in lines if level == "error" and key in text]
+    assert "picture" in [subject for _, subject, _ in lines]  # what can be checked is
+
+
 def no_weights(folder):
     (folder / "model" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
 

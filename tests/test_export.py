@@ -254,6 +254,7 @@ def test_the_script_of_the_card_works_without_mifo(mifo, family, tmp_path):
         ({"format": "webui", "weights": "pipeline"}, "weights=pipeline is a folder of diffusers"),
         ({"words": ["one"]}, "words=one must be 2 different words"),
         ({"words": ["cat", "Cat"]}, "capitals make no difference"),
+        ({"words": ["cat", "<cat>"]}, "must be 2 different words"),
         ({"words": ["a/b", "c"]}, "'a/b' is no name of a word"),
     ],
 )

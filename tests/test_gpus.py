@@ -52,3 +52,5 @@ def test_gpus_are_counted_without_cuda(monkeypatch):
     assert gpus.visible_gpus() == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert gpus.visible_gpus() == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,-1,0")
+    assert gpus.visible_gpus() == ["1"]

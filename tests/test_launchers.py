@@ -228,7 +228,7 @@ SEARCHES = {
 
 @pytest.mark.parametrize("search", SEARCHES)
 def test_a_search_names_the_trials_that_no_other_beats(search, source, tmp_path):
-    pytest.importorskip("optuna")
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     command = [
         *(sys.executable, "-m", "mifo", "run", "-m", f"hparams_search={search}", "debug=default"),
         *("device=cpu", "logger=none", "callbacks=none", "model=local", f"model.source={source}"),

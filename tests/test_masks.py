@@ -102,6 +102,12 @@ def test_polygons_and_run_lengths_of_coco(folder):
     check(read(folder), ("car", "cat"))
 
 
+def test_boxes_of_coco_end_at_the_border(folder):
+    coco(folder, [None], bbox=[-5, 10, 15, 30])
+    (mask,) = read(folder).masks
+    assert mask.nonzero().tolist() == [[row, column] for row in range(10, 32) for column in range(10)]
+
+
 @pytest.mark.parametrize("value", [[0], {"a": 1}])
 def test_categories_of_coco_that_are_no_names_are_told(folder, value):
     left, top, right, bottom = box_of(CAR)
@@ -151,7 +157,12 @@ def smooth(folder):
         (lambda f: coco(f, [{"size": [32, 32], "counts": [5]}]), "do not fill the picture"),
         (lambda f: coco(f, [{"size": [3, 3], "counts": "00"}]), r"run lengths of \[3, 3\]"),
         (lambda f: coco(f, [{"size": [32, 32], "counts": "0"}]), "damaged segmentation"),
-        (lambda f: coco(f, [None], bbox=[1, 2]), "neither a segmentation nor a box"),
+        (lambda f: coco(f, [None], bbox=None), "neither a segmentation nor a box"),
+        (lambda f: coco(f, [None], bbox=[1, 2]), "has a damaged box"),
+        (lambda f: coco(f, [None], bbox=["a", 1, 2, 3]), "has a damaged box"),
+        (lambda f: coco(f, [None], bbox=5), "has a damaged box"),
+        (lambda f: coco(f, [None], bbox=[None, 1, 2, 3]), "has a damaged box"),
+        (lambda f: coco(f, [None], bbox=[-50, -50, 30, 30]), "marks nothing"),
         (lambda f: (f / "boxes.yaml").write_text("car: [0, 0, 2, 1]"), "leaves the picture"),
         (lambda f: (f / "boxes.yaml").write_text("car: here"), "car has here, which is no box"),
         (lambda f: (f / "boxes.yaml").write_text("- 3"), "holds no boxes|not YAML"),

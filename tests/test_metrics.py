@@ -17,11 +17,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
-from mifo.commands.evaluate import pictures_folder, print_scores, recorded_instances, scored
+from mifo.commands.evaluate import other_instances, pictures_folder, print_scores, recorded_instances, scored
 from mifo.commands.synthesize import learned_folder
 from mifo.config.compose import compose, settings_of
 from mifo.config.location import conf_folder
 from mifo.data.saved_pictures import Picture, read_pictures, save_pictures
+from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
 from mifo.metrics.box_adherence import BoxAdherence, find_instance
 from mifo.metrics.class_accuracy import ClassAccuracy, class_texts, whole_window
@@ -616,3 +617,11 @@ def test_printed_scores_are_whole_on_a_narrow_terminal(monkeypatch, capsys):
     print_scores((Score("instance_consistency_clip", 0.25, True, evaluator, "miniature", 3),))
     told = capsys.readouterr().out
     assert "instance_consistency_clip ↑" in told and "miniature-clip-stretched" in told and "…" not in told
+
+
+def test_a_folder_is_the_same_however_it_is_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "instances.yaml").write_text(f"name: local\nfolder: {tmp_path}/photo\n")
+    assert other_instances(tmp_path, InstancesSettings(name="local", folder="photo")) is None
+    told = other_instances(tmp_path, InstancesSettings(name="local", folder="other"))
+    assert f"learned from {tmp_path}/photo, but are scored against {tmp_path}/other;" in told

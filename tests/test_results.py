@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from mifo.commands.results import results
+from mifo.errors import MifoError
 from mifo.metrics.evaluation import METRICS
 from mifo.metrics.scores import RANGES, Evaluation, Evaluator, Score
 
@@ -178,6 +179,28 @@ def test_what_changes_is_read_again_and_what_goes_is_forgotten(runs, listed):
     assert [row["error"] for row in listed("status=damaged", "columns=error")] == ["config.yaml is damaged"]
 
 
+def test_a_run_that_begins_is_read_again_when_its_settings_are_there(runs, listed):
+    folder = runs / "outputs" / "run" / "begun"
+    make(folder, 8000)
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").unlink()
+    assert listed("seed=8000") == []
+    (folder / "config.yaml").write_text(config)
+    assert len(listed("seed=8000")) == 1
+
+
+def test_runs_of_other_folders_say_nothing(runs, listed, capsys):
+    assert len(listed("seed=0")) == 1
+    make(runs / "elsewhere" / "run", 1)
+    results([str(runs / "elsewhere"), "format=csv"])
+    assert "leakage" not in capsys.readouterr().out
+    with pytest.raises(MifoError, match="no run has the key leakage"):
+        results([str(runs / "elsewhere"), "sort=leakage"])
+    (runs / "empty").mkdir()
+    with pytest.raises(MifoError, match="there are no runs in these folders"):
+        results([str(runs / "empty"), "seed=0"])
+
+
 def test_every_metric_has_a_range():
     assert [*METRICS] == [*RANGES]
 
@@ -268,6 +291,8 @@ def test_two_runs_differ_in_what_is_named_and_a_sheet_is_opened(runs, capsys, mo
         (["weight>0.1"], "did you mean penalty.terms.penalty.weight?"),
         (["sort=leakag"], "did you mean leakage?"),
         (["nosuch"], "nosuch is no folder and no filter"),
+        (["x" * 300], "is no folder and no filter"),
+        (["weight=" + "x" * 300], "did you mean penalty.terms.penalty.weight?"),
         (["leakage>much"], "leakage>much compares with no number"),
         (["format=xml"], "take one of table, csv, json"),
         (["limit=-1"], "limit=-1 is no number of runs"),

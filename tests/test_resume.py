@@ -268,6 +268,11 @@ def test_a_folder_in_use_is_refused_and_its_status_stays(mifo, drawn, capsys):
 def test_a_killed_run_is_told_from_one_that_runs(tmp_path):
     write_status(tmp_path, "running", [])
     assert read_status(tmp_path)["status"] == "running"
+    (tmp_path / ".lock").touch()  # which nobody holds: another process has the number of the one that died
+    assert read_status(tmp_path)["status"] == "died"
+    with open(tmp_path / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert read_status(tmp_path)["status"] == "running"
     gone = subprocess.Popen(["true"])
     gone.wait()
     record = json.loads((tmp_path / "status.json").read_text())

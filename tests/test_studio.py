@@ -62,6 +62,12 @@ def test_what_is_kept_serves_the_command_line(mifo, photo, tmp_path, capsys):
     assert (Path(settings.folder) / "img.jpg").read_bytes() == photo.read_bytes()
 
 
+@pytest.mark.parametrize("name", ["20240101_120000", "1", "null", "True", "1e5"])
+def test_a_photo_whose_name_hydra_reads_as_a_number_can_be_learned(mifo, photo, tmp_path, name):
+    assert kept.keep_photo(tmp_path / "studio", name, photo, ["", ""], [LEFT, RIGHT]) == f"my_{name}"
+    assert mifo("layout", f"instances=my_{name}", "--config-dir", "studio") == 0
+
+
 def test_nothing_that_is_kept_is_overwritten(photo, tmp_path):
     def keep(names, masks):
         return kept.keep_photo(tmp_path, "a", photo, names, masks)

@@ -47,7 +47,7 @@ from mifo.tables.plan import Run
 from mifo.tables.plot import draw_table
 from mifo.tables.record import About, Entry, read_record, write_record
 from mifo.tables.settings import PARETO, TableSettings, read_table
-from mifo.tables.write import _best, claim_results, write_table
+from mifo.tables.write import _best, claim_results, newest_results, write_table
 
 ROOT = Path(__file__).parents[1]
 RECORDS = sorted(path.with_name("runs.csv") for path in (ROOT / "experiments").glob("*/*/question.json"))
@@ -508,6 +508,21 @@ def test_the_written_forms_agree(folder, made):
     assert (found / "table.png").stat().st_size > 5000 and (found / "table.pdf").is_file()
     # the difference is the same for both seeds, so that its interval is empty
     assert "| none | cars | -0.500 ± 0.000 |" in (found / "table.md").read_text()
+
+
+def test_sets_of_like_names_have_pages_of_their_own(folder, made, monkeypatch):
+    without_pictures = execute.perform
+
+    def run(settings):
+        without_pictures(settings)
+        picture = Picture(torch.zeros(3, 32, 32), "a photo of <asset0>")
+        save_pictures(Path(settings.paths.output) / "pictures", [picture])
+
+    monkeypatch.setattr(execute, "perform", run)
+    table(["small", "table.workers=0", "table.scenes={two cars: [three_cars], two-cars: [three_cars]}"])
+    told = (results(folder) / "table.md").read_text()
+    assert "](pictures-two-cars.jpg)" in told and "](pictures-two-cars-2.jpg)" in told
+    assert newest_results("smal") is None and newest_results("small") is not None
 
 
 def test_a_page_shows_each_row_on_one_scene_and_seed(folder, made, monkeypatch):

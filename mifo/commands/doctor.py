@@ -21,6 +21,7 @@ def doctor(settings: RunSettings) -> list[tuple[str, str, str]]:
         MifoError: after all lines, if one is an error.
     """
     setup, lines = Setup(settings), list[tuple[str, str, str]]()
+    console = Console(soft_wrap=True)
     checks: dict[str, Callable[[Setup], str]] = {
         "settings": _settings,
         **{each.__name__: each for each in ALL},
@@ -32,13 +33,18 @@ def doctor(settings: RunSettings) -> list[tuple[str, str, str]]:
                 found = ("ok", name, made(setup))
         except MifoError as error:
             found = ("error", name, str(error))
-        lines += [("warning", name, text) for text in told.texts]
+        except Exception:
+            # what reads refused settings can break on them; the line of the settings says what to mend
+            if ("error", "settings") not in [line[:2] for line in lines]:
+                raise
+            continue
+        new = [("warning", name, text) for text in told.texts]
         # a part that cannot be read is told by the first check that needs it
-        if found[0] == "ok" or found[2] not in [text for _, _, text in lines]:
-            lines.append(found)
-    console = Console(soft_wrap=True)
-    for level, name, text in lines:
-        console.print(f"[{_COLOURS[level]}]{level:<8}[/]{name:<11}{escape(text)}", highlight=False)
+        if found[0] == "ok" or found[2] not in [text for _, _, text in lines + new]:
+            new.append(found)
+        for level, name, text in new:
+            console.print(f"[{_COLOURS[level]}]{level:<8}[/]{name:<11}{escape(text)}", highlight=False)
+        lines += new
     if errors := sum(level == "error" for level, *_ in lines):
         raise MifoError(
             f"the setup has {errors} error{'s' * (errors > 1)}; the lines above say how to mend it"

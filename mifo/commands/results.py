@@ -6,6 +6,7 @@ import operator
 import re
 import sys
 from collections.abc import Callable, Sequence
+from os.path import isdir  # false also for what is too long to be a path
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +66,14 @@ def results(arguments: Sequence[str]) -> None:
 
 
 def _list(arguments: Sequence[str]) -> None:
-    folders = [
-        Path(text).expanduser() for text in arguments if not _FILTER.fullmatch(text) or Path(text).is_dir()
-    ]
-    if missing := [folder for folder in folders if not folder.is_dir()]:
+    folders = [Path(text).expanduser() for text in arguments if not _FILTER.fullmatch(text) or isdir(text)]
+    if missing := [folder for folder in folders if not isdir(folder)]:
         raise MifoError(f"{missing[0]} is no folder and no filter such as seed=1; see mifo results --help")
     filters: list[tuple[str, str, str]] = []
     options: dict[str, Any] = {"sort": "", "columns": None, "limit": None, "format": "table"}
     for argument in arguments:
         match = _FILTER.fullmatch(argument)
-        if match is None or Path(argument).is_dir():
+        if match is None or isdir(argument):
             continue
         key, sign, text = match.groups()
         if key in options and sign in ("=", "=="):

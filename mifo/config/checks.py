@@ -44,6 +44,8 @@ def check(settings: TaskSettings) -> None:
         check_least("metrics", metrics, batch_size=1, windows=1)
     for name in getattr(settings, "objectives", []):
         check_known("objectives", name, RANGES)
+        if metrics is None:
+            raise MifoError(f"objectives={name} is measured by metrics, but metrics=none; choose metrics")
     if isinstance(settings, ModelTaskSettings | QualitySettings):
         from mifo.acceleration.profile import check_performance
 

@@ -274,12 +274,17 @@ def written(value: Any) -> str:
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, Mapping):  # names are those of words; asset0 stands for <asset0>
+        for name in value:
+            if not re.fullmatch(r"[\w<>./@%+ -]+", str(name)):
+                raise MifoError(
+                    f"the name '{name}' has a sign that Hydra does not read in names; take letters, digits, "
+                    "spaces, -, _, . and /"
+                )
         pairs = [f"{str(name).strip('<>')}: {written(each)}" for name, each in value.items()]
         return f"{{{','.join(pairs)}}}"
     if isinstance(value, list | tuple):
         return f"[{','.join(map(written, value))}]"
-    text = str(value).replace("'", "\\'")
-    return f"'{text}'"
+    return _between(str(value), "'")
 
 
 def quoted(value: Any) -> str:
@@ -287,8 +292,14 @@ def quoted(value: Any) -> str:
     text = str(value)
     if re.fullmatch(r"[A-Za-z0-9_./:-]+", text):
         return text
-    escaped = text.replace('"', '\\"')
-    return f'"{escaped}"'
+    return _between(text, '"')
+
+
+def _between(text: str, mark: str) -> str:
+    """A text in quotation marks. Hydra reads backslashes before a mark in pairs, others as they are."""
+    escaped = re.sub(rf"(\\*){mark}", lambda found: f"{2 * found[1]}\\{mark}", text)
+    ending = escaped[len(escaped.rstrip("\\")) :]
+    return f"{mark}{escaped}{ending}{mark}"
 
 
 def as_plain(settings: Any) -> dict[str, Any]:

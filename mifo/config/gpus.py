@@ -4,6 +4,7 @@ import fcntl
 import os
 import subprocess
 import tempfile
+from itertools import takewhile
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -17,7 +18,8 @@ def visible_gpus() -> list[str]:
     """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them; does not initialise CUDA."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
-        return [name.strip() for name in chosen.split(",") if name.strip()]
+        named = [name.strip() for name in chosen.split(",") if name.strip()]
+        return [*takewhile(lambda name: not name.startswith("-"), named)]  # as CUDA reads it
     try:
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
     except FileNotFoundError:

@@ -167,12 +167,29 @@ def read_status(folder: Path) -> dict[str, Any] | None:
     if known.status != "running":
         return asdict(known)
     if known.host == socket.gethostname():
-        died = not _is_alive(known.pid or 0)
+        # another process may have the number of one that died
+        died = not (_is_alive(known.pid or 0) and _is_locked(folder / LOCK))
     else:
         lock = folder / LOCK
         died = lock.is_file() and time.time() - lock.stat().st_mtime > _SILENCE
     reason = f"process {known.pid} ended without a word, as by a kill or a power cut; it can be continued"
     return asdict(known) | ({"status": "died", "error": reason} if died else {})
+
+
+def _is_locked(lock: Path) -> bool:
+    """Whether a process holds the lock; true where nobody can tell."""
+    try:
+        handle = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(handle)
 
 
 def _is_alive(pid: int) -> bool:

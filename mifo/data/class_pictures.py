@@ -38,9 +38,19 @@ class ClassPictures:
 
 
 def class_prompts(instances: InstanceSet, settings: PriorSettings) -> list[str]:
-    """The prompts of the class pictures: those of the settings, once for every class of the instances."""
+    """The prompts of the class pictures: those of the settings, once for every class of the instances.
+
+    Raises:
+        MifoError: pictures of one's own for several classes: which of them a picture shows nobody says.
+    """
     names = dict.fromkeys(instances.class_names or [UNKNOWN_CLASS])
     classes = [f"{article(name)} {name}" for name in names]
+    if settings.folder is not None and len(classes) > 1 and "{class}" in "".join(settings.prompts):
+        raise MifoError(
+            f"learning.prior.folder={settings.folder} does not say which pictures show "
+            f"{' and which '.join(classes)}; give a prompt that fits all of them, such as "
+            "learning.prior.prompts=[a photo of an animal], or take null to have them made"
+        )
     told = (prompt.replace("{class}", each) for prompt in settings.prompts for each in classes)
     return list(dict.fromkeys(told))
 

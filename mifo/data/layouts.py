@@ -55,6 +55,11 @@ def layouts(settings: LayoutSettings, tokens: Sequence[str]) -> list[Layout]:
     if not settings.endings:
         raise MifoError('layout.endings is empty, so there is no prompt; give at least one, [""] for none')
     check_placeholders("layout.prompt", settings.prompt, ("instances", "subset", "ending"))
+    if len(settings.endings) > 1 and "{ending}" not in settings.prompt:
+        raise MifoError(
+            f"layout.prompt={settings.prompt} has no {{ending}}, so that {len(settings.endings)} "
+            "layout.endings would give the same pictures; put {ending} into it, or give one ending"
+        )
     for ending in settings.endings:
         check_placeholders("layout.endings", ending)
     found = []

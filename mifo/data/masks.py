@@ -111,11 +111,14 @@ def annotation_mask(file: Path, annotation: Annotation) -> np.ndarray:
     height, width = annotation.size
     found, size = annotation.segmentation, annotation.size
     if found is None:
-        edges = [float(edge) for edge in annotation.box or ()]
-        if len(edges) != 4:
+        if not annotation.box:
             raise MifoError(f"{file} has an annotation with neither a segmentation nor a box; draw one.")
-        left, top, wide, high = edges
-        return box_mask((left / width, top / height, (left + wide) / width, (top + high) / height), size)
+        try:
+            left, top, wide, high = map(float, annotation.box)
+            edges = (left / width, top / height, (left + wide) / width, (top + high) / height)
+            return box_mask([min(max(edge, 0), 1) for edge in edges], size)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise MifoError(f"{file} has a damaged box ({error}); export it anew.") from error
     check_package(str(file), "pycocotools", "masks")
     from pycocotools import mask as coco
 

@@ -17,6 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -158,6 +159,8 @@ def _option(folder: Path, group: str, name: str) -> Path:
 def _names(name: str) -> Iterator[str]:
     """A name as Hydra takes it for an option, then with the numbers from 2 on."""
     plain = re.sub(r"[^A-Za-z0-9_]+", "_", name).strip("_")[:60] or "photo"
+    if not isinstance(OverridesParser.create().parse_override(f"name={plain}").value(), str):
+        plain = f"my_{plain}"  # a number as 20240101_120000, a truth, or null
     yield plain
     yield from (f"{plain}_{number}" for number in count(2))
 

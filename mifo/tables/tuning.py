@@ -169,8 +169,10 @@ def tune(
         made += done
         found = measured(done)
         for label in settings.methods:
-            own = [each.values for each in found if each.row == _row(label, number)]
-            trials.append(_trial(label, number, values[label], own, settings))
+            row = _row(label, number)
+            own = [each.values for each in found if each.row == row]
+            planned = sum(run.row == row for run in runs)
+            trials.append(_trial(label, number, values[label], own, planned, settings))
             if (objective := trials[-1].objective) is None:
                 searches[label].tell(asked[label], state=optuna.trial.TrialState.FAIL)
             else:
@@ -192,14 +194,15 @@ def _trial(
     number: int,
     values: dict[str, float],
     scores: Sequence[Mapping[str, float]],
+    planned: int,
     settings: TuningSettings,
 ) -> Trial:
-    """The trial with the mean of the `scores` of its runs; without an objective if one of them has none.
+    """The trial with the mean of the `scores` of its `planned` runs; without an objective if one has none.
 
     Raises:
         MifoError: a score of the objective was not measured, as leakage where there is one instance.
     """
-    if len(scores) < len(settings.scenes) * len(settings.seeds):
+    if len(scores) < planned:
         return Trial(label, number, values, {}, None)
     measured_in_all = [key for key in scores[0] if all(key in each for each in scores)]
     means = {key: math.fsum(each[key] for each in scores) / len(scores) for key in measured_in_all}
@@ -241,7 +244,8 @@ def write_tuning(
         label: [*settings.methods[label].overrides, *trial.overrides]
         for label, trial in best_trials(trials).items()
     }
-    head = f"# {settings.title}: the best of {settings.trials} trials of each method, as rows of a table\n"
+    tried = len({trial.number for trial in trials})
+    head = f"# {settings.title}: the best of {tried} trials of each method, as rows of a table\n"
     # interpolations are for the runs to resolve
     text = OmegaConf.to_yaml(OmegaConf.create({"rows": chosen}))
     write_whole(folder / "chosen.yaml", head + text)

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from glob import escape
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,7 @@ def claim_results(folder: Path, settings: Any, overrides: Sequence[str], task: s
 
 def newest_results(name: str) -> Path | None:
     """The folder in which the table `name` was written last, unless another one was chosen for it."""
-    written = Path("outputs/tables").glob(f"{name}-*/table.md")
+    written = Path("outputs/tables").glob(f"{escape(name)}-{'[0-9a-f]' * 6}/table.md")
     newest = max(written, key=lambda path: path.stat().st_mtime, default=None)
     return newest and newest.parent
 
@@ -94,9 +96,11 @@ def write_table(folder: Path, command: str, settings: TableSettings, ended: Sequ
     found = cells(runs, columns)
     write_record(folder, entries)
     _write_estimates(folder / "table.csv", found)
-    pages = {}
+    pages: dict[str, str] = {}
     for scenes, page in draw_pages(finished, runs, columns, settings.pages, settings.title).items():
-        pages[scenes] = f"pictures-{re.sub(r'[^A-Za-z0-9]+', '-', scenes)}.jpg"
+        plain = f"pictures-{re.sub(r'[^A-Za-z0-9]+', '-', scenes)}"
+        names = (f"{plain}{'' if number == 1 else f'-{number}'}.jpg" for number in count(1))
+        pages[scenes] = next(name for name in names if name not in pages.values())
         with whole_file(folder / pages[scenes]) as unfinished:
             page.save(unfinished, "JPEG", quality=80)
     failed = [done for done in ended if not done.is_finished]

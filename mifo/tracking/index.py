@@ -57,17 +57,20 @@ class Index:
         return dict(row for run in runs for row in self._database.execute(one, [key, run]))
 
     def has(self, key: str) -> bool:
-        """Whether any run has the key."""
-        return bool(self._database.execute("SELECT 1 FROM facts WHERE key = ? LIMIT 1", [key]).fetchone())
+        """Whether any of the runs has the key."""
+        own = {*self.runs.values()}
+        return any(
+            run in own for (run,) in self._database.execute("SELECT run FROM facts WHERE key = ?", [key])
+        )
 
     def keys(self) -> list[str]:
-        """The keys that any run has."""
+        """The keys that any of the runs has."""
         # SQLite would otherwise look at every fact
         step = "SELECT min(key) FROM facts WHERE key > ?"
         found = [""]
         while (following := self._database.execute(step, found[-1:]).fetchone()[0]) is not None:
             found.append(following)
-        return found[1:]
+        return [key for key in found[1:] if self.has(key)]
 
     def _refresh(self, folders: Sequence[str]) -> None:
         """Read what is new or changed below the folders, and forget what is gone."""
@@ -86,6 +89,8 @@ class Index:
                     self._database.execute("DELETE FROM facts WHERE run = ?", [numbers[folder]])
                     self._database.execute("DELETE FROM runs WHERE id = ?", [numbers[folder]])
                 for folder, stamp in changed.items():
+                    if not os.path.exists(f"{folder}/{CONFIG}"):
+                        stamp = 0  # a run that begins writes its status first; it is read again
                     insert = "INSERT INTO runs (folder, stamp) VALUES (?, ?)"
                     numbers[folder] = self._database.execute(insert, [folder, stamp]).lastrowid
                     facts = ((key, numbers[folder], value) for key, value in read_facts(Path(folder)).items())

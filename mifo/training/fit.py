@@ -75,6 +75,8 @@ def check_learning(settings: LearningSettings) -> None:
         raise MifoError(f"learning.flip_probability={settings.flip_probability} is not between 0 and 1.")
     prior = settings.prior
     check_least("learning.prior", prior, weight=0, guidance_scale=0)
+    if prior.batch_size is not None:
+        check_least("learning.prior", prior, batch_size=1)
     if prior.weight and not prior.folder and prior.pictures < 1:
         raise MifoError("learning.prior.pictures must be at least 1; learning.prior.weight=0 needs none.")
     if prior.weight and not prior.prompts:
@@ -162,8 +164,9 @@ def learn(
     # files that killed runs left unfinished
     for rest in (*Path(folder).glob(".learned*"), *checkpoints.glob("*/.*.unfinished")):
         remove(rest)
-    prompts = class_prompts(instances, settings.prior)
+    prompts: list[str] = []
     if settings.has_prior:
+        prompts = class_prompts(instances, settings.prior)
         check_cache(model, prompts, settings.prior, seed)
     lightning.seed_everything(seed, verbose=False)
     model.add_words(instances.tokens, instances.initializers, seed)
