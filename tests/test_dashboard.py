@@ -84,7 +84,7 @@ def test_runs_are_grouped_by_several_choices_and_settings(mifo, compared):
 def test_a_table_is_compared_by_its_rows_in_its_columns(tmp_path, monkeypatch):
     from wandb_workspaces.reports.v2 import interface
 
-    written = tmp_path / "outputs" / "tables" / "methods-1"
+    written = tmp_path / "outputs" / "tables" / "methods-0a1b2c"
     written.mkdir(parents=True)
     (written / "table.md").write_text(
         "# Comparison\n\n| row | leakage |\n\n![The table as a plot](table.png)\n"
