@@ -10,7 +10,7 @@ from mifo.config.compose import REFUSALS, compose, explain, settings_of, written
 from mifo.config.jobs import Job, unlock_folder
 from mifo.config.launch import perform
 from mifo.config.location import fresh_folder
-from mifo.errors import MifoError, told
+from mifo.errors import MifoError, signalled, told
 
 
 def call(task: str, overrides: tuple[str, ...], keys: Mapping[str, Any]) -> Any:
@@ -54,20 +54,13 @@ def call(task: str, overrides: tuple[str, ...], keys: Mapping[str, Any]) -> Any:
         job.tell("ok")
         return result
     except BaseException as error:
-        if _interrupted(error):
-            job.tell("interrupted", "stopped from the keyboard; it can be continued")
+        if code := signalled(error):
+            job.stop(code)
         else:
             job.fail(told(error))
         raise
     finally:
         unlock_folder(folder)
-
-
-def _interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C, or a notebook's stop, ended a job; Lightning exits on it."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
 
 
 def _flat(keys: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mifo.errors import MifoError, refuse, told
+from mifo.errors import Interrupted, MifoError, refuse, signalled, told
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -84,17 +84,6 @@ def main() -> None:
             sys.exit(error.code if isinstance(error, Interrupted) else 128 + signal.SIGINT)
 
 
-class Interrupted(BaseException):
-    """A job was asked to stop.
-
-    `code` is the exit code of the signal, `way_on` the command that continues the job.
-    """
-
-    def __init__(self, code: int, way_on: str | None = None) -> None:
-        super().__init__(code, way_on)
-        self.code, self.way_on = code, way_on
-
-
 def _run(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP)
@@ -124,7 +113,7 @@ def _run(arguments: Sequence[str]) -> None:
             return
         _run_with_hydra(task, others)
     except Exception as error:
-        if code := _signalled(error):  # a library took the signal for a fault of its own
+        if code := signalled(error):  # a library took the signal for a fault of its own
             raise Interrupted(code) from error
         if report_sweep():
             sys.exit(1)
@@ -220,13 +209,11 @@ def run_job(config: "DictConfig") -> Any:
         return result
     except BaseException as error:
         reason = told(error)
-        code = _signalled(error)
+        code = signalled(error)
         with _undisturbed() as held:
             with suppress(OSError):  # a full disk may be why the job ends, and must not hide it
                 if code:
-                    job.tell(
-                        "interrupted", f"stopped by {signal.Signals(code - 128).name}; it can be continued"
-                    )
+                    job.stop(code)
                 else:  # a sweep's summary is made of these files, so that its jobs always say how they ended
                     job.fail(reason)
             if code:
@@ -269,19 +256,6 @@ def _way_on(error: BaseException, arguments: Sequence[str]) -> str:
 
         return shlex.join(["mifo", *repeated, f"hydra.sweep.dir={quoted(folder)}"])
     return shlex.join(["mifo", *arguments])
-
-
-def _signalled(error: BaseException | None) -> int | None:
-    """The exit code of the signal that ended a job; None if none did. Lightning itself exits on Ctrl-C."""
-    while error is not None:
-        if isinstance(error, Interrupted):
-            return error.code
-        if isinstance(error, KeyboardInterrupt):
-            return 128 + signal.SIGINT
-        if type(error).__name__ == "SIGTERMException":
-            return 128 + signal.SIGTERM
-        error = error.__cause__ or error.__context__
-    return None
 
 
 @contextmanager

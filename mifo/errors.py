@@ -1,5 +1,6 @@
-"""The one exception that a user of MIFO is meant to read, and what its sentences have in common."""
+"""The one exception that a user is meant to read, what its sentences have in common, and what stops a job."""
 
+import signal
 import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -12,6 +13,17 @@ class MifoError(Exception):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class Interrupted(BaseException):
+    """A job was asked to stop.
+
+    `code` is the exit code of the signal, `way_on` the command that continues the job.
+    """
+
+    def __init__(self, code: int, way_on: str | None = None) -> None:
+        super().__init__(code, way_on)
+        self.code, self.way_on = code, way_on
 
 
 def check_least(place: str, settings: Any, **least: float) -> None:
@@ -59,6 +71,19 @@ def root_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return first_line(error)
+
+
+def signalled(error: BaseException | None) -> int | None:
+    """The exit code of the signal that ended a job; None if none did. Lightning itself exits on Ctrl-C."""
+    while error is not None:
+        if isinstance(error, Interrupted):
+            return error.code
+        if isinstance(error, KeyboardInterrupt):
+            return 128 + signal.SIGINT
+        if type(error).__name__ == "SIGTERMException":
+            return 128 + signal.SIGTERM
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def told(error: BaseException) -> str:

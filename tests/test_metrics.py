@@ -19,10 +19,10 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from mifo.commands.evaluate import other_instances, pictures_folder, print_scores, recorded_instances, scored
 from mifo.commands.synthesize import learned_folder
+from mifo.config.checks import check
 from mifo.config.compose import compose, settings_of
 from mifo.config.location import conf_folder
 from mifo.data.saved_pictures import Picture, read_pictures, save_pictures
-from mifo.data.settings import InstancesSettings
 from mifo.errors import MifoError
 from mifo.metrics.box_adherence import BoxAdherence, find_instance
 from mifo.metrics.class_accuracy import ClassAccuracy, class_texts, whole_window
@@ -622,6 +622,12 @@ def test_printed_scores_are_whole_on_a_narrow_terminal(monkeypatch, capsys):
 def test_a_folder_is_the_same_however_it_is_typed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "instances.yaml").write_text(f"name: local\nfolder: {tmp_path}/photo\n")
-    assert other_instances(tmp_path, InstancesSettings(name="local", folder="photo")) is None
-    told = other_instances(tmp_path, InstancesSettings(name="local", folder="other"))
+
+    def warned(folder):
+        given = ["pictures=.", "instances=local", f"instances.folder={folder}", "paths.output=unused"]
+        check(settings := settings_of(compose("evaluate", given)))
+        return other_instances(tmp_path, settings.instances)
+
+    assert warned("photo") is None
+    told = warned("other")
     assert f"learned from {tmp_path}/photo, but are scored against {tmp_path}/other;" in told

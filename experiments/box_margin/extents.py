@@ -23,7 +23,7 @@ from mifo.data.instance_names import instances_in, name_instances
 from mifo.data.saved_pictures import Picture, read_pictures
 from mifo.files import CONFIG, WEIGHTS
 from mifo.miniature.pretraining.segmenter import SIDE, Segmenter, class_maps, load_segmenter
-from mifo.miniature.quality import drawn_extents
+from mifo.miniature.quality import class_extents
 from mifo.tables.collect import Measured, cells, differences
 from mifo.world.scenes import SIZE
 from mifo.world.vocabulary import THINGS
@@ -56,10 +56,9 @@ def extents(run: Path, segmenter: Segmenter) -> dict[str, float]:
         token: THINGS.index(name) for token, name in zip(names.tokens, names.class_names or (), strict=True)
     }
     pictures = read_pictures(run / "pictures")
-    images = torch.stack([each.image for each in pictures])
+    maps = class_maps(segmenter, torch.stack([each.image for each in pictures]))
     far = [
-        distances(picture, classes, things)
-        for picture, classes in zip(pictures, class_maps(segmenter, images).cpu().numpy(), strict=True)
+        distances(picture, classes, things) for picture, classes in zip(pictures, maps.numpy(), strict=True)
     ]
     most = [np.quantile(each, 0.999) * SIZE / SIDE if each.size else 0.0 for each in far]
     measures = {
@@ -70,7 +69,7 @@ def extents(run: Path, segmenter: Segmenter) -> dict[str, float]:
     if len({*things.values()}) == len(things):
         asked = torch.tensor([[things[name] for name in each.boxes] for each in pictures])
         boxes = torch.tensor([[*each.boxes.values()] for each in pictures])
-        found = drawn_extents(segmenter, images, asked)
+        found = class_extents(maps, asked)
         overlaps = [box_iou(own, box).diagonal() for own, box in zip(found, boxes, strict=True)]
         measures["extent_iou"] = torch.cat(overlaps).mean().item()
     return measures

@@ -1,7 +1,6 @@
 """`mifo evaluate`: pictures against their prompts and the instances they were made from."""
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -105,15 +104,12 @@ def other_instances(pictures: Path, given: InstancesSettings | None) -> str | No
     """A warning if the `given` instances are not those that the pictures' tokens were learned from."""
     if given is None or not (pictures / "instances.yaml").is_file():
         return None
-    own, other = (
-        (each.folder and os.path.abspath(os.path.expanduser(each.folder)), each.scene, each.name)
-        for each in (recorded_instances(pictures), given)
-    )
-    if own[:2] == other[:2]:
+    recorded = recorded_instances(pictures)
+    if (recorded.folder, recorded.scene) == (given.folder, given.scene):
         return None
     return (
-        f"These pictures were learned from {own[0] or own[2]}, but are scored against "
-        f"{other[0] or other[2]}; leave instances=… out to score them against their own."
+        f"These pictures were learned from {recorded.folder or recorded.name}, but are scored against "
+        f"{given.folder or given.name}; leave instances=… out to score them against their own."
     )
 
 

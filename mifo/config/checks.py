@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mifo.config.schema import (
+    EvaluateSettings,
     ExportTaskSettings,
     LearnSettings,
     ModelTaskSettings,
@@ -68,8 +69,9 @@ def check(settings: TaskSettings) -> None:
         _check_trainer(settings.trainer)
         if "" in [text.strip() for text in settings.instances.class_names or []]:
             raise MifoError("instances.class_names has an empty name; give each instance a word, such as car")
-        if settings.instances.folder:
-            settings.instances.folder = str(Path(settings.instances.folder).expanduser().absolute())
+    instances = settings.instances if isinstance(settings, LearnSettings | EvaluateSettings) else None
+    if instances and instances.folder:
+        instances.folder = str(Path(instances.folder).expanduser().absolute())
 
 
 def check_seed(key: str, seed: int) -> None:

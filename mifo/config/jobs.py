@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import signal
 import socket
 import time
 from contextlib import suppress
@@ -226,6 +227,10 @@ class Job:
     def tell(self, status: str, reason: str | None = None) -> None:
         """Record how the job stands."""
         write_status(self.folder, status, self.overrides, reason)
+
+    def stop(self, code: int) -> None:
+        """Record that the signal of this exit code ended the job."""
+        self.tell("interrupted", f"stopped by {signal.Signals(code - 128).name}; it can be continued")
 
     def fail(self, reason: str) -> None:
         """Record that the job failed, unless the run in its folder was another one, which has not."""

@@ -41,8 +41,8 @@ def exported_words(settings: ExportSettings, tokens: list[str]) -> list[str]:
     """
     plain = [token.strip("<>") for token in tokens]
     words = settings.words or (tokens if settings.format == "diffusers" else plain)
-    # CLIP's tokenizers make no difference between capitals and small letters, nor do some file systems
-    # and no file's name has the brackets
+    # CLIP's tokenizers make no difference between capitals and small letters, nor do some file systems;
+    # no file's name has the brackets
     if len(words) != len(tokens) or len({word.strip("<>").lower() for word in words}) != len(words):
         raise MifoError(
             f"words={','.join(words)} must be {len(tokens)} different words, one for each of "

@@ -244,8 +244,13 @@ def drawn_extents(model: Segmenter, images: Tensor, things: Tensor) -> Tensor:
     largest part, so that a second copy elsewhere counts against the picture and a stray pixel does not. A
     category that is not seen has the empty box (0, 0, 0, 0).
     """
+    return class_extents(class_maps(model, images).cpu(), things)
+
+
+def class_extents(maps: Tensor, things: Tensor) -> Tensor:
+    """As `drawn_extents`, of pictures whose classes (n, H, W) are known."""
     extents = torch.zeros(*things.shape, 4)
-    for row, classes in enumerate(class_maps(model, images).cpu()):
+    for row, classes in enumerate(maps):
         for column, thing in enumerate(things[row].tolist()):
             labels, parts = ndimage.label((classes == thing).numpy(), structure=np.ones((3, 3)))
             if parts:
